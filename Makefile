@@ -1,0 +1,58 @@
+# `make demo` and `make test` set up what they need in .venv, without root; a second call rebuilds only what changed.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+DEPENDENCIES := .venv/dependencies.stamp
+BUILT := .venv/built.stamp
+
+.PHONY: demo test build lint wheel sanitize asan tsan bench clean
+
+demo: $(BUILT)
+	$(BIN)/python examples/train.py
+
+test: $(BUILT)
+	$(BIN)/python -m pytest
+
+build: $(BUILT)
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+# A wheel, installed into a folder of its own and run from there.
+wheel: $(DEPENDENCIES)
+	rm -rf build/wheel
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel && PYTHONPATH=site $(CURDIR)/$(BIN)/python -P -m cosface_kernels.info
+
+# The kernels and the threaded driver, without Python and torch.
+sanitize: asan tsan
+
+asan tsan: $(DEPENDENCIES)
+	cmake -G Ninja -S . -B build/$@ -DCOSFACE_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCOSFACE_SANITIZE=$(if $(filter asan,$@),address$(COMMA)undefined,thread)
+	cmake --build build/$@
+	ctest --test-dir build/$@ --output-on-failure
+COMMA := ,
+
+bench: $(BUILT)
+	$(BIN)/python -m bench step --batch 256 --dim 512 --classes 1000000 \
+	  --impl fused,eager,compile,checkpoint,pml,torch-lce --json build/bench.json
+	$(BIN)/python -m pytest bench --benchmark-only
+
+clean:
+	rm -rf .venv build *.egg-info cosface_kernels/_C*.so
+
+$(DEPENDENCIES): constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r constraints.txt
+	touch $@
+
+$(BUILT): $(DEPENDENCIES) setup.py pyproject.toml CMakeLists.txt $(CPP)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@

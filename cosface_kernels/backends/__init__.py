@@ -1,0 +1,66 @@
+"""The backends in priority order, and the choice among them.
+
+A backend is a module with five functions; `cosface_kernels.reference` defines what the last two return:
+
+    unavailable()       None if it can run on this machine, else the reason
+    unsupported(x, w)   None if it takes these tensors, else the reason
+    describe()          how it runs on this machine
+    forward(x, w, targets, scale, margin)
+        -> loss, lse, target_cos, max_neg, each (N,)
+    backward(x, w, targets, scale, lse, g_lse, g_cos, need_dx=..., need_dw=...)
+        -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
+"""
+
+import os
+import warnings
+from typing import Protocol
+
+from torch import Tensor
+
+from cosface_kernels.backends import cpu, reference
+
+
+class Backend(Protocol):
+    def unavailable(self) -> str | None: ...
+
+    def unsupported(self, x: Tensor, w: Tensor) -> str | None: ...
+
+    def describe(self) -> str: ...
+
+    def forward(
+        self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    def backward(self, *tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+
+
+def check_name(name: str | None) -> None:
+    """Raises ValueError, with the valid names, for a backend that does not exist."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}.")
+
+
+def select(name: str | None, x: Tensor, w: Tensor) -> Backend:
+    """The named backend, else the one in COSFACE_BACKEND, else the first that takes these tensors.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the named backend cannot run here, or not on these tensors; the message says why.
+    """
+    name = name or os.environ.get("COSFACE_BACKEND") or None
+    check_name(name)
+    reasons: list[str] = []
+    for candidate in [name] if name else BACKENDS:
+        backend = BACKENDS[candidate]
+        reason = backend.unavailable() or backend.unsupported(x, w)
+        if reason is None:
+            if reasons and backend is reference:
+                warnings.warn(
+                    f"The reference runs, with all logits in memory, because {' '.join(reasons)}", stacklevel=2
+                )
+            return backend
+        reasons.append(f"backend {candidate!r} cannot run: {reason}")
+    raise RuntimeError(" ".join(reasons))

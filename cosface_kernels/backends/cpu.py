@@ -1,0 +1,48 @@
+"""Backend `cpu`: the C++ kernels of csrc/cpu, for any CPU."""
+
+import importlib
+from typing import Any
+
+from torch import Tensor
+
+_C: Any = None
+_import_error = ""
+try:
+    _C = importlib.import_module("cosface_kernels._C")
+except ImportError as error:
+    _import_error = str(error)
+
+
+def unavailable() -> str | None:
+    if _C is None:
+        return f"the compiled module cosface_kernels._C cannot be imported ({_import_error})."
+    try:
+        _C.instruction_set()
+    except RuntimeError as error:  # COSFACE_CPU_ISA names a set that this processor does not have
+        return str(error)
+    return None
+
+
+def unsupported(x: Tensor, w: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"it takes tensors on the CPU, got them on {x.device}."
+    return None
+
+
+def describe() -> str:
+    return f"instruction set {_C.instruction_set()}"
+
+
+def forward(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _C.lmcl_forward(x, w, targets, scale, margin)
+
+
+def backward(*tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _C.lmcl_backward(*tensors, need_dx, need_dw)
+
+
+def normal_(tensor: Tensor, seed: int, std: float) -> None:
+    """Fills a contiguous tensor with N(0, std^2)."""
+    _C.normal_(tensor, seed, std)

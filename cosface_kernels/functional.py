@@ -1,0 +1,189 @@
+"""The functional form: validation, margin, reduction. The work is done by torch.ops.cosface.lmcl."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosface_kernels import ops
+from cosface_kernels.backends import check_name
+from cosface_kernels.reference import compute_dtype, softplus
+from cosface_kernels.validation import (
+    check_batch,
+    check_margin,
+    check_per_sample,
+    check_reduction,
+    check_scale,
+)
+
+LOGITS_CHUNK = 8192  # classes that cosine_logits upcasts at a time: 16 MiB of float32 at embedding_size 512
+
+
+class LossStats(NamedTuple):
+    """What the loss knows of its batch without another pass over the weights. Detached from the graph.
+
+    Attributes:
+        lse: (N,) log sum_{j != y} e^{s cos_ij}, over the negative classes alone.
+        target_cos: (N,) cosine between each embedding and its class centre; 0 for an ignored sample.
+        max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
+        accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin.
+    """
+
+    lse: Tensor
+    target_cos: Tensor
+    max_negative_cos: Tensor
+    accuracy: Tensor
+
+
+def cosface_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.35,
+    scale: float | Tensor = 64.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """CosFace's Large Margin Cosine Loss (LMCL), fused with its normalisation and class matrix product.
+
+        loss_i = -log( e^{s(cos_iy - m)} / ( e^{s(cos_iy - m)} + sum_{j != y} e^{s cos_ij} ) )
+
+    Args:
+        embeddings: (N, D) float64, float32, bfloat16 or float16; need not be normalised.
+        weight: (C, D) class centres, one row each, of any of these dtypes; need not be normalised.
+        labels: (N,) integers in [0, C), or ignore_index.
+        margin: m, subtracted from the target's cosine.
+        scale: s > 0: a number, a 0-d tensor (learned if it requires a gradient), or one value per sample (N,).
+        reduction: "none", "sum" or "mean". The mean is over the samples that are not ignored, weighted by
+            sample_weight as `torch.nn.functional.cross_entropy` weights its mean: sum(a_i loss_i) / sum(a_i).
+        ignore_index: label of samples that have no loss and no gradient.
+        sample_weight: (N,) factor a_i of each sample's loss.
+        backend: name of a backend, or None for the first that takes these tensors.
+        return_stats: also return `LossStats`.
+
+    Returns:
+        The loss, (N,) or 0-d, float32 (float64 if an input is); with return_stats, a pair (loss, stats). As in
+        PyTorch, a mean over no valid sample is nan and a sum over none is 0.
+
+    Raises:
+        ValueError: a shape, label or option does not fit; the message shows the value. Nothing has been computed.
+        TypeError: a dtype does not fit.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, arXiv:1801.09414, Eq. 4.
+
+    >>> weight = torch.eye(3, 4)
+    >>> cosface_loss(weight[:2], weight, torch.tensor([0, 2]), margin=0.5, scale=2.0, reduction="none")
+    tensor([0.5514, 3.1698])
+    """
+    check_margin(margin)
+    return margin_softmax_loss(
+        embeddings,
+        weight,
+        labels,
+        margin=margin,
+        scale=scale,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        sample_weight=sample_weight,
+        backend=backend,
+        return_stats=return_stats,
+    )
+
+
+def margin_softmax_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Callable[[Tensor], Tensor],
+    scale: float | Tensor = 64.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
+
+        loss_i = -log( e^{s psi(cos_iy)} / ( e^{s psi(cos_iy)} + sum_{j != y} e^{s cos_ij} ) )
+
+    The margin touches one logit per sample, so it costs no kernel: autograd differentiates psi on an (N,) vector.
+
+    Args:
+        margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m. Samples
+            that are ignored pass through psi with cosine 0 and their result is dropped.
+
+    The other arguments, the result and the errors are those of `cosface_loss`.
+
+    >>> weight = torch.eye(3, 4)
+    >>> arcface = lambda cos: torch.cos(torch.acos(cos.clamp(-1, 1)) + 0.5)
+    >>> margin_softmax_loss(weight[:2] + 0.1, weight, torch.tensor([0, 2]), margin=arcface, scale=2.0)
+    tensor(1.6890)
+    """
+    check_batch(embeddings, weight, labels)
+    check_reduction(reduction)
+    check_name(backend)
+    check_scale(scale)
+    if isinstance(scale, Tensor) and scale.dim():
+        check_per_sample("scale", scale, labels)
+    if sample_weight is not None:
+        check_per_sample("sample_weight", sample_weight, labels)
+    m = 0.0 if callable(margin) else float(margin)
+    s = _row_scale(scale, embeddings, weight)  # (N,)
+    targets = ops.targets(labels, weight.shape[0], ignore_index)  # (N,)
+    valid = targets >= 0  # (N,)
+
+    loss, lse, target_cos, max_neg = ops.lmcl(embeddings, weight, targets, s, m, backend)  # each (N,)
+    if callable(margin):
+        psi = margin(target_cos)  # (N,)
+        check_per_sample("the margin's result", psi, labels)
+        # masked before softplus and after: a nan in an ignored sample must not reach a gradient
+        loss = torch.where(valid, softplus(torch.where(valid, lse - s * psi, 0)), 0)  # (N,)
+
+    reduced = _reduce(loss, valid, sample_weight, reduction)
+    if not return_stats:
+        return reduced
+    lse, target_cos = lse.detach(), target_cos.detach()
+    accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
+    return reduced, LossStats(lse, target_cos, max_neg, accuracy)
+
+
+def cosine_logits(embeddings: Tensor, weight: Tensor, *, scale: float | Tensor = 1.0) -> Tensor:
+    """s cos_ij without a margin, for inference over known classes; differentiable.
+
+    Args:
+        embeddings: (N, D); weight: (C, D); scale: a number or a 0-d tensor.
+
+    Returns:
+        (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
+    """
+    dtype = compute_dtype(embeddings, weight)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x = scale * F.normalize(embeddings.to(dtype))  # (N, D)
+        chunks = torch.split(weight, LOGITS_CHUNK)
+        return torch.cat([x @ F.normalize(w.to(dtype)).T for w in chunks], dim=1)  # (N, C)
+
+
+def _reduce(loss: Tensor, valid: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
+    count = valid
+    if sample_weight is not None:
+        count = torch.where(valid, sample_weight, 0)
+        loss = torch.where(valid, loss * sample_weight, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / count.sum()
+
+
+def _row_scale(scale: float | Tensor, embeddings: Tensor, weight: Tensor) -> Tensor:
+    """The (N,) scale that the op takes, differentiable if the user's scale is."""
+    rows, dtype = embeddings.shape[0], compute_dtype(embeddings, weight)
+    if isinstance(scale, Tensor):
+        return scale.to(embeddings.device, dtype).expand(rows)
+    return embeddings.new_full((rows,), scale, dtype=dtype)

@@ -1,0 +1,96 @@
+"""The operators torch.ops.cosface.*: one schema, one fake and one autograd formula each.
+
+Everything that knows torch.library is here. Because the ops are registered, torch.compile, autocast, DDP, hooks
+and no_grad treat them like any other operator.
+"""
+
+import torch
+from torch import Tensor
+
+from cosface_kernels.backends import select
+from cosface_kernels.reference import compute_dtype
+
+
+@torch.library.custom_op("cosface::targets", mutates_args=())
+def targets(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """(N,) int64 labels, checked against num_classes, with ignore_index replaced by -1."""
+    labels = labels.long()
+    ignored = labels == ignore_index  # (N,)
+    wrong = ((labels < 0) | (labels >= num_classes)) & ~ignored  # (N,)
+    if wrong.any():
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or equal to ignore_index {ignore_index}, "
+            f"got {int(labels[row])} at row {row}."
+        )
+    return labels.masked_fill(ignored, -1)
+
+
+@targets.register_fake
+def _(labels, num_classes, ignore_index):  # type: ignore[no-untyped-def]
+    return labels.new_empty(labels.shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("cosface::lmcl", mutates_args=())
+def lmcl(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them."""
+    return select(backend, x, w).forward(x, w, targets, scale, margin)
+
+
+@lmcl.register_fake
+def _(x, w, targets, scale, margin, backend):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(4))
+
+
+@torch.library.custom_op("cosface::lmcl_backward", mutates_args=())
+def lmcl_backward(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    g_lse: Tensor,
+    g_cos: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (N, D), dw (C, D) and dscale (N,), as `cosface_kernels.reference.backward` defines them.
+
+    A gradient that is not needed comes back empty.
+    """
+    return select(backend, x, w).backward(
+        x, w, targets, scale, lse, g_lse, g_cos, need_dx=need_dx, need_dw=need_dw
+    )
+
+
+@lmcl_backward.register_fake
+def _(x, w, targets, scale, lse, g_lse, g_cos, need_dx, need_dw, backend):  # type: ignore[no-untyped-def]
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    dw = w.new_empty(w.shape if need_dw else (0,))
+    return dx, dw, lse.new_empty(lse.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, w, targets, scale, ctx.margin, ctx.backend = inputs
+    _, lse, target_cos, max_neg = output
+    ctx.mark_non_differentiable(max_neg)
+    ctx.save_for_backward(x, w, targets, scale, lse, target_cos)
+
+
+def _backward(ctx, g_loss, g_lse, g_cos, _):  # type: ignore[no-untyped-def]
+    x, w, targets, scale, lse, target_cos = ctx.saved_tensors
+    need_dx, need_dw, _, need_dscale, _, _ = ctx.needs_input_grad
+    psi = target_cos - ctx.margin  # (N,)
+    # loss = softplus(z) with z = lse - s psi, where there is a target
+    g_z = torch.where(targets >= 0, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
+    dx, dw, dscale = lmcl_backward(
+        x, w, targets, scale, lse, g_lse + g_z, g_cos - scale * g_z, need_dx, need_dw, ctx.backend
+    )
+    dscale = dscale - g_z * psi  # (N,)
+    return dx if need_dx else None, dw if need_dw else None, None, dscale if need_dscale else None, None, None
+
+
+lmcl.register_autograd(_backward, setup_context=_setup_context)

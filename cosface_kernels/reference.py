@@ -1,0 +1,81 @@
+"""The definition of the loss and its gradients in plain PyTorch.
+
+This is the specification that every backend is tested against. It materialises the (N, C) logits on purpose.
+
+Notation: x (N, D) embeddings, w (C, D) class weights, targets (N,) with -1 for "no target", s (N,) scale,
+m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-12  # smallest norm that is divided by, as in F.normalize
+
+
+def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+    """The dtype of logits, sums and results: float64 if either input is, else float32."""
+    return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z), exact to rounding at both ends (F.softplus drops the tail above its threshold)."""
+    return torch.logaddexp(z, torch.zeros_like(z))
+
+
+def forward(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LMCL per sample, differentiable by autograd.
+
+    lse_i = log sum_{j != y_i} e^{z_ij},  loss_i = softplus(lse_i - s_i (cos_iy - m)): CosFace (arXiv:1801.09414),
+    Eq. 4, with the target split off, so that a loss of 1e-20 does not cancel to 0. Without a target, cos_iy and
+    loss_i are 0 and lse_i runs over all classes.
+
+    Returns:
+        loss, lse, target_cos and max_neg = max_{j != y_i} cos_ij, each (N,).
+    """
+    dtype = compute_dtype(x, w)
+    cos = F.normalize(x.to(dtype), eps=EPS) @ F.normalize(w.to(dtype), eps=EPS).T  # (N, C)
+    is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
+    target_cos = cos.masked_fill(~is_target, 0).sum(1)  # (N,)
+    lse = (scale[:, None] * cos).masked_fill(is_target, -torch.inf).logsumexp(1)  # (N,)
+    max_neg = cos.detach().masked_fill(is_target, -torch.inf).amax(1)  # (N,)
+    loss = softplus(lse - scale * (target_cos - margin)).masked_fill(targets < 0, 0)  # (N,)
+    return loss, lse, target_cos, max_neg
+
+
+def backward(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, lse: Tensor, g_lse: Tensor, g_cos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients from those of lse and target_cos, written out.
+
+    G_ij = dL/dcos_ij = s_i g_lse_i p_ij for j != y_i with p_ij = e^{z_ij - lse_i}, and g_cos_i for j = y_i. A row
+    without gradient is zero even if its embedding is not finite.
+
+    Returns:
+        dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.
+    """
+    dtype = compute_dtype(x, w)
+    active = (g_lse != 0) | (g_cos != 0)  # (N,)
+    x_hat, x_norm = _normalize(x.to(dtype).where(active[:, None], 0))
+    w_hat, w_norm = _normalize(w.to(dtype))
+    cos = x_hat @ w_hat.T  # (N, C)
+    is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
+    p = (scale[:, None] * cos - lse.where(active, torch.inf)[:, None]).exp()  # (N, C)
+    g_neg = (g_lse[:, None] * p).masked_fill(is_target, 0)  # (N, C)
+    g = torch.where(is_target, g_cos[:, None], scale[:, None] * g_neg)  # (N, C)
+    dx = _unnormalize(g @ w_hat, (g * cos).sum(1), x_hat, x_norm)
+    dw = _unnormalize(g.T @ x_hat, (g * cos).sum(0), w_hat, w_norm)
+    return dx.to(x.dtype), dw.to(w.dtype), (g_neg * cos).sum(1)
+
+
+def _normalize(v: Tensor) -> tuple[Tensor, Tensor]:
+    norm = v.norm(dim=1, keepdim=True)  # (rows, 1)
+    return v / norm.clamp_min(EPS), norm
+
+
+def _unnormalize(g_hat: Tensor, g_dot_v_hat: Tensor, v_hat: Tensor, norm: Tensor) -> Tensor:
+    """From the gradient of v_hat = v / max(|v|, eps) to that of v; a clamped row has no projection term."""
+    projection = torch.where(norm > EPS, g_dot_v_hat[:, None] * v_hat, 0)
+    return (g_hat - projection) / norm.clamp_min(EPS)

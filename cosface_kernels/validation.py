@@ -1,0 +1,72 @@
+"""The checks at the door: every message is a sentence that shows the value seen. Inside, the code trusts."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def check_positive(name: str, value: int) -> None:
+    if not isinstance(value, numbers.Integral) or value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def check_margin(margin: float) -> None:
+    if not isinstance(margin, numbers.Real) or not math.isfinite(margin):
+        raise ValueError(f"margin must be a finite number, got {margin!r}.")
+
+
+def check_scale(scale: float | Tensor) -> None:
+    """A number must be positive and finite; a tensor is looked at only where that needs no wait for a device.
+
+    One value per sample may also be 0 (the norm of a zero embedding) or nan (of a broken one).
+    """
+    if not isinstance(scale, Tensor):
+        if not isinstance(scale, numbers.Real) or not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale!r}.")
+    elif not torch.compiler.is_compiling() and scale.device.type == "cpu":
+        wrong = scale.isinf() | ((scale < 0) if scale.dim() else ~(scale > 0))
+        if wrong.any():
+            raise ValueError(f"scale must be positive and finite, got {scale[wrong][0].item()}.")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
+
+
+def check_batch(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Shapes (N, D), (C, D), (N,), floating and integer dtypes, one device."""
+    for name, tensor, shape in (("embeddings", embeddings, "(N, D)"), ("weight", weight, "(C, D)")):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have shape {shape}, got shape {tuple(tensor.shape)}.")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}.")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape (N,), got shape {tuple(labels.shape)}.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}.")
+    if embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"embeddings have size {embeddings.shape[1]} but the weight expects embedding_size {weight.shape[1]}."
+        )
+    if embeddings.shape[0] != labels.shape[0]:
+        raise ValueError(f"every embedding needs a label, got {embeddings.shape[0]} and {labels.shape[0]}.")
+    for name, size in (("num_classes", weight.shape[0]), ("embedding_size", weight.shape[1])):
+        check_positive(name, size)
+    if not embeddings.device == weight.device == labels.device:
+        raise ValueError(
+            "embeddings, weight and labels must be on one device, "
+            f"got {embeddings.device}, {weight.device} and {labels.device}."
+        )
+
+
+def check_per_sample(name: str, values: Tensor, labels: Tensor) -> None:
+    if values.shape != labels.shape:
+        raise ValueError(
+            f"{name} must hold one value per sample, shape {tuple(labels.shape)}, got shape {tuple(values.shape)}."
+        )

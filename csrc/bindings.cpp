@@ -1,0 +1,138 @@
+// The pybind11 module cosface_kernels._C: the only file that includes torch.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <cstdlib>
+
+#include "cpu/memory.h"
+#include "lmcl.h"
+
+namespace {
+
+using at::Tensor;
+using cosface::DType;
+using cosface::View;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", tensor.scalar_type(), ".");
+  }
+}
+
+template <typename T>
+Tensor as_tensor(View<T> view) {
+  using Element = std::remove_const_t<T>;
+  return at::from_blob(const_cast<Element*>(view.data), {view.rows, view.cols}, {view.row_stride, view.col_stride},
+                       c10::CppTypeToScalarType<Element>::value);
+}
+
+// Matrix products by torch's library, single-threaded because they are called inside a parallel region.
+template <typename T>
+cosface::Runtime<T> runtime() {
+  const char* tile = std::getenv("COSFACE_CPU_TILE");
+  return {
+      at::get_num_threads(),
+      [](View<const T> a, View<const T> b, View<T> c, bool accumulate) {
+        Tensor out = as_tensor(c);
+        if (accumulate) {
+          out.addmm_(as_tensor(a), as_tensor(b));
+        } else {
+          at::mm_out(out, as_tensor(a), as_tensor(b));
+        }
+      },
+      [](int64_t parts, const std::function<void(int64_t)>& body) {
+        at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+          at::AutoDispatchBelowAutograd guard;
+          for (int64_t part = first; part < last; ++part) body(part);
+        });
+      },
+      tile == nullptr ? 0 : std::atoll(tile),
+  };
+}
+
+// The arguments of one call in the compute dtype T. Rows of w that are not adjacent elements are copied.
+template <typename T>
+struct Arguments {
+  Tensor x, w, y, s;
+
+  Arguments(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s)
+      : x(in_t(x)), w(w.stride(1) == 1 || w.size(1) == 1 ? w : w.contiguous()), y(y.contiguous()), s(in_t(s)) {}
+
+  static Tensor in_t(const Tensor& tensor) { return tensor.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
+  cosface::Batch<T> batch() const {
+    return {x.const_data_ptr<T>(), y.const_data_ptr<int64_t>(), s.const_data_ptr<T>(), x.size(0), x.size(1)};
+  }
+  cosface::Weight weight() const { return {w.const_data_ptr(), dtype_of(w), w.size(0), w.stride(0)}; }
+};
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                   const Tensor& s, double margin) {
+  const Arguments<T> arguments(x, w, y, s);
+  Tensor loss = at::empty_like(arguments.s), lse = at::empty_like(loss), target_cos = at::empty_like(loss),
+         max_neg = at::empty_like(loss);
+  cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), runtime<T>(),
+                           {loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(),
+                            target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>()});
+  return {loss, lse, target_cos, max_neg};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
+                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
+                                            bool need_dx, bool need_dw) {
+  const Arguments<T> arguments(x, w, y, s);
+  const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
+  Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
+  Tensor dw = need_dw ? at::empty(w.sizes(), w.options()) : at::empty({0}, w.options());
+  Tensor dscale = at::empty_like(up[0]);
+  cosface::use_huge_pages(dw.mutable_data_ptr(), dw.nbytes());
+  cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(),
+                            {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()},
+                            runtime<T>(),
+                            {need_dx ? dx.mutable_data_ptr<T>() : nullptr,
+                             need_dw ? dw.mutable_data_ptr() : nullptr, dscale.mutable_data_ptr<T>()});
+  return {dx.to(x.scalar_type()), dw, dscale};
+}
+
+bool in_double(const Tensor& x, const Tensor& w) {
+  return x.scalar_type() == at::kDouble || w.scalar_type() == at::kDouble;
+}
+
+void normal_(Tensor tensor, uint64_t seed, double std) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "normal_ needs a contiguous tensor, got strides ", tensor.strides(),
+                    ".");
+  cosface::use_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
+  cosface::fill_normal(tensor.mutable_data_ptr(), dtype_of(tensor), tensor.numel(), seed, std, runtime<float>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def(
+      "lmcl_forward",
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin) {
+        return (in_double(x, w) ? forward<double> : forward<float>)(x, w, y, s, margin);
+      },
+      no_gil);
+  m.def(
+      "lmcl_backward",
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
+         const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw) {
+        return (in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, lse, g_lse, g_cos, need_dx,
+                                                                      need_dw);
+      },
+      no_gil);
+  m.def("normal_", normal_, no_gil);
+  m.def("instruction_set", cosface::instruction_set);
+}

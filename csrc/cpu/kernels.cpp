@@ -1,0 +1,317 @@
+// Compiled once for every instruction set, with COSFACE_ISA naming its namespace. Plain loops that the compiler
+// vectorises (`omp simd` allows the reductions); nothing here may call an inline function of the standard library,
+// because the linker could then keep a copy that an older processor cannot run.
+#include "kernels.h"
+
+namespace cosface::COSFACE_ISA {
+namespace {
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline float sqrt(float v) { return __builtin_sqrtf(v); }
+inline double sqrt(double v) { return __builtin_sqrt(v); }
+
+// e^x. Cody-Waite reduction x = k ln 2 + f, then 1 + f + f^2 q(f) with q the minimax fit of degree 4 on
+// |f| <= ln(2)/2 (relative error 3e-9), then k into the exponent. Below the smallest normal number the result is
+// 0.
+inline float exp(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // their sum is ln 2, k * high is exact
+  constexpr float kRound = 12582912.0f;                 // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kMin = -87.33654f, kMax = 88.37626f;  // ln 2^-126, ln 2^127.5
+  float clamped = x > kMax ? kMax : x;                  // written so that nan passes
+  float shifted = clamped * kLog2E + kRound;
+  float k = shifted - kRound;
+  float f = (clamped - k * kLn2High) - k * kLn2Low;
+  float q = 1.381454058e-3f;
+  q = q * f + 8.368745446e-3f;
+  q = q * f + 4.166838899e-2f;
+  q = q * f + 1.666652113e-1f;
+  q = q * f + 4.999999404e-1f;
+  float r = 1.0f + (f + f * f * q);
+  float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + bit_cast<uint32_t>(1.0f));  // 2^k
+  return x < kMin ? 0.0f : r * power;
+}
+inline double exp(double x) { return __builtin_exp(x); }
+
+template <typename T>
+constexpr T kLowest = sizeof(T) == 4 ? T(-3.4028234663852886e38) : T(-1.7976931348623157e308);
+
+template <typename T>
+inline T sum_of_squares(const T* v, int64_t d) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) sum += v[k] * v[k];
+  return sum;
+}
+
+template <typename T>
+inline T inverse_norm(const T* v, int64_t d) {
+  T norm = sqrt(sum_of_squares(v, d));
+  return 1 / (norm < T(kEps) ? T(kEps) : norm);
+}
+
+template <typename T>
+void inverse_norms(const T* w, int64_t rows, int64_t d, int64_t row_stride, T* inv_norm) {
+  for (int64_t j = 0; j < rows; ++j) inv_norm[j] = inverse_norm(w + j * row_stride, d);
+}
+
+template <typename T>
+void normalize(const T* x, int64_t rows, int64_t d, T* x_hat, T* inv_norm) {
+  for (int64_t i = 0; i < rows; ++i) {
+    inv_norm[i] = inverse_norm(x + i * d, d);
+#pragma omp simd
+    for (int64_t k = 0; k < d; ++k) x_hat[i * d + k] = x[i * d + k] * inv_norm[i];
+  }
+}
+
+inline float from_bfloat16(uint16_t h) { return bit_cast<float>(uint32_t{h} << 16); }
+
+inline uint16_t to_bfloat16(float v) {
+  uint32_t bits = bit_cast<uint32_t>(v);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
+}
+
+// The exponent and mantissa of a half, moved into a float's place, are off by the difference of the biases, 2^112;
+// multiplying puts that right for subnormal halves too.
+inline float from_float16(uint16_t h) {
+  uint32_t magnitude = uint32_t{h} & 0x7fff;
+  float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  uint32_t finite = bit_cast<uint32_t>(scaled);
+  uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : finite;
+  return bit_cast<float>(bits | (uint32_t{h} & 0x8000) << 16);
+}
+
+inline uint16_t to_float16(float v) {
+  uint32_t sign = bit_cast<uint32_t>(v) >> 16 & 0x8000;
+  uint32_t bits = bit_cast<uint32_t>(v) & 0x7fffffff;
+  uint32_t normal = (bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13;
+  // adding 0.5 puts the last bit of a subnormal half, 2^-24, at the last bit of the float, which rounds
+  uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  uint32_t h = bits < 0x38800000 ? subnormal : normal;  // 2^-14, the smallest normal half
+  h = bits >= 0x477ff000 ? 0x7c00 : h;                  // 65520 and above round to infinity
+  h = bits > 0x7f800000 ? 0x7e00 : h;
+  return static_cast<uint16_t>(h | sign);
+}
+
+template <typename T>
+void load(const void* from, DType dtype, int64_t n, T* __restrict to) {
+  if (dtype == DType::kFloat64) {
+    const auto* source = static_cast<const double*>(from);
+    for (int64_t k = 0; k < n; ++k) to[k] = static_cast<T>(source[k]);
+  } else if (dtype == DType::kFloat32) {
+    const auto* source = static_cast<const float*>(from);
+    for (int64_t k = 0; k < n; ++k) to[k] = source[k];
+  } else if (dtype == DType::kBFloat16) {
+    const auto* source = static_cast<const uint16_t*>(from);
+    for (int64_t k = 0; k < n; ++k) to[k] = from_bfloat16(source[k]);
+  } else {
+    const auto* source = static_cast<const uint16_t*>(from);
+    for (int64_t k = 0; k < n; ++k) to[k] = from_float16(source[k]);
+  }
+}
+
+template <typename T>
+void store(const T* __restrict from, int64_t n, void* to, DType dtype) {
+  if (dtype == DType::kFloat64) {
+    auto* target = static_cast<double*>(to);
+    for (int64_t k = 0; k < n; ++k) target[k] = from[k];
+  } else if (dtype == DType::kFloat32) {
+    auto* target = static_cast<float*>(to);
+    for (int64_t k = 0; k < n; ++k) target[k] = static_cast<float>(from[k]);
+  } else if (dtype == DType::kBFloat16) {
+    auto* target = static_cast<uint16_t*>(to);
+    for (int64_t k = 0; k < n; ++k) target[k] = to_bfloat16(static_cast<float>(from[k]));
+  } else {
+    auto* target = static_cast<uint16_t*>(to);
+    for (int64_t k = 0; k < n; ++k) target[k] = to_float16(static_cast<float>(from[k]));
+  }
+}
+
+// Calls body(first, last) on the columns of a row without its target: one range, or the two around it.
+template <typename Body>
+inline void each_side(int64_t target, int64_t cols, Body body) {
+  if (target < 0 || target >= cols) {
+    body(int64_t{0}, cols);
+  } else {
+    body(int64_t{0}, target);
+    body(target + 1, cols);
+  }
+}
+
+template <typename T>
+void forward_tile(T* z, int64_t rows, int64_t cols, int64_t stride, const T* inv_norm, const T* s,
+                  const int64_t* y, int64_t first_class, T* row_max, T* row_sum, T* target_cos) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* __restrict cos = z + i * stride;
+    const T* __restrict inv = inv_norm;
+    const int64_t target = y[i] < 0 ? -1 : y[i] - first_class;
+    const T scale = s[i];
+    if (target >= 0 && target < cols) target_cos[i] = cos[target] * inv[target];
+    each_side(target, cols, [&](int64_t first, int64_t last) {
+      T top = row_max[i];
+#pragma omp simd reduction(max : top)
+      for (int64_t j = first; j < last; ++j) {
+        cos[j] *= inv[j];
+        top = cos[j] > top ? cos[j] : top;  // a nan is passed over here and enters through the sum
+      }
+      T sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = first; j < last; ++j) sum += exp(scale * (cos[j] - top));
+      row_sum[i] = row_sum[i] * exp(scale * (row_max[i] - top)) + sum;
+      row_max[i] = top;
+    });
+  }
+}
+
+template <typename T>
+void backward_tile(T* z, int64_t rows, int64_t cols, int64_t stride, const T* inv_norm, const T* s,
+                   const int64_t* y, int64_t first_class, const T* lse, const T* g_lse, const T* g_cos, T* col_dot,
+                   T* row_dot, T* dscale) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* __restrict g = z + i * stride;
+    T* __restrict col = col_dot;
+    const T* __restrict inv = inv_norm;
+    const int64_t target = y[i] < 0 ? -1 : y[i] - first_class;
+    const T scale = s[i], log_sum = lse[i], upstream = g_lse[i];
+    if (upstream == 0 && g_cos[i] == 0) {
+      for (int64_t j = 0; j < cols; ++j) g[j] = 0;
+      continue;
+    }
+    T row = 0;
+    each_side(target, cols, [&](int64_t first, int64_t last) {
+#pragma omp simd reduction(+ : row)
+      for (int64_t j = first; j < last; ++j) {
+        T cos = g[j] * inv[j];
+        T p = upstream * exp(scale * cos - log_sum);
+        T g_neg = scale * p;
+        row += p * cos;
+        col[j] += g_neg * cos;
+        g[j] = g_neg * inv[j];
+      }
+    });
+    dscale[i] += row;
+    row_dot[i] += scale * row;
+    if (target >= 0 && target < cols) {
+      T dot = g_cos[i] * (g[target] * inv[target]);
+      row_dot[i] += dot;
+      col[target] += dot;
+      g[target] = g_cos[i] * inv[target];
+    }
+  }
+}
+
+template <typename T>
+void project(T* dw, const T* w, int64_t rows, int64_t d, int64_t w_stride, const T* inv_norm, const T* col_dot) {
+  for (int64_t j = 0; j < rows; ++j) {
+    if (inv_norm[j] >= 1 / T(kEps)) continue;
+    T* __restrict to = dw + j * d;
+    const T* __restrict from = w + j * w_stride;
+    const T factor = col_dot[j] * inv_norm[j] * inv_norm[j];
+#pragma omp simd
+    for (int64_t k = 0; k < d; ++k) to[k] -= factor * from[k];
+  }
+}
+
+template <typename T>
+void finish_dx(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x_hat, T row_dot, T inv_norm,
+               int64_t d, T* dx) {
+  const T dot = inv_norm >= 1 / T(kEps) ? 0 : row_dot;
+  for (int64_t k = 0; k < d; ++k) {
+    T sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += dx_hat[part * part_stride + k];
+    dx[k] = (sum - dot * x_hat[k]) * inv_norm;
+  }
+}
+
+// ln(x) for x in (0, 1]: x = 2^e (1 + t) with 1 + t in [sqrt(1/2), sqrt(2)), then t - t^2/2 + t^3 r(t) with r the
+// minimax fit of degree 5 (absolute error 6e-8).
+inline float log(float x) {
+  uint32_t bits = bit_cast<uint32_t>(x);
+  uint32_t shifted = bits - bit_cast<uint32_t>(0.70710678f);
+  auto e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  float t = bit_cast<float>((shifted & 0x7fffff) + bit_cast<uint32_t>(0.70710678f)) - 1.0f;
+  float r = -1.022421047e-1f;
+  r = r * t + 1.614119112e-1f;
+  r = r * t + -1.716690958e-1f;
+  r = r * t + 1.991023719e-1f;
+  r = r * t + -2.498057336e-1f;
+  r = r * t + 3.333469033e-1f;
+  return e * 0.69314718f + (t - 0.5f * t * t + t * t * t * r);
+}
+
+// sin and cos of 2 pi (bits / 2^32): the top two bits, rounded, choose a quadrant; the rest is an angle of at most
+// pi/4 either side, for which the minimax fits in v^2 have errors 2e-9 and 3e-8.
+inline void sin_cos(uint32_t bits, float* sine, float* cosine) {
+  uint32_t quadrant = (bits + 0x20000000u) >> 30;
+  float v = static_cast<float>(static_cast<int32_t>(bits - (quadrant << 30))) * 0x1p-29f;  // [-1, 1) for pi/4
+  float u = v * v;
+  float a = v * (7.853981853e-1f + u * (-8.074543625e-2f + u * (2.490007086e-3f + u * -3.595450835e-5f)));
+  float b = 1.0f + u * (-3.084242642e-1f + u * (1.584991440e-2f + u * -3.188805131e-4f));
+  float si = (quadrant & 1) ? b : a, co = (quadrant & 1) ? a : b;
+  *sine = (quadrant & 2) ? -si : si;
+  *cosine = ((quadrant + 1) & 2) ? -co : co;
+}
+
+constexpr int64_t kLanes = 64;  // counters per group: enough for the compiler to fill the widest registers
+
+// Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC11) on counters
+// 64 group ... 64 group + 63, key = seed; then Box-Muller on the words of each counter.
+void normal(uint64_t seed, uint64_t group, int64_t n, float std, float* to) {
+  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) {
+    uint64_t counter = group * kLanes + l;
+    c0[l] = static_cast<uint32_t>(counter);
+    c1[l] = static_cast<uint32_t>(counter >> 32);
+    c2[l] = c3[l] = 0;
+  }
+  auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      uint64_t p0 = uint64_t{0xD2511F53u} * c0[l], p1 = uint64_t{0xCD9E8D57u} * c2[l];
+      c0[l] = static_cast<uint32_t>(p1 >> 32) ^ c1[l] ^ k0;
+      c1[l] = static_cast<uint32_t>(p1);
+      c2[l] = static_cast<uint32_t>(p0 >> 32) ^ c3[l] ^ k1;
+      c3[l] = static_cast<uint32_t>(p0);
+    }
+  }
+  float out[4 * kLanes];
+  const uint32_t* words[2][2] = {{c0, c1}, {c2, c3}};
+  for (int pair = 0; pair < 2; ++pair) {
+    const uint32_t *first = words[pair][0], *second = words[pair][1];
+    float *sines = out + 2 * pair * kLanes, *cosines = sines + kLanes;
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      float uniform = static_cast<float>(static_cast<int32_t>(first[l] >> 1)) * 0x1p-31f + 0x1p-32f;  // (0, 1]
+      float radius = std * sqrt(-2.0f * log(uniform));
+      float sine, cosine;
+      sin_cos(second[l], &sine, &cosine);
+      sines[l] = radius * sine;
+      cosines[l] = radius * cosine;
+    }
+  }
+  __builtin_memcpy(to, out, sizeof(float) * static_cast<size_t>(n < 4 * kLanes ? n : 4 * kLanes));
+}
+
+template <typename T>
+constexpr Kernels<T> kTable{normalize<T>,     inverse_norms<T>, load<T>,      store<T>, forward_tile<T>,
+                            backward_tile<T>, project<T>,       finish_dx<T>, normal};
+
+}  // namespace
+
+template <typename T>
+const Kernels<T>& table() {
+  return kTable<T>;
+}
+template const Kernels<float>& table<float>();
+template const Kernels<double>& table<double>();
+
+}  // namespace cosface::COSFACE_ISA

@@ -1,0 +1,85 @@
+// The interface of the kernels: raw pointers, no torch.
+//
+// Notation: x (N, D) embeddings, w (C, D) class weights, y (N) targets with -1 for "no target among these
+// classes", s (N) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. T is the dtype of all
+// arithmetic and of every result but dw: double if x or w is float64, else float.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace cosface {
+
+enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+constexpr double kEps = 1e-12;  // smallest norm that is divided by, as in torch.nn.functional.normalize
+
+// A strided matrix that somebody else owns.
+template <typename T>
+struct View {
+  T* data;
+  int64_t rows, cols, row_stride, col_stride;
+
+  View t() const { return {data, cols, rows, col_stride, row_stride}; }
+};
+
+// What the driver borrows from its host: a matrix product and threads.
+template <typename T>
+struct Runtime {
+  int threads;
+  // c = a b, or c += a b, on the calling thread
+  std::function<void(View<const T> a, View<const T> b, View<T> c, bool accumulate)> matmul;
+  // body(part) for every part in [0, parts), on any thread, in any order
+  std::function<void(int64_t parts, const std::function<void(int64_t part)>& body)> parallel;
+  // classes per tile, 0 for the default; results agree to rounding
+  int64_t tile_classes;
+};
+
+template <typename T>
+struct Batch {
+  const T* x;        // (N, D) contiguous
+  const int64_t* y;  // (N)
+  const T* s;        // (N)
+  int64_t n, d;
+};
+
+struct Weight {
+  const void* data;  // (C, D), elements of a row adjacent
+  DType dtype;
+  int64_t classes;
+  int64_t row_stride;  // in elements
+};
+
+// lse_i = log sum_{j != y_i} e^{z_ij};  loss_i = softplus(lse_i - s_i (target_cos_i - m));  max_neg_i = max cos_ij
+template <typename T>
+struct Results {
+  T *loss, *lse, *target_cos, *max_neg;  // (N) each
+};
+
+template <typename T>
+void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Runtime<T>& runtime,
+                  const Results<T>& results);
+
+template <typename T>
+struct Upstream {
+  const T *lse, *g_lse, *g_cos;  // (N) each; a row whose g_lse and g_cos are 0 has no gradient, whatever x holds
+};
+
+template <typename T>
+struct Gradients {
+  T* dx;      // (N, D), or null if not wanted
+  void* dw;   // (C, D) contiguous in the weight's dtype, or null if not wanted
+  T* dscale;  // (N), the part that flows through lse
+};
+
+template <typename T>
+void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
+                   const Runtime<T>& runtime, const Gradients<T>& gradients);
+
+// Fills n elements with N(0, std^2); element k depends on seed and k alone.
+void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime<float>& runtime);
+
+// The instruction set in use: the best that this processor has, or the one named in COSFACE_CPU_ISA.
+const char* instruction_set();
+
+}  // namespace cosface
