@@ -11,10 +11,11 @@ from cosface_kernels import ops
 from cosface_kernels.backends import check_name
 from cosface_kernels.reference import compute_dtype, softplus
 from cosface_kernels.validation import (
-    check_batch,
+    check_labels,
     check_margin,
     check_per_sample,
     check_reduction,
+    check_rows,
     check_scale,
 )
 
@@ -82,7 +83,7 @@ def cosface_loss(
     >>> cosface_loss(weight[:2], weight, torch.tensor([0, 2]), margin=0.5, scale=2.0, reduction="none")
     tensor([0.5514, 3.1698])
     """
-    check_margin(margin)
+    check_margin(margin)  # before margin_softmax_loss, which would take a callable
     return margin_softmax_loss(
         embeddings,
         weight,
@@ -127,10 +128,13 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(weight[:2] + 0.1, weight, torch.tensor([0, 2]), margin=arcface, scale=2.0)
     tensor(1.6890)
     """
-    check_batch(embeddings, weight, labels)
+    check_rows(embeddings, weight)
+    check_labels(labels, embeddings)
     check_reduction(reduction)
     check_name(backend)
     check_scale(scale)
+    if not callable(margin):
+        check_margin(margin)
     if isinstance(scale, Tensor) and scale.dim():
         check_per_sample("scale", scale, labels)
     if sample_weight is not None:
@@ -164,6 +168,7 @@ def cosine_logits(embeddings: Tensor, weight: Tensor, *, scale: float | Tensor =
     Returns:
         (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
     """
+    check_rows(embeddings, weight)
     dtype = compute_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         x = scale * F.normalize(embeddings.to(dtype))  # (N, D)

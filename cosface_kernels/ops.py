@@ -84,8 +84,9 @@ def _backward(ctx, g_loss, g_lse, g_cos, _):  # type: ignore[no-untyped-def]
     x, w, targets, scale, lse, target_cos = ctx.saved_tensors
     need_dx, need_dw, _, need_dscale, _, _ = ctx.needs_input_grad
     psi = target_cos - ctx.margin  # (N,)
-    # loss = softplus(z) with z = lse - s psi, where there is a target
-    g_z = torch.where(targets >= 0, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
+    # loss = softplus(z) with z = lse - s psi, where there is a target; no gradient stays none where z is nan
+    flows = (targets >= 0) & (g_loss != 0)  # (N,)
+    g_z = torch.where(flows, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
     dx, dw, dscale = lmcl_backward(
         x, w, targets, scale, lse, g_lse + g_z, g_cos - scale * g_z, need_dx, need_dw, ctx.backend
     )

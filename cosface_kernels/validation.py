@@ -16,7 +16,7 @@ def check_positive(name: str, value: int) -> None:
 
 
 def check_margin(margin: float) -> None:
-    if not isinstance(margin, numbers.Real) or not math.isfinite(margin):
+    if not isinstance(margin, numbers.Real) or not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be a finite number, got {margin!r}.")
 
 
@@ -39,29 +39,36 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
 
 
-def check_batch(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """Shapes (N, D), (C, D), (N,), floating and integer dtypes, one device."""
+def check_rows(embeddings: Tensor, weight: Tensor) -> None:
+    """Shapes (N, D) and (C, D) with C and D positive, floating dtypes, one device."""
     for name, tensor, shape in (("embeddings", embeddings, "(N, D)"), ("weight", weight, "(C, D)")):
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got shape {tuple(tensor.shape)}.")
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}.")
-    if labels.dim() != 1:
-        raise ValueError(f"labels must have shape (N,), got shape {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}.")
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
             f"embeddings have size {embeddings.shape[1]} but the weight expects embedding_size {weight.shape[1]}."
         )
-    if embeddings.shape[0] != labels.shape[0]:
-        raise ValueError(f"every embedding needs a label, got {embeddings.shape[0]} and {labels.shape[0]}.")
     for name, size in (("num_classes", weight.shape[0]), ("embedding_size", weight.shape[1])):
         check_positive(name, size)
-    if not embeddings.device == weight.device == labels.device:
+    if embeddings.device != weight.device:
         raise ValueError(
-            "embeddings, weight and labels must be on one device, "
-            f"got {embeddings.device}, {weight.device} and {labels.device}."
+            f"embeddings and weight must be on one device, got {embeddings.device} and {weight.device}."
+        )
+
+
+def check_labels(labels: Tensor, embeddings: Tensor) -> None:
+    """Shape (N,), an integer dtype, the embeddings' device; their range is checked by the op."""
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape (N,), got shape {tuple(labels.shape)}.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}.")
+    if labels.shape[0] != embeddings.shape[0]:
+        raise ValueError(f"every embedding needs a label, got {embeddings.shape[0]} and {labels.shape[0]}.")
+    if labels.device != embeddings.device:
+        raise ValueError(
+            f"embeddings and labels must be on one device, got {embeddings.device} and {labels.device}."
         )
 
 

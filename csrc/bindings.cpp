@@ -11,7 +11,6 @@ namespace {
 
 using at::Tensor;
 using cosface::DType;
-using cosface::View;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -28,30 +27,12 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-template <typename T>
-Tensor as_tensor(View<T> view) {
-  using Element = std::remove_const_t<T>;
-  return at::from_blob(const_cast<Element*>(view.data), {view.rows, view.cols}, {view.row_stride, view.col_stride},
-                       c10::CppTypeToScalarType<Element>::value);
-}
-
-// Matrix products by torch's library, single-threaded because they are called inside a parallel region.
-template <typename T>
-cosface::Runtime<T> runtime() {
+cosface::Runtime runtime() {
   const char* tile = std::getenv("COSFACE_CPU_TILE");
   return {
       at::get_num_threads(),
-      [](View<const T> a, View<const T> b, View<T> c, bool accumulate) {
-        Tensor out = as_tensor(c);
-        if (accumulate) {
-          out.addmm_(as_tensor(a), as_tensor(b));
-        } else {
-          at::mm_out(out, as_tensor(a), as_tensor(b));
-        }
-      },
       [](int64_t parts, const std::function<void(int64_t)>& body) {
         at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-          at::AutoDispatchBelowAutograd guard;
           for (int64_t part = first; part < last; ++part) body(part);
         });
       },
@@ -80,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   const Arguments<T> arguments(x, w, y, s);
   Tensor loss = at::empty_like(arguments.s), lse = at::empty_like(loss), target_cos = at::empty_like(loss),
          max_neg = at::empty_like(loss);
-  cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), runtime<T>(),
+  cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), runtime(),
                            {loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(),
                             target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>()});
   return {loss, lse, target_cos, max_neg};
@@ -98,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   cosface::use_huge_pages(dw.mutable_data_ptr(), dw.nbytes());
   cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(),
                             {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()},
-                            runtime<T>(),
+                            runtime(),
                             {need_dx ? dx.mutable_data_ptr<T>() : nullptr,
                              need_dw ? dw.mutable_data_ptr() : nullptr, dscale.mutable_data_ptr<T>()});
   return {dx.to(x.scalar_type()), dw, dscale};
@@ -112,7 +93,7 @@ void normal_(Tensor tensor, uint64_t seed, double std) {
   TORCH_CHECK_VALUE(tensor.is_contiguous(), "normal_ needs a contiguous tensor, got strides ", tensor.strides(),
                     ".");
   cosface::use_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
-  cosface::fill_normal(tensor.mutable_data_ptr(), dtype_of(tensor), tensor.numel(), seed, std, runtime<float>());
+  cosface::fill_normal(tensor.mutable_data_ptr(), dtype_of(tensor), tensor.numel(), seed, std, runtime());
 }
 
 }  // namespace

@@ -14,21 +14,9 @@ enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 constexpr double kEps = 1e-12;  // smallest norm that is divided by, as in torch.nn.functional.normalize
 
-// A strided matrix that somebody else owns.
-template <typename T>
-struct View {
-  T* data;
-  int64_t rows, cols, row_stride, col_stride;
-
-  View t() const { return {data, cols, rows, col_stride, row_stride}; }
-};
-
-// What the driver borrows from its host: a matrix product and threads.
-template <typename T>
+// What the driver borrows from its host.
 struct Runtime {
   int threads;
-  // c = a b, or c += a b, on the calling thread
-  std::function<void(View<const T> a, View<const T> b, View<T> c, bool accumulate)> matmul;
   // body(part) for every part in [0, parts), on any thread, in any order
   std::function<void(int64_t parts, const std::function<void(int64_t part)>& body)> parallel;
   // classes per tile, 0 for the default; results agree to rounding
@@ -57,7 +45,7 @@ struct Results {
 };
 
 template <typename T>
-void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Runtime<T>& runtime,
+void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Runtime& runtime,
                   const Results<T>& results);
 
 template <typename T>
@@ -74,10 +62,10 @@ struct Gradients {
 
 template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
-                   const Runtime<T>& runtime, const Gradients<T>& gradients);
+                   const Runtime& runtime, const Gradients<T>& gradients);
 
 // Fills n elements with N(0, std^2); element k depends on seed and k alone.
-void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime<float>& runtime);
+void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime& runtime);
 
 // The instruction set in use: the best that this processor has, or the one named in COSFACE_CPU_ISA.
 const char* instruction_set();

@@ -8,39 +8,77 @@
 
 namespace cosface {
 
+// Samples per tile. The kernels keep a few numbers per sample on the stack.
+constexpr int64_t kTileRows = 256;
+
+// A matrix that is read element by element: (i, k) is at data[i row_stride + k depth_stride]. One of the strides
+// must be 1.
+template <typename T>
+struct Left {
+  const T* data;
+  int64_t row_stride, depth_stride;
+};
+
+// A matrix that is read in panels of Kernels::panel columns: row k of panel q is at
+// data[q panel_stride + k depth_stride].
+template <typename T>
+struct Right {
+  const T* data;
+  int64_t panel_stride, depth_stride;
+};
+
+// Memory that will be read soon, or nothing.
+struct Memory {
+  const char* first = nullptr;
+  const char* last = nullptr;
+};
+
 template <typename T>
 struct Kernels {
-  // x_hat = x / max(|x|, eps) and inv_norm = 1 / max(|x|, eps) for rows x of length d.
-  void (*normalize)(const T* x, int64_t rows, int64_t d, T* x_hat, T* inv_norm);
+  int64_t panel;  // columns that a matrix product makes at a time
 
-  void (*inverse_norms)(const T* w, int64_t rows, int64_t d, int64_t row_stride, T* inv_norm);
+  // c (rows, cols) = a (rows, depth) b (depth, cols), or c += a b; cols must be a multiple of panel. Meanwhile
+  // fetches what it can of `ahead` into the cache.
+  void (*matmul)(Left<T> a, Right<T> b, T* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth,
+                 bool accumulate, Memory ahead);
+
+  // x_hat = x / max(|x|, eps) and inv_norm = 1 / max(|x|, eps) for a row x of length d.
+  void (*normalize)(const T* x, int64_t d, T* x_hat, T* inv_norm);
+
+  // Rows v (rows, d), which lie `stride` apart, as a Right of depth d whose columns are the rows of v: panel q
+  // holds v_{q panel + l, k} at [q d panel + k panel + l], with zeros where there is no such row.
+  void (*pack_transposed)(const T* v, int64_t rows, int64_t d, int64_t stride, T* to);
+
+  void (*inverse_norms)(const T* w, int64_t rows, int64_t d, int64_t stride, T* inv_norm);
 
   // Conversion of n elements to T, and back with round-to-nearest-even.
   void (*load)(const void* from, DType dtype, int64_t n, T* to);
   void (*store)(const T* from, int64_t n, void* to, DType dtype);
 
-  // Online logsumexp of one tile. z (rows, cols) holds <x_hat_i, w_j> and is overwritten by cos_ij; y counts from
-  // the tile's first class. Updates row_max_i, the running maximum of cos_ij over j != y_i, and row_sum_i, the
-  // running sum of e^{s_i (cos_ij - row_max_i)}; writes target_cos_i where y_i lies in the tile.
-  void (*forward_tile)(T* z, int64_t rows, int64_t cols, int64_t stride, const T* inv_norm, const T* s,
-                       const int64_t* y, int64_t first_class, T* row_max, T* row_sum, T* target_cos);
+  // Online logsumexp of one tile, class by class. z (classes, n) holds <w_j, x_hat_i> for classes j from
+  // first_class on and n <= kTileRows samples i; it is overwritten. Updates row_max_i, the running maximum of
+  // cos_ij over j != y_i, and row_sum_i, the running sum of e^{s_i (cos_ij - row_max_i)}; writes target_cos_i
+  // where y_i lies in the tile. s_i > 0.
+  void (*forward_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                       int64_t first_class, const T* s, T* row_max, T* row_sum, T* target_cos);
 
-  // Gradient of one tile. z (rows, cols) holds <x_hat_i, w_j> and is overwritten by G_ij / |w_j|, where
-  // G_ij = s_i g_lse_i e^{z_ij - lse_i} for j != y_i and g_cos_i for j = y_i. Adds sum_i G_ij cos_ij to col_dot_j,
-  // sum_j G_ij cos_ij to row_dot_i and sum_{j != y_i} g_lse_i p_ij cos_ij to dscale_i.
-  void (*backward_tile)(T* z, int64_t rows, int64_t cols, int64_t stride, const T* inv_norm, const T* s,
-                        const int64_t* y, int64_t first_class, const T* lse, const T* g_lse, const T* g_cos,
-                        T* col_dot, T* row_dot, T* dscale);
+  // Gradient of one tile. z is as in forward_tile and is overwritten by G_ij / |w_j|, where
+  // G_ij = s_i g_lse_i p_ij with p_ij = e^{s_i cos_ij - lse_i} for j != y_i, and g_cos_i for j = y_i. Adds
+  // sum_i G_ij cos_ij to col_dot_j, sum_j G_ij cos_ij to row_dot_i and sum_{j != y_i} g_lse_i p_ij cos_ij to
+  // dscale_i.
+  void (*backward_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                        int64_t first_class, const T* s, const T* lse, const T* g_lse, const T* g_cos, T* col_dot,
+                        T* row_dot, T* dscale);
 
   // dw_j -= col_dot_j w_j / |w_j|^2, the projection; none for a row whose norm was clamped.
-  void (*project)(T* dw, const T* w, int64_t rows, int64_t d, int64_t w_stride, const T* inv_norm,
-                  const T* col_dot);
+  void (*project)(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t rows, int64_t d,
+                  const T* inv_norm, const T* col_dot);
 
   // dx = (dx_hat - row_dot x_hat) / |x|, where dx_hat is the sum of `parts` rows that lie part_stride apart.
   void (*finish_dx)(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x_hat, T row_dot, T inv_norm,
                     int64_t d, T* dx);
 
-  // Elements [4 * 64 * group, ...) of the normal stream, at most n of them.
+  // The elements [256 group, 256 group + n) of the normal stream, n <= 256.
   void (*normal)(uint64_t seed, uint64_t group, int64_t n, float std, float* to);
 };
 

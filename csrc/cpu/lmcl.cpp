@@ -1,8 +1,10 @@
 // The driver: threads own ranges of class tiles, and meet only at the end.
 //
-// Per tile and thread: one matrix product on this thread, one vectorised epilogue, and in backward two more
-// products. Each thread keeps its own partial results, which are combined in the order of the threads, so that a
-// result depends on the inputs, the number of threads and the size of a tile, and on nothing else.
+// A tile is a range of classes, taken up to kTileRows samples at a time and laid out class by class. Forward is
+// one matrix product, z = w x_hat^T, and an epilogue; backward is the same product, an epilogue that turns z into
+// G, and two more products, dw = G x_hat and dx_hat += G^T w. Each thread keeps partial results of its own, which
+// are combined in the order of the threads, so that a result depends on the inputs, the number of threads, the
+// size of a tile and the instruction set, and on nothing else.
 #include "lmcl.h"
 
 #include <algorithm>
@@ -17,10 +19,10 @@
 namespace cosface {
 namespace {
 
-// A tile of z is at most 256 rows x 512 classes x 4 B = 512 KiB and, at D = 512, its class rows take 1 MiB: both
-// stay in an L2 of 2 MiB.
-constexpr int64_t kTileRows = 256;
-constexpr int64_t kTileClasses = 512;
+// 504 classes x 256 samples x 4 B = 504 KiB of z and, at D = 512, 1 MiB of class rows stay in an L2 of 2 MiB. 504
+// is a multiple of every kBlockRows, so that the matrix products have no blocks that are partly empty.
+constexpr int64_t kTileClasses = 252;
+constexpr int64_t kClassesStep = 84;
 
 // Uninitialised memory, aligned for the widest registers.
 template <typename T>
@@ -37,22 +39,31 @@ class Buffer {
   std::unique_ptr<T, Delete> data_;
 };
 
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 template <typename T>
-constexpr bool is(DType dtype) {
+bool is(DType dtype) {
   return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
 
 int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
+// Runs body(first, last) on even shares of [0, n), one per thread.
+template <typename Body>
+void share(int64_t n, const Runtime& runtime, Body body) {
+  const int64_t parts = std::min<int64_t>(runtime.threads, n);
+  runtime.parallel(parts, [&](int64_t part) { body(n * part / parts, n * (part + 1) / parts); });
+}
+
 // How the class axis is cut: into tiles, and the tiles into one contiguous part per thread.
 struct Partition {
   int64_t classes, tile, tiles, parts;
 
-  Partition(int64_t classes, int64_t tile_classes, int threads) : classes(classes) {
-    const int64_t share = (classes + threads - 1) / threads;
-    tile = tile_classes > 0 ? tile_classes : std::clamp<int64_t>((share + 15) / 16 * 16, 16, kTileClasses);
+  Partition(int64_t classes, const Runtime& runtime) : classes(classes) {
+    const int64_t fair = round_up((classes + runtime.threads - 1) / runtime.threads, kClassesStep);
+    tile = runtime.tile_classes > 0 ? runtime.tile_classes : std::clamp(fair, kClassesStep, kTileClasses);
     tiles = (classes + tile - 1) / tile;
-    parts = std::min<int64_t>(threads, tiles);
+    parts = std::min<int64_t>(runtime.threads, tiles);
   }
 
   // Calls body(first class, number of classes) for the tiles of one part, in order.
@@ -64,59 +75,135 @@ struct Partition {
   }
 };
 
-// Calls body(first row, number of rows) for blocks of at most kTileRows rows.
-template <typename Body>
-void each_block(int64_t rows, Body body) {
-  for (int64_t i = 0; i < rows; i += kTileRows) body(i, std::min(kTileRows, rows - i));
-}
-
-// The rows of one class tile in T: the weight itself, or a copy that is upcast tile by tile.
+// The normalised embeddings, in the two layouts that the products read.
 template <typename T>
-class ClassTile {
+struct Embeddings {
+  const int64_t n, d, width;  // width: d, rounded up to whole panels
+  Buffer<T> rows;             // (N, width), zeros beyond d
+  Buffer<T> columns;          // blocks of kTileRows rows, each packed as its transpose
+  Buffer<T> inv_norm;         // (N)
+
+  // Rows for which active(i) is false become 0, whatever x holds: 0 x nan would be nan in a product.
+  template <typename Active>
+  Embeddings(const Batch<T>& batch, const Runtime& runtime, Active active)
+      : n(batch.n),
+        d(batch.d),
+        width(round_up(d, kernels<T>().panel)),
+        rows(n * width),
+        columns(round_up(n, kernels<T>().panel) * d),
+        inv_norm(n) {
+    share(n, runtime, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        T* row = rows + i * width;
+        if (active(i)) {
+          kernels<T>().normalize(batch.x + i * d, d, row, inv_norm + i);
+        } else {
+          std::fill_n(row, d, T(0));
+          inv_norm[i] = 0;
+        }
+        std::fill(row + d, row + width, T(0));
+      }
+    });
+    share((n + kTileRows - 1) / kTileRows, runtime, [&](int64_t first, int64_t last) {
+      for (int64_t i = first * kTileRows; i < std::min(last * kTileRows, n); i += kTileRows) {
+        kernels<T>().pack_transposed(rows + i * width, std::min(kTileRows, n - i), d, width, columns + i * d);
+      }
+    });
+  }
+
+  // Calls body(first row, number of rows) for blocks of at most kTileRows rows.
+  template <typename Body>
+  void each_block(Body body) const {
+    for (int64_t i = 0; i < n; i += kTileRows) body(i, std::min(kTileRows, n - i));
+  }
+
+  int64_t tile_stride() const { return round_up(std::min(n, kTileRows), kernels<T>().panel); }
+};
+
+// The class rows of one tile in T, in whole panels: the weight itself where it is so, else a copy.
+template <typename T>
+class ClassRows {
  public:
-  ClassTile(const Weight& weight, int64_t d, int64_t tile)
-      : weight_(weight), d_(d), copy_(is<T>(weight.dtype) ? 0 : tile * d), inv_norm(tile) {}
+  ClassRows(const Weight& weight, const Embeddings<T>& x, int64_t tile)
+      : inv_norm(tile),
+        weight_(weight),
+        d_(x.d),
+        width_(x.width),
+        in_place_(is<T>(weight.dtype) && width_ == d_),
+        copy_(in_place_ ? 0 : tile * width_) {}
 
   void load(int64_t first, int64_t classes) {
     const auto* source = static_cast<const char*>(weight_.data);
-    if (is<T>(weight_.dtype)) {
-      rows = {reinterpret_cast<const T*>(source) + first * weight_.row_stride, classes, d_, weight_.row_stride, 1};
+    const int64_t row_bytes = weight_.row_stride * size_of(weight_.dtype);
+    if (in_place_) {
+      rows = reinterpret_cast<const T*>(source + first * row_bytes);
+      stride = weight_.row_stride;
     } else {
-      const int64_t row_bytes = weight_.row_stride * size_of(weight_.dtype);
       for (int64_t j = 0; j < classes; ++j) {
-        kernels<T>().load(source + (first + j) * row_bytes, weight_.dtype, d_, copy_ + j * d_);
+        kernels<T>().load(source + (first + j) * row_bytes, weight_.dtype, d_, copy_ + j * width_);
+        std::fill(copy_ + j * width_ + d_, copy_ + (j + 1) * width_, T(0));
       }
-      rows = {copy_, classes, d_, d_, 1};
+      rows = copy_;
+      stride = width_;
     }
-    kernels<T>().inverse_norms(rows.data, classes, d_, rows.row_stride, inv_norm);
+    kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
   }
+
+  Memory next(int64_t classes) const {
+    const auto* p = reinterpret_cast<const char*>(rows + classes * stride);
+    return {p, p + classes * stride * sizeof(T)};
+  }
+
+  // z (classes, rows) = w x_hat^T for the block of embeddings that begins at row i.
+  void dot(const Embeddings<T>& x, int64_t i, int64_t classes, T* z, Memory ahead) const {
+    const int64_t panel = kernels<T>().panel;
+    kernels<T>().matmul({rows, stride, 1}, {x.columns + i * d_, d_ * panel, panel}, z, x.tile_stride(), classes,
+                        round_up(std::min(kTileRows, x.n - i), panel), d_, false, ahead);
+  }
+
+  const T* rows = nullptr;
+  int64_t stride = 0;
+  Buffer<T> inv_norm;  // (classes)
 
  private:
   const Weight& weight_;
-  const int64_t d_;
+  const int64_t d_, width_;
+  const bool in_place_;
   Buffer<T> copy_;
+};
 
+// The rows of dw that belong to one tile: in dw itself where it has the dtype and whole panels, else in a buffer
+// that save() rounds into dw.
+template <typename T>
+class GradientRows {
  public:
-  View<const T> rows{};
-  Buffer<T> inv_norm;  // (classes)
-};
+  GradientRows(void* dw, DType dtype, const Embeddings<T>& x, int64_t tile)
+      : stride(x.width),
+        dw_(static_cast<char*>(dw)),
+        dtype_(dtype),
+        d_(x.d),
+        in_place_(is<T>(dtype) && x.width == x.d),
+        copy_(dw == nullptr || in_place_ ? 0 : tile * x.width) {}
 
-template <typename T>
-struct NormalizedRows {
-  Buffer<T> x_hat;     // (N, D)
-  Buffer<T> inv_norm;  // (N)
-};
+  void begin(int64_t first) { rows = in_place_ ? reinterpret_cast<T*>(row(first)) : copy_; }
 
-template <typename T>
-NormalizedRows<T> normalize(const T* x, int64_t n, int64_t d, const Runtime<T>& runtime) {
-  NormalizedRows<T> rows{Buffer<T>(n * d), Buffer<T>(n)};
-  const int64_t parts = std::min<int64_t>(runtime.threads, n);
-  runtime.parallel(parts, [&](int64_t part) {
-    const int64_t first = n * part / parts, last = n * (part + 1) / parts;
-    kernels<T>().normalize(x + first * d, last - first, d, rows.x_hat + first * d, rows.inv_norm + first);
-  });
-  return rows;
-}
+  void save(int64_t first, int64_t classes) const {
+    if (in_place_) return;
+    for (int64_t j = 0; j < classes; ++j) kernels<T>().store(copy_ + j * stride, d_, row(first + j), dtype_);
+  }
+
+  T* rows = nullptr;
+  const int64_t stride;
+
+ private:
+  char* row(int64_t j) const { return dw_ + j * d_ * size_of(dtype_); }
+
+  char* const dw_;
+  const DType dtype_;
+  const int64_t d_;
+  const bool in_place_;
+  Buffer<T> copy_;
+};
 
 template <typename T>
 T softplus(T z) {
@@ -126,23 +213,26 @@ T softplus(T z) {
 }  // namespace
 
 template <typename T>
-void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Runtime<T>& runtime,
+void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Runtime& runtime,
                   const Results<T>& results) {
-  const int64_t n = batch.n, d = batch.d;
-  const Partition partition(weight.classes, runtime.tile_classes, runtime.threads);
-  const NormalizedRows<T> x = normalize(batch.x, n, d, runtime);
+  const int64_t n = batch.n;
+  const Partition partition(weight.classes, runtime);
+  const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest), row_sum(partition.parts * n, 0);
   std::fill_n(results.target_cos, n, T(0));
+  // With s = 0 the left-out target, s (-inf), would be nan; e^{s cos} is 1 for the smallest s as well.
+  std::vector<T> s(batch.s, batch.s + n);
+  for (T& scale : s) scale = scale == 0 ? std::numeric_limits<T>::min() : scale;
 
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassTile<T> tile(weight, d, partition.tile);
-    Buffer<T> z(std::min(n, kTileRows) * partition.tile);
+    ClassRows<T> w(weight, x, partition.tile);
+    Buffer<T> z(partition.tile * x.tile_stride());
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
-      tile.load(first, classes);
-      each_block(n, [&](int64_t i, int64_t rows) {
-        runtime.matmul({x.x_hat + i * d, rows, d, d, 1}, tile.rows.t(), {z, rows, classes, classes, 1}, false);
-        kernels<T>().forward_tile(z, rows, classes, classes, tile.inv_norm, batch.s + i, batch.y + i, first,
+      w.load(first, classes);
+      x.each_block([&](int64_t i, int64_t rows) {
+        w.dot(x, i, classes, z, i == 0 ? w.next(classes) : Memory{});
+        kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
                                   &row_max[part * n + i], &row_sum[part * n + i], results.target_cos + i);
       });
     });
@@ -152,7 +242,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const R
     T top = kLowest, sum = 0;
     for (int64_t part = 0; part < partition.parts; ++part) top = std::max(top, row_max[part * n + i]);
     for (int64_t part = 0; part < partition.parts; ++part) {
-      sum += row_sum[part * n + i] * std::exp(batch.s[i] * (row_max[part * n + i] - top));
+      sum += row_sum[part * n + i] * std::exp(s[i] * (row_max[part * n + i] - top));
     }
     const bool alone = top == kLowest && sum == 0;
     results.max_neg[i] = top == kLowest ? -std::numeric_limits<T>::infinity() : top;
@@ -164,50 +254,50 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const R
 
 template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
-                   const Runtime<T>& runtime, const Gradients<T>& gradients) {
+                   const Runtime& runtime, const Gradients<T>& gradients) {
   const int64_t n = batch.n, d = batch.d;
-  const Partition partition(weight.classes, runtime.tile_classes, runtime.threads);
-  const NormalizedRows<T> x = normalize(batch.x, n, d, runtime);
+  const Partition partition(weight.classes, runtime);
+  const auto active = [&](int64_t i) { return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0; };
+  const Embeddings<T> x(batch, runtime, active);
+  std::vector<T> lse(upstream.lse, upstream.lse + n), s(batch.s, batch.s + n);
   for (int64_t i = 0; i < n; ++i) {
-    // 0 x nan is nan in a matrix product: a row without gradient must hold numbers
-    if (upstream.g_lse[i] == 0 && upstream.g_cos[i] == 0) std::fill_n(x.x_hat + i * d, d, T(0));
+    if (!active(i)) lse[i] = s[i] = 0;
   }
-  std::vector<T> dx_hat(gradients.dx ? partition.parts * n * d : 0);
+  std::vector<T> dx_hat(gradients.dx ? partition.parts * n * x.width : 0);
   std::vector<T> row_dot(partition.parts * n), dscale(partition.parts * n);
-  const bool in_place = is<T>(weight.dtype);  // dw tiles are computed where they belong
-  const int64_t dw_row_bytes = d * size_of(weight.dtype);
 
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassTile<T> tile(weight, d, partition.tile);
-    Buffer<T> g(std::min(n, kTileRows) * partition.tile), col_dot(partition.tile);
-    Buffer<T> dw_copy(gradients.dw && !in_place ? partition.tile * d : 0);
+    ClassRows<T> w(weight, x, partition.tile);
+    GradientRows<T> dw(gradients.dw, weight.dtype, x, partition.tile);
+    const int64_t stride = x.tile_stride();
+    Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
-      tile.load(first, classes);
-      char* dw_out = static_cast<char*>(gradients.dw) + first * dw_row_bytes;
-      T* dw = in_place ? reinterpret_cast<T*>(dw_out) : dw_copy;
+      w.load(first, classes);
+      dw.begin(first);
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
-      each_block(n, [&](int64_t i, int64_t rows) {
-        const View<const T> x_hat{x.x_hat + i * d, rows, d, d, 1};
-        const View<const T> g_view{g, rows, classes, classes, 1};
-        runtime.matmul(x_hat, tile.rows.t(), {g, rows, classes, classes, 1}, false);
-        kernels<T>().backward_tile(g, rows, classes, classes, tile.inv_norm, batch.s + i, batch.y + i, first,
-                                   upstream.lse + i, upstream.g_lse + i, upstream.g_cos + i, col_dot,
-                                   &row_dot[part * n + i], &dscale[part * n + i]);
+      x.each_block([&](int64_t i, int64_t rows) {
+        w.dot(x, i, classes, g, {});
+        kernels<T>().backward_tile(g, classes, rows, stride, w.inv_norm, batch.y + i, first, &s[i], &lse[i],
+                                   upstream.g_lse + i, upstream.g_cos + i, col_dot, &row_dot[part * n + i],
+                                   &dscale[part * n + i]);
         if (gradients.dx) {
-          runtime.matmul(g_view, tile.rows, {&dx_hat[(part * n + i) * d], rows, d, d, 1}, true);
+          kernels<T>().matmul({g, 1, stride}, {w.rows, kernels<T>().panel, w.stride},
+                              &dx_hat[(part * n + i) * x.width], x.width, rows, x.width, classes, true, {});
         }
-        if (gradients.dw) runtime.matmul(g_view.t(), x_hat, {dw, classes, d, d, 1}, i > 0);
+        if (gradients.dw) {
+          kernels<T>().matmul({g, stride, 1}, {x.rows + i * x.width, kernels<T>().panel, x.width}, dw.rows,
+                              dw.stride, classes, x.width, rows, i > 0, i == 0 ? w.next(classes) : Memory{});
+        }
       });
       if (!gradients.dw) return;
-      if (n == 0) std::fill_n(dw, classes * d, T(0));
-      kernels<T>().project(dw, tile.rows.data, classes, d, tile.rows.row_stride, tile.inv_norm, col_dot);
-      if (!in_place) kernels<T>().store(dw, classes * d, dw_out, weight.dtype);
+      if (n == 0) std::fill_n(dw.rows, classes * dw.stride, T(0));
+      kernels<T>().project(dw.rows, dw.stride, w.rows, w.stride, classes, d, w.inv_norm, col_dot);
+      dw.save(first, classes);
     });
   });
 
-  const int64_t parts = std::min<int64_t>(runtime.threads, n);
-  runtime.parallel(parts, [&](int64_t share) {
-    for (int64_t i = n * share / parts; i < n * (share + 1) / parts; ++i) {
+  share(n, runtime, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
       T dot = 0, ds = 0;
       for (int64_t part = 0; part < partition.parts; ++part) {
         dot += row_dot[part * n + i];
@@ -215,32 +305,27 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       }
       gradients.dscale[i] = ds;
       if (!gradients.dx) continue;
-      const bool active = upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0;
-      kernels<T>().finish_dx(&dx_hat[i * d], partition.parts, n * d, x.x_hat + i * d, dot,
-                             active ? x.inv_norm[i] : 0, d, gradients.dx + i * d);
+      kernels<T>().finish_dx(&dx_hat[i * x.width], partition.parts, n * x.width, x.rows + i * x.width, dot,
+                             x.inv_norm[i], d, gradients.dx + i * d);
     }
   });
 }
 
-template void lmcl_forward(const Batch<float>&, const Weight&, float, const Runtime<float>&,
-                           const Results<float>&);
-template void lmcl_forward(const Batch<double>&, const Weight&, double, const Runtime<double>&,
-                           const Results<double>&);
-template void lmcl_backward(const Batch<float>&, const Weight&, const Upstream<float>&, const Runtime<float>&,
+template void lmcl_forward(const Batch<float>&, const Weight&, float, const Runtime&, const Results<float>&);
+template void lmcl_forward(const Batch<double>&, const Weight&, double, const Runtime&, const Results<double>&);
+template void lmcl_backward(const Batch<float>&, const Weight&, const Upstream<float>&, const Runtime&,
                             const Gradients<float>&);
-template void lmcl_backward(const Batch<double>&, const Weight&, const Upstream<double>&, const Runtime<double>&,
+template void lmcl_backward(const Batch<double>&, const Weight&, const Upstream<double>&, const Runtime&,
                             const Gradients<double>&);
 
-void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime<float>& runtime) {
+void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime& runtime) {
   constexpr int64_t kGroup = 256;  // elements that one call of the kernel makes
-  const int64_t groups = (n + kGroup - 1) / kGroup;
-  const int64_t parts = std::min<int64_t>(runtime.threads, groups);
-  runtime.parallel(parts, [&](int64_t part) {
+  share((n + kGroup - 1) / kGroup, runtime, [&](int64_t first, int64_t last) {
     float values[kGroup];
-    for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; ++group) {
-      const int64_t first = group * kGroup, count = std::min(kGroup, n - first);
+    for (int64_t group = first; group < last; ++group) {
+      const int64_t count = std::min(kGroup, n - group * kGroup);
       kernels<float>().normal(seed, group, count, static_cast<float>(std), values);
-      kernels<float>().store(values, count, static_cast<char*>(data) + first * size_of(dtype), dtype);
+      kernels<float>().store(values, count, static_cast<char*>(data) + group * kGroup * size_of(dtype), dtype);
     }
   });
 }

@@ -1,0 +1,193 @@
+"""What is timed: the fused loss and its peers, each a function that turns a problem into a step.
+
+A problem is x (N, D), w (C, D), labels y (N,), scale s and margin m; every step computes the same mean loss.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHECKPOINT_CLASSES = 8192  # classes of a chunk: 8 MiB of float32 logits at N = 256
+
+
+@dataclass
+class Problem:
+    embeddings: Tensor  # (N, D)
+    weight: Tensor  # (C, D)
+    labels: Tensor  # (N,)
+    scale: float
+    margin: float
+
+
+@dataclass
+class Step:
+    """A forward pass over two leaves; `loss().backward()` leaves the gradients in them."""
+
+    loss: Callable[[], Tensor]
+    embeddings: Tensor  # (N, D)
+    weight: Tensor  # (C, D), or (D, C) if transposed
+    transposed: bool = False
+
+    def clear_gradients(self) -> None:
+        self.embeddings.grad = self.weight.grad = None
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """dx (N, D) and dw (C, D)."""
+        dw = self.weight.grad
+        return self.embeddings.grad, dw.T if self.transposed else dw
+
+
+class UnavailableError(RuntimeError):
+    """An implementation cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How to build a step, and what its time is to be compared with.
+
+    Attributes:
+        build: a step from a problem; it must not keep the problem's weight if it makes a copy.
+        flops: k for a step of k N C D in matrix products: 6 with the logits kept, 8 with them recomputed.
+        package: what has to be installed for it.
+        margin: whether it has a margin; one that has none is built, checked and timed with margin 0.
+        compiles: whether the first step of each shape compiles.
+    """
+
+    build: Callable[[Problem], Step]
+    flops: int
+    package: str
+    margin: bool = True
+    compiles: bool = False
+
+
+def eager_loss(x: Tensor, w: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
+    logits = scale * F.linear(F.normalize(x), F.normalize(w))  # (N, C)
+    logits[torch.arange(len(labels), device=x.device), labels] -= scale * margin
+    return F.cross_entropy(logits, labels)
+
+
+def checkpoint_loss(x: Tensor, w: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
+    """Chunks of classes recomputed in backward; with p_y the target's probability without a margin,
+    lse' = lse + log1p(p_y (e^{-s m} - 1)) and loss = lse' - (z_y - s m).
+    """
+    x_hat = F.normalize(x)  # (N, D)
+    chunks, start = [], 0
+    for w_chunk in w.split(CHECKPOINT_CLASSES):  # not w[a:b], whose backward fills a (C, D) buffer per chunk
+        args = (x_hat, w_chunk, labels - start, scale)
+        chunks.append(checkpoint(_chunk_statistics, *args, use_reentrant=False, preserve_rng_state=False))
+        start += len(w_chunk)
+    lse = torch.stack([lse for lse, _ in chunks]).logsumexp(0)  # (N,)
+    z_y = torch.stack([z_y for _, z_y in chunks]).sum(0)  # (N,)
+    shift = torch.expm1(torch.as_tensor(-scale * margin, dtype=lse.dtype, device=lse.device))
+    return (lse + torch.log1p((z_y - lse).exp() * shift) - (z_y - scale * margin)).mean()
+
+
+def _chunk_statistics(x_hat: Tensor, w: Tensor, local: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """logsumexp over a chunk of classes, and the target's logit if it lies in it, else 0; (N,) each."""
+    z = scale * F.linear(x_hat, F.normalize(w))  # (N, T)
+    inside = (local >= 0) & (local < len(w))  # (N,)
+    z_y = z.gather(1, local.where(inside, 0)[:, None])[:, 0]  # (N,)
+    return z.logsumexp(1), z_y.where(inside, 0)
+
+
+def _leaves(problem: Problem) -> tuple[Tensor, Tensor]:
+    return problem.embeddings.requires_grad_(), problem.weight.requires_grad_()
+
+
+def _build_fused(problem: Problem) -> Step:
+    from cosface_kernels import cosface_loss
+    from cosface_kernels.backends import select
+
+    x, w = _leaves(problem)
+    labels, options = problem.labels, {"scale": problem.scale, "margin": problem.margin}
+    # A backend by name, so that a missing one is reported and not replaced by the reference.
+    backend = os.environ.get("COSFACE_BACKEND", "cpu")
+    try:
+        select(backend, x, w)
+    except RuntimeError as error:
+        raise UnavailableError(f"fused needs its {error}") from error
+    return Step(lambda: cosface_loss(x, w, labels, backend=backend, **options), x, w)
+
+
+def _build_eager(problem: Problem) -> Step:
+    x, w = _leaves(problem)
+    rest = (problem.labels, problem.scale, problem.margin)
+    return Step(lambda: eager_loss(x, w, *rest), x, w)
+
+
+def _build_compile(problem: Problem) -> Step:
+    x, w = _leaves(problem)
+    rest = (problem.labels, problem.scale, problem.margin)
+    compiled = torch.compile(eager_loss, dynamic=False, fullgraph=True)
+    return Step(lambda: compiled(x, w, *rest), x, w)
+
+
+def _build_checkpoint(problem: Problem) -> Step:
+    x, w = _leaves(problem)
+    rest = (problem.labels, problem.scale, problem.margin)
+    return Step(lambda: checkpoint_loss(x, w, *rest), x, w)
+
+
+def _build_pml(problem: Problem) -> Step:
+    from pytorch_metric_learning.losses import CosFaceLoss
+
+    def assign(parameter: torch.nn.Parameter) -> None:
+        parameter.data = problem.weight.T.contiguous()  # (D, C)
+
+    (num_classes, dim), x, labels = problem.weight.shape, problem.embeddings.requires_grad_(), problem.labels
+    loss = CosFaceLoss(num_classes, dim, margin=problem.margin, scale=problem.scale, weight_init_func=assign)
+    loss.weight_init_func = None  # it keeps problem.weight alive
+    return Step(lambda: loss(x, labels), x, loss.W, transposed=True)
+
+
+def _build_torch_lce(problem: Problem) -> Step:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise UnavailableError(f"torch-lce needs torch >= 2.13, this is torch {torch.__version__}.")
+    x, w = _leaves(problem)
+    labels, scale, options = problem.labels, problem.scale, torch.nn.LinearCrossEntropyOptions()
+    return Step(
+        lambda: F.linear_cross_entropy(scale * F.normalize(x), F.normalize(w), labels, options=options), x, w
+    )
+
+
+def _build_cce(problem: Problem) -> Step:
+    from cut_cross_entropy import linear_cross_entropy
+
+    x, w = _leaves(problem)
+    labels, scale = problem.labels, problem.scale
+    return Step(
+        lambda: linear_cross_entropy(scale * F.normalize(x), F.normalize(w), labels, impl="torch_compile"),
+        x,
+        w,
+    )
+
+
+IMPLEMENTATIONS = {
+    "fused": Implementation(_build_fused, 8, "cosface_kernels"),
+    "eager": Implementation(_build_eager, 6, "torch"),
+    "compile": Implementation(_build_compile, 6, "torch", compiles=True),
+    "checkpoint": Implementation(_build_checkpoint, 8, "torch"),
+    "pml": Implementation(_build_pml, 6, "pytorch-metric-learning"),
+    "torch-lce": Implementation(_build_torch_lce, 6, "torch >= 2.13", margin=False),
+    "cce": Implementation(_build_cce, 6, "cut-cross-entropy and triton", margin=False, compiles=True),
+}
+
+
+def build(name: str, problem: Problem) -> Step:
+    """The named implementation's step.
+
+    Raises:
+        UnavailableError: its package is not installed, or is too old.
+    """
+    implementation = IMPLEMENTATIONS[name]
+    try:
+        return implementation.build(problem)
+    except ImportError as error:
+        raise UnavailableError(
+            f"{name} needs {implementation.package}, and importing it failed: {error}."
+        ) from error

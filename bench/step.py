@@ -1,0 +1,239 @@
+"""`python -m bench step`: forward and backward to dx and dw, no optimizer, against the peers."""
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import machine, report
+from bench.implementations import IMPLEMENTATIONS, UnavailableError
+from bench.process import FailedError, Worker
+from bench.worker import DTYPES, Case, Check, Measure, Turn
+
+DEFAULT_IMPLEMENTATIONS = "fused,eager,compile,checkpoint,pml,torch-lce"
+DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+
+# Largest error that is taken for rounding; in float64 that of cce, which computes in float32 whatever it is given.
+# In half precision a peer's logits are off by up to 0.25 at s = 64: only nonsense is rejected there.
+MAX_ERROR = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.5}
+
+
+@dataclass
+class Outcome:
+    """What is known so far of one implementation on one problem."""
+
+    case: Case
+    error: float | None = None
+    turns: list[Turn] = field(default_factory=list)
+    note: str | None = None  # why it cannot be measured
+    failed: bool = False  # it could run here and did not do its work
+
+    def stop(self, reason: Exception) -> None:
+        self.note, self.failed, self.turns = str(reason), isinstance(reason, FailedError), []
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "step",
+        help="forward and backward of the head",
+        description="Times forward and backward of each implementation in a process of its own, in turn.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--batch", type=_counts, default="256", help="numbers of samples, separated by commas")
+    parser.add_argument("--dim", type=_count, default=512, help="size of an embedding")
+    parser.add_argument("--classes", type=_counts, default="100000", help="numbers of classes, with commas")
+    parser.add_argument(
+        "--impl",
+        type=_implementations,
+        default=DEFAULT_IMPLEMENTATIONS,
+        help=f"which to run, with commas, of {', '.join(IMPLEMENTATIONS)}",
+    )
+    parser.add_argument("--dtype", type=_dtype, default="float32", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--rounds", type=_count, default=5, help="turns of each implementation")
+    parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--margin", type=_finite, default=0.35, help="m")
+    parser.add_argument("--scale", type=_positive, default=64.0, help="s")
+    parser.add_argument("--seed", type=int, default=0, help="of embeddings, weight and labels")
+    parser.add_argument("--json", type=_writable, metavar="FILE", help="write the rows to this file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints and writes; 1 if an implementation failed, 0 if some were merely not available."""
+    print(f"{machine.cpu_name()}, {args.threads} threads, torch {torch.__version__}, commit {machine.commit()}")
+    rows, failed = [], False
+    for batch, classes in itertools.product(args.batch, args.classes):
+        cases = [
+            Case(impl, batch, args.dim, classes, args.dtype, args.margin, args.scale, args.seed, args.threads)
+            for impl in args.impl
+        ]
+        outcomes, matmul = measure(cases, args.rounds)
+        rows += (found := [_row(outcome, matmul, args.rounds) for outcome in outcomes])
+        failed |= any(outcome.failed for outcome in outcomes)
+        print(f"\nbatch {batch}, dim {args.dim}, classes {classes:,}, {args.dtype}, {args.rounds} rounds")
+        print("float32 matmul, GFLOP/s: " + _describe_matmul(matmul))
+        print(report.table(found), flush=True)
+        if args.json:
+            report.write_json(args.json, rows)
+    return int(failed)
+
+
+def measure(cases: list[Case], rounds: int) -> tuple[list[Outcome], list[dict[str, float]]]:
+    """Checks each case, then gives each its turns, with a turn of the plain matrix product before each."""
+    outcomes = [Outcome(case) for case in cases]
+    for outcome in outcomes:
+        _check(outcome)
+    matmul: list[dict[str, float]] = []
+    with ExitStack() as stack:
+        first = cases[0]
+        multiply = stack.enter_context(closing(Worker(machine.Matmul, first.batch, first.dim, first.threads)))
+        workers: dict[str, Worker] = {}
+        for number, outcome in _turns(outcomes, rounds):
+            impl = outcome.case.impl
+            matmul.append(multiply.turn())
+            if impl not in workers:
+                workers[impl] = stack.enter_context(closing(Worker(Measure, outcome.case)))
+            try:
+                turn = workers[impl].turn()
+            except (UnavailableError, FailedError) as reason:
+                outcome.stop(reason)
+                _progress(outcome.case, str(reason))
+                continue
+            outcome.turns.append(turn)
+            _progress(outcome.case, f"round {number} of {rounds}: {report.duration(min(turn.seconds))}")
+        if not matmul:
+            matmul.append(multiply.turn())
+    return outcomes, matmul
+
+
+def _turns(outcomes: list[Outcome], rounds: int) -> Iterator[tuple[int, Outcome]]:
+    """Round after round, each implementation that has not been stopped, in order."""
+    for number in range(1, rounds + 1):
+        for outcome in outcomes:
+            if outcome.note is None:
+                yield number, outcome
+
+
+def _check(outcome: Outcome) -> None:
+    case = outcome.case
+    try:
+        with closing(Worker(Check, case)) as worker:
+            outcome.error = worker.turn()
+        if not outcome.error <= MAX_ERROR[case.dtype]:  # nan is wrong too
+            limit = MAX_ERROR[case.dtype]
+            raise FailedError(
+                f"Its output is wrong and was not timed: error {outcome.error:.1e}, allowed {limit:.0e}."
+            )
+    except (UnavailableError, FailedError) as reason:
+        outcome.stop(reason)
+        _progress(case, str(reason))
+    else:
+        _progress(case, f"output right to {outcome.error:.1e}")
+
+
+def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int) -> report.Row:
+    case, implementation = outcome.case, IMPLEMENTATIONS[outcome.case.impl]
+    shape, gflops = machine.best_shape(matmul)
+    seconds = [second for turn in outcome.turns for second in turn.seconds]
+    median = statistics.median(seconds) if seconds else None
+    extra = [turn.peak_extra_bytes for turn in outcome.turns if turn.peak_extra_bytes is not None]
+    flops = implementation.flops * case.batch * case.classes * case.dim
+    return report.Row(
+        impl=case.impl,
+        batch=case.batch,
+        dim=case.dim,
+        classes=case.classes,
+        dtype=case.dtype,
+        median_s=median,
+        min_s=min(seconds, default=None),
+        peak_extra_mib=max(extra) / 2**20 if extra else None,
+        matmul_gflops=gflops,
+        fraction_of_matmul=flops / median / 1e9 / gflops if median else None,
+        max_rel_err=outcome.error if outcome.error is not None and math.isfinite(outcome.error) else None,
+        threads=case.threads,
+        torch=torch.__version__,
+        commit=machine.commit(),
+        flops_per_ncd=implementation.flops,
+        matmul_shape=shape,
+        steps=len(seconds),
+        rounds=rounds,
+        margin=case.margin if implementation.margin else 0.0,
+        scale=case.scale,
+        seed=case.seed,
+        cpu=machine.cpu_name(),
+        note=outcome.note or (None if implementation.margin else "margin 0"),
+    )
+
+
+def _describe_matmul(matmul: list[dict[str, float]]) -> str:
+    best, _ = machine.best_shape(matmul)
+    rates = machine.median_rates(matmul)
+    parts = [f"{shape} {rate:.0f}" + (" (taken)" if shape == best else "") for shape, rate in rates.items()]
+    return "; ".join(parts)
+
+
+def _progress(case: Case, text: str) -> None:
+    size = f"batch {case.batch}, classes {case.classes:,}"
+    print(f"{size}, {case.impl}: {text}", file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number.")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number.")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = _finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not positive.")
+    return value
+
+
+def _implementations(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is not an implementation; there are {', '.join(IMPLEMENTATIONS)}."
+            )
+    return names
+
+
+def _dtype(text: str) -> str:
+    name = DTYPE_ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a dtype; there are {', '.join(DTYPES)}.")
+    return name
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: its folder does not exist, or it is one.")
+    return path

@@ -1,0 +1,477 @@
+// lmcl_forward and lmcl_backward from end to end against the definition in double, on real threads.
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "formats.h"
+
+namespace cosface::test {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+template <typename T>
+constexpr double kUlp = std::numeric_limits<T>::epsilon();
+
+std::mt19937_64 engine(35);
+
+double normal() { return std::normal_distribution<double>()(engine); }
+
+bool close(double got, double want, double tolerance) {
+  return std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
+}
+
+struct Shape {
+  int64_t n, classes, d;
+};
+
+enum class Order { kThreads, kReversed };
+
+// The plainest host there can be: a thread per part, or all parts on this thread from last to first.
+Runtime runtime(int threads, int64_t tile_classes, Order order = Order::kThreads) {
+  return {threads,
+          [order](int64_t parts, const std::function<void(int64_t)>& body) {
+            if (order == Order::kReversed) {
+              for (int64_t part = parts; part-- > 0;) body(part);
+              return;
+            }
+            std::vector<std::thread> workers;
+            for (int64_t part = 0; part < parts; ++part) workers.emplace_back(body, part);
+            for (auto& worker : workers) worker.join();
+          },
+          tile_classes};
+}
+
+template <typename T>
+struct Problem {
+  Shape shape;
+  DType dtype;
+  int64_t row_stride;
+  Exact<T> x, s, lse, g_lse, g_cos;
+  Exact<char> w;
+  Exact<int64_t> y;
+  T margin = T(0.35);
+
+  Problem(Shape shape, DType dtype, int64_t row_stride, double scale)
+      : shape(shape),
+        dtype(dtype),
+        row_stride(row_stride),
+        x(shape.n * shape.d),
+        s(shape.n),
+        lse(shape.n),
+        g_lse(shape.n),
+        g_cos(shape.n),
+        w(shape.classes ? ((shape.classes - 1) * row_stride + shape.d) * size_of(dtype) : 0),
+        y(shape.n) {
+    for (T& v : x) v = static_cast<T>(normal());
+    for (int64_t k = 0; k < w.size() / size_of(dtype); ++k) put(normal(), w, dtype, k);
+    for (int64_t i = 0; i < shape.n; ++i) {
+      s[i] = static_cast<T>(scale * (1 - 0.001 * static_cast<double>(i % 50)));
+      // the edges of the classes and of the tiles, the middle, and no target
+      const int64_t targets[] = {0, shape.classes - 1, -1, 83, 84, 251, 252, shape.classes / 2, i};
+      y[i] = std::min(targets[i % 9], shape.classes - 1);
+      g_lse[i] = static_cast<T>(normal());
+      g_cos[i] = static_cast<T>(y[i] < 0 ? 0 : normal());
+    }
+  }
+
+  double weight(int64_t j, int64_t k) const { return get(w, dtype, j * row_stride + k); }
+  Batch<T> batch() const { return {x, y, s, shape.n, shape.d}; }
+  Weight weights() const { return {w, dtype, shape.classes, row_stride}; }
+  bool active(int64_t i) const { return g_lse[i] != 0 || g_cos[i] != 0; }
+  // What roundings do to e^z, relatively: those of D products, which are then multiplied by s, and those of a sum
+  // over the classes, which may all go the same way.
+  double tolerance() const {
+    double s_max = 1;
+    for (T v : s) s_max = std::max(s_max, double{v});
+    return kUlp<T> *
+           (8 + 4 * s_max + std::sqrt(static_cast<double>(shape.d)) + static_cast<double>(shape.classes) / 4);
+  }
+};
+
+struct Definition {
+  std::vector<double> x_hat, w_hat, x_norm, w_norm, cos;  // (N, D), (C, D), (N), (C), (N, C)
+  std::vector<double> loss, lse, target_cos, max_neg;     // (N)
+  std::vector<double> dx, dw, dscale;                     // (N, D), (C, D), (N)
+  std::vector<double> dx_size, dw_size, dscale_size;      // (N), (C), (N): the sums of the terms' magnitudes
+};
+
+// Rows of v over their clamped norms.
+void normalize(const std::vector<double>& v, int64_t rows, int64_t d, std::vector<double>* v_hat,
+               std::vector<double>* norms) {
+  *v_hat = v;
+  norms->assign(rows, 0);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < d; ++k) (*norms)[i] += v[i * d + k] * v[i * d + k];
+    (*norms)[i] = std::sqrt((*norms)[i]);
+    for (int64_t k = 0; k < d; ++k) (*v_hat)[i * d + k] /= (*norms)[i] < kEps ? kEps : (*norms)[i];
+  }
+}
+
+// v <- the derivative of v / max(|v|, eps), applied to a gradient.
+void through_norm(const double* v_hat, double norm, int64_t d, double* gradient) {
+  double dot = 0;
+  for (int64_t k = 0; k < d; ++k) dot += gradient[k] * v_hat[k];
+  for (int64_t k = 0; k < d; ++k) {
+    gradient[k] = norm < kEps ? gradient[k] / kEps : (gradient[k] - dot * v_hat[k]) / norm;
+  }
+}
+
+template <typename T>
+Definition define(const Problem<T>& p) {
+  const auto [n, classes, d] = p.shape;
+  Definition r;
+  std::vector<double> x(p.x.begin(), p.x.end()), w(classes * d);
+  for (int64_t j = 0; j < classes; ++j) {
+    for (int64_t k = 0; k < d; ++k) w[j * d + k] = p.weight(j, k);
+  }
+  normalize(x, n, d, &r.x_hat, &r.x_norm);
+  normalize(w, classes, d, &r.w_hat, &r.w_norm);
+  r.cos.assign(n * classes, 0);
+  r.loss.assign(n, 0), r.lse.assign(n, -kInf), r.target_cos.assign(n, 0), r.max_neg.assign(n, -kInf);
+  r.dx.assign(n * d, 0), r.dw.assign(classes * d, 0), r.dscale.assign(n, 0);
+  r.dx_size.assign(n, 0), r.dw_size.assign(classes, 0), r.dscale_size.assign(n, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    double* cos = r.cos.data() + i * classes;
+    for (int64_t j = 0; j < classes; ++j) {
+      for (int64_t k = 0; k < d; ++k) cos[j] += r.x_hat[i * d + k] * r.w_hat[j * d + k];
+      if (j == p.y[i]) {
+        r.target_cos[i] = cos[j];
+      } else if (!(cos[j] <= r.max_neg[i])) {
+        r.max_neg[i] = cos[j];
+      }
+    }
+    double sum = 0;
+    for (int64_t j = 0; j < classes; ++j) sum += j == p.y[i] ? 0 : std::exp(p.s[i] * (cos[j] - r.max_neg[i]));
+    if (sum != 0) r.lse[i] = p.s[i] * r.max_neg[i] + std::log(sum);
+    const double z = r.lse[i] - p.s[i] * (r.target_cos[i] - double{p.margin});
+    r.loss[i] = p.y[i] < 0 ? 0 : z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
+
+    if (!p.active(i)) continue;
+    const double x_clamped = std::max(r.x_norm[i], kEps);
+    for (int64_t j = 0; j < classes; ++j) {
+      const bool target = j == p.y[i];
+      const double prob = target ? 0 : p.g_lse[i] * std::exp(p.s[i] * cos[j] - r.lse[i]);
+      const double g = target ? double{p.g_cos[i]} : p.s[i] * prob;
+      for (int64_t k = 0; k < d; ++k) {
+        r.dx[i * d + k] += g * r.w_hat[j * d + k];
+        r.dw[j * d + k] += g * r.x_hat[i * d + k];
+      }
+      r.dscale[i] += prob * cos[j];
+      r.dscale_size[i] += std::fabs(prob);
+      r.dx_size[i] += std::fabs(g) / x_clamped;
+      r.dw_size[j] += std::fabs(g) / std::max(r.w_norm[j], kEps);
+    }
+    through_norm(&r.x_hat[i * d], r.x_norm[i], d, &r.dx[i * d]);
+  }
+  for (int64_t j = 0; j < classes; ++j) through_norm(&r.w_hat[j * d], r.w_norm[j], d, &r.dw[j * d]);
+  return r;
+}
+
+// The definition's gradients against differences of its own values.
+void definition_agrees_with_itself() {
+  Problem<double> p({4, 5, 3}, DType::kFloat64, 3, 6);
+  const Definition r = define(p);
+  const auto value = [&p] {
+    const Definition at = define(p);
+    double sum = 0;
+    for (int64_t i = 0; i < p.shape.n; ++i) sum += p.g_lse[i] * at.lse[i] + p.g_cos[i] * at.target_cos[i];
+    return sum;
+  };
+  const auto slope = [&value](double& variable) {
+    constexpr double kStep = 1e-5;
+    const double here = variable;
+    variable = here + kStep;
+    const double above = value();
+    variable = here - kStep;
+    const double below = value();
+    variable = here;
+    return (above - below) / (2 * kStep);
+  };
+  for (int64_t k = 0; k < p.x.size(); ++k) {
+    const double want = slope(p.x[k]);
+    CHECK(close(r.dx[k], want, 1e-7), k, r.dx[k], want);
+  }
+  for (int64_t k = 0; k < p.shape.classes * p.shape.d; ++k) {
+    const double want = slope(reinterpret_cast<double*>(p.w.begin())[k]);
+    CHECK(close(r.dw[k], want, 1e-7), k, r.dw[k], want);
+  }
+  for (int64_t i = 0; i < p.shape.n; ++i) {
+    const double want = slope(p.s[i]);
+    CHECK(close(r.dscale[i], want, 1e-7), i, r.dscale[i], want);
+  }
+}
+
+template <typename T>
+struct Forward {
+  Exact<T> loss, lse, target_cos, max_neg;
+
+  Forward(const Problem<T>& p, const Runtime& runtime)
+      : loss(p.shape.n), lse(p.shape.n), target_cos(p.shape.n), max_neg(p.shape.n) {
+    lmcl_forward<T>(p.batch(), p.weights(), p.margin, runtime, {loss, lse, target_cos, max_neg});
+  }
+  bool same_bits(const Forward& other) const {
+    return loss.same_bits(other.loss) && lse.same_bits(other.lse) && target_cos.same_bits(other.target_cos) &&
+           max_neg.same_bits(other.max_neg);
+  }
+};
+
+struct Wanted {
+  bool dx = true, dw = true;
+};
+
+template <typename T>
+struct Backward {
+  Exact<T> dx, dscale;
+  Exact<char> dw;
+
+  Backward(const Problem<T>& p, const Runtime& runtime, Wanted wanted = {})
+      : dx(wanted.dx ? p.shape.n * p.shape.d : 0),
+        dscale(p.shape.n),
+        dw(wanted.dw ? p.shape.classes * p.shape.d * size_of(p.dtype) : 0) {
+    lmcl_backward<T>(p.batch(), p.weights(), {p.lse, p.g_lse, p.g_cos}, runtime,
+                     {wanted.dx ? dx.begin() : nullptr, wanted.dw ? dw.begin() : nullptr, dscale});
+  }
+  bool same_bits(const Backward& other) const {
+    return dx.same_bits(other.dx) && dscale.same_bits(other.dscale) && dw.same_bits(other.dw);
+  }
+};
+
+template <typename T>
+void check_forward(const Problem<T>& p, const Definition& want, const Forward<T>& got) {
+  const auto [n, classes, d] = p.shape;
+  const double tolerance = p.tolerance(), cos_tolerance = kUlp<T> * (4 + std::sqrt(static_cast<double>(d)));
+  for (int64_t i = 0; i < n; ++i) {
+    CHECK(close(got.target_cos[i], want.target_cos[i], cos_tolerance), n, classes, d, i, got.target_cos[i],
+          want.target_cos[i]);
+    CHECK(close(got.max_neg[i], want.max_neg[i], cos_tolerance), n, classes, d, i, got.max_neg[i],
+          want.max_neg[i]);
+    CHECK(close(got.lse[i], want.lse[i], tolerance), n, classes, d, i, got.lse[i], want.lse[i]);
+    // |d softplus| <= softplus, so that the loss is right relatively, however small
+    const double floor = std::numeric_limits<T>::min();
+    CHECK(close(got.loss[i], want.loss[i], 2 * tolerance * std::max(want.loss[i], floor)), n, classes, d, i,
+          got.loss[i], want.loss[i]);
+  }
+}
+
+template <typename T>
+void check_backward(const Problem<T>& p, const Definition& want, const Backward<T>& got, Wanted wanted = {}) {
+  const auto [n, classes, d] = p.shape;
+  const double tolerance = 2 * p.tolerance();
+  const double floor = 1e6 * std::numeric_limits<T>::min();  // e^z below the smallest normal number is 0
+  for (int64_t i = 0; i < n; ++i) {
+    CHECK(close(got.dscale[i], want.dscale[i], tolerance * want.dscale_size[i] + floor), n, classes, d, i,
+          got.dscale[i], want.dscale[i]);
+    for (int64_t k = 0; wanted.dx && k < d; ++k) {
+      CHECK(close(got.dx[i * d + k], want.dx[i * d + k], tolerance * want.dx_size[i] + floor), n, classes, d, i, k,
+            got.dx[i * d + k], want.dx[i * d + k]);
+    }
+  }
+  // one rounding to the dtype of the weight, whose numbers below the normal ones stand a fixed step apart
+  const double ulps[] = {0x1p-53, 0x1p-24, 0x1p-8, 0x1p-11}, steps[] = {0, 0x1p-149, 0x1p-133, 0x1p-24};
+  const double ulp = ulps[static_cast<int>(p.dtype)], step = steps[static_cast<int>(p.dtype)];
+  for (int64_t j = 0; wanted.dw && j < classes; ++j) {
+    for (int64_t k = 0; k < d; ++k) {
+      const double value = want.dw[j * d + k], g = get(got.dw, p.dtype, j * d + k);
+      CHECK(close(g, value, tolerance * want.dw_size[j] + ulp * std::fabs(value) + step + floor), name_of(p.dtype),
+            n, classes, d, j, k, g, value);
+    }
+  }
+}
+
+// Both passes, twice on threads and once in reverse, against the definition.
+template <typename T>
+void check_all(Problem<T>& p, const Definition& want, int threads, int64_t tile_classes) {
+  const Runtime host = runtime(threads, tile_classes);
+  const Runtime reversed = runtime(threads, tile_classes, Order::kReversed);
+  const Forward<T> forward(p, host);
+  check_forward(p, want, forward);
+  CHECK(forward.same_bits(Forward<T>(p, host)), p.shape.n, p.shape.classes, threads, tile_classes);
+  CHECK(forward.same_bits(Forward<T>(p, reversed)), p.shape.n, p.shape.classes, threads, tile_classes);
+  std::copy(forward.lse.begin(), forward.lse.end(), p.lse.begin());
+  const Backward<T> backward(p, host);
+  check_backward(p, want, backward);
+  CHECK(backward.same_bits(Backward<T>(p, host)), p.shape.n, p.shape.classes, threads, tile_classes);
+  CHECK(backward.same_bits(Backward<T>(p, reversed)), p.shape.n, p.shape.classes, threads, tile_classes);
+}
+
+template <typename T>
+std::vector<DType> dtypes() {
+  if (sizeof(T) == 4) return {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  return {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+}
+
+// Every shape with every dtype; threads, tiles, strides and scales go round, so that each meets many of the rest.
+template <typename T>
+void shapes() {
+  const double scales[] = {64, 1, 16, 128, 0};
+  const int64_t tiles[] = {0, 1, 5, 16, 84, 252, 2000};
+  int64_t turn = 0;
+  for (int64_t n : {0, 1, 7, 300}) {
+    for (int64_t classes : {0, 1, 2, 15, 513, 1100}) {
+      for (int64_t d : {1, 3, 17, 32})  // 32: whole panels of every instruction set
+      {
+        for (DType dtype : dtypes<T>()) {
+          if (n == 300 && classes > 500 && turn % 4) {  // the large ones are slow under a sanitizer: one in four
+            ++turn;
+            continue;
+          }
+          const int64_t stride = d + (turn % 2 ? 0 : 5);
+          Problem<T> p({n, classes, d}, dtype, stride, scales[turn / 2 % 5]);
+          const Definition want = define(p);
+          const int runs = n * classes > 10000 ? 1 : 2;
+          for (int run = 0; run < runs; ++run, ++turn) {
+            const int64_t tile = tiles[turn % 7];
+            if (tile == 1 && n * classes > 10000) continue;
+            check_all(p, want, static_cast<int>(turn % 4) + 1, tile);
+          }
+        }
+      }
+    }
+  }
+}
+
+// What is not wanted is not touched, and leaves the rest as it is, bit for bit.
+template <typename T>
+void gradients_that_are_not_wanted() {
+  for (DType dtype : dtypes<T>()) {
+    for (int64_t d : {17, 32}) {
+      Problem<T> p({7, 200, d}, dtype, d + 3, 32);
+      const Runtime host = runtime(3, 0);
+      const Forward<T> forward(p, host);
+      std::copy(forward.lse.begin(), forward.lse.end(), p.lse.begin());
+      const Backward<T> all(p, host);
+      const Backward<T> without_dx(p, host, {false, true}), without_dw(p, host, {true, false}),
+          neither(p, host, {false, false});
+      CHECK(without_dx.dw.same_bits(all.dw) && without_dx.dscale.same_bits(all.dscale), name_of(dtype), d);
+      CHECK(without_dw.dx.same_bits(all.dx) && without_dw.dscale.same_bits(all.dscale), name_of(dtype), d);
+      CHECK(neither.dscale.same_bits(all.dscale), name_of(dtype), d);
+    }
+  }
+}
+
+// Zero rows and rows below the clamp, in x and in w.
+template <typename T>
+void clamped_norms() {
+  for (DType dtype : dtypes<T>()) {
+    Problem<T> p({9, 37, 5}, dtype, 5, 16);
+    for (int64_t k = 0; k < 5; ++k) {
+      p.x[2 * 5 + k] = 0;
+      p.x[4 * 5 + k] *= T(1e-14);
+      for (int64_t j : {0, 15, 16, 36}) put(0, p.w, dtype, j * 5 + k);
+      // too small for a half: it becomes 0 there
+      for (int64_t j : {3, 20}) put(p.weight(j, k) * 1e-14, p.w, dtype, j * 5 + k);
+    }
+    // a gradient over 1e-12 is beyond a half, and infinite there as in the definition
+    if (dtype == DType::kFloat16) std::fill_n(p.g_lse.begin(), 9, T(0)), std::fill_n(p.g_cos.begin(), 9, T(0));
+    const Definition want = define(p);
+    for (int threads = 1; threads <= 3; ++threads) check_all(p, want, threads, 16);
+  }
+}
+
+// Every row of w the same memory, as an expanded tensor has.
+template <typename T>
+void expanded_weight() {
+  for (int64_t d : {3, 32}) {
+    Problem<T> p({7, 37, d}, DType::kFloat32, 0, 16);
+    const Definition want = define(p);
+    check_all(p, want, 2, 0);
+  }
+}
+
+// Confident samples: s = 128, the target's row points at its class, so that losses reach 1e-37 and less.
+template <typename T>
+void confident() {
+  constexpr int64_t kClasses = 33, kD = 17;
+  for (double scale : {16.0, 40.0, 64.0, 128.0}) {
+    Problem<T> p({kClasses, kClasses, kD}, DType::kFloat32, kD, scale);
+    for (int64_t i = 0; i < kClasses; ++i) {
+      p.y[i] = i;
+      for (int64_t k = 0; k < kD; ++k) p.x[i * kD + k] = static_cast<T>(p.weight(i, k) * (1 + 0.1 * normal()));
+    }
+    const Definition want = define(p);
+    check_all(p, want, 2, 0);
+  }
+}
+
+// A sample of nan or inf spoils its own loss and its own dx, and what all samples share, dw; a sample without
+// gradient spoils nothing, whatever it holds.
+template <typename T>
+void bad_samples() {
+  for (double bad : {kNan, kInf}) {
+    for (DType dtype : dtypes<T>()) {
+      for (bool with_gradient : {true, false}) {
+        Problem<T> p({7, 40, 17}, dtype, 17, 32);
+        constexpr int64_t kBad = 4;
+        if (!with_gradient) p.g_lse[kBad] = p.g_cos[kBad] = 0;
+        const Definition want = define(p);  // of the sample before it was spoilt
+        p.x[kBad * 17 + 9] = static_cast<T>(bad);
+        for (int threads = 1; threads <= 3; ++threads) {
+          const Runtime host = runtime(threads, 0);
+          const Forward<T> forward(p, host);
+          for (int64_t i = 0; i < p.shape.n; ++i) {
+            if (i == kBad) {
+              CHECK(std::isnan(forward.loss[i]) && std::isnan(forward.lse[i]), bad, forward.loss[i],
+                    forward.lse[i]);
+            } else {
+              CHECK(close(forward.lse[i], want.lse[i], p.tolerance()), bad, i, forward.lse[i], want.lse[i]);
+            }
+          }
+          std::copy(forward.lse.begin(), forward.lse.end(), p.lse.begin());
+          const Backward<T> backward(p, host);
+          if (!with_gradient) {
+            check_backward(p, want, backward);
+            continue;
+          }
+          const double tolerance = 2 * p.tolerance();
+          for (int64_t k = 0; k < 7 * 17; ++k) {
+            const int64_t i = k / 17;
+            if (i == kBad) {
+              CHECK(std::isnan(backward.dx[k]), bad, k, backward.dx[k]);
+            } else {
+              CHECK(close(backward.dx[k], want.dx[k], tolerance * want.dx_size[i]), bad, k, backward.dx[k],
+                    want.dx[k]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows longer than the depth that a matrix product takes at a time.
+template <typename T>
+void long_rows() {
+  for (int64_t d : {256, 257, 544}) {
+    Problem<T> p({5, 90, d}, dtypes<T>().front(), d, 16);
+    const Definition want = define(p);
+    check_all(p, want, 2, 0);
+  }
+}
+
+template <typename T>
+void all_of() {
+  shapes<T>();
+  long_rows<T>();
+  gradients_that_are_not_wanted<T>();
+  clamped_norms<T>();
+  expanded_weight<T>();
+  confident<T>();
+  bad_samples<T>();
+}
+
+void tests() {
+  definition_agrees_with_itself();
+  all_of<float>();
+  all_of<double>();
+}
+
+}  // namespace
+}  // namespace cosface::test
+
+int main() { return cosface::test::run(cosface::test::tests); }

@@ -1,0 +1,102 @@
+"""What runs here, why the rest does not, and how one backend is forced."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import F32, make_problem, run_python
+
+import cosface_kernels
+from cosface_kernels import cosface_loss
+
+
+def _info(**env):
+    return subprocess.run(
+        [sys.executable, "-m", "cosface_kernels.info"],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+
+
+def test_every_required_backend_runs_here(backend):
+    problem = make_problem(3, 5, 4, F32).to(backend.device)
+    x = problem.x.requires_grad_()
+    loss = backend.loss(x, problem.w, problem.targets)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.any()
+
+
+def test_info_names_versions_and_backends():
+    text = _info()
+    assert f"cosface_kernels {cosface_kernels.__version__}" in text
+    assert torch.__version__ in text
+    assert platform.python_version() in text
+    assert re.search("^backend cpu: available", text, re.MULTILINE), text
+    assert re.search("^backend reference: available", text, re.MULTILINE), text
+
+
+def test_info_says_why_a_backend_is_missing():
+    done = run_python(
+        "import sys, runpy\n"
+        "sys.modules['cosface_kernels._C'] = None\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"cpu: unavailable.*cosface_kernels\._C", done.stdout), done.stdout
+    assert "reference: available" in done.stdout
+
+
+def test_info_shows_the_forced_backend():
+    assert re.search("COSFACE_BACKEND.*reference", _info(COSFACE_BACKEND="reference"))
+
+
+def _spy(monkeypatch, called):
+    for name, module in cosface_kernels.backends.BACKENDS.items():
+        forward = module.forward
+
+        def wrapped(*args, name=name, forward=forward):
+            called.append(name)
+            return forward(*args)
+
+        monkeypatch.setattr(module, "forward", wrapped)
+
+
+def test_environment_forces_a_backend(backend, monkeypatch):
+    problem, called = make_problem(3, 5, 4, F32).to(backend.device), []
+    _spy(monkeypatch, called)
+    monkeypatch.setenv("COSFACE_BACKEND", backend.name)
+    cosface_loss(problem.x, problem.w, problem.targets)
+    assert called == [backend.name]
+
+
+def test_priority_without_force(monkeypatch):
+    problem, called = make_problem(3, 5, 4, F32), []
+    _spy(monkeypatch, called)
+    cosface_loss(problem.x, problem.w, problem.targets)
+    assert called == ["cpu"]
+
+
+def test_named_backend_is_the_one_that_runs(backend, monkeypatch):
+    problem, called = make_problem(3, 5, 4, F32).to(backend.device), []
+    _spy(monkeypatch, called)
+    backend.loss(problem.x, problem.w, problem.targets)
+    assert called == [backend.name]
+
+
+def test_unknown_backend_in_the_environment_is_refused(monkeypatch):
+    problem = make_problem(3, 5, 4, F32)
+    monkeypatch.setenv("COSFACE_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"cpu.*reference.*'abacus'"):
+        cosface_loss(problem.x, problem.w, problem.targets)
+
+
+def test_version_is_a_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", cosface_kernels.__version__)

@@ -1,0 +1,84 @@
+"""Peak memory does not grow with batch x classes: beyond w and dw it is flat in C."""
+
+import functools
+import json
+import pathlib
+
+import pytest
+import torch
+from support import run_python
+
+from cosface_kernels import cosface_loss
+
+MIB = 2**20
+NUM_SAMPLES, DIM = 256, 64
+FEW, MANY = 20_000, 160_000  # their logits take 20 and 156 MiB
+SLACK_MIB = 8  # tiles of every thread, partial sums, allocator; the logits of FEW would already be past it
+MODES = ("both", "dx", "dw", "none")  # which gradients are wanted
+
+pytestmark = pytest.mark.skipif(
+    not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
+
+
+def _status(field: str) -> int:
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _peak_beyond_inputs(backend: str, mode: str, num_classes: int, dtype: torch.dtype) -> int:
+    """Bytes by which one step raises the resident memory of this process."""
+    w = torch.randn(num_classes, DIM).to(dtype)
+    x, labels = torch.randn(NUM_SAMPLES, DIM), torch.randint(num_classes, (NUM_SAMPLES,))
+    x.requires_grad_(mode in ("both", "dx"))
+    w.requires_grad_(mode in ("both", "dw"))
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    loss = cosface_loss(x, w, labels, backend=backend)
+    if loss.requires_grad:
+        loss.backward()
+    return _status("VmHWM") - before
+
+
+def main(backend: str, *modes: str) -> None:
+    """Prints the peaks of one backend as JSON; runs in a process of its own."""
+    _peak_beyond_inputs(backend, "both", 2000, torch.float32)  # threads and libraries take their memory once
+    peaks = {
+        f"{mode} {num_classes} {dtype}": _peak_beyond_inputs(backend, mode, num_classes, dtype)
+        for mode in modes
+        for num_classes in (FEW, MANY)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    print(json.dumps(peaks))
+
+
+@functools.cache
+def _peaks(backend: str, *modes: str) -> dict[str, int]:
+    # a fixed threshold makes glibc give freed blocks back, so that no step hides in the memory of the one before
+    done = run_python(
+        "import sys, test_memory; test_memory.main(*sys.argv[1:])",
+        backend,
+        *modes,
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_flat_in_classes(mode, dtype):
+    extra = {}
+    for num_classes in (FEW, MANY):
+        dw = num_classes * DIM * dtype.itemsize if mode in ("both", "dw") else 0
+        extra[num_classes] = (_peaks("cpu", *MODES)[f"{mode} {num_classes} {dtype}"] - dw) / MIB
+        assert extra[num_classes] < SLACK_MIB, f"{extra[num_classes]:.0f} MiB beyond inputs and gradients"
+    assert extra[MANY] - extra[FEW] < 4, f"grows with the number of classes: {extra} MiB"
+
+
+def test_the_measurement_sees_logits():
+    """The reference keeps them: if it looked flat as well, the test above would prove nothing."""
+    logits = NUM_SAMPLES * MANY * 4
+    assert _peaks("reference", "none")[f"none {MANY} {torch.float32}"] > logits

@@ -1,0 +1,245 @@
+"""Bad input: a sentence that shows the value, before any work, and nothing is changed."""
+
+import math
+import re
+
+import pytest
+import torch
+from support import run_python
+
+from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss
+from cosface_kernels.backends import BACKENDS, select
+
+
+def _batch(device="cpu"):
+    """4 embeddings of size 3, 5 classes; gradients are there already and must survive."""
+    x, w = torch.randn(4, 3, device=device), torch.randn(5, 3, device=device)
+    for leaf in (x, w):
+        leaf.requires_grad_()
+        leaf.grad = torch.ones_like(leaf)
+    return {"embeddings": x, "weight": w, "labels": torch.tensor([0, 1, 2, 4], device=device)}
+
+
+def _refused(error, message, *, function=cosface_loss, **changes):
+    """Calls with `changes` over a good batch; the message must match, and no input may change."""
+    inputs = {**_batch(), **changes}
+    tensors = [t for t in inputs.values() if isinstance(t, torch.Tensor)]
+    before = [(t.detach().clone(), t._version, None if t.grad is None else t.grad.clone()) for t in tensors]
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=message) as raised:
+        function(**inputs)
+    text = str(raised.value)
+    assert re.match(r"[A-Za-z']", text), f"not a sentence: {text!r}"
+    assert text.rstrip().endswith("."), f"not a sentence: {text!r}"
+    for tensor, (value, version, grad) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        now, then = (t.to(torch.complex128) for t in (tensor, value))  # of any dtype
+        assert tensor.is_meta or torch.allclose(now, then, rtol=0, atol=0, equal_nan=True)
+        assert (tensor.grad is None) if grad is None else torch.equal(tensor.grad, grad)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def _with_label(value, row=2, dtype=torch.int64):
+    labels = torch.tensor([0, 1, 2, 4], dtype=dtype)
+    labels[row] = value
+    return labels
+
+
+@pytest.mark.parametrize("value", [5, 6, 10**12, -1, -99, -101, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("row", [0, 3])
+def test_label_out_of_range(backend, value, row):
+    message = rf"labels must be in \[0, 5\) or equal to ignore_index -100, got {value} at row {row}\."
+    _refused(ValueError, message, labels=_with_label(value, row), backend=backend.name)
+
+
+def test_first_of_many_wrong_labels_is_named():
+    _refused(ValueError, "got 7 at row 1", labels=torch.tensor([0, 7, 9, -3]))
+
+
+def test_ignore_index_is_shown_and_only_it_is_accepted():
+    _refused(ValueError, r"ignore_index -1, got -100 at row 2", labels=_with_label(-100), ignore_index=-1)
+    assert cosface_loss(**{**_batch(), "labels": _with_label(-1)}, ignore_index=-1).isfinite()
+
+
+def test_narrow_labels_are_checked_too():
+    _refused(ValueError, "got -128 at row 2", labels=_with_label(-128, dtype=torch.int8))
+    _refused(ValueError, "got 200 at row 2", labels=_with_label(200, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bool, torch.complex64], ids=str)
+def test_labels_not_integer(dtype):
+    _refused(TypeError, f"labels .*integer.*{dtype}", labels=torch.ones(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["embeddings", "weight"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_not_floating(name, dtype):
+    bad = torch.ones(4 if name == "embeddings" else 5, 3).to(dtype)
+    _refused(TypeError, f"{name} .*{dtype}", **{name: bad})
+
+
+def test_embedding_size_mismatch_shows_both():
+    _refused(ValueError, r"embeddings have size 128 but .* embedding_size 3\b", embeddings=torch.randn(4, 128))
+
+
+@pytest.mark.parametrize("num_labels", [0, 3, 5])
+def test_number_of_labels(num_labels):
+    _refused(ValueError, rf"4 and {num_labels}\b", labels=torch.zeros(num_labels, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("embeddings", (3,)),
+        ("embeddings", (1, 4, 3)),
+        ("weight", (15,)),
+        ("weight", (5, 1, 3)),
+        ("labels", ()),
+        ("labels", (4, 1)),
+    ],
+)
+def test_wrong_rank(name, shape):
+    dtype = torch.int64 if name == "labels" else torch.float32
+    _refused(
+        ValueError,
+        f"{name} must have shape .*{re.escape(str(shape))}",
+        **{name: torch.zeros(shape, dtype=dtype)},
+    )
+
+
+@pytest.mark.parametrize("name", ["embeddings", "weight", "labels"])
+def test_different_devices(name):
+    batch = _batch()
+    _refused(ValueError, r"one device.*(cpu.*meta|meta.*cpu)", **{name: batch[name].detach().to("meta")})
+
+
+def test_no_classes_or_no_columns():
+    _refused(ValueError, r"num_classes .*positive.* 0\b", weight=torch.zeros(0, 3))
+    _refused(
+        ValueError, r"embedding_size .*positive.* 0\b", weight=torch.zeros(5, 0), embeddings=torch.zeros(4, 0)
+    )
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, -64, math.nan, math.inf, -math.inf])
+def test_scale(value):
+    _refused(ValueError, rf"scale must be positive and finite, got {re.escape(str(value))}", scale=value)
+    tensor = torch.tensor(float(value))
+    _refused(ValueError, rf"scale must be positive and finite, got {re.escape(str(float(value)))}", scale=tensor)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf])
+def test_scale_of_one_sample(value):
+    _refused(ValueError, f"scale must be .*{value}", scale=torch.tensor([64.0, 64.0, value, 1.0]))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (5,), (4, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("name", ["scale", "sample_weight"])
+def test_one_value_per_sample(name, shape):
+    _refused(ValueError, rf"{name} .*\(4,\).*{re.escape(str(shape))}", **{name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_margin(value):
+    _refused(ValueError, f"margin must be .*finite.*{value}", margin=value)
+    _refused(ValueError, f"margin must be .*finite.*{value}", margin=value, function=margin_softmax_loss)
+
+
+@pytest.mark.parametrize(
+    "margin", [lambda c: c[:2], lambda c: c.sum(), lambda c: c[:, None]], ids=["2", "0d", "column"]
+)
+def test_margin_that_changes_the_shape(margin):
+    _refused(ValueError, r"margin.*\(4,\)", margin=margin, function=margin_softmax_loss)
+
+
+@pytest.mark.parametrize("value", ["avg", "batchmean", "", "MEAN"])
+def test_reduction(value):
+    _refused(ValueError, f"reduction must be one of none, sum, mean, got '{value}'", reduction=value)
+
+
+@pytest.mark.parametrize("value", ["cuda_tensor_cores", "CPU", "fastest"])
+def test_unknown_backend(value):
+    names = ".*".join(BACKENDS)
+    _refused(ValueError, f"backend must be .*{names}.*got '{value}'", backend=value)
+
+
+def test_labels_are_checked_before_the_backend_runs(monkeypatch):
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "forward", lambda *_: pytest.fail("work was done on a bad batch"))
+    _refused(ValueError, "got 5 at row 2", labels=_with_label(5))
+    _refused(ValueError, "scale", scale=-1)
+    _refused(ValueError, "reduction", reduction="avg")
+
+
+def test_named_backend_says_why_it_cannot_run():
+    x, w, labels = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1])
+    code = """
+import sys
+sys.modules["cosface_kernels._C"] = None  # as if it were not built
+import torch, cosface_kernels
+x, w, labels = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1])
+assert cosface_kernels.cosface_loss(x, w, labels).isfinite()
+try:
+    cosface_kernels.cosface_loss(x, w, labels, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"backend 'cpu' cannot run.*cosface_kernels\._C", done.stdout), done.stdout
+    assert "reference" in done.stderr, "nothing falls through silently"
+    assert cosface_loss(x, w, labels, backend="cpu").isfinite()
+
+
+def test_backend_that_does_not_take_the_device_says_why():
+    x, w = torch.empty(2, 3, device="meta"), torch.empty(5, 3, device="meta")
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run: .*meta"):
+        select("cpu", x, w)
+    with pytest.warns(UserWarning, match=r"reference runs.*meta"):
+        assert select(None, x, w) is BACKENDS["reference"]
+
+
+@pytest.mark.parametrize("value", [0, -5, 2.0, None])
+@pytest.mark.parametrize("name", ["num_classes", "embedding_size"])
+def test_module_sizes(name, value):
+    sizes = {"num_classes": 5, "embedding_size": 3, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value}"):
+        FusedCosFaceLoss(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+        ({"scale": math.nan}, "scale must be positive and finite, got nan"),
+        ({"margin": math.inf}, "margin must be a finite number, got inf"),
+        ({"reduction": "avg"}, "reduction must be one of none, sum, mean, got 'avg'"),
+        ({"backend": "gpu"}, "backend must be .*cpu.*reference.*got 'gpu'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_module_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        FusedCosFaceLoss(5, 3, **options)
+
+
+def test_module_input():
+    head = FusedCosFaceLoss(5, 3)
+    before = head.weight.detach().clone()
+    with pytest.raises(ValueError, match="embeddings have size 4 but the weight expects embedding_size 3"):
+        head(torch.randn(2, 4), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="got 5 at row 1"):
+        head(torch.randn(2, 3), torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match=r"embeddings .*4.*3"):
+        head.get_logits(torch.randn(2, 4))
+    assert torch.equal(head.weight, before)
+    assert head.weight.grad is None
+
+
+def test_ops_check_their_labels():
+    with pytest.raises(
+        ValueError, match=r"labels must be in \[0, 5\) or equal to ignore_index -100, got 5 at row 0\."
+    ):
+        torch.ops.cosface.targets(torch.tensor([5]), 5, -100)
+    targets = torch.ops.cosface.targets(torch.tensor([4, -100, 0], dtype=torch.int32), 5, -100)
+    assert targets.tolist() == [4, -1, 0]
+    assert targets.dtype == torch.int64
