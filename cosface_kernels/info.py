@@ -14,7 +14,6 @@ def describe() -> str:
     lines = [
         f"cosface_kernels {cosface_kernels.__version__}",
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}",
-        f"threads {torch.get_num_threads()}",
     ]
     for name, backend in BACKENDS.items():
         reason = backend.unavailable()

@@ -3,6 +3,9 @@
 #include <torch/extension.h>
 
 #include <cstdlib>
+#include <set>
+#include <thread>
+#include <vector>
 
 #include "cpu/memory.h"
 #include "lmcl.h"
@@ -67,6 +70,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   return {loss, lse, target_cos, max_neg};
 }
 
+// Uninitialised memory for dw.
+Tensor empty_gradient(const Tensor& w) {
+  const size_t bytes = w.numel() * w.element_size();
+  if (bytes < cosface::kManyBytes) return at::empty(w.sizes(), w.options());
+  if (void* data = cosface::take_pages(bytes)) {
+    return at::from_blob(
+        data, w.sizes(), [bytes](void* pages) { cosface::give_pages(pages, bytes); }, w.options());
+  }
+  Tensor dw = at::empty(w.sizes(), w.options());
+  cosface::use_huge_pages(dw.mutable_data_ptr(), bytes);
+  return dw;
+}
+
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                             const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
@@ -74,9 +90,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   const Arguments<T> arguments(x, w, y, s);
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
-  Tensor dw = need_dw ? at::empty(w.sizes(), w.options()) : at::empty({0}, w.options());
+  Tensor dw = need_dw ? empty_gradient(w) : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
-  cosface::use_huge_pages(dw.mutable_data_ptr(), dw.nbytes());
   cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(),
                             {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()},
                             runtime(),
@@ -87,6 +102,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
 
 bool in_double(const Tensor& x, const Tensor& w) {
   return x.scalar_type() == at::kDouble || w.scalar_type() == at::kDouble;
+}
+
+// How many threads a call is spread over: fewer than torch has, if this module was built without OpenMP.
+int64_t threads() {
+  const int64_t parts = at::get_num_threads();
+  std::vector<std::thread::id> ids(parts);
+  runtime().parallel(parts, [&](int64_t part) { ids[part] = std::this_thread::get_id(); });
+  return static_cast<int64_t>(std::set<std::thread::id>(ids.begin(), ids.end()).size());
 }
 
 void normal_(Tensor tensor, uint64_t seed, double std) {
@@ -115,5 +138,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       no_gil);
   m.def("normal_", normal_, no_gil);
+  m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);
 }

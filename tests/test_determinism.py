@@ -22,6 +22,8 @@ from support import (
     run_python,
 )
 
+from cosface_kernels.backends import cpu
+
 
 def test_bitwise_repeatable(backend, dtypes):
     problem = make_problem(33, 3001, 72, dtypes).to(backend.device)
@@ -130,3 +132,9 @@ def test_unknown_instruction_set_is_refused(tmp_path):
     assert "COSFACE_CPU_ISA" in done.stderr
     assert "baseline" in done.stderr
     assert "'sse9'" in done.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_cpu_backend_uses_the_threads_of_torch(threads: int, restore_threads: None) -> None:
+    torch.set_num_threads(threads)
+    assert cpu.describe().endswith(f"{threads} threads")

@@ -30,7 +30,7 @@ def unsupported(x: Tensor, w: Tensor) -> str | None:
 
 
 def describe() -> str:
-    return f"instruction set {_C.instruction_set()}"
+    return f"instruction set {_C.instruction_set()}, {_C.threads()} threads"
 
 
 def forward(

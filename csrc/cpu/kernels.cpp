@@ -58,6 +58,8 @@ constexpr int kVectorBytes = 16, kBlockRows = 12;  // 24 + 3 of 32
 constexpr int kVectorBytes = 16, kBlockRows = 6;  // 12 + 4 of 16
 #endif
 
+// While a block computes, the class rows of the next tile come into L2: a line of 64 bytes every 8 steps is what a
+// product with 256 samples needs to fetch one tile during another.
 constexpr int64_t kCacheLine = 64, kStepsPerLine = 8;
 constexpr int64_t kDepth = 256;  // a panel of b, 256 x 2 vectors, stays in an L1 of 32 KiB
 
@@ -76,14 +78,16 @@ constexpr int64_t kPanel = 2 * kLanes<T>;
 // addresses fit into registers; kAdjacent says that its rows are adjacent numbers.
 template <typename T, int kRows, bool kAdjacent>
 void block(const T* a, int64_t row_stride, int64_t a_step, const T* b, int64_t b_step, int64_t depth, T* c,
-           int64_t c_stride, bool accumulate, const char* ahead) {
+           int64_t c_stride, bool accumulate, uintptr_t ahead) {
   constexpr int kGroups = (kRows + 3) / 4;
   if (kAdjacent) row_stride = 1;
   Vector<T> sum[kRows][2] = {};
   const T* groups[kGroups];
   for (int g = 0; g < kGroups; ++g) groups[g] = a + 4 * g * row_stride;
   for (int64_t k = 0; k < depth; ++k, b += b_step) {
-    if (k % kStepsPerLine == 0) __builtin_prefetch(ahead + k / kStepsPerLine * kCacheLine, 0, 2);
+    if (k % kStepsPerLine == 0) {
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + k / kStepsPerLine * kCacheLine), 0, 2);
+    }
     const auto b0 = *reinterpret_cast<const Vector<T>*>(b);
     const auto b1 = *reinterpret_cast<const Vector<T>*>(b + kLanes<T>);
 #pragma GCC unroll 16
@@ -115,7 +119,7 @@ inline void block_of(int64_t rows, Args... args) {
 
 template <typename T>
 void matmul(Left<T> a, Right<T> b, T* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth,
-            bool accumulate, Memory ahead) {
+            bool accumulate, Ahead ahead) {
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t steps = depth - k < kDepth ? depth - k : kDepth;
     for (int64_t q = 0; q * kPanel<T> < cols; ++q) {
@@ -124,7 +128,7 @@ void matmul(Left<T> a, Right<T> b, T* c, int64_t c_stride, int64_t rows, int64_t
         const T* first = a.data + i * a.row_stride + k * a.depth_stride;
         T* out = c + i * c_stride + q * kPanel<T>;
         const int64_t left = rows - i;
-        const char* next = ahead.first < ahead.last ? ahead.first : reinterpret_cast<const char*>(out);
+        const uintptr_t next = ahead.first < ahead.last ? ahead.first : reinterpret_cast<uintptr_t>(out);
         ahead.first += steps / kStepsPerLine * kCacheLine;
         if (a.row_stride == 1) {
           block_of<T, kBlockRows, true>(left, first, 1, a.depth_stride, panel, b.depth_stride, steps, out,
@@ -265,8 +269,8 @@ void targets_in_tile(const int64_t* y, int64_t n, int64_t first_class, int64_t c
 
 template <typename T>
 void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                  int64_t first_class, const T* s, T* row_max, T* row_sum, T* target_cos) {
-  T target[kTileRows], top[kTileRows], sum[kTileRows];
+                  int64_t first_class, const T* s, T* row_max, double* row_sum, T* target_cos) {
+  T target[kTileRows], top[kTileRows], sum[kTileRows] = {};
   targets_in_tile(y, n, first_class, classes, target);
   for (int64_t i = 0; i < n; ++i) {
     const auto j = static_cast<int64_t>(target[i]);
@@ -283,21 +287,21 @@ void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv
       top[i] = cos > top[i] ? cos : top[i];  // a nan is passed over here and enters through the sum
     }
   }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] = row_sum[i] * exp(s[i] * (row_max[i] - top[i]));
   for (int64_t j = 0; j < classes; ++j) {
     const T* cos = z + j * stride;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) sum[i] += exp(s[i] * (cos[i] - top[i]));
   }
-  __builtin_memcpy(row_max, top, sizeof(T) * static_cast<size_t>(n));
-  __builtin_memcpy(row_sum, sum, sizeof(T) * static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    row_sum[i] = row_sum[i] * exp(s[i] * (row_max[i] - top[i])) + sum[i];
+    row_max[i] = top[i];
+  }
 }
 
 template <typename T>
 void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                    int64_t first_class, const T* s, const T* lse, const T* g_lse, const T* g_cos, T* col_dot,
-                   T* row_dot, T* dscale) {
+                   double* row_dot, double* dscale) {
   T target[kTileRows], dot[kTileRows] = {}, ds[kTileRows] = {};
   targets_in_tile(y, n, first_class, classes, target);
   for (int64_t j = 0; j < classes; ++j) {

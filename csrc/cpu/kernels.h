@@ -27,10 +27,9 @@ struct Right {
   int64_t panel_stride, depth_stride;
 };
 
-// Memory that will be read soon, or nothing.
-struct Memory {
-  const char* first = nullptr;
-  const char* last = nullptr;
+// Addresses of memory that will be read soon; empty for none.
+struct Ahead {
+  uintptr_t first = 0, last = 0;
 };
 
 template <typename T>
@@ -40,7 +39,7 @@ struct Kernels {
   // c (rows, cols) = a (rows, depth) b (depth, cols), or c += a b; cols must be a multiple of panel. Meanwhile
   // fetches what it can of `ahead` into the cache.
   void (*matmul)(Left<T> a, Right<T> b, T* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth,
-                 bool accumulate, Memory ahead);
+                 bool accumulate, Ahead ahead);
 
   // x_hat = x / max(|x|, eps) and inv_norm = 1 / max(|x|, eps) for a row x of length d.
   void (*normalize)(const T* x, int64_t d, T* x_hat, T* inv_norm);
@@ -51,7 +50,7 @@ struct Kernels {
 
   void (*inverse_norms)(const T* w, int64_t rows, int64_t d, int64_t stride, T* inv_norm);
 
-  // Conversion of n elements to T, and back with round-to-nearest-even.
+  // Conversion of n elements to T, and back: to 16 bits through float, each with round-to-nearest-even.
   void (*load)(const void* from, DType dtype, int64_t n, T* to);
   void (*store)(const T* from, int64_t n, void* to, DType dtype);
 
@@ -60,7 +59,7 @@ struct Kernels {
   // cos_ij over j != y_i, and row_sum_i, the running sum of e^{s_i (cos_ij - row_max_i)}; writes target_cos_i
   // where y_i lies in the tile. s_i > 0.
   void (*forward_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                       int64_t first_class, const T* s, T* row_max, T* row_sum, T* target_cos);
+                       int64_t first_class, const T* s, T* row_max, double* row_sum, T* target_cos);
 
   // Gradient of one tile. z is as in forward_tile and is overwritten by G_ij / |w_j|, where
   // G_ij = s_i g_lse_i p_ij with p_ij = e^{s_i cos_ij - lse_i} for j != y_i, and g_cos_i for j = y_i. Adds
@@ -68,7 +67,7 @@ struct Kernels {
   // dscale_i.
   void (*backward_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                         int64_t first_class, const T* s, const T* lse, const T* g_lse, const T* g_cos, T* col_dot,
-                        T* row_dot, T* dscale);
+                        double* row_dot, double* dscale);
 
   // dw_j -= col_dot_j w_j / |w_j|^2, the projection; none for a row whose norm was clamped.
   void (*project)(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t rows, int64_t d,

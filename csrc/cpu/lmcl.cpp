@@ -149,13 +149,15 @@ class ClassRows {
     kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
   }
 
-  Memory next(int64_t classes) const {
-    const auto* p = reinterpret_cast<const char*>(rows + classes * stride);
-    return {p, p + classes * stride * sizeof(T)};
+  // Where the weight keeps the classes from `first` on.
+  Ahead ahead(int64_t first, int64_t classes) const {
+    const auto begin = reinterpret_cast<uintptr_t>(weight_.data);
+    const int64_t row_bytes = weight_.row_stride * size_of(weight_.dtype);
+    return {begin + first * row_bytes, begin + std::min(first + classes, weight_.classes) * row_bytes};
   }
 
   // z (classes, rows) = w x_hat^T for the block of embeddings that begins at row i.
-  void dot(const Embeddings<T>& x, int64_t i, int64_t classes, T* z, Memory ahead) const {
+  void dot(const Embeddings<T>& x, int64_t i, int64_t classes, T* z, Ahead ahead) const {
     const int64_t panel = kernels<T>().panel;
     kernels<T>().matmul({rows, stride, 1}, {x.columns + i * d_, d_ * panel, panel}, z, x.tile_stride(), classes,
                         round_up(std::min(kTileRows, x.n - i), panel), d_, false, ahead);
@@ -219,7 +221,8 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const R
   const Partition partition(weight.classes, runtime);
   const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
-  std::vector<T> row_max(partition.parts * n, kLowest), row_sum(partition.parts * n, 0);
+  std::vector<T> row_max(partition.parts * n, kLowest);
+  std::vector<double> row_sum(partition.parts * n);
   std::fill_n(results.target_cos, n, T(0));
   // With s = 0 the left-out target, s (-inf), would be nan; e^{s cos} is 1 for the smallest s as well.
   std::vector<T> s(batch.s, batch.s + n);
@@ -231,7 +234,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const R
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
       x.each_block([&](int64_t i, int64_t rows) {
-        w.dot(x, i, classes, z, i == 0 ? w.next(classes) : Memory{});
+        w.dot(x, i, classes, z, i == 0 ? w.ahead(first + classes, classes) : Ahead{});
         kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
                                   &row_max[part * n + i], &row_sum[part * n + i], results.target_cos + i);
       });
@@ -239,14 +242,14 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const R
   });
 
   for (int64_t i = 0; i < n; ++i) {
-    T top = kLowest, sum = 0;
+    T top = kLowest;
+    double sum = 0;
     for (int64_t part = 0; part < partition.parts; ++part) top = std::max(top, row_max[part * n + i]);
     for (int64_t part = 0; part < partition.parts; ++part) {
       sum += row_sum[part * n + i] * std::exp(s[i] * (row_max[part * n + i] - top));
     }
-    const bool alone = top == kLowest && sum == 0;
     results.max_neg[i] = top == kLowest ? -std::numeric_limits<T>::infinity() : top;
-    results.lse[i] = alone ? -std::numeric_limits<T>::infinity() : batch.s[i] * top + std::log(sum);
+    results.lse[i] = static_cast<T>(batch.s[i] * top + std::log(sum));
     const T z = results.lse[i] - batch.s[i] * (results.target_cos[i] - margin);
     results.loss[i] = batch.y[i] < 0 ? 0 : softplus(z);
   }
@@ -263,8 +266,8 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
   for (int64_t i = 0; i < n; ++i) {
     if (!active(i)) lse[i] = s[i] = 0;
   }
-  std::vector<T> dx_hat(gradients.dx ? partition.parts * n * x.width : 0);
-  std::vector<T> row_dot(partition.parts * n), dscale(partition.parts * n);
+  std::vector<T> dx_hat(gradients.dx ? std::max<int64_t>(partition.parts, 1) * n * x.width : 0);
+  std::vector<double> row_dot(partition.parts * n), dscale(partition.parts * n);
 
   runtime.parallel(partition.parts, [&](int64_t part) {
     ClassRows<T> w(weight, x, partition.tile);
@@ -273,7 +276,7 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
     Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
-      dw.begin(first);
+      if (gradients.dw) dw.begin(first);
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
       x.each_block([&](int64_t i, int64_t rows) {
         w.dot(x, i, classes, g, {});
@@ -286,7 +289,8 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
         }
         if (gradients.dw) {
           kernels<T>().matmul({g, stride, 1}, {x.rows + i * x.width, kernels<T>().panel, x.width}, dw.rows,
-                              dw.stride, classes, x.width, rows, i > 0, i == 0 ? w.next(classes) : Memory{});
+                              dw.stride, classes, x.width, rows, i > 0,
+                              i == 0 ? w.ahead(first + classes, classes) : Ahead{});
         }
       });
       if (!gradients.dw) return;
@@ -298,15 +302,15 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
 
   share(n, runtime, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      T dot = 0, ds = 0;
+      double dot = 0, ds = 0;
       for (int64_t part = 0; part < partition.parts; ++part) {
         dot += row_dot[part * n + i];
         ds += dscale[part * n + i];
       }
-      gradients.dscale[i] = ds;
+      gradients.dscale[i] = static_cast<T>(ds);
       if (!gradients.dx) continue;
-      kernels<T>().finish_dx(&dx_hat[i * x.width], partition.parts, n * x.width, x.rows + i * x.width, dot,
-                             x.inv_norm[i], d, gradients.dx + i * d);
+      kernels<T>().finish_dx(&dx_hat[i * x.width], partition.parts, n * x.width, x.rows + i * x.width,
+                             static_cast<T>(dot), x.inv_norm[i], d, gradients.dx + i * d);
     }
   });
 }

@@ -154,8 +154,8 @@ void test_matmul(int64_t rows, int64_t panels, int64_t depth, bool a_in_columns,
   const Left<T> left{a, a_in_columns ? 1 : a_stride, a_in_columns ? a_stride : 1};
   const Right<T> right{b, b_packed ? depth * panel : panel, b_stride};
   // a prefetch is a hint: it may run past the end of the memory that it is for
-  const Memory ahead{reinterpret_cast<const char*>(a.begin()), reinterpret_cast<const char*>(a.end())};
-  kernels<T>().matmul(left, right, c, c_stride, rows, cols, depth, accumulate, a_in_columns ? ahead : Memory{});
+  const Ahead ahead{reinterpret_cast<uintptr_t>(a.begin()), reinterpret_cast<uintptr_t>(a.end())};
+  kernels<T>().matmul(left, right, c, c_stride, rows, cols, depth, accumulate, a_in_columns ? ahead : Ahead{});
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; ++j) {
       double want = accumulate ? static_cast<double>(i + 1) : 0, size = want;
@@ -263,7 +263,8 @@ struct Problem {
 
 template <typename T>
 void test_forward_tile(const Problem<T>& p, int64_t stride) {
-  Exact<T> row_max(p.rows, kLowest<T>), row_sum(p.rows, T(0)), target_cos(p.rows, T(7));
+  Exact<T> row_max(p.rows, kLowest<T>), target_cos(p.rows, T(7));
+  Exact<double> row_sum(p.rows, 0);
   for (int64_t first = 0; first < p.classes; first += p.cols) {
     Exact<T> z = p.tile(first, stride), inv_norm(p.cols);
     std::copy_n(p.inv_norm + first, p.cols, inv_norm.begin());
@@ -277,7 +278,7 @@ void test_forward_tile(const Problem<T>& p, int64_t stride) {
     const double target = p.y[i] < 0 ? 7 : p.cos(i, p.y[i]);
     CHECK(close(target_cos[i], target, kUlp<T> * std::fabs(target)), p.cols, i, target_cos[i], target);
     // lse is off by s times the rounding of cos, and by the relative error of the sum
-    const double got = p.s[i] * double{row_max[i]} + std::log(double{row_sum[i]}), want = p.lse(i);
+    const double got = p.s[i] * double{row_max[i]} + std::log(row_sum[i]), want = p.lse(i);
     const double sum_tolerance = kUlp<T> * (std::sqrt(static_cast<double>(p.classes)) + std::fabs(want));
     CHECK(close(got, want, p.exp_tolerance(i) + sum_tolerance), p.rows, p.cols, p.s[i], i, p.y[i], got, want);
   }
@@ -298,7 +299,8 @@ void test_forward_tile() {
 // A row whose only class is its target has no negatives: nothing is added, and nothing becomes nan.
 template <typename T>
 void test_forward_without_negatives() {
-  Exact<T> z(1, T(2)), inv_norm(1, T(0.25)), s(1, T(64)), row_max(1, kLowest<T>), row_sum(1, T(0)), target_cos(1);
+  Exact<T> z(1, T(2)), inv_norm(1, T(0.25)), s(1, T(64)), row_max(1, kLowest<T>), target_cos(1);
+  Exact<double> row_sum(1, 0);
   Exact<int64_t> y(1, 5);
   kernels<T>().forward_tile(z, 1, 1, 1, inv_norm, y, 5, s, row_max, row_sum, target_cos);
   CHECK(row_max[0] == kLowest<T> && row_sum[0] == 0 && target_cos[0] == T(0.5), row_max[0], row_sum[0],
@@ -313,7 +315,8 @@ void test_forward_isolates_rows() {
   for (int64_t bad : {0, 1, 15, 16, 40, 63, 64, 66}) {
     const Problem<T> p(kRows, kCols, 64);
     p.y[1] = kCols + 40;
-    Exact<T> row_max(kRows, kLowest<T>), row_sum(kRows, T(0)), target_cos(kRows, T(0));
+    Exact<T> row_max(kRows, kLowest<T>), target_cos(kRows, T(0));
+    Exact<double> row_sum(kRows, 0);
     for (int64_t first = 0; first < p.classes; first += kCols) {
       Exact<T> z = p.tile(first, kRows), inv_norm(kCols);
       std::copy_n(p.inv_norm + first, kCols, inv_norm.begin());
@@ -325,7 +328,7 @@ void test_forward_isolates_rows() {
     CHECK(std::isfinite(row_max[1]), bad, row_max[1]);  // the nan is in the sum alone
     CHECK(std::isnan(target_cos[1]) == in_target, bad, target_cos[1]);
     for (int64_t i : {0, 2}) {
-      const double got = p.s[i] * double{row_max[i]} + std::log(double{row_sum[i]});
+      const double got = p.s[i] * double{row_max[i]} + std::log(row_sum[i]);
       CHECK(close(got, p.lse(i), p.exp_tolerance(i)), bad, i, got, p.lse(i));
     }
   }
@@ -346,7 +349,8 @@ void test_backward_tile(const Problem<T>& p, int64_t stride) {
     if (i % 8 == 7) g_lse[i] = g_cos[i] = 0;  // no gradient
   }
   // the sums start anywhere
-  Exact<T> col_dot(p.cols), row_dot(p.rows), dscale(p.rows);
+  Exact<T> col_dot(p.cols);
+  Exact<double> row_dot(p.rows), dscale(p.rows);
   fill(col_dot), fill(row_dot), fill(dscale);
   std::vector<double> col(col_dot.begin(), col_dot.end()), row(row_dot.begin(), row_dot.end()),
       ds(dscale.begin(), dscale.end()), col_size(p.cols, 1), row_size(p.rows, 1), ds_size(p.rows, 1);
@@ -400,8 +404,8 @@ template <typename T>
 void test_backward_isolates() {
   constexpr int64_t kRows = 19, kCols = 67;
   const Problem<T> p(kRows, kCols, 64);
-  Exact<T> z = p.tile(0, kRows), lse(kRows), ones(kRows, T(1)), col_dot(kCols, T(0)), row_dot(kRows, T(0)),
-           dscale(kRows, T(0));
+  Exact<T> z = p.tile(0, kRows), lse(kRows), ones(kRows, T(1)), col_dot(kCols, T(0));
+  Exact<double> row_dot(kRows, 0), dscale(kRows, 0);
   for (int64_t i = 0; i < kRows; ++i) lse[i] = static_cast<T>(p.lse(i));
   constexpr int64_t kBadRow = 17, kBadCol = 33;
   z[kBadCol * kRows + kBadRow] = static_cast<T>(kNan);
@@ -433,8 +437,8 @@ void test_exp() {
   }
   points.resize((points.size() + kTileRows - 1) / kTileRows * kTileRows, T(0));
   const auto n = static_cast<int64_t>(points.size()), classes = n / kTileRows;
-  Exact<T> z(n), ones(n, T(1)), zeros(kTileRows, T(0)), col_dot(classes, T(0)), row_dot(kTileRows, T(0)),
-      dscale(kTileRows, T(0));
+  Exact<T> z(n), ones(n, T(1)), zeros(kTileRows, T(0)), col_dot(classes, T(0));
+  Exact<double> row_dot(kTileRows, 0), dscale(kTileRows, 0);
   std::copy(points.begin(), points.end(), z.begin());
   const Exact<int64_t> none(kTileRows, -1);
   kernels<T>().backward_tile(z, classes, kTileRows, kTileRows, ones, none, 0, ones, zeros, ones, zeros, col_dot,
@@ -453,7 +457,8 @@ void test_exp() {
 
   const double far[] = {-kInf, -1e30, -1000, kLowest<T>, 0, 89, 1e30, kInf, kNan};
   for (double x : far) {
-    Exact<T> one(1, static_cast<T>(x)), col(1, T(0)), row(1, T(0)), ds(1, T(0));
+    Exact<T> one(1, static_cast<T>(x)), col(1, T(0));
+    Exact<double> row(1, 0), ds(1, 0);
     kernels<T>().backward_tile(one, 1, 1, 1, ones, none, 0, ones, zeros, ones, zeros, col, row, ds);
     if (x <= -1000) CHECK(one[0] == 0, x, one[0]);
     if (x == 0) CHECK(one[0] == 1, x, one[0]);
