@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import run_python
 
-from cosface_kernels import cosface_loss
+from cosface_kernels import FusedCosFaceLoss, cosface_loss
 
 MIB = 2**20
 NUM_SAMPLES, DIM = 256, 64
@@ -62,6 +62,7 @@ def _peaks(backend: str, *modes: str) -> dict[str, int]:
         backend,
         *modes,
         MALLOC_MMAP_THRESHOLD_="65536",
+        COSFACE_REUSE_GRADIENT="0",  # likewise
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -82,3 +83,41 @@ def test_the_measurement_sees_logits():
     """The reference keeps them: if it looked flat as well, the test above would prove nothing."""
     logits = NUM_SAMPLES * MANY * 4
     assert _peaks("reference", "none")[f"none {MANY} {torch.float32}"] > logits
+
+
+LARGE = (20_000, 512)  # 39 MiB of float32: a gradient whose pages are kept for the next
+
+
+def test_next_gradient_takes_the_pages_of_the_one_freed():
+    head = FusedCosFaceLoss(*LARGE, backend="cpu")
+    embeddings, labels = torch.randn(2, LARGE[1]), torch.tensor([0, 1])
+    places = set()
+    for _ in range(3):
+        head.weight.grad = None
+        head(embeddings, labels).backward()
+        places.add(head.weight.grad.data_ptr())
+    assert len(places) == 1
+
+
+def test_gradient_in_use_is_never_handed_out():
+    weights = [torch.full(LARGE, value, requires_grad=True) for value in (0.5, 1.0, 2.0)]
+    embeddings, labels = torch.randn(2, LARGE[1]), torch.tensor([0, 1])
+    for _ in range(2):
+        grads = []
+        for weight in weights:
+            loss = cosface_loss(embeddings, weight, labels, backend="cpu")
+            grads += torch.autograd.grad(loss, weight)
+        assert len({grad.data_ptr() for grad in grads}) == len(weights)
+        # the gradient is inversely proportional to the norm of the centre
+        torch.testing.assert_close(grads[0] / 4, grads[2])
+        del grads
+
+
+def test_reuse_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("COSFACE_REUSE_GRADIENT", "0")
+    weight = torch.randn(*LARGE, requires_grad=True)
+    loss = cosface_loss(torch.randn(2, LARGE[1]), weight, torch.tensor([0, 1]), backend="cpu")
+    (kept_on,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    monkeypatch.delenv("COSFACE_REUSE_GRADIENT")
+    (taken,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(kept_on, taken)
