@@ -83,7 +83,7 @@ class Measure:
         if first and compiles:
             _seconds(step)
             step.clear_gradients()
-        turn = _timed(step, at_least=2 if first and not compiles else 1)
+        turn = _timed(step)
         del step
         machine.release_memory()
         return turn
@@ -137,19 +137,19 @@ def _relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).abs().max() / largest)
 
 
-def _timed(step: Step, at_least: int) -> Turn:
-    """Steps for SECONDS_PER_TURN; the first is not timed if there are others."""
+def _timed(step: Step) -> Turn:
+    """Steps for SECONDS_PER_TURN, at least two; the first, which finds no memory of an earlier one, is not timed."""
     machine.release_memory()
     baseline = machine.reset_peak_resident()
     seconds: list[float] = []
-    while len(seconds) < at_least or sum(seconds) < SECONDS_PER_TURN:
+    while len(seconds) < 2 or sum(seconds) < SECONDS_PER_TURN:
         seconds.append(_seconds(step))
     peak = machine.peak_resident()
     extra = None
     if baseline is not None and peak is not None:
         gradients = sum(gradient.nbytes for gradient in step.gradients())
         extra = max(0, peak - baseline - gradients)
-    return Turn(seconds[1:] or seconds, extra)
+    return Turn(seconds[1:], extra)
 
 
 def _seconds(step: Step) -> float:
