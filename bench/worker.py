@@ -138,7 +138,7 @@ def _relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def _timed(step: Step) -> Turn:
-    """Steps for SECONDS_PER_TURN, at least two; the first, which finds no memory of an earlier one, is not timed."""
+    """Steps for SECONDS_PER_TURN, at least two; the first, with no memory of an earlier one, is not timed."""
     machine.release_memory()
     baseline = machine.reset_peak_resident()
     seconds: list[float] = []
