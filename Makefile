@@ -7,13 +7,23 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test build lint wheel sanitize asan tsan native bench clean
+.PHONY: demo test gpu-check kernels build lint wheel sanitize asan tsan native bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/train.py
 
+# The second run executes the Triton kernels in Triton's interpreter; it and the compiler cannot share a process.
 test: $(BUILT)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
+
+# On a machine with a GPU: the suite of the op on it.
+gpu-check: $(BUILT)
+	$(BIN)/python -m pytest -m gpu
+
+# Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed.
+kernels: $(BUILT)
+	$(BIN)/python -m bench kernels --json build/kernels.json
 
 build: $(BUILT)
 

@@ -47,6 +47,7 @@ def cosface_loss(
     scale: float | Tensor = 64.0,
     reduction: str = "mean",
     ignore_index: int = -100,
+    validate_labels: bool | None = None,
     sample_weight: Tensor | None = None,
     backend: str | None = None,
     return_stats: bool = False,
@@ -64,6 +65,8 @@ def cosface_loss(
         reduction: "none", "sum" or "mean". The mean is over the samples that are not ignored, weighted by
             sample_weight as `torch.nn.functional.cross_entropy` weights its mean: sum(a_i loss_i) / sum(a_i).
         ignore_index: label of samples that have no loss and no gradient.
+        validate_labels: raise for a label out of range, which waits for the device. None: on the CPU alone. If not
+            validated, the loss of such a sample is nan, and it has no gradient.
         sample_weight: (N,) factor a_i of each sample's loss.
         backend: name of a backend, or None for the first that takes these tensors.
         return_stats: also return `LossStats`.
@@ -92,6 +95,7 @@ def cosface_loss(
         scale=scale,
         reduction=reduction,
         ignore_index=ignore_index,
+        validate_labels=validate_labels,
         sample_weight=sample_weight,
         backend=backend,
         return_stats=return_stats,
@@ -107,6 +111,7 @@ def margin_softmax_loss(
     scale: float | Tensor = 64.0,
     reduction: str = "mean",
     ignore_index: int = -100,
+    validate_labels: bool | None = None,
     sample_weight: Tensor | None = None,
     backend: str | None = None,
     return_stats: bool = False,
@@ -141,8 +146,10 @@ def margin_softmax_loss(
         check_per_sample("sample_weight", sample_weight, labels)
     m = 0.0 if callable(margin) else float(margin)
     s = _row_scale(scale, embeddings, weight)  # (N,)
-    targets = ops.targets(labels, weight.shape[0], ignore_index)  # (N,)
-    valid = targets >= 0  # (N,)
+    if validate_labels is None:
+        validate_labels = labels.device.type == "cpu"
+    targets = ops.targets(labels, weight.shape[0], ignore_index, validate_labels)  # (N,)
+    valid = targets != ops.IGNORED  # (N,)
 
     loss, lse, target_cos, max_neg = ops.lmcl(embeddings, weight, targets, s, m, backend)  # each (N,)
     if callable(margin):
@@ -150,6 +157,8 @@ def margin_softmax_loss(
         check_per_sample("the margin's result", psi, labels)
         # masked before softplus and after: a nan in an ignored sample must not reach a gradient
         loss = torch.where(valid, softplus(torch.where(valid, lse - s * psi, 0)), 0)  # (N,)
+    if not validate_labels:
+        loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
     if not return_stats:

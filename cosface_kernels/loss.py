@@ -24,6 +24,8 @@ class FusedCosFaceLoss(nn.Module):
         scale: s > 0, or a 0-d `torch.nn.Parameter` to learn it.
         reduction: "none", "sum" or "mean" (over the samples that are not ignored).
         ignore_index: label of samples that have no loss and no gradient.
+        validate_labels: raise for a label out of range, which waits for the device; None: on the CPU alone. If not
+            validated, the loss of such a sample is nan.
         backend: name of a backend, or None for the first that can run; see `python -m cosface_kernels.info`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
@@ -53,6 +55,7 @@ class FusedCosFaceLoss(nn.Module):
         *,
         reduction: str = "mean",
         ignore_index: int = -100,
+        validate_labels: bool | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,6 +73,7 @@ class FusedCosFaceLoss(nn.Module):
         self.scale = scale
         self.reduction = reduction
         self.ignore_index = ignore_index
+        self.validate_labels = validate_labels
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -99,6 +103,7 @@ class FusedCosFaceLoss(nn.Module):
             scale=self.scale,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            validate_labels=self.validate_labels,
             backend=self.backend,
             return_stats=return_stats,
         )

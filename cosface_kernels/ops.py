@@ -10,24 +10,29 @@ from torch import Tensor
 from cosface_kernels.backends import select
 from cosface_kernels.reference import compute_dtype
 
+IGNORED, INVALID = -1, -2  # targets that are no class
+
 
 @torch.library.custom_op("cosface::targets", mutates_args=())
-def targets(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """(N,) int64 labels, checked against num_classes, with ignore_index replaced by -1."""
+def targets(labels: Tensor, num_classes: int, ignore_index: int, validate: bool = True) -> Tensor:
+    """(N,) int64 labels, with ignore_index replaced by IGNORED.
+
+    A label that is out of range raises if `validate`, which waits for the labels' device, else becomes INVALID.
+    """
     labels = labels.long()
     ignored = labels == ignore_index  # (N,)
     wrong = ((labels < 0) | (labels >= num_classes)) & ~ignored  # (N,)
-    if wrong.any():
+    if validate and wrong.any():
         row = int(wrong.int().argmax())
         raise ValueError(
             f"labels must be in [0, {num_classes}) or equal to ignore_index {ignore_index}, "
             f"got {int(labels[row])} at row {row}."
         )
-    return labels.masked_fill(ignored, -1)
+    return labels.masked_fill(ignored, IGNORED).masked_fill(wrong, INVALID)
 
 
 @targets.register_fake
-def _(labels, num_classes, ignore_index):  # type: ignore[no-untyped-def]
+def _(labels, num_classes, ignore_index, validate=True):  # type: ignore[no-untyped-def]
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
 

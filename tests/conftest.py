@@ -5,40 +5,76 @@ from __future__ import annotations
 import hypothesis
 import pytest
 import torch
-from support import SAME_DTYPES, Backend
+from support import INTERPRETED, SAME_DTYPES, Backend
 
-# All of these must run here: none is skipped, so a backend that was not built fails.
-BACKENDS = (Backend("cpu"), Backend("reference"))
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+WITHOUT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
+# All of these must run here: none is skipped, so a backend that was not built fails. Under TRITON_INTERPRET=1, for
+# which `make test` has a run of its own, only the Triton kernels are under test, on CPU tensors.
+BACKENDS = (
+    (Backend("triton", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, interpreted=True),)
+    if INTERPRETED
+    else (Backend("cpu"), Backend("reference"))
+)
+GPU_BACKENDS = (Backend("triton", device="cuda", dtypes=WITHOUT_FLOAT64, contiguous_weight=True),)
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=80, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
-hypothesis.settings.load_profile("ci")
+hypothesis.settings.register_profile("interpreted", hypothesis.settings.get_profile("ci"), max_examples=8)
+hypothesis.settings.load_profile("interpreted" if INTERPRETED else "ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "heavy: too much arithmetic for a backend that runs in an interpreter")
     config.addinivalue_line("markers", "float64: computes in float64, which not every backend does")
+    config.addinivalue_line("markers", "strided_weight: has a weight that is not contiguous")
+    config.addinivalue_line("markers", "triton_only: tests something that no other backend has")
+    config.addinivalue_line("markers", "gpu: runs on a CUDA or ROCm device")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if torch.cuda.is_available():
+        return f"gpu: {torch.cuda.get_device_name()}"
+    return "gpu: torch sees none, so tests marked gpu are left out (with `-m gpu` they are skipped)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unsupported = [item for item in items if not _supported(item)]
-    config.hook.pytest_deselected(items=unsupported)
-    items[:] = [item for item in items if item not in set(unsupported)]
+    asked_for_gpu = config.getoption("markexpr") == "gpu"
+    selected = [item for item in items if _supported(item, asked_for_gpu)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
+    items[:] = selected
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA or ROCm GPU"))
 
 
-def _supported(item: pytest.Item) -> bool:
-    """False where a test is not for its backend: a dtype that it never takes, or too much work for it."""
+def _supported(item: pytest.Item, asked_for_gpu: bool) -> bool:
+    """False where a test is not for its backend: a dtype or layout that it never takes, or too much work."""
+    on_gpu = item.get_closest_marker("gpu") is not None
+    if on_gpu and not (torch.cuda.is_available() or asked_for_gpu):
+        return False
     params = getattr(item, "callspec", None)
     backend = params.params.get("backend") if params else None
     if backend is None:
-        return True
-    dtypes = {*params.params.get("dtypes", ())}
+        return on_gpu or not INTERPRETED
+    if item.get_closest_marker("triton_only") and backend.name != "triton":
+        return False
+    dtypes = {*params.params.get("dtypes", ()), *filter(None, [params.params.get("dtype")])} & FLOATS
     if item.get_closest_marker("float64"):
         dtypes.add(torch.float64)
+    if backend.contiguous_weight and (
+        item.get_closest_marker("strided_weight") or "w" in params.params.get("operand", "").split("_and_")
+    ):
+        return False
     return dtypes <= set(backend.dtypes) and not (backend.interpreted and item.get_closest_marker("heavy"))
 
 
-@pytest.fixture(params=BACKENDS, ids=str, scope="module")
+@pytest.fixture(
+    params=[*BACKENDS, *(pytest.param(backend, marks=pytest.mark.gpu) for backend in GPU_BACKENDS)],
+    ids=lambda backend: str(backend),
+    scope="module",
+)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 

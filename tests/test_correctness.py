@@ -19,6 +19,7 @@ from support import (
     evaluate,
     evaluate_oracle,
     make_problem,
+    natural_rows,
     plain_forward,
     random_upstream,
     relative_error,
@@ -36,7 +37,7 @@ def _pairwise_sizes() -> list:
     for a, num_classes in enumerate(NUM_CLASSES):
         for b, dim in enumerate(DIMS):
             num_samples, dtypes = NUM_SAMPLES[(a + b) % 4], GRID_DTYPES[(a + 3 * b) % 5]
-            heavy = num_samples * num_classes * dim > 10**7
+            heavy = num_samples * num_classes * dim > 10**6
             cases.append(
                 pytest.param(
                     num_samples,
@@ -82,8 +83,13 @@ def test_gradients_of_low_precision_are_rounded_once(backend, dtypes):
     for name in ("loss", "lse", "target_cos", "max_neg", "dscale"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5)
     for name in ("dx", "dw"):
-        rounded = getattr(want, name).to(getattr(got, name).dtype)
-        assert float((getattr(got, name) != rounded).double().mean()) < 0.02, name  # ties move with the last bit
+        exact = getattr(want, name)
+        if backend.operand(dtypes) == dtypes.compute and not backend.interpreted:
+            changed = getattr(got, name) != exact.to(getattr(got, name).dtype)
+            assert float(changed.double().mean()) < 0.02, name  # ties move with the last bit
+        else:
+            rounding = max(backend.rounding(dtypes), torch.finfo(getattr(got, name).dtype).eps)
+            assert relative_error(getattr(got, name), exact) < 2 * rounding, name
 
 
 def test_one_scale_per_sample(backend, dtypes):
@@ -128,7 +134,7 @@ def test_confident_losses_are_not_zero(backend, dtypes):
     torch.testing.assert_close(got.loss.double(), exact, rtol=1e-4, atol=0)
     plain = plain_forward(problem.x, problem.w, problem.targets, problem.scale, problem.margin)[0]
     assert int((plain == 0).sum()) >= 6, "the case is too easy to tell anything"
-    rounding = torch.finfo(dtypes.x).eps
+    rounding = backend.rounding(dtypes)
     if dtypes is not F16:  # gradients of 1e-10 are below the smallest float16
         assert relative_error(got.dx, want.dx) < 1e-4 + rounding
         assert relative_error(got.dw, want.dw) < 1e-4 + rounding
@@ -143,7 +149,7 @@ def test_each_confident_row_by_itself(backend, dtypes):
     upstream = random_upstream(problem, "loss")
     got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
     errors = (got.dx.double() - want.dx).norm(dim=1) / want.dx.norm(dim=1)
-    assert float(errors.max()) < 1e-4 + torch.finfo(dtypes.x).eps
+    assert float(errors.max()) < 1e-4 + backend.rounding(dtypes)
 
 
 @pytest.mark.parametrize("where", ["x", "w", "x_and_w", "target_centre", "all"])
@@ -167,16 +173,25 @@ def test_vanishing_rows(backend, dtypes, where, size):
     problem = problem.to(backend.device)
     upstream = random_upstream(problem, "loss")
     got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
-    plain = evaluate(plain_forward, problem, upstream)
+    plain, terms = evaluate(plain_forward, problem, upstream), natural_rows(problem, upstream)
+    rounds = backend.operand(dtypes) != dtypes.compute  # operands of the gradients' products
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-4 if dtypes != F64 else 1e-10, atol=0)
     for name in ("dx", "dw"):  # vanishing rows have gradients 1e12 times larger than the others: row by row
         g, e, p = (getattr(r, name) for r in (got, want, plain))
         assert not g.isnan().any()
         finite = e.to(g.dtype).isfinite()
-        assert torch.equal(g.isfinite(), finite)  # 1e12 is past the largest float16
+        surely = (e.abs() < 3e4) | (e.abs() > 2e5) if rounds else torch.ones_like(finite)
+        assert torch.equal(g.isfinite()[surely], finite[surely])  # 1e12 is past the largest float16
+        finite &= g.isfinite()
         allowed = 2 * (p.double() - e).where(finite, 0).norm(dim=1) + torch.finfo(g.dtype).eps * e.norm(dim=1)
         allowed += 1e-5 * e.norm(dim=1) if dtypes != F64 else 1e-13 * e.norm(dim=1)
-        assert bool(((g.double() - e).where(finite, 0).norm(dim=1) <= allowed).all()), name
+        if rounds:
+            allowed += backend.rounding(dtypes) * getattr(terms, name)
+            allowed += torch.finfo(g.dtype).smallest_normal * torch.finfo(g.dtype).eps * math.sqrt(g.shape[1])
+        held = (g.double() - e).where(finite, 0).norm(dim=1) <= allowed
+        if rounds and dtypes is F16 and name == "dw":  # a float16 G loses p < 2^-36, which 1e12 shows
+            held |= (problem.w == 0).all(dim=1)
+        assert bool(held.all()), name
 
 
 def test_unnormalised_sizes(backend):
@@ -214,6 +229,7 @@ def test_two_close_classes_by_hand(backend):
     assert backend.loss(x, w, labels, scale=64.0, margin=0.35).item() == pytest.approx(21.76, rel=1e-6)
 
 
+@pytest.mark.strided_weight
 def test_all_classes_alike(backend):
     """Every p_ij is 1 / (C - 1): the loss is log(1 + (C - 1) e^(s m))."""
     direction = torch.linspace(-1, 1, 40, device=backend.device)

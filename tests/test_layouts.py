@@ -70,6 +70,7 @@ def test_gradient_of_an_expanded_row_is_the_sum(backend, operand):
     torch.testing.assert_close(row.grad, dense[operand].grad.sum(0, keepdim=True), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.strided_weight
 def test_strides_change_nothing(backend):
     """The same numbers in another layout give the same result, to rounding."""
     problem = make_problem(7, 300, 33, F32)

@@ -52,6 +52,34 @@ def test_label_out_of_range(backend, value, row):
     _refused(ValueError, message, labels=_with_label(value, row), backend=backend.name)
 
 
+@pytest.mark.parametrize("value", [5, 2**31 + 1, 2**32 + 1, -1, -2, 2**63 - 1])
+@pytest.mark.parametrize("general", [False, True], ids=["cosface", "any_margin"])
+def test_label_that_is_not_validated_makes_its_own_loss_nan(backend, value, general):
+    """No wait for the device, nothing read out of bounds, and no other sample is touched."""
+    batch = {k: t.detach().to(backend.device) for k, t in _batch().items()}
+    margin = (lambda cos: cos - 0.35) if general else 0.35
+
+    def run(labels, keep):
+        x, w = (batch[k].clone().requires_grad_() for k in ("embeddings", "weight"))
+        loss = margin_softmax_loss(
+            x, w, labels, margin=margin, reduction="none", validate_labels=False, backend=backend.name
+        )
+        loss[keep].sum().backward()
+        return loss.detach(), x.grad, w.grad
+
+    keep = [0, 1, 3]
+    ignored = run(_with_label(-100).to(backend.device), keep)
+    loss, dx, dw = run(_with_label(value).to(backend.device), keep)
+    assert loss[2].isnan()
+    assert torch.equal(loss[keep], ignored[0][keep])
+    assert torch.equal(dx, ignored[1])
+    assert torch.equal(dw, ignored[2])
+    inputs = {**batch, "labels": _with_label(value).to(backend.device)}
+    assert cosface_loss(**inputs, validate_labels=False, backend=backend.name).isnan()
+    with pytest.raises(ValueError, match=rf"got {value} at row 2"):
+        cosface_loss(**inputs, validate_labels=True, backend=backend.name)
+
+
 def test_first_of_many_wrong_labels_is_named():
     _refused(ValueError, "got 7 at row 1", labels=torch.tensor([0, 7, 9, -3]))
 

@@ -1,0 +1,223 @@
+"""`python -m bench kernels`: compiles every Triton kernel ahead of time, without a GPU, and reads the result."""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cosface_kernels.backends.triton import operand_dtype
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile, table
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory that a program can have.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# (embeddings, weight, allow_tf32): each operand dtype, and each path that converts one side.
+DTYPES = (
+    (torch.bfloat16, torch.bfloat16, False),
+    (torch.float16, torch.float16, False),
+    (torch.bfloat16, torch.float32, False),
+    (torch.float32, torch.float32, False),
+    (torch.float32, torch.float32, True),
+    (torch.float32, torch.bfloat16, False),
+)
+MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
+FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
+POINTERS = {"targets": "i64", "x": "x", "dx": "x", "w": "w", "dw": "w", "g": "operand", "x_hat": "operand"}
+INTEGERS = {"N", "C", "splits", "tiles", "tiles_per_split", "first_class", "chunk", "row_blocks", "dot_blocks"}
+ALIGNED = {"C", "first_class", "chunk", "x_row_stride"}  # to 16, as Triton specialises them at run time
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    arch: str
+    tile: Tile
+    x: torch.dtype
+    w: torch.dtype
+    tf32: bool
+    dim: int
+
+    @property
+    def operand(self) -> torch.dtype:
+        return operand_dtype(self.x, self.w)
+
+    @property
+    def precision(self) -> str:
+        if self.operand != torch.float32 or self.arch.startswith("gfx"):
+            return "ieee"
+        return "tf32" if self.tf32 else "tf32x3"
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "kernels",
+        help="ahead-of-time report of the Triton kernels",
+        description="Compiles every Triton kernel for each architecture, dtype and tile; fails on a spill, on too "
+        "much shared memory, and where a matrix product does not use the matrix units.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, separated by commas")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--dim", type=int, default=512, help="size of an embedding")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 is set: interpreter and compiler cannot share a process.", file=sys.stderr)
+        return 2
+    cases = [case for case in all_cases(args.arch.split(","), args.dim) if args.kernel in case.kernel]
+    rows, wrong = [], 0
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for row, complaints in pool.map(examine, cases):
+            rows.append(row)
+            wrong += bool(complaints)
+            print(_line(row), *complaints, sep="  ", flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{len(rows)} compiled, {wrong} not fit to run.")
+    return 1 if wrong else 0
+
+
+def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
+    import cosface_kernels.backends.triton_kernels as kernels
+
+    others = [name for name in vars(kernels) if name in OTHER_TILES]
+    for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
+        for kernel in GEMM_KERNELS:
+            for tile in table(kernel, arch, operand_dtype(x, w)):
+                yield Case(kernel, arch, tile, x, w, tf32, dim)
+        if not tf32:
+            for kernel in others:
+                yield Case(kernel, arch, OTHER_TILES[kernel], x, w, False, dim)
+
+
+# Of kernels without a matrix product; `triton.py` has their block sizes.
+OTHER_TILES = {
+    "merge_statistics": Tile(16, 0, 64, 4, 3),
+    "normalize_embeddings": Tile(16, 0, 64, 4, 3),
+    "finish_embedding_gradients": Tile(16, 0, 64, 4, 3),
+}
+
+
+def examine(case: Case) -> tuple[dict, list[str]]:
+    """One row of the report, and what is wrong with it."""
+    row = {
+        "kernel": case.kernel,
+        "arch": case.arch,
+        "config": asdict(case.tile),
+        "dtype": f"{SHORT[case.x]} x {SHORT[case.w]}" + (f" {case.precision}" if case.precision != "ieee" else ""),
+    }
+    compiled = compile_case(case)
+    row |= _read_amd(compiled) if case.arch.startswith("gfx") else _read_nvidia(compiled)
+    complaints = []
+    if row["spill_bytes"]:
+        complaints.append(f"spills {row['spill_bytes']} bytes a thread.")
+    if row["shared_bytes"] > SHARED_LIMIT[case.arch]:
+        limit = SHARED_LIMIT[case.arch]
+        complaints.append(f"needs {row['shared_bytes']} bytes of shared memory, {case.arch} has {limit}.")
+    if case.kernel in GEMM_KERNELS and not row["tensor_core_ops"]:
+        complaints.append("does not use the matrix units.")
+    return row, complaints
+
+
+def compile_case(case: Case):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import cosface_kernels.backends.triton_kernels as kernels
+
+    function = getattr(kernels, case.kernel)
+    dtypes = {"x": SHORT[case.x], "w": SHORT[case.w], "operand": SHORT[case.operand]}
+    constants = {
+        "x_column_stride": 1,
+        "D": case.dim,
+        "BLOCK_N": case.tile.n,
+        "BLOCK_C": case.tile.c,
+        "BLOCK_D": case.tile.d,
+        "OPERAND": getattr(triton.language, str(case.operand).removeprefix("torch.")),
+        "PRECISION": case.precision,
+        "NEED_DX": True,
+        "BLOCK_SPLITS": 64,
+    }
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in INTEGERS or name.endswith("_stride"):
+            signature[name] = "i32"
+        elif name == "margin":
+            signature[name] = "fp32"
+        else:
+            kind = POINTERS.get(name, "fp32")
+            signature[name] = "*" + dtypes.get(kind, kind)
+        if name in ALIGNED or signature[name].startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    amd = case.arch.startswith("gfx")
+    target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch[3:]), 32)
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target, {"num_warps": case.tile.warps, "num_stages": case.tile.stages})
+
+
+def _read_nvidia(compiled) -> dict:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, listing = (
+            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, options in (("cuobjdump", ["-res-usage"]), ("nvdisasm", []))
+        )
+
+    def resource(name: str) -> int:
+        return int(re.search(rf"\b{name}:(\d+)", usage)[1])
+
+    return {
+        "registers": resource("REG"),
+        "spill_bytes": resource("STACK") + resource("LOCAL"),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core_ops": len(re.findall(MATRIX_INSTRUCTIONS, listing)),
+        "ptx_features": [feature for feature in FEATURES if feature in compiled.asm["ptx"]],
+    }
+
+
+def _read_amd(compiled) -> dict:
+    listing = compiled.asm["amdgcn"]
+
+    def resource(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", listing)[1])
+
+    return {
+        "registers": resource("vgpr_count"),
+        "spill_bytes": 4 * resource("vgpr_spill_count"),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core_ops": len(re.findall(MATRIX_INSTRUCTIONS, listing)),
+        "ptx_features": [],
+    }
+
+
+def _line(row: dict) -> str:
+    tile = row["config"]
+    return (
+        f"{row['arch']:7} {row['kernel']:27} {row['dtype']:19} {tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
+        f"warps {tile['warps']} stages {tile['stages']}  registers {row['registers']:3}  "
+        f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}"
+    )

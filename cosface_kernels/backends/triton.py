@@ -1,0 +1,290 @@
+"""Backend `triton`: fused kernels for CUDA and ROCm GPUs.
+
+Under TRITON_INTERPRET=1 they run on CPU tensors, slowly.
+"""
+
+import functools
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosface_kernels.backends import triton_tiles
+from cosface_kernels.backends.triton_tiles import Key, Tile
+
+MIN_VERSION = (3, 2)
+MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
+TUNING_CLASSES = 1 << 16  # enough to fill a GPU with any tile
+CHUNK_STEP = 256  # a multiple of every tile's number of classes
+PROGRAMS_PER_PROCESSOR = 2
+ROWS, COLUMNS, SPLITS = 16, 64, 64  # blocks of the kernels without a matrix product
+SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_L2 = 1 << 15  # bytes: several chunks even for problems as small as an interpreter can do
+INTERPRETED_PROCESSORS = 4
+
+triton: Any = None  # imported by unavailable(): a second that a machine without a GPU need not spend
+kernels: Any = None
+
+
+@functools.cache
+def unavailable() -> str | None:
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm GPU."
+    global triton, kernels
+    try:
+        triton = importlib.import_module("triton")
+        kernels = importlib.import_module("cosface_kernels.backends.triton_kernels")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})."
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_VERSION:
+        return f"it needs triton {'.'.join(map(str, MIN_VERSION))} or newer, found {triton.__version__}."
+    if INTERPRETED:
+        return None
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < MIN_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or newer, found {capability[0]}.{capability[1]}."
+    return _compile_failure()
+
+
+def _compile_failure() -> str | None:
+    """Why a kernel cannot be compiled or launched here (no C compiler, too old a driver), or None."""
+    one = torch.ones(1, 1, device="cuda")
+    try:
+        _forward(one, one, one.new_zeros(1, dtype=torch.int64), one[0], 0.0, Tile(16, 16, 16, 4, 1))
+    except (RuntimeError, OSError, triton.errors.TritonError) as error:
+        return f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
+    return None
+
+
+def unsupported(x: Tensor, w: Tensor) -> str | None:
+    wanted = "cpu" if INTERPRETED else "cuda"
+    if x.device.type != wanted:
+        return f"it takes tensors on device {wanted!r}, got them on {str(x.device)!r}."
+    if torch.float64 in (x.dtype, w.dtype):
+        return "it computes in float32 and leaves float64 to backend 'reference'."
+    if not w.is_contiguous():
+        return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
+    return None
+
+
+def describe() -> str:
+    where = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name()
+    return f"triton {triton.__version__}, {where}"
+
+
+def forward(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if len(x) == 0:
+        return _four_rows(x)
+    with torch.cuda.device_of(x):
+        sample = w[:TUNING_CLASSES]
+        tile = triton_tiles.choose(
+            "class_statistics", _key(x, w), lambda tile: _forward(x, sample, targets, scale, margin, tile)
+        )
+        return _forward(x, w, targets, scale, margin, tile)
+
+
+def _forward(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (N, D), C = x.shape, len(w)
+    scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
+    row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
+    tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
+    splits = triton.cdiv(tiles, tiles_per_split)
+    parts = x.new_empty(2, splits, N, dtype=torch.float32)  # max_cos, sum_exp
+    kernels.class_statistics[row_blocks, splits](
+        x, w, targets, scale, *parts, N, C, *x.stride(), tiles_per_split, **_blocks(tile, x, w)
+    )  # fmt: skip
+    results = _four_rows(x)  # loss, lse, target_cos, max_neg
+    kernels.merge_statistics[(triton.cdiv(N, ROWS),)](
+        *parts, x, w, targets, scale, *results, N, C, splits, margin, *x.stride(),
+        BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D, OPERAND=_operand(x, w),
+    )  # fmt: skip
+    return results
+
+
+def _four_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d = (x.new_empty(len(x), dtype=torch.float32) for _ in range(4))  # an op's outputs share no storage
+    return a, b, c, d
+
+
+def backward(*tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x, w, *per_row = tensors
+    if len(x) == 0:
+        dw = torch.zeros_like(w) if need_dw else w.new_empty(0)
+        return torch.empty_like(x) if need_dx else x.new_empty(0), dw, x.new_empty(0, dtype=torch.float32)
+    per_row = [values.contiguous() for values in per_row]  # targets, scale, lse, g_lse, g_cos: (N,)
+    with torch.cuda.device_of(x):
+        key, sample = _key(x, w), w[:TUNING_CLASSES]
+        tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
+
+        def choose(kernel: str) -> Tile:
+            def run(tile: Tile) -> object:
+                return _backward(x, sample, per_row, need_dx, need_dw, {**tiles, kernel: tile})
+
+            return triton_tiles.choose(kernel, key, run)
+
+        for kernel in tiles:
+            tiles[kernel] = choose(kernel)
+        return _backward(x, w, per_row, need_dx, need_dw, tiles)
+
+
+def _backward(
+    x: Tensor,
+    w: Tensor,
+    per_row: list[Tensor],
+    need_dx: bool,
+    need_dw: bool,
+    tiles: dict[str, Tile],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk by chunk of classes: G, then what it adds to dx, then dw of these classes.
+
+    Both products are Triton kernels and no torch.mm: a library product would need G's classes scaled by 1/|w|
+    before it (which float16 cannot hold for a vanishing row), a second pass over dw for the projection, and one
+    over dx to add. Which is faster has not been measured.
+    """
+    (N, D), C, half = x.shape, len(w), operand_dtype(x.dtype, w.dtype)
+    targets, scale, lse, g_lse, g_cos = per_row
+    of_g, of_dx, of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
+    chunk = min(_chunk_classes(x, half), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
+    row_blocks, class_tiles = triton.cdiv(N, of_g.n), triton.cdiv(chunk, of_g.c)
+
+    float32 = functools.partial(x.new_empty, dtype=torch.float32)
+    x_norm, w_norm, class_dot = float32(N), float32(chunk), float32(row_blocks, chunk)
+    negative_dot, target_dot = float32(class_tiles, N).zero_(), float32(N)
+    g, x_hat = x.new_empty(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
+    unit = _units(scale, g_lse, g_cos)  # (N,)
+    largest_unit = unit.amax()
+    kernels.normalize_embeddings[(triton.cdiv(N, ROWS),)](
+        x, w, targets, g_lse, g_cos, unit, largest_unit, x_hat, x_norm, target_dot, N, C, *x.stride(),
+        D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=_operand(x, w),
+    )  # fmt: skip
+
+    dx_blocks, chunk_tiles = triton.cdiv(N, of_dx.n) * triton.cdiv(D, of_dx.d), triton.cdiv(chunk, of_dx.c)
+    tiles_per_split = triton.cdiv(chunk_tiles, _splits(dx_blocks, x))
+    splits = triton.cdiv(chunk_tiles, tiles_per_split)
+    dx_hat = float32(splits, N, D).zero_() if need_dx else float32(0)
+    dw = torch.empty_like(w) if need_dw else w.new_empty(0)
+    for first in range(0, C, chunk):
+        kernels.logit_gradients[row_blocks, class_tiles](
+            x, w, targets, scale, lse, g_lse, g_cos, x_norm, unit, g, w_norm, negative_dot, class_dot,
+            N, C, first, chunk, *x.stride(), **_blocks(of_g, x, w),
+        )  # fmt: skip
+        if need_dx:
+            kernels.embedding_gradients[dx_blocks, splits](
+                g, w, w_norm, dx_hat, N, C, first, chunk, triton.cdiv(N, of_dx.n), tiles_per_split,
+                **_blocks(of_dx, x, w),
+            )  # fmt: skip
+        if need_dw:
+            kernels.weight_gradients[triton.cdiv(D, of_dw.d), triton.cdiv(chunk, of_dw.c)](
+                g, x_hat, w, w_norm, class_dot, largest_unit, dw, N, C, first, chunk, row_blocks,
+                **_blocks(of_dw, x, w),
+            )  # fmt: skip
+
+    dx, dscale = x.new_empty((N, D) if need_dx else 0), float32(N)
+    kernels.finish_embedding_gradients[triton.cdiv(N, ROWS), triton.cdiv(D, COLUMNS) if need_dx else 1](
+        dx_hat, negative_dot, target_dot, x, x_norm, scale, g_lse, g_cos, unit, dx, dscale, N, splits, class_tiles,
+        *x.stride(), D=D, NEED_DX=need_dx, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
+    )  # fmt: skip
+    return dx, dw, dscale
+
+
+def operand_dtype(x: torch.dtype, w: torch.dtype) -> torch.dtype:
+    """What the matrix units multiply, with float32 sums.
+
+    The common dtype; a float32 weight is rounded to the bfloat16 of its embeddings, as autocast would do. Not to
+    float16, whose range a short row of an un-normalised weight would leave.
+    """
+    if x == w or (x, w) == (torch.bfloat16, torch.float32):
+        return x
+    return torch.float32
+
+
+def _operand(x: Tensor, w: Tensor) -> Any:
+    """The same for Triton. The interpreter's products of bfloat16 are wrong, so that it multiplies float32."""
+    operand = operand_dtype(x.dtype, w.dtype)
+    if INTERPRETED and operand == torch.bfloat16:
+        return triton.language.float32
+    return getattr(triton.language, str(operand).removeprefix("torch."))
+
+
+def precision(operand: torch.dtype) -> str:
+    """How float32 operands are multiplied: three TensorFloat-32 products (nearly float32), or one if torch may.
+
+    AMD's matrix units multiply float32 as it is.
+    """
+    if operand != torch.float32 or INTERPRETED or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
+    """(N,) powers of two that bound |G_ij| of each row, so that G / unit fits float16 whatever the loss's mean.
+
+    One per row and not one for all: then no row of dx depends on the rest of the batch.
+    """
+    bound = torch.maximum((scale * g_lse).abs(), g_cos.abs())  # (N,)
+    bound = bound.where(bound < torch.inf, 0).clamp(SMALLEST_UNIT, LARGEST_UNIT)
+    return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
+
+
+def _chunk_classes(x: Tensor, half: torch.dtype) -> int:
+    """Classes per chunk of backward: G and the class rows that it meets fill half of the L2 cache.
+
+    COSFACE_TRITON_CHUNK overrides it. Rounded up to CHUNK_STEP.
+    """
+    N, D = x.shape
+    classes = _l2_bytes(x.device) // 2 // ((N + D) * half.itemsize)
+    if override := os.environ.get("COSFACE_TRITON_CHUNK"):
+        if not override.isdecimal() or int(override) == 0:
+            raise ValueError(f"COSFACE_TRITON_CHUNK must be a positive number of classes, got {override!r}.")
+        classes = int(override)
+    return triton.cdiv(max(classes, 1), CHUNK_STEP) * CHUNK_STEP
+
+
+def _splits(blocks: int, x: Tensor) -> int:
+    """How many parts a sum over classes is cut into, so that `blocks` times as many programs fill the GPU."""
+    processors = INTERPRETED_PROCESSORS if INTERPRETED else _device(x.device).multi_processor_count
+    return max(1, PROGRAMS_PER_PROCESSOR * processors // blocks)
+
+
+def _l2_bytes(device: torch.device) -> int:
+    return INTERPRETED_L2 if INTERPRETED else _device(device).L2_cache_size
+
+
+@functools.cache
+def _device(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def _key(x: Tensor, w: Tensor) -> Key:
+    architecture = triton_tiles.INTERPRETED if INTERPRETED else _architecture(x.device)
+    bucket = triton.next_power_of_2(len(x))
+    return Key(architecture, x.shape[1], x.dtype, w.dtype, operand_dtype(x.dtype, w.dtype), bucket)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return str(_device(device).gcnArchName).split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _blocks(tile: Tile, x: Tensor, w: Tensor) -> dict[str, Any]:
+    """The compile-time arguments of a matrix-product kernel."""
+    return {
+        "D": x.shape[1],
+        "BLOCK_N": tile.n,
+        "BLOCK_C": tile.c,
+        "BLOCK_D": tile.d,
+        "OPERAND": _operand(x, w),
+        "PRECISION": precision(operand_dtype(x.dtype, w.dtype)),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

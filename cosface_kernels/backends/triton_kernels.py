@@ -1,0 +1,573 @@
+"""The Triton kernels of backend `triton`; `triton.py` launches them.
+
+Letters as in `cosface_kernels.reference`: x (N, D), w (C, D), s (N,), cos_ij, z_ij = s_i cos_ij and
+p_ij = e^{z_ij - lse_i}. Products accumulate in float32, logits never leave the chip, offsets are 64-bit, and no
+result is made by atomics: what several programs contribute to goes into a slot each, summed in order.
+
+FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has been measured.
+
+| kernel | FLOPs | bytes of w and dw from memory |
+|---|---|---|
+| class_statistics | 2 N C D | b C D |
+| logit_gradients | 2 N C D | b C D |
+| embedding_gradients | 2 N C D | b C D, or from L2 |
+| weight_gradients | 2 N C D | 2 b C D: reads w for the projection, or finds it in L2; writes dw |
+
+Predicted floor of a step in bfloat16, D = 512, from the makers' dense rates (A100 312 TFLOP/s and 2.0 TB/s, H100
+SXM 989 and 3.35, B200 2,250 and 8): the larger of 8 N C D / rate and 3 b C D / bandwidth, where w is read once
+forward, once backward (its chunk staying in L2) and dw written once. Times are in ms.
+
+| C | N | A100 | H100 | B200 | bound by |
+|---|---|---|---|---|---|
+| 1M | 256 | 3.4 | 1.1 | 0.5 | tensor cores (memory: 1.5, 0.9, 0.4) |
+| 1M | 1024 | 13 | 4.2 | 1.9 | tensor cores |
+| 1M | 4096 | 54 | 17 | 7.5 | tensor cores |
+| 10M | 256 | 34 | 11 | 4.7 | tensor cores (memory: 15, 9, 4) |
+| 10M | 1024 | 134 | 42 | 19 | tensor cores |
+| 10M | 4096 | 538 | 170 | 75 | tensor cores |
+
+The 2 N C exponentials, at 16 a clock and multiprocessor, take a twentieth of the tensor cores' time at D = 512 on
+an A100 and an eighth on an H100, partly hidden under other programs' products.
+"""
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-12)  # smallest norm that is divided by, as in F.normalize
+# G / unit is at most 1: 2^12 lifts probabilities down to 1.5e-8 out of float16's subnormal range. Likewise the
+# normalised embeddings, by 2^8; both leave room below 65504.
+G_LIFT = tl.constexpr(4096.0)
+X_LIFT = tl.constexpr(256.0)
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+TINY = tl.constexpr(1e-30)
+
+
+@triton.jit
+def _offsets(rows, columns, row_stride, column_stride):
+    return rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
+
+
+@triton.jit
+def _norms(
+    x, rows, is_row, row_stride, column_stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """|x_i| of a block of rows."""
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        tile = tl.load(
+            x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & (d < D)[None, :], other=0.0
+        ).to(tl.float32)
+        squares += tl.sum(tile * tile, 1)
+    return tl.sqrt(squares)
+
+
+@triton.jit
+def _dot_tile(
+    x,
+    w,
+    rows,
+    classes,
+    is_row,
+    is_class,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<x_i, w_j> (BLOCK_N, BLOCK_C), and |w_j| from the same loads."""
+    dot = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        is_d = (d < D)[None, :]
+        x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(classes, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        dot = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile.to(OPERAND)), dot, input_precision=PRECISION)
+        w_full = w_tile.to(tl.float32)
+        squares += tl.sum(w_full * w_full, 1)
+    return dot, tl.sqrt(squares)
+
+
+@triton.jit
+def _finite(running_max):
+    """The running maximum to subtract: 0 while there is none, because -inf - -inf would be nan."""
+    return tl.where(running_max == -float("inf"), 0.0, running_max)
+
+
+@triton.jit
+def _shrink(factor, old_max, new_max):
+    """Factor of a sum of 2^{factor (u - max)} when its maximum grows; a sum over nothing stays, be it 0 or nan."""
+    return tl.exp2(factor * tl.where(old_max == -float("inf"), 0.0, old_max - new_max))
+
+
+@triton.jit
+def class_statistics(
+    x,
+    w,
+    targets,
+    scale,
+    max_cos,
+    sum_exp,
+    N,
+    C,
+    x_row_stride,
+    x_column_stride,
+    tiles_per_split,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of one split of the classes, for each row: max cos and sum e^{z - s max} over the negatives.
+
+    Grid (row blocks, splits): the row blocks of a split run side by side and share its class rows in L2.
+    max_cos, sum_exp: (splits, N).
+    """
+    split = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = rows < N
+    target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
+    x_norm = _norms(x, rows, is_row, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D)
+    x_inverse = 1 / tl.maximum(x_norm, EPS)
+    # In the loop u_ij = |x_i| cos_ij, and e^{s cos} = 2^{factor u}. A factor of 0 would turn a masked -inf to nan.
+    factor = tl.load(scale + rows, mask=is_row, other=0.0) * x_inverse * LOG2_E
+    factor = tl.where(factor == 0.0, TINY, factor)
+
+    running_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    running_sum = tl.zeros((BLOCK_N,), tl.float32)
+    last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(C, BLOCK_C))
+    for tile in range(split * tiles_per_split, last_tile):
+        classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        is_class = classes < C
+        dot, w_norm = _dot_tile(
+            x,
+            w,
+            rows,
+            classes,
+            is_row,
+            is_class,
+            x_row_stride,
+            x_column_stride,
+            D,
+            BLOCK_N,
+            BLOCK_C,
+            BLOCK_D,
+            OPERAND,
+            PRECISION,
+        )
+        is_negative = is_class[None, :] & (classes[None, :] != target[:, None])
+        u = tl.where(is_negative, dot * (1 / tl.maximum(w_norm, EPS))[None, :], -float("inf"))
+        new_max = tl.maximum(running_max, tl.max(u, 1))
+        base = _finite(new_max)
+        terms = tl.exp2(factor[:, None] * u - (factor * base)[:, None])
+        running_sum = running_sum * _shrink(factor, running_max, base) + tl.sum(terms, 1)
+        running_max = new_max
+
+    slots = split.to(tl.int64) * N + rows
+    tl.store(max_cos + slots, running_max * x_inverse, mask=is_row)
+    tl.store(sum_exp + slots, running_sum, mask=is_row)
+
+
+@triton.jit
+def _log1p(y):
+    """log(1 + y) for y in [0, 1], right to rounding also where 1 + y rounds to 1 (Kahan's correction)."""
+    u = 1.0 + y
+    return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _target_cos(
+    x,
+    w,
+    target,
+    rows,
+    is_row,
+    C,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """cos of each row with its target, 0 where it has none, and |x_i|; operands rounded as for the product."""
+    has_target = is_row & (target >= 0) & (target < C)
+    dot = tl.zeros((BLOCK_N,), tl.float32)
+    x_squares = tl.zeros((BLOCK_N,), tl.float32)
+    w_squares = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        is_d = (d < D)[None, :]
+        x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(target, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
+        dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile.to(OPERAND).to(tl.float32), 1)
+        x_tile = x_tile.to(tl.float32)
+        w_tile = w_tile.to(tl.float32)
+        x_squares += tl.sum(x_tile * x_tile, 1)
+        w_squares += tl.sum(w_tile * w_tile, 1)
+    x_norm = tl.sqrt(x_squares)
+    cos = dot * (1 / tl.maximum(x_norm, EPS)) * (1 / tl.maximum(tl.sqrt(w_squares), EPS))
+    return tl.where(has_target, cos, 0.0), x_norm
+
+
+@triton.jit
+def merge_statistics(
+    max_cos,
+    sum_exp,
+    x,
+    w,
+    targets,
+    scale,
+    loss,
+    lse,
+    target_cos,
+    max_neg,
+    N,
+    C,
+    splits,
+    margin,
+    x_row_stride,
+    x_column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """The splits' statistics in their order, then LMCL: loss, lse, target_cos and max_neg, (N,) each."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = rows < N
+    s = tl.load(scale + rows, mask=is_row, other=0.0)
+    running_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    running_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, splits, BLOCK_SPLITS):
+        split = first + tl.arange(0, BLOCK_SPLITS)
+        slots = _offsets(split, rows, N, 1)
+        mask = (split < splits)[:, None] & is_row[None, :]
+        part_max = tl.load(max_cos + slots, mask=mask, other=-float("inf"))
+        part_sum = tl.load(sum_exp + slots, mask=mask, other=0.0)
+        new_max = tl.maximum(running_max, tl.max(part_max, 0))
+        base = _finite(new_max)
+        parts = part_sum * _shrink((s * LOG2_E)[None, :], part_max, base[None, :])
+        running_sum = running_sum * _shrink(s * LOG2_E, running_max, base) + tl.sum(parts, 0)
+        running_max = new_max
+
+    is_empty = running_sum == 0.0  # no negatives: with one, the largest term is 1
+    lse_row = s * _finite(running_max) + tl.log(tl.where(is_empty, 1.0, running_sum))
+    lse_row = tl.where(is_empty, -float("inf"), lse_row)
+    target = tl.load(targets + rows, mask=is_row, other=-1)
+    cos, _ = _target_cos(
+        x, w, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND
+    )  # fmt: skip
+    z = lse_row - s * (cos - margin)
+    softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
+    tl.store(loss + rows, tl.where(target >= 0, softplus, 0.0), mask=is_row)
+    tl.store(lse + rows, lse_row, mask=is_row)
+    tl.store(target_cos + rows, cos, mask=is_row)
+    tl.store(max_neg + rows, running_max, mask=is_row)
+
+
+@triton.jit
+def _is_active(g_lse, g_cos):
+    """Rows without gradient take no part, even if their embedding is not finite."""
+    return (g_lse != 0.0) | (g_cos != 0.0)
+
+
+@triton.jit
+def normalize_embeddings(
+    x,
+    w,
+    targets,
+    g_lse,
+    g_cos,
+    unit,
+    largest_unit,
+    x_hat,
+    x_norm,
+    target_dot,
+    N,
+    C,
+    x_row_stride,
+    x_column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """x_hat (N, D) = X_LIFT unit_i / max unit * x_i / |x_i|, the right-hand side of dw; x_norm (N,).
+
+    target_dot: (N,), g_cos cos_iy.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = rows < N
+    row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
+    row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
+    active = is_row & _is_active(row_g_lse, row_g_cos)
+    target = tl.load(targets + rows, mask=is_row, other=-1)
+    cos, norm = _target_cos(
+        x, w, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND
+    )  # fmt: skip
+    tl.store(x_norm + rows, norm, mask=is_row)
+    tl.store(target_dot + rows, row_g_cos * cos, mask=is_row)
+    factor = tl.load(unit + rows, mask=is_row, other=1.0) / tl.load(largest_unit) * X_LIFT / tl.maximum(norm, EPS)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        is_d = (d < D)[None, :]
+        tile = tl.load(
+            x + _offsets(rows, d, x_row_stride, x_column_stride), mask=active[:, None] & is_d, other=0.0
+        ).to(tl.float32)
+        tl.store(
+            x_hat + _offsets(rows, d, D, 1),
+            (tile * factor[:, None]).to(x_hat.dtype.element_ty),
+            mask=is_row[:, None] & is_d,
+        )
+
+
+@triton.jit
+def logit_gradients(
+    x,
+    w,
+    targets,
+    scale,
+    lse,
+    g_lse,
+    g_cos,
+    x_norm,
+    unit,
+    g,
+    w_norm,
+    negative_dot,
+    class_dot,
+    N,
+    C,
+    first_class,
+    chunk,
+    x_row_stride,
+    x_column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
+
+    Grid (row blocks, class tiles of the chunk). g: (N, chunk), scaled by G_LIFT / unit_i. w_norm: (chunk,).
+    negative_dot: (class tiles, N), += sum_{j != y} g_lse p cos.
+    class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
+    """
+    row_block, tile = tl.program_id(0), tl.program_id(1)
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    classes = first_class + columns
+    is_row = rows < N
+    is_class = (columns < chunk) & (classes < C)
+    row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
+    row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
+    active = is_row & _is_active(row_g_lse, row_g_cos)
+    target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
+    s = tl.load(scale + rows, mask=is_row, other=0.0)
+    # Rows and classes that are not there have cos = 0, and lse = inf keeps the p of such rows, and of rows without
+    # negatives, at 0.
+    row_lse = tl.load(lse + rows, mask=active, other=float("inf"))
+    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
+    x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
+    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)
+
+    dot, norm = _dot_tile(
+        x,
+        w,
+        rows,
+        classes,
+        active,
+        is_class,
+        x_row_stride,
+        x_column_stride,
+        D,
+        BLOCK_N,
+        BLOCK_C,
+        BLOCK_D,
+        OPERAND,
+        PRECISION,
+    )
+    cos = dot * x_inverse[:, None] * (1 / tl.maximum(norm, EPS))[None, :]
+    is_target = classes[None, :] == target[:, None]
+    p = tl.where(is_target, 0.0, tl.exp2((s * LOG2_E)[:, None] * cos - (row_lse * LOG2_E)[:, None]))
+    gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
+
+    mask = is_row[:, None] & is_class[None, :]
+    tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
+    slots = tile.to(tl.int64) * N + rows
+    so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
+    tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
+    tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0), mask=is_class)
+    if row_block == 0:
+        tl.store(w_norm + columns, norm, mask=is_class)
+
+
+@triton.jit
+def embedding_gradients(
+    g,
+    w,
+    w_norm,
+    dx_hat,
+    N,
+    C,
+    first_class,
+    chunk,
+    row_blocks,
+    tiles_per_split,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx_hat (splits, N, D) += G w_hat of one chunk, each split of its classes into a slot of its own.
+
+    Grid (row blocks x column blocks, splits): at N = 256 dx has too few blocks to fill a GPU.
+    """
+    split = tl.program_id(1)
+    rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(0) // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_row = rows < N
+    is_d = (d < D)[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(tl.minimum(chunk, C - first_class), BLOCK_C))
+    for tile in range(split * tiles_per_split, last_tile):
+        columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        is_class = (columns < chunk) & (first_class + columns < C)
+        g_tile = tl.load(
+            g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None] & is_class[None, :], other=0.0
+        )
+        w_tile = tl.load(w + _offsets(first_class + columns, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        inverse = 1 / tl.maximum(tl.load(w_norm + columns, mask=is_class, other=1.0), EPS)
+        w_hat = (w_tile.to(tl.float32) * inverse[:, None]).to(g.dtype.element_ty)
+        sums = tl.dot(g_tile.to(OPERAND), w_hat.to(OPERAND), sums, input_precision=PRECISION)
+    out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D, 1)
+    mask = is_row[:, None] & is_d
+    tl.store(out, tl.load(out, mask=mask, other=0.0) + sums, mask=mask)
+
+
+@triton.jit
+def weight_gradients(
+    g,
+    x_hat,
+    w,
+    w_norm,
+    class_dot,
+    largest_unit,
+    dw,
+    N,
+    C,
+    first_class,
+    chunk,
+    dot_blocks,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dw of one chunk, written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
+
+    Grid (column blocks, class tiles of the chunk).
+    """
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_class = (columns < chunk) & (first_class + columns < C)
+    is_d = (d < D)[None, :]
+    sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        is_row = rows < N
+        g_tile = tl.load(
+            g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None] & is_class[None, :], other=0.0
+        )
+        x_tile = tl.load(x_hat + _offsets(rows, d, D, 1), mask=is_row[:, None] & is_d, other=0.0)
+        sums = tl.dot(tl.trans(g_tile.to(OPERAND)), x_tile.to(OPERAND), sums, input_precision=PRECISION)
+
+    dot = tl.zeros((BLOCK_C,), tl.float32)
+    slots = columns.to(tl.int64)
+    for _ in range(0, dot_blocks):
+        dot += tl.load(class_dot + slots, mask=is_class, other=0.0)
+        slots += chunk
+    norm = tl.load(w_norm + columns, mask=is_class, other=1.0)
+    inverse = 1 / tl.maximum(norm, EPS)
+    out = _offsets(first_class + columns, d, D, 1)
+    mask = is_class[:, None] & is_d
+    w_hat = tl.load(w + out, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
+    projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
+    unlift = tl.load(largest_unit) / (G_LIFT * X_LIFT)
+    tl.store(dw + out, ((sums * unlift - projection) * inverse[:, None]).to(dw.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_embedding_gradients(
+    dx_hat,
+    negative_dot,
+    target_dot,
+    x,
+    x_norm,
+    scale,
+    g_lse,
+    g_cos,
+    unit,
+    dx,
+    dscale,
+    N,
+    splits,
+    tiles,
+    x_row_stride,
+    x_column_stride,
+    D: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A row's slots in their order: dscale (N,), and dx (N, D) = (dx_hat - (sum_j G_ij cos_ij) x_hat) / |x_i|.
+
+    Grid (row blocks, column blocks).
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = rows < N
+    from_negatives = tl.zeros((BLOCK_N,), tl.float32)
+    slots = rows.to(tl.int64)
+    for _ in range(0, tiles):
+        from_negatives += tl.load(negative_dot + slots, mask=is_row, other=0.0)
+        slots += N
+    if tl.program_id(1) == 0:
+        tl.store(dscale + rows, from_negatives, mask=is_row)
+    if NEED_DX:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = is_row[:, None] & (d < D)[None, :]
+        sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        part = _offsets(rows, d, D, 1)
+        for _ in range(0, splits):
+            sums += tl.load(dx_hat + part, mask=mask, other=0.0)
+            part += N * D
+        row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
+        active = _is_active(row_g_lse, tl.load(g_cos + rows, mask=is_row, other=0.0))
+        norm = tl.load(x_norm + rows, mask=is_row, other=1.0)
+        inverse = 1 / tl.maximum(norm, EPS)
+        x_tile = tl.load(
+            x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask & active[:, None], other=0.0
+        ).to(tl.float32)
+        dot = tl.load(scale + rows, mask=is_row, other=0.0) * from_negatives
+        dot += tl.load(target_dot + rows, mask=is_row, other=0.0)
+        dot = tl.where(norm > EPS, dot, 0.0)  # no projection where the norm was clamped
+        unlift = tl.load(unit + rows, mask=is_row, other=1.0) / G_LIFT
+        gradient = (sums * unlift[:, None] - dot[:, None] * x_tile * inverse[:, None]) * inverse[:, None]
+        tl.store(dx + _offsets(rows, d, D, 1), gradient.to(dx.dtype.element_ty), mask=mask)

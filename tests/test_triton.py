@@ -1,0 +1,209 @@
+"""Backend `triton` beyond the suite of the op: its choices, its limits, and what its kernels compile to."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from support import (
+    BF16,
+    F16,
+    F32,
+    check_backend,
+    evaluate,
+    evaluate_oracle,
+    make_problem,
+    random_upstream,
+    relative_error,
+    run_python,
+)
+
+from cosface_kernels import cosface_loss
+from cosface_kernels.backends import triton as backend_triton
+from cosface_kernels.backends import triton_tiles
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Key
+
+KEY = Key("sm_90", 512, torch.bfloat16, torch.bfloat16, torch.bfloat16, 256)
+
+
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 256, 300, 512, 10**9])
+@pytest.mark.triton_only
+def test_chunk_of_classes_changes_no_result(backend, dtypes, chunk, monkeypatch):
+    """Chunks smaller than, equal to and larger than the problem; 1 and 300 are rounded up."""
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(chunk))
+    check_backend(backend, make_problem(40, 700, 40, dtypes))
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("value", ["0", "-5", "many"])
+def test_chunk_override_must_be_a_number(backend, value, monkeypatch):
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", value)
+    problem = make_problem(4, 20, 8).to(backend.device)
+    with pytest.raises(ValueError, match=rf"COSFACE_TRITON_CHUNK must be .* got '{value}'\."):
+        evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("exponent", [-20, -14, 0, 10])
+def test_float16_g_neither_underflows_nor_overflows(backend, exponent):
+    """G is as small as the mean over a large batch makes it; short rows make normal gradients of it."""
+    problem = make_problem(12, 400, 32, F16)
+    problem.x.mul_(2.0 ** min(0, exponent // 2)), problem.w.mul_(2.0 ** min(0, exponent // 2))
+    problem = problem.to(backend.device)
+    upstream = random_upstream(problem, "loss")
+    upstream.loss.mul_(2.0**exponent)
+    got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
+    assert relative_error(got.dx, want.dx) < backend.rounding(F16) + 2**-11
+    assert relative_error(got.dw, want.dw) < backend.rounding(F16) + 2**-11
+
+
+@pytest.mark.triton_only
+def test_unit_of_a_row_is_a_power_of_two_that_bounds_it(backend):
+    scale, g = torch.full((5,), 64.0), torch.tensor([1e-30, 3e-9, 0.7, 1.0, 1e20])
+    bound, unit = scale * g, backend_triton._units(scale, g, -scale * g)
+    assert bool(((bound <= unit) & (unit <= 2 * bound)).all())
+    assert torch.equal(torch.frexp(unit).mantissa, torch.full_like(unit, 0.5))
+    odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 1e-45])
+    assert bool(backend_triton._units(scale, odd, odd).isfinite().all())
+    assert bool((1 / backend_triton._units(scale, odd, odd) * 4096).isfinite().all())
+
+
+@pytest.mark.triton_only
+def test_weight_that_is_not_contiguous_is_refused(backend):
+    problem = make_problem(4, 20, 8).to(backend.device)
+    w = problem.w.T.contiguous().T
+    with pytest.raises(RuntimeError, match=r"contiguous weight, got strides \(1, 20\) for shape \(20, 8\)\."):
+        cosface_loss(problem.x, w, problem.targets, backend="triton")
+
+
+@pytest.mark.triton_only
+def test_float64_is_refused_with_the_backend_that_takes_it(backend):
+    problem = make_problem(4, 20, 8).to(backend.device)
+    with pytest.raises(RuntimeError, match="leaves float64 to backend 'reference'"):
+        cosface_loss(problem.x.double(), problem.w, problem.targets, backend="triton")
+
+
+def test_forced_without_a_gpu_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: torch sees no CUDA or ROCm GPU"):
+        cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("sys.modules['triton'] = None", "triton cannot be imported"),
+        (
+            "import types; sys.modules['triton'] = types.SimpleNamespace(__version__='3.1.0')\n"
+            "sys.modules['cosface_kernels.backends.triton_kernels'] = types.SimpleNamespace()",
+            "it needs triton 3.2 or newer, found 3.1.0",
+        ),
+    ],
+    ids=["missing", "too_old"],
+)
+def test_why_triton_cannot_run(module, reason):
+    done = run_python(
+        f"import sys\n{module}\nfrom cosface_kernels.backends import triton\nprint(triton.unavailable())",
+        TRITON_INTERPRET="1",
+    )
+    assert re.search(reason, done.stdout), done.stdout + done.stderr
+
+
+def test_cpu_import_does_not_pay_for_triton():
+    done = run_python("import sys, cosface_kernels; print('triton' in sys.modules)", TRITON_INTERPRET="0")
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+# -- the choice of tiles -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Runs what would be timed, and takes its result for the seconds."""
+    monkeypatch.setattr(triton_tiles, "_chosen", {})
+    monkeypatch.setattr(triton_tiles, "_may_time", lambda: True)
+    monkeypatch.setattr(triton_tiles, "_seconds", lambda run: run())
+
+
+def test_fastest_tile_is_chosen_once_for_a_key(timed):
+    tiles, runs = triton_tiles.candidates("class_statistics", KEY), []
+
+    def run(tile):
+        runs.append(tile)
+        return -tiles.index(tile)  # the last is the fastest
+
+    assert len(tiles) > 1
+    for _ in range(3):
+        assert triton_tiles.choose("class_statistics", KEY, run) == tiles[-1]
+    assert runs == list(tiles)
+    other = dataclasses.replace(KEY, dim=128)
+    triton_tiles.choose("class_statistics", other, run)
+    assert len(runs) == 2 * len(tiles)
+
+
+def test_nothing_is_timed_where_it_may_not_be(timed, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "_may_time", lambda: False)
+    first = triton_tiles.candidates("class_statistics", KEY)[0]
+    assert triton_tiles.choose("class_statistics", KEY, lambda tile: pytest.fail("timed")) == first
+
+
+def test_tuning_can_be_forbidden(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert triton_tiles._may_time()
+    monkeypatch.setenv("COSFACE_TRITON_TUNE", "0")
+    assert not triton_tiles._may_time()
+    monkeypatch.delenv("COSFACE_TRITON_TUNE")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not triton_tiles._may_time()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not triton_tiles._may_time()
+
+
+@pytest.mark.parametrize("kernel", GEMM_KERNELS)
+@pytest.mark.parametrize("bucket", [1, 16, 32, 64, 128, 4096])
+def test_small_batches_get_small_blocks(kernel, bucket):
+    for operand in (torch.bfloat16, torch.float32):
+        key = dataclasses.replace(KEY, bucket=bucket, operand=operand)
+        tiles = triton_tiles.candidates(kernel, key)
+        assert tiles
+        assert min(t.n for t in tiles) <= 32
+        assert all(t.n <= max(bucket, 32) for t in tiles)
+        assert all(256 % t.c == 0 for t in tiles), "a chunk is a whole number of tiles"
+
+
+# -- ahead of time -----------------------------------------------------------------------------------------------
+
+COMPILE = """
+import dataclasses, json, sys
+import torch
+from bench.kernels import Case, examine
+from cosface_kernels.backends.triton_tiles import Tile
+n, c, d, warps = map(int, sys.argv[2:])
+case = Case(sys.argv[1], "sm_90", Tile(n, c, d, warps, 3), torch.bfloat16, torch.bfloat16, False, 512)
+print(json.dumps(examine(case)))
+"""
+
+
+def _examine(kernel: str, tile: tuple[int, ...]):
+    done = run_python(COMPILE, kernel, *map(str, tile), TRITON_INTERPRET="0", PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_report_of_a_kernel_that_is_fit():
+    row, complaints = _examine("class_statistics", (128, 128, 64, 8))
+    assert complaints == []
+    assert {"kernel", "arch", "config", "dtype", "registers", "spill_bytes", "shared_bytes"} <= set(row)
+    assert row["tensor_core_ops"] > 0
+    assert "wgmma" in row["ptx_features"]
+
+
+def test_report_complains_of_spills_and_of_shared_memory():
+    assert any("spills" in text for text in _examine("logit_gradients", (128, 128, 64, 4))[1])
+    assert any("shared memory" in text for text in _examine("weight_gradients", (256, 256, 256, 8))[1])
