@@ -17,9 +17,11 @@ test: $(BUILT)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
 
-# On a machine with a GPU: the suite of the op on it.
+# On a machine with a GPU: the suite of the op on it, then time and memory; bench/results is for the figures.
 gpu-check: $(BUILT)
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m bench step --device cuda --dtype bfloat16 --batch 256,1024,4096 --dim 512 --classes 1000000 \
+	  --impl fused,eager,compile,checkpoint,torch-lce,cce --json build/gpu.json
 
 # Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed.
 kernels: $(BUILT)

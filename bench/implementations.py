@@ -106,7 +106,7 @@ def _build_fused(problem: Problem) -> Step:
     x, w = _leaves(problem)
     labels, options = problem.labels, {"scale": problem.scale, "margin": problem.margin}
     # A backend by name, so that a missing one is reported and not replaced by the reference.
-    backend = os.environ.get("COSFACE_BACKEND", "cpu")
+    backend = os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
     try:
         select(backend, x, w)
     except RuntimeError as error:

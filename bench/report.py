@@ -20,8 +20,8 @@ class Row:
     dtype: str
     median_s: float | None
     min_s: float | None
-    peak_extra_mib: float | None  # peak resident memory beyond inputs and gradients
-    matmul_gflops: float  # of this machine in float32, measured between the steps
+    peak_extra_mib: float | None  # peak memory on the device beyond inputs and gradients
+    matmul_gflops: float  # of the device, in float32 (on a GPU in dtype), measured between the steps
     fraction_of_matmul: float | None  # flops N C D / median_s, relative to matmul_gflops
     max_rel_err: float | None  # of loss, dx and dw against float64
     threads: int
@@ -34,7 +34,7 @@ class Row:
     margin: float
     scale: float
     seed: int
-    cpu: str
+    device: str  # its maker's name
     note: str | None
 
 

@@ -56,6 +56,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"which to run, with commas, of {', '.join(IMPLEMENTATIONS)}",
     )
     parser.add_argument("--dtype", type=_dtype, default="float32", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda is a ROCm GPU too")
     parser.add_argument("--rounds", type=_count, default=5, help="turns of each implementation")
     parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--margin", type=_finite, default=0.35, help="m")
@@ -67,25 +68,30 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes; 1 if an implementation failed, 0 if some were merely not available."""
-    print(f"{machine.cpu_name()}, {args.threads} threads, torch {torch.__version__}, commit {machine.commit()}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a CUDA or ROCm GPU, and torch sees none.", file=sys.stderr)
+        return 2
+    where = f"{machine.device_name(args.device)}, {args.threads} threads"
+    print(f"{where}, torch {torch.__version__}, commit {machine.commit()}")
     rows, failed = [], False
+    common = (args.margin, args.scale, args.seed, args.threads, args.device)
+    matmul_dtype = args.dtype if args.device == "cuda" else "float32"
     for batch, classes in itertools.product(args.batch, args.classes):
-        cases = [
-            Case(impl, batch, args.dim, classes, args.dtype, args.margin, args.scale, args.seed, args.threads)
-            for impl in args.impl
-        ]
-        outcomes, matmul = measure(cases, args.rounds)
+        cases = [Case(impl, batch, args.dim, classes, args.dtype, *common) for impl in args.impl]
+        outcomes, matmul = measure(cases, args.rounds, matmul_dtype)
         rows += (found := [_row(outcome, matmul, args.rounds) for outcome in outcomes])
         failed |= any(outcome.failed for outcome in outcomes)
         print(f"\nbatch {batch}, dim {args.dim}, classes {classes:,}, {args.dtype}, {args.rounds} rounds")
-        print("float32 matmul, GFLOP/s: " + _describe_matmul(matmul))
+        print(f"{matmul_dtype} matmul, GFLOP/s: " + _describe_matmul(matmul))
         print(report.table(found), flush=True)
         if args.json:
             report.write_json(args.json, rows)
     return int(failed)
 
 
-def measure(cases: list[Case], rounds: int) -> tuple[list[Outcome], list[dict[str, float]]]:
+def measure(
+    cases: list[Case], rounds: int, matmul_dtype: str = "float32"
+) -> tuple[list[Outcome], list[dict[str, float]]]:
     """Checks each case, then gives each its turns, with a turn of the plain matrix product before each."""
     outcomes = [Outcome(case) for case in cases]
     for outcome in outcomes:
@@ -93,7 +99,8 @@ def measure(cases: list[Case], rounds: int) -> tuple[list[Outcome], list[dict[st
     matmul: list[dict[str, float]] = []
     with ExitStack() as stack:
         first = cases[0]
-        multiply = stack.enter_context(closing(Worker(machine.Matmul, first.batch, first.dim, first.threads)))
+        sizes = (first.batch, first.dim, first.threads, first.device, matmul_dtype)
+        multiply = stack.enter_context(closing(Worker(machine.Matmul, *sizes)))
         workers: dict[str, Worker] = {}
         for number, outcome in _turns(outcomes, rounds):
             impl = outcome.case.impl
@@ -167,7 +174,7 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int) -> repor
         margin=case.margin if implementation.margin else 0.0,
         scale=case.scale,
         seed=case.seed,
-        cpu=machine.cpu_name(),
+        device=machine.device_name(case.device),
         note=outcome.note or (None if implementation.margin else "margin 0"),
     )
 

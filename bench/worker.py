@@ -31,6 +31,7 @@ class Case:
     scale: float
     seed: int
     threads: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,16 @@ def make_problem(case: Case) -> Problem:
         UnavailableError: weight and gradient do not fit into the memory that is available.
     """
     dtype = DTYPES[case.dtype]
-    needed, available = 2 * case.classes * case.dim * dtype.itemsize, machine.available_bytes()
+    needed, available = 2 * case.classes * case.dim * dtype.itemsize, machine.available_bytes(case.device)
     if available is not None and needed > available:
         raise UnavailableError(
             f"Weight and gradient take {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available."
         )
     rng = torch.Generator().manual_seed(case.seed)
     return Problem(
-        embeddings=torch.randn(case.batch, case.dim, generator=rng).to(dtype),
-        weight=_draw_rows(case.classes, case.dim, dtype, case.seed, case.threads),
-        labels=torch.randint(case.classes, (case.batch,), generator=rng),
+        embeddings=torch.randn(case.batch, case.dim, generator=rng).to(case.device, dtype),
+        weight=_draw_rows(case.classes, case.dim, dtype, case.seed, case.threads).to(case.device),
+        labels=torch.randint(case.classes, (case.batch,), generator=rng).to(case.device),
         scale=case.scale,
         margin=case.margin if IMPLEMENTATIONS[case.impl].margin else 0.0,
     )
@@ -127,7 +128,7 @@ def _reference(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss, dx and dw in float64."""
     x = problem.embeddings.detach().double().requires_grad_()
     w = problem.weight.detach().double().requires_grad_()
-    scale = torch.full((len(x),), problem.scale, dtype=torch.float64)
+    scale = x.new_full((len(x),), problem.scale)
     loss = reference.forward(x, w, problem.labels, scale, problem.margin)[0].mean()
     return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
@@ -139,12 +140,13 @@ def _relative_error(got: Tensor, wanted: Tensor) -> float:
 
 def _timed(step: Step) -> Turn:
     """Steps for SECONDS_PER_TURN, at least two; the first, with no memory of an earlier one, is not timed."""
+    device = step.embeddings.device.type
     machine.release_memory()
-    baseline = machine.reset_peak_resident()
+    baseline = machine.reset_peak(device)
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < SECONDS_PER_TURN:
         seconds.append(_seconds(step))
-    peak = machine.peak_resident()
+    peak = machine.peak(device)
     extra = None
     if baseline is not None and peak is not None:
         gradients = sum(gradient.nbytes for gradient in step.gradients())
@@ -155,6 +157,8 @@ def _timed(step: Step) -> Turn:
 def _seconds(step: Step) -> float:
     """One forward and backward into fresh gradients."""
     step.clear_gradients()
+    machine.synchronize(step.embeddings.device.type)
     start = time.perf_counter()
     step.loss().backward()
+    machine.synchronize(step.embeddings.device.type)
     return time.perf_counter() - start

@@ -72,7 +72,7 @@ def test_row_of_each_implementation(smoke, impl: str) -> None:
     assert row["fraction_of_matmul"] == pytest.approx(flops / row["median_s"] / 1e9 / row["matmul_gflops"])
     assert (row["threads"], row["rounds"], row["torch"]) == (1, 2, torch.__version__)
     assert row["note"] is None
-    if machine.reset_peak_resident() is not None:
+    if machine.reset_peak("cpu") is not None:
         assert row["peak_extra_mib"] >= 0
 
 
@@ -166,7 +166,7 @@ def test_wrong_output_is_not_timed_and_fails_the_run(in_process, monkeypatch, tm
 
 
 def test_problem_too_large_for_the_memory_is_reported(in_process, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 2**30)
     out = tmp_path / "out.json"
     huge = ["--batch", "8", "--dim", "512", "--classes", "1000000", "--impl", "eager"]
     monkeypatch.setattr("bench.worker.CHECK_CLASSES", 100)
@@ -224,13 +224,13 @@ def test_worker_that_dies_or_raises(job: tuple, error: type, sentence: str) -> N
 
 def test_peak_memory_sees_what_was_freed() -> None:
     machine.release_memory()
-    baseline = machine.reset_peak_resident()
+    baseline = machine.reset_peak("cpu")
     if baseline is None:
         pytest.skip("this system cannot reset the peak of a process's resident memory")
     size = 64 * 2**20
     block = torch.ones(size // 4)
     del block
-    assert machine.peak_resident() - baseline == pytest.approx(size, rel=0.1)
+    assert machine.peak("cpu") - baseline == pytest.approx(size, rel=0.1)
 
 
 def test_table_without_fused_has_no_ratio() -> None:
@@ -238,3 +238,15 @@ def test_table_without_fused_has_no_ratio() -> None:
     row = Row(**{**values, "impl": "eager", "steps": 4, "median_s": 2.5, "min_s": 0.002, "note": "margin 0"})
     cells = " ".join(table([row]).splitlines()[1].split())
     assert cells == "eager 2.500 s 2.000 ms - - - - 4 margin 0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there(capsys):
+    assert main(["step", "--device", "cuda", "--classes", "100"]) == 2
+    assert "--device cuda needs a CUDA or ROCm GPU" in capsys.readouterr().err
+
+
+def test_kernel_report_refuses_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["kernels"]) == 2
+    assert "cannot share a process" in capsys.readouterr().err

@@ -47,34 +47,38 @@ def _row_errors(got, want):
     return (got.double() - want).norm(dim=1) / want.norm(dim=1)
 
 
-def main() -> None:
+def main(backend: str = "cpu", device: str = "cpu") -> None:
     """Runs the step and checks it; in a process of its own, so that the memory is given back."""
     torch.manual_seed(0)
     x, special, shared = _problem()
-    w = torch.empty(NUM_CLASSES, DIM, dtype=torch.bfloat16)
-    w[:] = shared
-    w[SPECIAL] = special
+    w = torch.empty(NUM_CLASSES, DIM, dtype=torch.bfloat16, device=device)
+    w[:] = shared.to(device)
+    w[SPECIAL] = special.to(device)
     assert w.numel() > 2**31
-    x.requires_grad_()
+    leaf = x.to(device, copy=True).requires_grad_()
     w.requires_grad_()
     labels = torch.tensor(LABELS)
-    loss = cosface_loss(x, w, labels, scale=SCALE, margin=MARGIN, reduction="none", backend="cpu")
+    loss = cosface_loss(leaf, w, labels.to(device), scale=SCALE, margin=MARGIN, reduction="none", backend=backend)
     loss.sum().backward()
+    loss, dx = loss.detach().cpu(), leaf.grad.cpu()
 
-    want_loss, want_dx, want_dw = _expected(x.detach(), special, shared)
-    torch.testing.assert_close(loss.detach().double(), want_loss, rtol=1e-5, atol=0)
+    want_loss, want_dx, want_dw = _expected(x, special, shared)
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=0)
     rounding = 2.0**-8  # a bfloat16 has 8 significant bits
     valid = labels >= 0
-    assert float(_row_errors(x.grad[valid], want_dx[valid]).max()) < rounding
-    assert not x.grad[~valid].any()
-    assert float(_row_errors(w.grad[SPECIAL], want_dw[:-1]).max()) < rounding
+    assert float(_row_errors(dx[valid], want_dx[valid]).max()) < rounding
+    assert not dx[~valid].any()
+    assert float(_row_errors(w.grad[SPECIAL].cpu(), want_dw[:-1]).max()) < rounding
     ordinary = torch.ones(NUM_CLASSES, dtype=torch.bool)
     ordinary[SPECIAL] = False
     ordinary[: EDGE - 1000] &= torch.arange(EDGE - 1000) % 499 == 3
     sampled = ordinary.nonzero()[:, 0]  # all from shortly before 2^31 to the end, and some of the rest
     assert len(sampled) > 10_000
     for block in sampled.split(4096):
-        assert float(_row_errors(w.grad[block], want_dw[-1:].expand(len(block), DIM)).max()) < rounding
+        assert (
+            float(_row_errors(w.grad[block.to(device)].cpu(), want_dw[-1:].expand(len(block), DIM)).max())
+            < rounding
+        )
 
 
 def _available_gib() -> float:
@@ -96,3 +100,8 @@ def test_weight_beyond_32_bit_offsets():
     assert done.returncode == 0, done.stderr
     peak_gib = int(done.stdout) / 2**20
     assert peak_gib < MAX_PEAK_GIB
+
+
+@pytest.mark.gpu
+def test_weight_beyond_32_bit_offsets_on_a_gpu():
+    main("triton", "cuda")
