@@ -17,11 +17,12 @@ test: $(BUILT)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
 
-# On a machine with a GPU: the suite of the op on it, then time and memory; bench/results is for the figures.
+# On a machine with a GPU: the suite of the op on it, then time and memory, kept in bench/results.
 gpu-check: $(BUILT)
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m bench step --device cuda --dtype bfloat16 --batch 256,1024,4096 --dim 512 --classes 1000000 \
-	  --impl fused,eager,compile,checkpoint,torch-lce,cce --json build/gpu.json
+	  --impl fused,eager,compile,checkpoint,torch-lce,cce,liger \
+	  --json "bench/results/$$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))').json"
 
 # Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed.
 kernels: $(BUILT)

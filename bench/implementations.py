@@ -3,6 +3,7 @@
 A problem is x (N, D), w (C, D), labels y (N,), scale s and margin m; every step computes the same mean loss.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,12 +160,23 @@ def _build_cce(problem: Problem) -> Step:
     from cut_cross_entropy import linear_cross_entropy
 
     x, w = _leaves(problem)
-    labels, scale = problem.labels, problem.scale
-    return Step(
-        lambda: linear_cross_entropy(scale * F.normalize(x), F.normalize(w), labels, impl="torch_compile"),
-        x,
-        w,
-    )
+    labels, s, m = problem.labels, problem.scale, problem.margin
+    impl = "cce" if x.device.type == "cuda" else "torch_compile"
+
+    def loss() -> Tensor:
+        plain = linear_cross_entropy(s * F.normalize(x), F.normalize(w), labels, impl=impl, reduction="none")
+        p_y = (-plain).exp()  # (N,), the target's probability without a margin
+        return (plain + s * m + torch.log1p(p_y * math.expm1(-s * m))).mean()
+
+    return Step(loss, x, w)
+
+
+def _build_liger(problem: Problem) -> Step:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    x, w = _leaves(problem)
+    labels, scale, cross_entropy = problem.labels, problem.scale, LigerFusedLinearCrossEntropyLoss()
+    return Step(lambda: cross_entropy(F.normalize(w), scale * F.normalize(x), labels), x, w)
 
 
 IMPLEMENTATIONS = {
@@ -174,7 +186,9 @@ IMPLEMENTATIONS = {
     "checkpoint": Implementation(_build_checkpoint, 8, "torch"),
     "pml": Implementation(_build_pml, 6, "pytorch-metric-learning"),
     "torch-lce": Implementation(_build_torch_lce, 6, "torch >= 2.13", margin=False),
-    "cce": Implementation(_build_cce, 6, "cut-cross-entropy and triton", margin=False, compiles=True),
+    "cce": Implementation(_build_cce, 6, "cut-cross-entropy and triton", compiles=True),
+    # Its gradients are made in forward for the mean, so that no margin can be added after.
+    "liger": Implementation(_build_liger, 6, "liger-kernel and triton", margin=False),
 }
 
 

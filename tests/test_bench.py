@@ -97,8 +97,8 @@ def test_table_has_times_relative_to_fused(smoke) -> None:
     ("arguments", "sentence"),
     [
         (
-            ["--impl", "fused,liger"],
-            f"'liger' is not an implementation; there are {', '.join(IMPLEMENTATIONS)}.",
+            ["--impl", "fused,abacus"],
+            f"'abacus' is not an implementation; there are {', '.join(IMPLEMENTATIONS)}.",
         ),
         (["--classes", "1000,0"], "'0' is not a positive whole number."),
         (["--batch", "2.5"], "'2.5' is not a positive whole number."),

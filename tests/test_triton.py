@@ -37,6 +37,12 @@ def test_chunk_of_classes_changes_no_result(backend, dtypes, chunk, monkeypatch)
 
 
 @pytest.mark.triton_only
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+def test_large_embeddings_of_an_odd_size(backend, dtypes):
+    check_backend(backend, make_problem(5, 70, 4099, dtypes))
+
+
+@pytest.mark.triton_only
 @pytest.mark.parametrize("value", ["0", "-5", "many"])
 def test_chunk_override_must_be_a_number(backend, value, monkeypatch):
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", value)
