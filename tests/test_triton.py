@@ -118,6 +118,38 @@ def test_why_triton_cannot_run(module, reason):
     assert re.search(reason, done.stdout), done.stdout + done.stderr
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A GPU of capability 7.5 as far as the backend can see; its tensors are on the CPU."""
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(backend_triton, "triton", None)
+    monkeypatch.setattr(backend_triton, "kernels", None)
+    backend_triton.unavailable.cache_clear()
+    yield monkeypatch
+    backend_triton.unavailable.cache_clear()
+
+
+def test_gpu_that_is_too_old(pretended_gpu):
+    assert "capability 8.0 or newer, found 7.5." in backend_triton.unavailable()
+
+
+def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended_gpu):
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    pretended_gpu.setattr(backend_triton, "_forward", fail)
+    reason = backend_triton.unavailable()
+    assert reason == "a kernel cannot be compiled or launched (RuntimeError: Failed to find C compiler)."
+    x = torch.eye(2, 3)
+    assert cosface_loss(x, x, torch.tensor([0, 1])).isfinite()
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: a kernel cannot be compiled"):
+        cosface_loss(x, x, torch.tensor([0, 1]), backend="triton")
+
+
 def test_cpu_import_does_not_pay_for_triton():
     done = run_python("import sys, cosface_kernels; print('triton' in sys.modules)", TRITON_INTERPRET="0")
     assert done.stdout.strip() == "False", done.stdout + done.stderr
