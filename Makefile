@@ -3,11 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+NVCC := $(shell PATH="$(CUDA_HOME)/bin:$(PATH)" command -v nvcc)
+CUDA_TORCH := 2.14.1
+CUDA_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cosface_kernels/torch-$(CUDA_TORCH)-cuda
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test gpu-check kernels build lint wheel sanitize asan tsan native bench clean
+.PHONY: demo test gpu-check kernels cuda-check build lint wheel sanitize asan tsan native bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/train.py
@@ -17,16 +20,35 @@ test: $(BUILT)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
 
-# On a machine with a GPU: the suite of the op on it, then time and memory, kept in bench/results.
+# On a machine with a GPU: the suite of the op on it, then time and memory, kept in bench/results. The second bench is
+# of backend cuda.
+GPU_BENCH = $(BIN)/python -m bench step --device cuda --dtype bfloat16 --batch 256,1024,4096 --dim 512 --classes 1000000
+GPU_NAME = $$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')
 gpu-check: $(BUILT)
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m bench step --device cuda --dtype bfloat16 --batch 256,1024,4096 --dim 512 --classes 1000000 \
-	  --impl fused,eager,compile,checkpoint,torch-lce,cce,liger \
-	  --json "bench/results/$$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))').json"
+	$(GPU_BENCH) --impl fused,eager,compile,checkpoint,torch-lce,cce,liger --json "bench/results/$(GPU_NAME).json"
+	COSFACE_BACKEND=cuda $(GPU_BENCH) --impl fused --json "bench/results/$(GPU_NAME)-backend-cuda.json"
 
 # Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed.
 kernels: $(BUILT)
 	$(BIN)/python -m bench kernels --json build/kernels.json
+
+# Compiles the CUDA kernels and, in an environment of its own that later calls find again, the whole extension against
+# a CUDA build of torch; no GPU needed.
+cuda-check: $(BUILT)
+ifeq ($(NVCC),)
+	@echo "cuda-check needs nvcc, which is neither on PATH nor in CUDA_HOME: nothing was checked."
+	@test "$(CI)" != true
+else
+	$(BIN)/python -m bench cuda-kernels --json build/cuda-kernels.json
+	test -e $(CUDA_VENV)/complete || { $(PYTHON) -m venv --clear $(CUDA_VENV) && $(CUDA_VENV)/bin/pip install -q \
+	  torch==$(CUDA_TORCH) `grep -E '^(cmake|ninja|numpy|pybind11|setuptools)==' constraints.txt` && \
+	  touch $(CUDA_VENV)/complete; }
+	rm -rf build/cuda
+	PATH="$(CUDA_VENV)/bin:$$PATH" $(CUDA_VENV)/bin/pip wheel -q --no-build-isolation --no-deps -w build/cuda .
+	$(CUDA_VENV)/bin/pip install -q --no-deps --target build/cuda/site build/cuda/*.whl
+	PYTHONPATH=build/cuda/site $(CUDA_VENV)/bin/python -P csrc/tests/check_cuda_build.py
+endif
 
 build: $(BUILT)
 
@@ -69,5 +91,5 @@ $(DEPENDENCIES): constraints.txt
 	touch $@
 
 $(BUILT): $(DEPENDENCIES) setup.py pyproject.toml CMakeLists.txt $(CPP)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	COSFACE_TESTS=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@

@@ -1,6 +1,7 @@
 """Builds cosface_kernels._C with CMake and Ninja. The list of sources and flags is in CMakeLists.txt."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ class CMakeBuild(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept, so that a second build is quick
+        # kept, so that a second build is quick
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch-{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [
@@ -32,10 +34,38 @@ class CMakeBuild(build_ext):
                 f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
                 f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
                 f"-DTORCH_CXX_FLAGS=-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+                *cuda_options(torch.version.cuda),
             ],
             check=True,
         )  # fmt: skip
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+        targets = ["_C", "cosface_cuda_host"] if os.environ.get("COSFACE_TESTS") == "1" else ["_C"]
+        subprocess.run(["cmake", "--build", str(build), "--target", *targets], check=True)
+
+
+def cuda_options(torch_cuda: str | None) -> list[str]:
+    """CMake's options for the CUDA kernels: if torch is a CUDA build and nvcc is there, unless COSFACE_CUDA=0."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+    if os.environ.get("COSFACE_CUDA") == "0" or torch_cuda is None or nvcc is None:
+        if torch_cuda and os.environ.get("COSFACE_CUDA") != "0":
+            print(f"torch is built for CUDA {torch_cuda}, but nvcc is neither on PATH nor in CUDA_HOME: CPU only.")
+        return ["-DCOSFACE_CUDA=OFF"]
+    return ["-DCOSFACE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}"]
+
+
+def architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", in CMake's words: "80-real;90"."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
+    names = []
+    for architecture in wanted.replace(" ", ";").replace(",", ";").split(";"):
+        number = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)
+        if number is None:
+            sys.exit(
+                "TORCH_CUDA_ARCH_LIST must hold compute capabilities such as 8.0, 9.0a or 10.0+PTX, "
+                f"got {architecture!r} in {wanted!r}."
+            )
+        names.append(number[1] + number[2] + ("" if number[3] else "-real"))
+    return ";".join(names)
 
 
 def check_tools() -> None:

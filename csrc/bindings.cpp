@@ -1,4 +1,4 @@
-// The pybind11 module cosface_kernels._C: the only file that includes torch.
+// The pybind11 module cosface_kernels._C: the only file that includes torch's extension header.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
@@ -9,26 +9,18 @@
 
 #include "cpu/memory.h"
 #include "lmcl.h"
+#include "tensor.h"
+#ifdef COSFACE_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/driver.h"
+#endif
 
 namespace {
 
 using at::Tensor;
-using cosface::DType;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", tensor.scalar_type(), ".");
-  }
-}
 
 cosface::Runtime runtime() {
   const char* tile = std::getenv("COSFACE_CPU_TILE");
@@ -49,13 +41,13 @@ struct Arguments {
   Tensor x, w, y, s;
 
   Arguments(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s)
-      : x(in_t(x)), w(w.stride(1) == 1 || w.size(1) == 1 ? w : w.contiguous()), y(y.contiguous()), s(in_t(s)) {}
+      : x(in_t(x)), w(cosface::with_adjacent_elements(w)), y(y.contiguous()), s(in_t(s)) {}
 
   static Tensor in_t(const Tensor& tensor) { return tensor.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
   cosface::Batch<T> batch() const {
     return {x.const_data_ptr<T>(), y.const_data_ptr<int64_t>(), s.const_data_ptr<T>(), x.size(0), x.size(1)};
   }
-  cosface::Weight weight() const { return {w.const_data_ptr(), dtype_of(w), w.size(0), w.stride(0)}; }
+  cosface::Weight weight() const { return {w.const_data_ptr(), cosface::dtype_of(w), w.size(0), w.stride(0)}; }
 };
 
 template <typename T>
@@ -100,10 +92,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   return {dx.to(x.scalar_type()), dw, dscale};
 }
 
-bool in_double(const Tensor& x, const Tensor& w) {
-  return x.scalar_type() == at::kDouble || w.scalar_type() == at::kDouble;
-}
-
 // How many threads a call is spread over: fewer than torch has, if this module was built without OpenMP.
 int64_t threads() {
   const int64_t parts = at::get_num_threads();
@@ -116,8 +104,17 @@ void normal_(Tensor tensor, uint64_t seed, double std) {
   TORCH_CHECK_VALUE(tensor.is_contiguous(), "normal_ needs a contiguous tensor, got strides ", tensor.strides(),
                     ".");
   cosface::use_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
-  cosface::fill_normal(tensor.mutable_data_ptr(), dtype_of(tensor), tensor.numel(), seed, std, runtime());
+  cosface::fill_normal(tensor.mutable_data_ptr(), cosface::dtype_of(tensor), tensor.numel(), seed, std, runtime());
 }
+
+#ifdef COSFACE_CUDA
+cosface::cuda::Device cuda_device(int index) {
+  int l2_bytes = 0, processors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, index));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
+  return {c10::cuda::getCurrentCUDAStream().stream(), l2_bytes, processors};
+}
+#endif
 
 }  // namespace
 
@@ -126,18 +123,37 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin) {
-        return (in_double(x, w) ? forward<double> : forward<float>)(x, w, y, s, margin);
+        return (cosface::in_double(x, w) ? forward<double> : forward<float>)(x, w, y, s, margin);
       },
       no_gil);
   m.def(
       "lmcl_backward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
          const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw) {
-        return (in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, lse, g_lse, g_cos, need_dx,
-                                                                      need_dw);
+        return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, lse, g_lse, g_cos,
+                                                                               need_dx, need_dw);
       },
       no_gil);
   m.def("normal_", normal_, no_gil);
   m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);
+#ifdef COSFACE_CUDA
+  m.def(
+      "cuda_forward",
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin) {
+        const c10::cuda::CUDAGuard guard(x.device());
+        return cosface::cuda::forward(x, w, y, s, margin, cuda_device(x.get_device()));
+      },
+      no_gil);
+  m.def(
+      "cuda_backward",
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
+         const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw) {
+        const c10::cuda::CUDAGuard guard(x.device());
+        return cosface::cuda::backward(x, w, y, s, lse, g_lse, g_cos, need_dx, need_dw,
+                                       cuda_device(x.get_device()));
+      },
+      no_gil);
+  m.attr("cuda_version") = CUDART_VERSION;
+#endif
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import cuda_host
 import hypothesis
 import pytest
 import torch
 from support import INTERPRETED, SAME_DTYPES, Backend
+
+import cosface_kernels.backends
 
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 WITHOUT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
@@ -14,9 +17,13 @@ WITHOUT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = (
     (Backend("triton", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, interpreted=True),)
     if INTERPRETED
-    else (Backend("cpu"), Backend("reference"))
+    else (Backend("cpu"), Backend("reference"), Backend("cuda_host", interpreted=True))
 )
-GPU_BACKENDS = (Backend("triton", device="cuda", dtypes=WITHOUT_FLOAT64, contiguous_weight=True),)
+GPU_BACKENDS = (
+    Backend("triton", device="cuda", dtypes=WITHOUT_FLOAT64, contiguous_weight=True),
+    Backend("cuda", device="cuda"),
+)
+cosface_kernels.backends.BACKENDS["cuda_host"] = cuda_host
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=80, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
@@ -43,10 +50,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selected = [item for item in items if _supported(item, asked_for_gpu)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
     items[:] = selected
+    for item in items:
+        if item.get_closest_marker("gpu") and (reason := _missing_on_gpu(_backend_of(item))):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _backend_of(item: pytest.Item) -> Backend | None:
+    params = getattr(item, "callspec", None)
+    return params.params.get("backend") if params else None
+
+
+def _missing_on_gpu(backend: Backend | None) -> str | None:
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA or ROCm GPU"))
+        return "torch sees no CUDA or ROCm GPU"
+    if backend and backend.name == "cuda":  # needs nvcc or a wheel, which not every machine with a GPU has
+        return cosface_kernels.backends.BACKENDS["cuda"].unavailable()
+    return None
 
 
 def _supported(item: pytest.Item, asked_for_gpu: bool) -> bool:
@@ -54,17 +73,19 @@ def _supported(item: pytest.Item, asked_for_gpu: bool) -> bool:
     on_gpu = item.get_closest_marker("gpu") is not None
     if on_gpu and not (torch.cuda.is_available() or asked_for_gpu):
         return False
-    params = getattr(item, "callspec", None)
-    backend = params.params.get("backend") if params else None
+    backend = _backend_of(item)
     if backend is None:
         return on_gpu or not INTERPRETED
+    if on_gpu and backend.device == "cpu":
+        return False
+    params = item.callspec.params
     if item.get_closest_marker("triton_only") and backend.name != "triton":
         return False
-    dtypes = {*params.params.get("dtypes", ()), *filter(None, [params.params.get("dtype")])} & FLOATS
+    dtypes = {*params.get("dtypes", ()), *filter(None, [params.get("dtype")])} & FLOATS
     if item.get_closest_marker("float64"):
         dtypes.add(torch.float64)
     if backend.contiguous_weight and (
-        item.get_closest_marker("strided_weight") or "w" in params.params.get("operand", "").split("_and_")
+        item.get_closest_marker("strided_weight") or "w" in params.get("operand", "").split("_and_")
     ):
         return False
     return dtypes <= set(backend.dtypes) and not (backend.interpreted and item.get_closest_marker("heavy"))

@@ -1,8 +1,8 @@
-"""What only a GPU can show of backend `triton`: graphs, no waiting, flat memory."""
+"""What only a GPU can show of backends `triton` and `cuda`: graphs, no waiting, flat memory."""
 
 import pytest
 import torch
-from support import BF16, F16, F32, evaluate, make_problem, random_upstream
+from support import BF16, F16, F32, Backend, evaluate, make_problem, random_upstream
 
 from cosface_kernels import FusedCosFaceLoss, cosface_loss
 
@@ -10,15 +10,16 @@ pytestmark = pytest.mark.gpu
 MIB = 2**20
 
 
-def _head(num_classes: int, num_samples: int, dim: int = 64, dtype: torch.dtype = torch.bfloat16):
-    head = FusedCosFaceLoss(num_classes, dim, device="cuda", dtype=dtype, backend="triton")
+def _head(backend: Backend, num_classes: int, num_samples: int, dtype: torch.dtype = torch.bfloat16):
+    dim = 64
+    head = FusedCosFaceLoss(num_classes, dim, device="cuda", dtype=dtype, backend=backend.name)
     x = torch.randn(num_samples, dim, device="cuda", dtype=dtype, requires_grad=True)
     return head, x, torch.randint(num_classes, (num_samples,), device="cuda")
 
 
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
-def test_a_captured_step_gives_the_results_of_an_eager_one(dtypes):
-    head, x, labels = _head(3001, 48, dtype=dtypes.x)
+def test_a_captured_step_gives_the_results_of_an_eager_one(backend, dtypes):
+    head, x, labels = _head(backend, 3001, 48, dtype=dtypes.x)
 
     def step():
         loss = head(x, labels)
@@ -40,8 +41,8 @@ def test_a_captured_step_gives_the_results_of_an_eager_one(dtypes):
         assert torch.equal(got, want)
 
 
-def test_a_step_never_waits_for_the_device():
-    head, x, labels = _head(3001, 48)
+def test_a_step_never_waits_for_the_device(backend):
+    head, x, labels = _head(backend, 3001, 48)
     head(x, labels).backward()  # compiles and chooses tiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -50,10 +51,10 @@ def test_a_step_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_is_flat_in_the_number_of_classes():
+def test_memory_is_flat_in_the_number_of_classes(backend):
     extra = []
     for num_classes in (100_000, 800_000):
-        head, x, labels = _head(num_classes, 256)
+        head, x, labels = _head(backend, num_classes, 256)
         head(x, labels).backward()
         head.weight.grad = x.grad = None
         torch.cuda.reset_peak_memory_stats()
@@ -66,22 +67,22 @@ def test_memory_is_flat_in_the_number_of_classes():
     assert max(extra) < 128, extra
 
 
-def test_chunk_fits_the_cache_and_changes_nothing(monkeypatch):
+def test_chunk_fits_the_cache_and_changes_nothing(backend, monkeypatch):
     problem = make_problem(256, 40_000, 64, BF16).to("cuda")
     upstream = random_upstream(problem, "loss")
 
     def run(*arguments):
-        return torch.ops.cosface.lmcl(*arguments, "triton")
+        return torch.ops.cosface.lmcl(*arguments, backend.name)
 
     want = evaluate(run, problem, upstream)
-    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "4096")
+    monkeypatch.setenv(f"COSFACE_{backend.name.upper()}_CHUNK", "4096")
     got = evaluate(run, problem, upstream)
     torch.testing.assert_close(got.dx, want.dx, rtol=2e-2, atol=1e-3)
     assert torch.equal(got.dw, want.dw)
 
 
-def test_labels_are_read_back_only_on_request():
-    head, x, _ = _head(100, 8)
+def test_labels_are_read_back_only_on_request(backend):
+    head, x, _ = _head(backend, 100, 8)
     labels = torch.tensor([0, 1, 2, 100, 4, 5, 6, 7], device="cuda")
     losses = cosface_loss(x, head.weight, labels, reduction="none")
     assert losses.isnan().tolist() == [i == 3 for i in range(8)]

@@ -103,5 +103,5 @@ def test_weight_beyond_32_bit_offsets():
 
 
 @pytest.mark.gpu
-def test_weight_beyond_32_bit_offsets_on_a_gpu():
-    main("triton", "cuda")
+def test_weight_beyond_32_bit_offsets_on_a_gpu(backend):
+    main(backend.name, backend.device)

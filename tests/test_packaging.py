@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import cosface_kernels
 
@@ -39,6 +42,51 @@ def test_package_is_typed() -> None:
 
 
 def test_kernels_do_not_include_torch() -> None:
-    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.name != "bindings.cpp"]
-    assert any(path.name == "kernels.cpp" for path in sources)
+    with_torch = {"bindings.cpp", "cuda_host.cpp", "driver.cpp", "driver.h", "tensor.h"}
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.name not in with_torch]
+    assert {"kernels.cpp", "kernels.cu"} <= {path.name for path in sources}
     assert not [path for path in sources for word in ("<torch", "<ATen", "<c10") if word in path.read_text()]
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The names that setup.py defines."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "architectures"),
+    [
+        (None, "80-real;90-real;100"),
+        ("8.6", "86-real"),
+        ("9.0a 12.0+PTX", "90a-real;120"),
+        ("7.5,8.0", "75-real;80-real"),
+    ],
+)
+def test_cuda_architectures(setup_script, monkeypatch, wanted, architectures) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted or "")
+    assert setup_script["architectures"]() == architectures
+
+
+def test_unknown_cuda_architecture_is_refused(setup_script, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    with pytest.raises(SystemExit, match=r"got 'Hopper' in '8\.0;Hopper'"):
+        setup_script["architectures"]()
+
+
+def test_cuda_is_built_if_torch_and_nvcc_are_there(setup_script, monkeypatch, tmp_path, capsys) -> None:
+    options = setup_script["cuda_options"]
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in options("13.0")
+    assert options(None) == ["-DCOSFACE_CUDA=OFF"]
+    monkeypatch.setenv("COSFACE_CUDA", "0")
+    assert options("13.0") == ["-DCOSFACE_CUDA=OFF"]
+    assert not capsys.readouterr().out
+    monkeypatch.delenv("COSFACE_CUDA")
+    nvcc.unlink()
+    assert options("13.0") == ["-DCOSFACE_CUDA=OFF"]
+    assert "nvcc is neither on PATH nor in CUDA_HOME: CPU only." in capsys.readouterr().out

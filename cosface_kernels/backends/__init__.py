@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cosface_kernels.backends import cpu, reference, triton
+from cosface_kernels.backends import cpu, cuda, reference, triton
 
 
 class Backend(Protocol):
@@ -34,7 +34,7 @@ class Backend(Protocol):
     def backward(self, *tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
 
 
 def check_name(name: str | None) -> None:

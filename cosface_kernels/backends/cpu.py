@@ -1,21 +1,13 @@
 """Backend `cpu`: the C++ kernels of csrc/cpu, for any CPU."""
 
-import importlib
-from typing import Any
-
 from torch import Tensor
 
-_C: Any = None
-_import_error = ""
-try:
-    _C = importlib.import_module("cosface_kernels._C")
-except ImportError as error:
-    _import_error = str(error)
+from cosface_kernels.backends.extension import _C, import_error
 
 
 def unavailable() -> str | None:
     if _C is None:
-        return f"the compiled module cosface_kernels._C cannot be imported ({_import_error})."
+        return import_error
     try:
         _C.instruction_set()
     except RuntimeError as error:  # COSFACE_CPU_ISA names a set that this processor does not have

@@ -81,7 +81,7 @@ def _dot_tile(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """<x_i, w_j> (BLOCK_N, BLOCK_C), and |w_j| from the same loads."""
+    """<x_i, w_j> (BLOCK_N, BLOCK_C), and |w_j| from the same loads; both see the weight rounded to operands."""
     dot = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, D, BLOCK_D):
@@ -90,7 +90,7 @@ def _dot_tile(
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(classes, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
         dot = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile.to(OPERAND)), dot, input_precision=PRECISION)
-        w_full = w_tile.to(tl.float32)
+        w_full = w_tile.to(OPERAND).to(tl.float32)
         squares += tl.sum(w_full * w_full, 1)
     return dot, tl.sqrt(squares)
 
@@ -209,9 +209,9 @@ def _target_cos(
         is_d = (d < D)[None, :]
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(target, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
-        dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile.to(OPERAND).to(tl.float32), 1)
+        w_tile = w_tile.to(OPERAND).to(tl.float32)
+        dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile, 1)
         x_tile = x_tile.to(tl.float32)
-        w_tile = w_tile.to(tl.float32)
         x_squares += tl.sum(x_tile * x_tile, 1)
         w_squares += tl.sum(w_tile * w_tile, 1)
     x_norm = tl.sqrt(x_squares)
@@ -508,7 +508,7 @@ def weight_gradients(
     inverse = 1 / tl.maximum(norm, EPS)
     out = _offsets(first_class + columns, d, D, 1)
     mask = is_class[:, None] & is_d
-    w_hat = tl.load(w + out, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
+    w_hat = tl.load(w + out, mask=mask, other=0.0).to(OPERAND).to(tl.float32) * inverse[:, None]
     projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
     unlift = tl.load(largest_unit) / (G_LIFT * X_LIFT)
     tl.store(dw + out, ((sums * unlift - projection) * inverse[:, None]).to(dw.dtype.element_ty), mask=mask)

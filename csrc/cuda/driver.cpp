@@ -1,0 +1,222 @@
+// The chunk driver. Nothing in it is specific to a GPU but what a Device says, so that it also runs over the
+// kernels on the host. It never waits for the device, and allocates through torch: a CUDA graph can capture it.
+#include "cuda/driver.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+
+#include "tensor.h"
+
+namespace cosface::cuda {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kChunkStep = 256;         // classes; rows of a chunk stay aligned to any load
+constexpr int64_t kBlocksPerProcessor = 4;  // that share the rows of a chunk
+constexpr double kLeastUnit = 0x1p-100, kLargestUnit = 0x1p100;  // kGradientLift over a unit is finite in float
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What the matrix products multiply: the common dtype; a float32 weight is rounded to the bfloat16 of its
+// embeddings, as autocast would do. Not to float16, whose range a short row of an un-normalised weight would
+// leave.
+at::ScalarType operand_dtype(at::ScalarType x, at::ScalarType w) {
+  if (x == w || (x == at::kBFloat16 && w == at::kFloat)) return x;
+  return at::promoteTypes(at::promoteTypes(x, w), at::kFloat);
+}
+
+// Classes per chunk: the chunk's products, class rows and gradients fill half of the L2 cache. COSFACE_CUDA_CHUNK
+// overrides it.
+int64_t chunk_classes(int64_t n, int64_t d, int64_t classes, int64_t operand_bytes, const Device& device) {
+  const int64_t row_bytes = (n + d) * (sizeof(float) + operand_bytes);
+  int64_t chunk = std::max(device.l2_bytes / 2 / row_bytes, device.least_chunk);
+  if (const char* wanted = std::getenv("COSFACE_CUDA_CHUNK")) {
+    char* end = nullptr;
+    chunk = std::strtoll(wanted, &end, 10);
+    TORCH_CHECK_VALUE(end != wanted && *end == '\0' && chunk > 0,
+                      "COSFACE_CUDA_CHUNK must be a positive number of classes, got '", wanted, "'.");
+  }
+  return ceil_div(std::min(chunk, classes), kChunkStep) * kChunkStep;
+}
+
+// out = a b, or out += a b, with sums in the dtype of out.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  Tensor result = out;
+  if (a.scalar_type() == out.scalar_type()) {
+    accumulate ? at::addmm_out(result, out, a, b) : at::mm_out(result, a, b);
+  } else if (a.is_cuda()) {
+    accumulate ? at::addmm_out(result, out, a, b, out.scalar_type()) : at::mm_out(result, a, b, out.scalar_type());
+  } else {  // torch has this product on GPUs alone
+    multiply(out, a.to(out.scalar_type()), b.to(out.scalar_type()), accumulate);
+  }
+}
+
+Rows rows_of(const Tensor& v) { return {v.const_data_ptr(), dtype_of(v), v.size(0), v.size(1), v.stride(0)}; }
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
+
+void* any_data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
+
+// One call's inputs, and a workspace that all chunks share.
+template <typename T>
+class Step {
+ public:
+  // A chunk of the classes with its products made.
+  struct Part {
+    Chunk<T> chunk;
+    Tensor dot;       // (N, classes)
+    Tensor w, w_hat;  // (classes, D) operands; w_hat if there is a buffer for it
+  };
+
+  Step(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Device& device)
+      : device(device),
+        operand(operand_dtype(x.scalar_type(), w.scalar_type())),
+        sums(x.options().dtype(c10::CppTypeToScalarType<T>::value)),
+        x(x.to(operand).contiguous()),
+        y(y.contiguous()),
+        s(s.contiguous()),
+        n(x.size(0)),
+        d(x.size(1)),
+        chunk(chunk_classes(n, d, w.size(0), this->x.element_size(), device)),
+        segments(std::clamp<int64_t>(kBlocksPerProcessor * device.processors / std::max<int64_t>(n, 1), 1,
+                                     chunk / kChunkStep)),
+        x_inv_norm(at::empty({n}, sums)),
+        w_inv_norm(at::empty({chunk}, sums)),
+        w_(with_adjacent_elements(w)),
+        w_operands_(w.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, this->x.options())),
+        dot_(at::empty({n * chunk}, sums)) {}
+
+  // Calls body(part) for the chunks in order. w_hat: (chunk, D) operands, to be filled, or undefined.
+  template <typename Body>
+  void each_part(const Tensor& w_hat, Body body) const {
+    for (int64_t first = 0; first < w_.size(0); first += chunk) {
+      const int64_t classes = std::min(chunk, w_.size(0) - first);
+      const Tensor raw = w_.narrow(0, first, classes);
+      const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, classes).copy_(raw) : raw;
+      const Tensor hat = w_hat.defined() ? w_hat.narrow(0, 0, classes) : w_hat;
+      normalize_rows<T>(rows_of(rows), nullptr, data<T>(w_inv_norm), any_data(hat), device.stream);
+      const Tensor dot = dot_.narrow(0, 0, n * classes).view({n, classes});
+      multiply(dot, x, rows.t(), false);
+      body(Part{{data<T>(dot), n, classes, first, data<T>(x_inv_norm), data<T>(w_inv_norm), data<int64_t>(y),
+                 data<T>(s), segments},
+                dot,
+                rows,
+                hat});
+    }
+  }
+
+  const Device& device;
+  const at::ScalarType operand;
+  const at::TensorOptions sums;         // dtype T
+  const Tensor x, y, s;                 // (N, D) operands, (N), (N)
+  const int64_t n, d, chunk, segments;  // segments: blocks that share a row of a chunk
+  const Tensor x_inv_norm, w_inv_norm;  // (N), which the caller fills; (chunk)
+
+ private:
+  const Tensor w_, w_operands_, dot_;  // w_operands_: (chunk, D), if w has another dtype
+};
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_in(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                      const Tensor& s, double margin, const Device& device) {
+  const Step<T> step(x, w, y, s, device);
+  const Tensor loss = at::empty({step.n}, step.sums), lse = at::empty_like(loss),
+               target_cos = at::zeros_like(loss), max_neg = at::empty_like(loss);
+  const Tensor max_cos = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
+  const Tensor sum_exp = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
+  const RunningStatistics<T> running{data<T>(max_cos), data<double>(sum_exp)};
+  normalize_rows<T>(rows_of(step.x), nullptr, data<T>(step.x_inv_norm), nullptr, device.stream);
+  step.each_part(Tensor(), [&](const auto& part) {
+    accumulate_statistics(part.chunk, running, data<T>(target_cos), device.stream);
+  });
+  finish_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
+                    {data<T>(loss), data<T>(lse), data<T>(target_cos), data<T>(max_neg)}, device.stream);
+  return {loss, lse, target_cos, max_neg};
+}
+
+// (N) powers of two that bound |G_ij| of each row. One per row: then no row of dx depends on the rest of the
+// batch.
+Tensor units(const Tensor& s, const Tensor& g_lse, const Tensor& g_cos) {
+  const Tensor bound = at::maximum((s * g_lse).abs(), g_cos.abs());
+  const Tensor clamped =
+      at::where(bound < std::numeric_limits<double>::infinity(), bound, 0).clamp(kLeastUnit, kLargestUnit);
+  return at::ldexp(at::ones_like(clamped), std::get<1>(at::frexp(clamped)));
+}
+
+// out from the gradient g_hat of v_hat; where the kernel does not write the dtype of out, over g_hat and by a
+// copy.
+template <typename T>
+void unnormalize(const Tensor& g_hat, const Tensor& v, const Tensor& inv_norm, const Tensor& factor,
+                 const Tensor& out, Stream stream) {
+  const bool direct = out.scalar_type() == v.scalar_type() || out.scalar_type() == g_hat.scalar_type();
+  const Tensor result = direct ? out : g_hat;
+  const int64_t factor_step = factor.dim();  // (N), or one number
+  unnormalize_rows<T>(data<T>(g_hat), rows_of(v), data<T>(inv_norm), data<T>(factor), factor_step,
+                      any_data(result), dtype_of(result), stream);
+  if (!direct) out.copy_(result);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
+                                               const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
+                                               bool need_dx, bool need_dw, const Device& device) {
+  const Step<T> step(x, w, y, s, device);
+  const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
+  const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2])};
+  const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  const Tensor dw = need_dw ? at::empty(w.sizes(), w.options()) : at::empty({0}, w.options());
+  if (step.n == 0) return {dx, dw.zero_(), at::empty_like(up[0])};
+
+  // Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
+  const Tensor active = up[1].ne(0).logical_or(up[2].ne(0)), unit = units(step.s, up[1], up[2]);
+  const Tensor largest_unit = unit.amax();
+  const Tensor to_x_hat = unit / largest_unit * kEmbeddingLift * active,
+               from_dx_hat = unit / kGradientLift * active;
+  const Tensor from_dw_hat = largest_unit / (kGradientLift * kEmbeddingLift);
+
+  const auto operands = step.x.options();
+  const Tensor x_hat = at::empty({step.n, step.d}, operands);
+  const Tensor w_hat = need_dx ? at::empty({step.chunk, step.d}, operands) : Tensor();
+  const Tensor g_apart = step.operand == step.sums.dtype() ? Tensor() : at::empty({step.n * step.chunk}, operands);
+  const Tensor dx_hat = need_dx ? at::zeros({step.n, step.d}, step.sums) : Tensor();
+  const Tensor dw_hat = need_dw ? at::empty({step.chunk, step.d}, step.sums) : Tensor();
+  const Tensor negative_dot = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
+  normalize_rows<T>(rows_of(step.x), data<T>(to_x_hat), data<T>(step.x_inv_norm), any_data(x_hat), device.stream);
+  step.each_part(w_hat, [&](const auto& part) {
+    const Tensor g = g_apart.defined() ? g_apart.narrow(0, 0, part.dot.numel()).view_as(part.dot) : part.dot;
+    logit_gradients(part.chunk, upstream, data<T>(unit), any_data(g), dtype_of(g), data<double>(negative_dot),
+                    device.stream);
+    if (need_dx) multiply(dx_hat, g, part.w_hat, true);
+    if (need_dw) {
+      const Tensor rows = dw_hat.narrow(0, 0, part.chunk.classes);
+      multiply(rows, g.t(), x_hat, false);
+      unnormalize<T>(rows, part.w, step.w_inv_norm, from_dw_hat,
+                     dw.narrow(0, part.chunk.first_class, part.chunk.classes), device.stream);
+    }
+  });
+  if (need_dx) unnormalize<T>(dx_hat, step.x, step.x_inv_norm, from_dx_hat, dx, device.stream);
+  return {dx, dw, negative_dot.sum(0).to(step.sums.dtype())};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                   const Tensor& s, double margin, const Device& device) {
+  return (in_double(x, w) ? forward_in<double> : forward_in<float>)(x, w, y, s, margin, device);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
+                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
+                                            bool need_dx, bool need_dw, const Device& device) {
+  return (in_double(x, w) ? backward_in<double> : backward_in<float>)(x, w, y, s, lse, g_lse, g_cos, need_dx,
+                                                                      need_dw, device);
+}
+
+}  // namespace cosface::cuda

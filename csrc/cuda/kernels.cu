@@ -1,0 +1,390 @@
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace cosface::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kBlock = 256;           // threads of a block that has a row for itself
+constexpr int kRowsPerBlock = 4;      // rows of a block that gives each a warp
+constexpr int64_t kTripsPerWarp = 8;  // reads of a row by one warp; a row that needs more gets a block
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The lowest is finite, so that the difference of two is 0.
+template <typename T>
+constexpr T kLowest = std::numeric_limits<T>::lowest();
+template <typename T>
+constexpr T kLeast = std::numeric_limits<T>::min();
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// As many numbers as one instruction loads.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T values[kCount];
+};
+
+template <int kCount, typename T>
+__device__ Pack<T, kCount> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, kCount>*>(from);
+}
+
+template <int kCount, typename T>
+__device__ void store(T* to, const Pack<T, kCount>& pack) {
+  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+}
+
+template <typename To, typename From>
+__device__ To convert(From v) {
+  if constexpr (std::is_same_v<To, From>) {
+    return v;
+  } else if constexpr (std::is_same_v<From, __half>) {
+    return static_cast<To>(__half2float(v));
+  } else if constexpr (std::is_same_v<From, __nv_bfloat16>) {
+    return static_cast<To>(__bfloat162float(v));
+  } else if constexpr (std::is_same_v<To, __half>) {
+    return __float2half_rn(static_cast<float>(v));
+  } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(v));
+  } else {
+    return static_cast<To>(v);
+  }
+}
+
+struct Sum {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+
+// The values of the kThreads threads of a row combined, the same for all of them. All must take part.
+template <int kThreads, typename Combine, typename T>
+__device__ T reduce(T value, Combine combine) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
+  if constexpr (kThreads > kWarp) {
+    __shared__ T parts[kThreads / kWarp];
+    __syncthreads();  // a thread may still be reading the parts of the call before
+    if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    value = parts[0];
+    for (int warp = 1; warp < kThreads / kWarp; ++warp) value = combine(value, parts[warp]);
+  }
+  return value;
+}
+
+// The row of this thread: blocks are (threads of a row, rows of the block).
+__device__ int64_t this_row() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
+
+template <typename T>
+__device__ bool is_clamped(T inv_norm) {
+  return inv_norm >= static_cast<T>(1) / static_cast<T>(kEps);
+}
+
+template <typename T, typename V, int kThreads, int kPack>
+__global__ void normalize_rows_kernel(const V* v, int64_t n, int64_t columns, int64_t stride, const T* factor,
+                                      T* inv_norm, V* hat) {
+  const int64_t row = this_row();
+  if (row >= n) return;
+  v += row * stride;
+  T squares = 0;
+  for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
+    const auto pack = load<kPack>(v + k);
+    for (int l = 0; l < kPack; ++l) squares += convert<T>(pack.values[l]) * convert<T>(pack.values[l]);
+  }
+  const T norm = std::sqrt(reduce<kThreads>(squares, Sum()));
+  const T inverse = 1 / (norm < static_cast<T>(kEps) ? static_cast<T>(kEps) : norm);
+  if (threadIdx.x == 0) inv_norm[row] = inverse;
+  if (hat == nullptr) return;
+
+  hat += row * columns;
+  const T row_factor = factor == nullptr ? 1 : factor[row];
+  for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
+    auto pack = load<kPack>(v + k);
+    for (int l = 0; l < kPack; ++l) {
+      pack.values[l] = convert<V>(row_factor == 0 ? 0 : convert<T>(pack.values[l]) * inverse * row_factor);
+    }
+    store(hat + k, pack);
+  }
+}
+
+// The classes of this block's segment of a chunk: [begin, end).
+template <int kPack>
+__device__ void this_segment(int64_t classes, int64_t* begin, int64_t* end) {
+  const int64_t packs = classes / kPack, segments = gridDim.y, segment = blockIdx.y;
+  *begin = packs * segment / segments * kPack;
+  *end = packs * (segment + 1) / segments * kPack;
+}
+
+template <typename T, int kThreads, int kPack>
+__global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T> running, T* target_cos) {
+  const int64_t row = this_row();
+  if (row >= chunk.n) return;
+  int64_t begin, end;
+  this_segment<kPack>(chunk.classes, &begin, &end);
+  const T* dot = chunk.dot + row * chunk.classes;
+  const T x_inv_norm = chunk.x_inv_norm[row];
+  const int64_t target = chunk.y[row] - chunk.first_class;
+  const T s = chunk.s[row] == 0 ? kLeast<T> : chunk.s[row];  // e^{s cos} is 1 for both, s times infinity not nan
+
+  T top = kLowest<T>, sum = 0;
+  for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
+    const auto dots = load<kPack>(dot + j);
+    const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
+    for (int l = 0; l < kPack; ++l) {
+      const T cos = dots.values[l] * x_inv_norm * inv_norms.values[l];
+      if (j + l == target) {
+        target_cos[row] = cos;
+        continue;
+      }
+      if (cos > top) {
+        sum *= std::exp(s * (top - cos));
+        top = cos;
+      }
+      sum += std::exp(s * (cos - top));
+    }
+  }
+  const T row_top = reduce<kThreads>(top, Max());
+  const T row_sum = reduce<kThreads>(sum * std::exp(s * (top - row_top)), Sum());
+  if (threadIdx.x != 0) return;
+  const int64_t slot = blockIdx.y * chunk.n + row;
+  const T old_top = running.max_cos[slot], new_top = Max()(old_top, row_top);
+  running.sum_exp[slot] =
+      running.sum_exp[slot] * std::exp(s * (old_top - new_top)) + row_sum * std::exp(s * (row_top - new_top));
+  running.max_cos[slot] = new_top;
+}
+
+template <typename T>
+__global__ void finish_statistics_kernel(RunningStatistics<T> running, int64_t segments, int64_t n,
+                                         const int64_t* y, const T* s, T margin, Results<T> results) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  T top = kLowest<T>;
+  for (int64_t segment = 0; segment < segments; ++segment) top = Max()(top, running.max_cos[segment * n + i]);
+  double sum = 0;
+  for (int64_t slot = i; slot < segments * n; slot += n) {
+    const T below = running.max_cos[slot] - top;  // 0 - 0, or far below
+    sum += running.sum_exp[slot] * std::exp(below == 0 ? 0 : s[i] * below);
+  }
+  const T lse = static_cast<T>(s[i] * top + std::log(sum));
+  const T z = lse - s[i] * (results.target_cos[i] - margin);
+  const T softplus = (z > 0 ? z : 0) + std::log1p(std::exp(z > 0 ? -z : z));
+  results.max_neg[i] = top == kLowest<T> ? -kInfinity<T> : top;
+  results.lse[i] = lse;
+  results.loss[i] = y[i] < 0 ? 0 : softplus;
+}
+
+template <typename T, typename G, int kThreads, int kPack>
+__global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, const T* unit, G* g,
+                                       double* negative_dot) {
+  const int64_t row = this_row();
+  if (row >= chunk.n) return;
+  int64_t begin, end;
+  this_segment<kPack>(chunk.classes, &begin, &end);
+  const T* dot = chunk.dot + row * chunk.classes;
+  g += row * chunk.classes;
+  const T x_inv_norm = chunk.x_inv_norm[row], s = chunk.s[row], lse = upstream.lse[row];
+  const T g_lse = upstream.g_lse[row], g_cos = upstream.g_cos[row];
+  const T lift = static_cast<T>(kGradientLift) / unit[row];
+  const int64_t target = chunk.y[row] - chunk.first_class;
+  const bool active = g_lse != 0 || g_cos != 0;
+
+  T negative = 0;
+  for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
+    const auto dots = load<kPack>(dot + j);
+    const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
+    Pack<G, kPack> gradients;
+    for (int l = 0; l < kPack; ++l) {
+      const T cos = dots.values[l] * x_inv_norm * inv_norms.values[l];
+      T gradient = 0;
+      if (active && j + l == target) {
+        gradient = g_cos;
+      } else if (active) {
+        const T p = std::exp(std::fma(s, cos, -lse));  // one rounding less where z and lse are large
+        negative += p * cos;
+        gradient = s * g_lse * p;
+      }
+      gradients.values[l] = convert<G>(gradient * lift);
+    }
+    store(g + j, gradients);
+  }
+  negative = reduce<kThreads>(negative, Sum());
+  if (threadIdx.x == 0) negative_dot[blockIdx.y * chunk.n + row] += g_lse * negative;
+}
+
+template <typename T, typename V, typename Out, int kThreads, int kPack>
+__global__ void unnormalize_rows_kernel(const T* g_hat, const V* v, int64_t n, int64_t columns, int64_t stride,
+                                        const T* inv_norm, const T* factor, int64_t factor_step, Out* out) {
+  const int64_t row = this_row();
+  if (row >= n) return;
+  g_hat += row * columns;
+  v += row * stride;
+  out += row * columns;
+  const T inverse = inv_norm[row], row_factor = factor[row * factor_step];
+  T dot = 0;
+  for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
+    const auto g = load<kPack>(g_hat + k);
+    const auto values = load<kPack>(v + k);
+    for (int l = 0; l < kPack; ++l) dot += g.values[l] * (convert<T>(values.values[l]) * inverse);
+  }
+  dot = reduce<kThreads>(dot, Sum());
+  if (is_clamped(inverse)) dot = 0;
+  for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
+    const auto g = load<kPack>(g_hat + k);
+    const auto values = load<kPack>(v + k);
+    Pack<Out, kPack> result;
+    for (int l = 0; l < kPack; ++l) {
+      const T gradient = (g.values[l] - dot * (convert<T>(values.values[l]) * inverse)) * row_factor * inverse;
+      result.values[l] = convert<Out>(row_factor == 0 ? 0 : gradient);
+    }
+    store(out + k, result);
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename V>
+struct Type {
+  using type = V;
+};
+
+// Calls body(Type<V>()) for the operand dtypes whose sums are in T.
+template <typename T, typename Body>
+void with_operand(DType dtype, Body body) {
+  if constexpr (std::is_same_v<T, double>) {
+    if (dtype == DType::kFloat64) return body(Type<double>());
+  } else {
+    if (dtype == DType::kFloat32) return body(Type<float>());
+    if (dtype == DType::kBFloat16) return body(Type<__nv_bfloat16>());
+    if (dtype == DType::kFloat16) return body(Type<__half>());
+  }
+  throw std::logic_error("Operands in float64, and no others, have sums in double.");
+}
+
+template <int kThreads_, int kPack_>
+struct Shape {
+  static constexpr int kThreads = kThreads_, kPack = kPack_;
+  static dim3 block() { return dim3(kThreads, kThreads == kWarp ? kRowsPerBlock : 1); }
+  static dim3 grid(int64_t rows, int64_t segments) {
+    return dim3(static_cast<unsigned>(ceil_div(rows, block().y)), static_cast<unsigned>(segments));
+  }
+};
+
+// Calls body(Shape) with the width of the loads and the threads for a row of `columns` numbers, of which `wide`
+// can be loaded at once where rows are aligned to as many.
+template <int kWide, typename Body>
+void with_shape(int64_t columns, bool aligned, Body body) {
+  const bool narrow_row = columns <= kTripsPerWarp * kWarp * (aligned ? kWide : 1);
+  if (aligned) {
+    narrow_row ? body(Shape<kWarp, kWide>()) : body(Shape<kBlock, kWide>());
+  } else {
+    narrow_row ? body(Shape<kWarp, 1>()) : body(Shape<kBlock, 1>());
+  }
+}
+
+template <typename V>
+constexpr int kVector = 16 / sizeof(V);  // numbers in the widest load
+
+bool is_aligned(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+template <typename V>
+bool rows_are_aligned(const Rows& v) {
+  return v.columns % kVector<V> == 0 && v.stride % kVector<V> == 0 && is_aligned(v.data, 16);
+}
+
+constexpr int kChunkPack = 4;  // numbers of a chunk's row that a thread takes at once
+
+template <typename T, typename Body>
+void with_chunk_shape(const Chunk<T>& chunk, Body body) {
+  with_shape<kChunkPack>(ceil_div(chunk.classes, chunk.segments), chunk.classes % kChunkPack == 0, body);
+}
+
+}  // namespace
+
+template <typename T>
+void normalize_rows(const Rows& v, const T* factor, T* inv_norm, void* hat, Stream stream) {
+  with_operand<T>(v.dtype, [&](auto type) {
+    using V = typename decltype(type)::type;
+    with_shape<kVector<V>>(v.columns, rows_are_aligned<V>(v), [&](auto shape) {
+      using S = decltype(shape);
+      launch("normalize_rows", normalize_rows_kernel<T, V, S::kThreads, S::kPack>, S::grid(v.n, 1), S::block(),
+             stream, static_cast<const V*>(v.data), v.n, v.columns, v.stride, factor, inv_norm,
+             static_cast<V*>(hat));
+    });
+  });
+}
+
+template <typename T>
+void accumulate_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos,
+                           Stream stream) {
+  with_chunk_shape(chunk, [&](auto shape) {
+    using S = decltype(shape);
+    launch("accumulate_statistics", accumulate_statistics_kernel<T, S::kThreads, S::kPack>,
+           S::grid(chunk.n, chunk.segments), S::block(), stream, chunk, running, target_cos);
+  });
+}
+
+template <typename T>
+void finish_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
+                       const T* s, T margin, const Results<T>& results, Stream stream) {
+  launch("finish_statistics", finish_statistics_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kBlock))),
+         dim3(kBlock), stream, running, segments, n, y, s, margin, results);
+}
+
+template <typename T>
+void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* unit, void* g, DType dtype,
+                     double* negative_dot, Stream stream) {
+  with_operand<T>(dtype, [&](auto type) {
+    using G = typename decltype(type)::type;
+    with_chunk_shape(chunk, [&](auto shape) {
+      using S = decltype(shape);
+      launch("logit_gradients", logit_gradients_kernel<T, G, S::kThreads, S::kPack>,
+             S::grid(chunk.n, chunk.segments), S::block(), stream, chunk, upstream, unit, static_cast<G*>(g),
+             negative_dot);
+    });
+  });
+}
+
+template <typename T>
+void unnormalize_rows(const T* g_hat, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
+                      void* out, DType out_dtype, Stream stream) {
+  with_operand<T>(v.dtype, [&](auto type) {
+    using V = typename decltype(type)::type;
+    with_shape<kVector<V>>(v.columns, rows_are_aligned<V>(v), [&](auto shape) {
+      using S = decltype(shape);
+      const auto run = [&](auto* typed_out) {
+        using Out = std::remove_pointer_t<decltype(typed_out)>;
+        launch("unnormalize_rows", unnormalize_rows_kernel<T, V, Out, S::kThreads, S::kPack>, S::grid(v.n, 1),
+               S::block(), stream, g_hat, static_cast<const V*>(v.data), v.n, v.columns, v.stride, inv_norm,
+               factor, factor_step, typed_out);
+      };
+      out_dtype == v.dtype ? run(static_cast<V*>(out)) : run(static_cast<T*>(out));
+    });
+  });
+}
+
+#define COSFACE_INSTANTIATE(T)                                                                                 \
+  template void normalize_rows(const Rows&, const T*, T*, void*, Stream);                                      \
+  template void accumulate_statistics(const Chunk<T>&, const RunningStatistics<T>&, T*, Stream);               \
+  template void finish_statistics(const RunningStatistics<T>&, int64_t, int64_t, const int64_t*, const T*, T,  \
+                                  const Results<T>&, Stream);                                                  \
+  template void logit_gradients(const Chunk<T>&, const Upstream<T>&, const T*, void*, DType, double*, Stream); \
+  template void unnormalize_rows(const T*, const Rows&, const T*, const T*, int64_t, void*, DType, Stream);
+
+COSFACE_INSTANTIATE(float)
+COSFACE_INSTANTIATE(double)
+
+}  // namespace cosface::cuda

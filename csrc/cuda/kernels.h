@@ -1,0 +1,78 @@
+// What the chunk driver launches between its matrix products: raw pointers to a device's memory, no torch.
+//
+// Letters as in lmcl.h. T is the dtype of sums and statistics: double for operands in float64, else float. A
+// product's operands are float64, float32, bfloat16 or float16. Offsets are 64-bit, no result is made by atomics,
+// and what several blocks contribute to one number goes into a slot each, summed in order.
+#pragma once
+
+#include <cstdint>
+
+#include "lmcl.h"
+
+namespace cosface::cuda {
+
+using Stream = void*;  // a cudaStream_t; the host's shim has none
+
+// A gradient G_ij is stored as G_ij kGradientLift / unit_i, with unit_i a power of two that bounds |G_ij|, and
+// x_hat_i as x_hat_i kEmbeddingLift unit_i / max_i unit_i. So float16 operands neither overflow nor, down to
+// probabilities of 1.5e-8, become subnormal, whatever the loss is divided by.
+constexpr double kGradientLift = 4096, kEmbeddingLift = 256;
+
+// Rows (n, columns) of operands: embeddings, or the class weights of a chunk.
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t n, columns;
+  int64_t stride;  // elements from row to row
+};
+
+// inv_norm_i = 1 / max(|v_i|, eps) and, if hat is not null, hat_i = factor_i v_i / max(|v_i|, eps): (n, columns),
+// contiguous, in the dtype of v. Without a factor it is 1; where it is 0 so is hat, whatever v holds.
+template <typename T>
+void normalize_rows(const Rows& v, const T* factor, T* inv_norm, void* hat, Stream stream);
+
+// The products of a chunk: dot_ij = <x_i, w_j>, (n, classes), contiguous. Class j of the chunk is first_class + j.
+template <typename T>
+struct Chunk {
+  T* dot;
+  int64_t n, classes, first_class;
+  const T *x_inv_norm, *w_inv_norm;  // (n), (classes)
+  const int64_t* y;                  // (n)
+  const T* s;                        // (n)
+  int64_t segments;                  // blocks that share a row
+};
+
+// Statistics of the chunks seen so far: (segments, n) each, from `lowest` and 0 on.
+template <typename T>
+struct RunningStatistics {
+  T* max_cos;       // over j != y_i
+  double* sum_exp;  // sum of e^{s_i (cos_ij - max_cos)}
+};
+
+// Also writes target_cos_i where y_i lies in the chunk.
+template <typename T>
+void accumulate_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos,
+                           Stream stream);
+
+// The slots of each row in order, then LMCL, given its target_cos.
+template <typename T>
+void finish_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
+                       const T* s, T margin, const Results<T>& results, Stream stream);
+
+// g_ij (n, classes) from dot_ij, in the dtype of the operands: s_i g_lse_i p_ij for j != y_i, g_cos_i for j = y_i,
+// both lifted. It may be the memory of `dot`, if their dtype is the same. negative_dot: (segments, n),
+// += g_lse_i sum_{j != y_i} p_ij cos_ij.
+template <typename T>
+void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* unit, void* g, DType dtype,
+                     double* negative_dot, Stream stream);
+
+// From the gradient of v_hat = v / max(|v|, eps) to that of v:
+//   out_i = factor_i (g_hat_i - <g_hat_i, v_hat_i> v_hat_i) / max(|v_i|, eps),
+// without the projection for a row whose norm was clamped, and 0 where the factor is. g_hat and out are (n,
+// columns), contiguous; out is in the dtype of v, or in T. factor_step is 1 for a factor per row, 0 for one of
+// all.
+template <typename T>
+void unnormalize_rows(const T* g_hat, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
+                      void* out, DType out_dtype, Stream stream);
+
+}  // namespace cosface::cuda

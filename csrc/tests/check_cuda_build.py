@@ -1,0 +1,30 @@
+"""Run by `make cuda-check` with a CUDA build of torch: the extension has its CUDA side, and says what it lacks."""
+
+import torch
+
+from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels.backends import cuda
+from cosface_kernels.backends.extension import _C
+
+assert torch.version.cuda, f"torch {torch.__version__} is not a CUDA build."
+assert hasattr(_C, "cuda_forward"), cuda.unavailable()
+
+head = FusedCosFaceLoss(7, 4)
+x, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 6, 3])
+head(x, labels).backward()  # on the CPU, by the same module
+assert x.grad.isfinite().all()
+assert head.weight.grad.any()
+
+if torch.cuda.is_available():
+    on_gpu = FusedCosFaceLoss(7, 4, device="cuda", backend="cuda")
+    assert on_gpu(x.cuda(), labels.cuda()).isfinite()
+    print(f"The extension runs: {cuda.describe()}.")
+else:
+    head.backend = "cuda"
+    message = ""
+    try:
+        head(x, labels)
+    except RuntimeError as error:
+        message = str(error)
+    assert "torch sees no CUDA device." in message, message
+    print(f"The extension is built and imported; a call says: {message}")

@@ -1,0 +1,2 @@
+// The CUDA kernels, unchanged, for the host.
+#include "cuda/kernels.cu"

@@ -1,0 +1,295 @@
+// Each CUDA kernel, on the SIMT shim, against double loops of its definition.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cuda/kernels.h"
+#include "formats.h"
+
+namespace cosface::test {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+std::mt19937_64 engine(35);
+
+double normal() { return std::normal_distribution<double>()(engine); }
+
+template <typename T>
+std::vector<DType> operands() {
+  if (sizeof(T) == 8) return {DType::kFloat64};
+  return {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+}
+
+// Half the distance from 1 to the next number.
+double rounding(DType dtype) {
+  const int fraction_bits[] = {52, 23, 7, 10};
+  return std::ldexp(0.5, -fraction_bits[static_cast<int>(dtype)]);
+}
+
+template <typename T>
+constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+bool close(double got, double want, double tolerance) { return std::fabs(got - want) <= tolerance; }
+
+// Rows with gaps between them, whose memory is nan: a read beyond a row shows.
+struct Matrix {
+  int64_t n, columns, stride;
+  DType dtype;
+  Exact<char> memory;
+
+  Matrix(int64_t n, int64_t columns, int64_t stride, DType dtype)
+      : n(n),
+        columns(columns),
+        stride(stride),
+        dtype(dtype),
+        memory(((n - 1) * stride + columns) * size_of(dtype)) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t k = 0; k < columns; ++k) put(normal(), memory, dtype, i * stride + k);
+    }
+  }
+
+  double operator()(int64_t i, int64_t k) const { return get(memory, dtype, i * stride + k); }
+  void scale_row(int64_t i, double factor) const {
+    for (int64_t k = 0; k < columns; ++k) put((*this)(i, k) * factor, memory, dtype, i * stride + k);
+  }
+  double norm(int64_t i) const {
+    double squares = 0;
+    for (int64_t k = 0; k < columns; ++k) squares += (*this)(i, k) * (*this)(i, k);
+    return std::max(std::sqrt(squares), kEps);
+  }
+  cuda::Rows rows() const { return {memory, dtype, n, columns, stride}; }
+};
+
+// Widths that one warp reads and that need a block, both aligned to the widest load and not.
+constexpr int64_t kWidths[] = {1, 7, 8, 64, 515, 2112};
+
+template <typename Body>
+void each_matrix(DType dtype, Body body) {
+  for (int64_t columns : kWidths) {
+    for (int64_t n : {1, 6}) {
+      for (int64_t gap : {0, 3, 8}) body(Matrix(n, columns, columns + gap, dtype));
+    }
+  }
+}
+
+template <typename T>
+void normalize_rows(DType dtype) {
+  each_matrix(dtype, [&](const Matrix& v) {
+    if (v.n > 1) v.scale_row(1, 0);
+    Exact<T> factor(v.n), inv_norm(v.n);
+    Exact<char> hat(v.n * v.columns * size_of(dtype));
+    for (T& f : factor) f = static_cast<T>(std::ldexp(1, static_cast<int>(engine() % 8)));
+    if (v.n > 2) {
+      factor[2] = 0;
+      v.scale_row(2, kNan);
+    }
+    cuda::normalize_rows<T>(v.rows(), factor, inv_norm, hat, nullptr);
+    for (int64_t i = 0; i < v.n; ++i) {
+      const double norm = v.norm(i);
+      if (i != 2) CHECK(close(inv_norm[i] * norm, 1, 16 * rounding(kDTypeOf<T>)), i, v.columns, inv_norm[i], norm);
+      for (int64_t k = 0; k < v.columns; ++k) {
+        const double got = get(hat, dtype, i * v.columns + k), want = i == 2 ? 0 : v(i, k) / norm * factor[i];
+        const double tolerance = 2 * rounding(dtype) + 8 * rounding(kDTypeOf<T>);
+        CHECK(close(got, want, tolerance * std::fabs(want) + 1e-7), i, k, v.columns, v.stride, got, want);
+      }
+    }
+    Exact<T> without_hat(v.n);
+    cuda::normalize_rows<T>(v.rows(), nullptr, without_hat, nullptr, nullptr);
+    CHECK(without_hat.same_bits(inv_norm), v.columns);
+  });
+}
+
+template <typename T>
+void unnormalize_rows(DType dtype) {
+  each_matrix(dtype, [&](const Matrix& v) {
+    if (v.n > 1) v.scale_row(1, 0);
+    Exact<T> g_hat(v.n * v.columns), factor(v.n), inv_norm(v.n);
+    for (T& g : g_hat) g = static_cast<T>(normal());
+    for (int64_t i = 0; i < v.n; ++i) {
+      factor[i] = static_cast<T>(std::ldexp(1, -2 * static_cast<int>(i)));
+      inv_norm[i] = static_cast<T>(1 / v.norm(i));
+    }
+    if (v.n > 2) {
+      factor[2] = 0;
+      v.scale_row(2, kNan);
+    }
+    for (DType out_dtype : {dtype, kDTypeOf<T>}) {
+      for (int64_t step : {0, 1}) {
+        Exact<char> out(v.n * v.columns * size_of(out_dtype));
+        cuda::unnormalize_rows<T>(g_hat, v.rows(), inv_norm, factor, step, out, out_dtype, nullptr);
+        for (int64_t i = 0; i < v.n; ++i) {
+          const double by = factor[i * step] * static_cast<double>(inv_norm[i]);
+          double dot = 0, size = 0;
+          for (int64_t k = 0; k < v.columns; ++k) {
+            const double term = g_hat[i * v.columns + k] * v(i, k) * inv_norm[i];
+            dot += term;
+            size += std::fabs(term);
+          }
+          for (int64_t k = 0; k < v.columns; ++k) {
+            if (i == 2 && step == 0) continue;  // nan, as it should be
+            const double projection = i == 1 ? 0 : dot * v(i, k) * inv_norm[i], g = g_hat[i * v.columns + k];
+            const double want = i == 2 ? 0 : (g - projection) * by, got = get(out, out_dtype, i * v.columns + k);
+            const double tolerance = rounding(out_dtype) * std::fabs(want) +
+                                     8 * rounding(kDTypeOf<T>) * by * (std::fabs(g) + (i == 2 ? 0 : size)) +
+                                     (out_dtype == DType::kFloat16 ? 1e-7 : 0);
+            const bool overflows = out_dtype == DType::kFloat16 && std::fabs(want) > 65000;
+            CHECK(overflows || close(got, want, tolerance), i, k, v.columns, step, got, want);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Dot products of n embeddings with the classes of several chunks, and what the definition makes of them.
+template <typename T>
+struct Logits {
+  int64_t n, classes, chunk;
+  std::vector<double> dot;  // (n, classes)
+  Exact<T> x_inv_norm, w_inv_norm, s;
+  Exact<int64_t> y;
+
+  Logits(int64_t n, int64_t classes, int64_t chunk, double scale)
+      : n(n), classes(classes), chunk(chunk), dot(n * classes), x_inv_norm(n), w_inv_norm(classes), s(n), y(n) {
+    for (int64_t i = 0; i < n; ++i) x_inv_norm[i] = static_cast<T>(std::ldexp(1 + 0.3 * normal(), -1));
+    for (T& v : w_inv_norm) v = static_cast<T>(1 + std::fabs(normal()));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t targets[] = {0, classes - 1, -1, chunk - 1, chunk};
+      y[i] = std::min(targets[i % 5], classes - 1);
+      s[i] = static_cast<T>(i == 5 ? 0 : scale);
+      for (int64_t j = 0; j < classes; ++j) {
+        const double cos = std::tanh(normal());
+        dot[i * classes + j] = static_cast<T>(cos / x_inv_norm[i] / w_inv_norm[j]);
+      }
+    }
+  }
+
+  double cos(int64_t i, int64_t j) const { return dot[i * classes + j] * x_inv_norm[i] * w_inv_norm[j]; }
+
+  // Calls body(a chunk whose dot is this memory).
+  template <typename Body>
+  void each_chunk(int64_t segments, Body body) const {
+    for (int64_t first = 0; first < classes; first += chunk) {
+      const int64_t width = std::min(chunk, classes - first);
+      Exact<T> part(n * width), inv_norm(width);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < width; ++j) part[i * width + j] = static_cast<T>(dot[i * classes + first + j]);
+      }
+      std::copy_n(w_inv_norm + first, width, inv_norm.begin());
+      body(cuda::Chunk<T>{part, n, width, first, x_inv_norm, inv_norm, y, s, segments});
+    }
+  }
+
+  double lse(int64_t i) const {
+    double sum = 0;
+    for (int64_t j = 0; j < classes; ++j) sum += j == y[i] ? 0 : std::exp(s[i] * cos(i, j));
+    return std::log(sum);
+  }
+};
+
+template <typename Body>
+void each_logits(Body body) {
+  for (int64_t segments : {1, 3}) {
+    body(7, 1, 256, segments);
+    body(1, 5, 4, segments);
+    body(6, 300, 128, segments);    // a warp a row, the last chunk a ragged one
+    body(7, 2603, 1301, segments);  // a block a row, not aligned
+    body(3, 9000, 5000, segments);  // a block a row, aligned
+  }
+}
+
+template <typename T>
+void statistics() {
+  each_logits([](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    const Logits<T> logits(n, classes, chunk, 32);
+    Exact<T> max_cos(segments * n, std::numeric_limits<T>::lowest());
+    Exact<double> sum_exp(segments * n, 0.0);
+    const cuda::RunningStatistics<T> running{max_cos, sum_exp};
+    Exact<T> loss(n), lse(n), target_cos(n, T(0)), max_neg(n);
+    logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
+      cuda::accumulate_statistics(part, running, target_cos.begin(), nullptr);
+    });
+    cuda::finish_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35), {loss, lse, target_cos, max_neg},
+                               nullptr);
+    for (int64_t i = 0; i < n; ++i) {
+      const double want_lse = logits.lse(i), tolerance = 200 * rounding(kDTypeOf<T>);
+      const double want_cos = logits.y[i] < 0 ? 0 : logits.cos(i, logits.y[i]);
+      double want_max = -std::numeric_limits<double>::infinity();
+      for (int64_t j = 0; j < classes; ++j)
+        want_max = j == logits.y[i] ? want_max : std::max(want_max, logits.cos(i, j));
+      const double z = want_lse - logits.s[i] * (want_cos - T(0.35));
+      const double want_loss = logits.y[i] < 0 ? 0 : std::max(z, 0.0) + std::log1p(std::exp(-std::fabs(z)));
+      CHECK(lse[i] == want_lse || close(lse[i], want_lse, tolerance * 2), i, classes, segments, lse[i], want_lse);
+      CHECK(close(target_cos[i], want_cos, tolerance), i, classes, target_cos[i], want_cos);
+      CHECK(max_neg[i] == want_max || close(max_neg[i], want_max, tolerance), i, classes, max_neg[i], want_max);
+      CHECK(close(loss[i], want_loss, tolerance * (2 + want_loss)), i, classes, segments, loss[i], want_loss);
+    }
+  });
+}
+
+template <typename T>
+void logit_gradients(DType dtype) {
+  each_logits([dtype](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    const Logits<T> logits(n, classes, chunk, 16);
+    Exact<T> lse(n), g_lse(n), g_cos(n), unit(n);
+    for (int64_t i = 0; i < n; ++i) {
+      lse[i] = static_cast<T>(logits.lse(i));
+      const bool active = i % 3 != 1;
+      g_lse[i] = static_cast<T>(active ? normal() : 0);
+      g_cos[i] = static_cast<T>(active && logits.y[i] >= 0 ? 16 * normal() : 0);
+      unit[i] = static_cast<T>(std::ldexp(1, 7));
+      if (!active) lse[i] = std::numeric_limits<T>::quiet_NaN();
+    }
+    const Upstream<T> upstream{lse, g_lse, g_cos};
+    Exact<double> negative_dot(segments * n, 0.0);
+    std::vector<double> want_dot(n, 0.0);
+    logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
+      Exact<char> apart(n * part.classes * size_of(dtype));
+      char* g = dtype == kDTypeOf<T> ? reinterpret_cast<char*>(part.dot) : apart;
+      cuda::logit_gradients<T>(part, upstream, unit, g, dtype, negative_dot, nullptr);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < part.classes; ++j) {
+          const int64_t global = part.first_class + j;
+          const double cos = logits.cos(i, global), p = std::exp(logits.s[i] * cos - lse[i]);
+          const bool active = g_lse[i] != 0 || g_cos[i] != 0, is_target = global == logits.y[i];
+          const double gradient = !active ? 0 : is_target ? double{g_cos[i]} : logits.s[i] * g_lse[i] * p;
+          if (active && !is_target) want_dot[i] += g_lse[i] * p * cos;
+          const double want = gradient * cuda::kGradientLift / unit[i], got = get(g, dtype, i * part.classes + j);
+          const double tolerance = (rounding(dtype) + 100 * rounding(kDTypeOf<T>)) * std::fabs(want) + 1e-7;
+          CHECK(close(got, want, tolerance), i, global, classes, segments, got, want);
+        }
+      }
+    });
+    for (int64_t i = 0; i < n; ++i) {
+      double got = 0;
+      for (int64_t segment = 0; segment < segments; ++segment) got += negative_dot[segment * n + i];
+      CHECK(close(got, want_dot[i], 200 * rounding(kDTypeOf<T>) * std::fabs(g_lse[i])), i, classes, got,
+            want_dot[i]);
+    }
+  });
+}
+
+template <typename T>
+void all() {
+  for (DType dtype : operands<T>()) {
+    normalize_rows<T>(dtype);
+    unnormalize_rows<T>(dtype);
+    logit_gradients<T>(dtype);
+  }
+  statistics<T>();
+}
+
+}  // namespace
+}  // namespace cosface::test
+
+int main() {
+  using namespace cosface::test;
+  all<float>();
+  all<double>();
+  std::cout << checks << " checks, " << failures << " failures\n";
+  return failures || !checks;
+}
