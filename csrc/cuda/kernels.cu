@@ -13,6 +13,7 @@ constexpr int kBlock = 256;           // threads of a block that has a row for i
 constexpr int kRowsPerBlock = 4;      // rows of a block that gives each a warp
 constexpr int64_t kTripsPerWarp = 8;  // reads of a row by one warp; a row that needs more gets a block
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr size_t kWidestLoad = 16;  // bytes
 
 // The lowest is finite, so that the difference of two is 0.
 template <typename T>
@@ -22,9 +23,9 @@ constexpr T kLeast = std::numeric_limits<T>::min();
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// As many numbers as one instruction loads.
+// Numbers that one instruction loads, or two if they are wider than the others of a loop.
 template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
+struct alignas(sizeof(T) * kCount < kWidestLoad ? sizeof(T) * kCount : kWidestLoad) Pack {
   T values[kCount];
 };
 
@@ -296,13 +297,13 @@ void with_shape(int64_t columns, bool aligned, Body body) {
 }
 
 template <typename V>
-constexpr int kVector = 16 / sizeof(V);  // numbers in the widest load
+constexpr int kVector = kWidestLoad / sizeof(V);  // numbers in the widest load
 
 bool is_aligned(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
 template <typename V>
 bool rows_are_aligned(const Rows& v) {
-  return v.columns % kVector<V> == 0 && v.stride % kVector<V> == 0 && is_aligned(v.data, 16);
+  return v.columns % kVector<V> == 0 && v.stride % kVector<V> == 0 && is_aligned(v.data, kWidestLoad);
 }
 
 constexpr int kChunkPack = 4;  // numbers of a chunk's row that a thread takes at once

@@ -5,11 +5,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
 #include <limits>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -106,5 +108,26 @@ class Exact {
   size_t mapped_ = 0;
   T* data_;
 };
+
+extern "C" inline void on_fault(int) {
+  constexpr char kMessage[] = "guard page touched\n";
+  if (write(STDERR_FILENO, kMessage, sizeof(kMessage) - 1) > 0) _exit(1);
+  _exit(2);
+}
+
+// Commits the error that the command line names; CTest sees by what is printed whether it was caught.
+inline int run_negative(int argc, char** argv, const std::map<std::string, void (*)()>& modes) {
+  const auto mode = modes.find(argc == 2 ? argv[1] : "");
+  if (mode == modes.end()) {
+    for (const auto& [name, body] : modes) std::cerr << name << '\n';
+    return 2;
+  }
+#ifndef COSFACE_ASAN
+  std::signal(SIGSEGV, on_fault);
+#endif
+  mode->second();
+  std::cout << "survived\n";
+  return 0;
+}
 
 }  // namespace cosface::test

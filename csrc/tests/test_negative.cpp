@@ -1,10 +1,6 @@
 // Proof that the sanitizers are alive: each mode commits one error on purpose, and passes if the error is named.
 // The last two modes commit it inside the kernels and inside the driver, so that those are seen to be
 // instrumented.
-#include <csignal>
-#include <cstdio>
-#include <map>
-#include <string>
 #include <thread>
 
 #include "check.h"
@@ -70,34 +66,17 @@ void driver_race() {
                       {results, results + kN, results + 2 * kN, results + 3 * kN});
 }
 
-extern "C" void on_fault(int) {
-  constexpr char kMessage[] = "guard page touched\n";
-  if (write(STDERR_FILENO, kMessage, sizeof(kMessage) - 1) > 0) _exit(1);
-  _exit(2);
-}
-
 }  // namespace
 }  // namespace cosface::test
 
 int main(int argc, char** argv) {
   using namespace cosface::test;
-  const std::map<std::string, void (*)()> modes = {
-      {"heap", heap},
-      {"signed", signed_overflow},
-      {"cast", cast},
-      {"division", division},
-      {"race", race},
-      {"kernel_overrun", kernel_overrun},
-      {"driver_race", driver_race},
-  };
-  const auto mode = modes.find(argc == 2 ? argv[1] : "");
-  if (mode == modes.end()) {
-    for (const auto& [name, body] : modes) std::fprintf(stderr, "%s\n", name.c_str());
-    return 2;
-  }
-#ifndef COSFACE_ASAN
-  std::signal(SIGSEGV, on_fault);
-#endif
-  mode->second();
-  std::puts("survived");
+  return run_negative(argc, argv,
+                      {{"heap", heap},
+                       {"signed", signed_overflow},
+                       {"cast", cast},
+                       {"division", division},
+                       {"race", race},
+                       {"kernel_overrun", kernel_overrun},
+                       {"driver_race", driver_race}});
 }
