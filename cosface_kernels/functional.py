@@ -151,7 +151,7 @@ def margin_softmax_loss(
     targets = ops.targets(labels, weight.shape[0], ignore_index, validate_labels)  # (N,)
     valid = targets != ops.IGNORED  # (N,)
 
-    loss, lse, target_cos, max_neg = ops.lmcl(embeddings, weight, targets, s, m, backend)  # each (N,)
+    loss, lse, target_cos, max_neg, _ = ops.lmcl(embeddings, weight, targets, s, m, backend)  # each (N,)
     if callable(margin):
         psi = margin(target_cos)  # (N,)
         check_per_sample("the margin's result", psi, labels)

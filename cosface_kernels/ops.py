@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends import select
+from cosface_kernels.options import Options
 from cosface_kernels.reference import compute_dtype
 
 IGNORED, INVALID = -1, -2  # targets that are no class
@@ -38,15 +39,30 @@ def _(labels, num_classes, ignore_index, validate=True):  # type: ignore[no-unty
 
 @torch.library.custom_op("cosface::lmcl", mutates_args=())
 def lmcl(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them."""
-    return select(backend, x, w).forward(x, w, targets, scale, margin)
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    margin: float,
+    backend: str | None,
+    classes: Tensor | None = None,
+    cache_bytes: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them.
+
+    The arguments after `backend` are those of `Options`; the fifth result, uint8, is lmcl_backward's cache.
+    """
+    options = Options(classes, cache_bytes)
+    loss, lse, target_cos, max_neg, cache = select(backend, x, w, options).forward(
+        x, w, targets, scale, margin, options
+    )
+    return loss, lse, target_cos, max_neg, cache
 
 
 @lmcl.register_fake
-def _(x, w, targets, scale, margin, backend):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(4))
+def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0):  # type: ignore[no-untyped-def]
+    rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(4))
+    return *rows, x.new_empty(Options(classes, cache_bytes).cache_size(x, w), dtype=torch.uint8)
 
 
 @torch.library.custom_op("cosface::lmcl_backward", mutates_args=())
@@ -58,45 +74,54 @@ def lmcl_backward(
     lse: Tensor,
     g_lse: Tensor,
     g_cos: Tensor,
+    cache: Tensor,
     need_dx: bool,
     need_dw: bool,
     backend: str | None,
+    classes: Tensor | None = None,
+    cache_bytes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dw (C, D) and dscale (N,), as `cosface_kernels.reference.backward` defines them.
 
-    A gradient that is not needed comes back empty.
+    A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
-    return select(backend, x, w).backward(
-        x, w, targets, scale, lse, g_lse, g_cos, need_dx=need_dx, need_dw=need_dw
+    options = Options(classes, cache_bytes)
+    return select(backend, x, w, options).backward(
+        x, w, targets, scale, lse, g_lse, g_cos, cache, options=options, need_dx=need_dx, need_dw=need_dw
     )
 
 
 @lmcl_backward.register_fake
-def _(x, w, targets, scale, lse, g_lse, g_cos, need_dx, need_dw, backend):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, backend, classes=None, cache_bytes=0):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape if need_dx else (0,))
-    dw = w.new_empty(w.shape if need_dw else (0,))
+    rows = w.shape[0] if classes is None else classes.shape[0]
+    dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
     return dx, dw, lse.new_empty(lse.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, w, targets, scale, ctx.margin, ctx.backend = inputs
-    _, lse, target_cos, max_neg = output
-    ctx.mark_non_differentiable(max_neg)
-    ctx.save_for_backward(x, w, targets, scale, lse, target_cos)
+    x, w, targets, scale, ctx.margin, ctx.backend, classes, ctx.cache_bytes = inputs
+    _, lse, target_cos, max_neg, cache = output
+    ctx.mark_non_differentiable(max_neg, cache)
+    ctx.save_for_backward(x, w, targets, scale, lse, target_cos, classes, cache)
 
 
-def _backward(ctx, g_loss, g_lse, g_cos, _):  # type: ignore[no-untyped-def]
-    x, w, targets, scale, lse, target_cos = ctx.saved_tensors
-    need_dx, need_dw, _, need_dscale, _, _ = ctx.needs_input_grad
+def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
+    x, w, targets, scale, lse, target_cos, classes, cache = ctx.saved_tensors
+    need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
     psi = target_cos - ctx.margin  # (N,)
     # loss = softplus(z) with z = lse - s psi, where there is a target; no gradient stays none where z is nan
     flows = (targets >= 0) & (g_loss != 0)  # (N,)
     g_z = torch.where(flows, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
     dx, dw, dscale = lmcl_backward(
-        x, w, targets, scale, lse, g_lse + g_z, g_cos - scale * g_z, need_dx, need_dw, ctx.backend
-    )
+        x, w, targets, scale, lse, g_lse + g_z, g_cos - scale * g_z, cache, need_dx, need_dw, ctx.backend, classes,
+        ctx.cache_bytes,
+    )  # fmt: skip
     dscale = dscale - g_z * psi  # (N,)
-    return dx if need_dx else None, dw if need_dw else None, None, dscale if need_dscale else None, None, None
+    if need_dw and classes is not None:
+        dw = torch.sparse_coo_tensor(classes[None], dw, w.shape, is_coalesced=True, check_invariants=False)
+    none = (None,) * (len(ctx.needs_input_grad) - 4)
+    return dx if need_dx else None, dw if need_dw else None, None, dscale if need_dscale else None, *none
 
 
 lmcl.register_autograd(_backward, setup_context=_setup_context)

@@ -2,7 +2,9 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <array>
 #include <cstdlib>
+#include <optional>
 #include <set>
 #include <thread>
 #include <vector>
@@ -35,6 +37,16 @@ cosface::Runtime runtime() {
   };
 }
 
+// cosface_kernels/options.py: the fields that the kernels see.
+struct Options {
+  std::optional<Tensor> classes;
+
+  cosface::Options raw() const {
+    if (!classes) return {};
+    return {classes->const_data_ptr<int64_t>(), classes->numel()};
+  }
+};
+
 // The arguments of one call in the compute dtype T. Rows of w that are not adjacent elements are copied.
 template <typename T>
 struct Arguments {
@@ -52,25 +64,25 @@ struct Arguments {
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                   const Tensor& s, double margin) {
+                                                   const Tensor& s, double margin, const Options& options) {
   const Arguments<T> arguments(x, w, y, s);
   Tensor loss = at::empty_like(arguments.s), lse = at::empty_like(loss), target_cos = at::empty_like(loss),
          max_neg = at::empty_like(loss);
-  cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), runtime(),
+  cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), options.raw(), runtime(),
                            {loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(),
                             target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>()});
   return {loss, lse, target_cos, max_neg};
 }
 
-// Uninitialised memory for dw.
-Tensor empty_gradient(const Tensor& w) {
-  const size_t bytes = w.numel() * w.element_size();
-  if (bytes < cosface::kManyBytes) return at::empty(w.sizes(), w.options());
+// Uninitialised memory for dw of so many classes.
+Tensor empty_gradient(const Tensor& w, int64_t classes) {
+  const std::array<int64_t, 2> sizes{classes, w.size(1)};
+  const size_t bytes = classes * w.size(1) * w.element_size();
+  if (bytes < cosface::kManyBytes) return at::empty(sizes, w.options());
   if (void* data = cosface::take_pages(bytes)) {
-    return at::from_blob(
-        data, w.sizes(), [bytes](void* pages) { cosface::give_pages(pages, bytes); }, w.options());
+    return at::from_blob(data, sizes, [bytes](void* pages) { cosface::give_pages(pages, bytes); }, w.options());
   }
-  Tensor dw = at::empty(w.sizes(), w.options());
+  Tensor dw = at::empty(sizes, w.options());
   cosface::use_huge_pages(dw.mutable_data_ptr(), bytes);
   return dw;
 }
@@ -78,15 +90,16 @@ Tensor empty_gradient(const Tensor& w) {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                             const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                            bool need_dx, bool need_dw) {
+                                            const Options& options, bool need_dx, bool need_dw) {
   const Arguments<T> arguments(x, w, y, s);
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
-  Tensor dw = need_dw ? empty_gradient(w) : at::empty({0}, w.options());
+  Tensor dw = need_dw ? empty_gradient(w, options.classes ? options.classes->numel() : w.size(0))
+                      : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
   cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(),
                             {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()},
-                            runtime(),
+                            options.raw(), runtime(),
                             {need_dx ? dx.mutable_data_ptr<T>() : nullptr,
                              need_dw ? dw.mutable_data_ptr() : nullptr, dscale.mutable_data_ptr<T>()});
   return {dx.to(x.scalar_type()), dw, dscale};
@@ -120,18 +133,22 @@ cosface::cuda::Device cuda_device(int index) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
+  py::class_<Options>(m, "Options")
+      .def(py::init([](std::optional<Tensor> classes) { return Options{std::move(classes)}; }), py::kw_only(),
+           py::arg("classes") = py::none());
   m.def(
       "lmcl_forward",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin) {
-        return (cosface::in_double(x, w) ? forward<double> : forward<float>)(x, w, y, s, margin);
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+         const Options& options) {
+        return (cosface::in_double(x, w) ? forward<double> : forward<float>)(x, w, y, s, margin, options);
       },
       no_gil);
   m.def(
       "lmcl_backward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-         const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw) {
+         const Tensor& g_lse, const Tensor& g_cos, const Options& options, bool need_dx, bool need_dw) {
         return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, lse, g_lse, g_cos,
-                                                                               need_dx, need_dw);
+                                                                               options, need_dx, need_dw);
       },
       no_gil);
   m.def("normal_", normal_, no_gil);

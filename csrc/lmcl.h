@@ -38,6 +38,12 @@ struct Weight {
   int64_t row_stride;  // in elements
 };
 
+// What the op may be asked for beyond plain LMCL, as in cosface_kernels/options.py.
+struct Options {
+  const int64_t* classes = nullptr;  // (S) ascending: class j is row classes[j] of the weight; null: all rows
+  int64_t count = 0;                 // S
+};
+
 // lse_i = log sum_{j != y_i} e^{z_ij};  loss_i = softplus(lse_i - s_i (target_cos_i - m));  max_neg_i = max cos_ij
 template <typename T>
 struct Results {
@@ -45,8 +51,8 @@ struct Results {
 };
 
 template <typename T>
-void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Runtime& runtime,
-                  const Results<T>& results);
+void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options,
+                  const Runtime& runtime, const Results<T>& results);
 
 template <typename T>
 struct Upstream {
@@ -56,13 +62,13 @@ struct Upstream {
 template <typename T>
 struct Gradients {
   T* dx;      // (N, D), or null if not wanted
-  void* dw;   // (C, D) contiguous in the weight's dtype, or null if not wanted
+  void* dw;   // (C, D), or (S, D) of the chosen classes, contiguous in the weight's dtype, or null if not wanted
   T* dscale;  // (N), the part that flows through lse
 };
 
 template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
-                   const Runtime& runtime, const Gradients<T>& gradients);
+                   const Options& options, const Runtime& runtime, const Gradients<T>& gradients);
 
 // Fills n elements with N(0, std^2); element k depends on seed and k alone.
 void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime& runtime);

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cosface_kernels.options import Options, empty_cache
+
 FOLDER = Path(__file__).parents[1] / "build" / "tests"
 
 
@@ -25,17 +27,22 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(x: Tensor, w: Tensor) -> str | None:
-    return None if x.device.type == "cpu" else f"it takes tensors on the CPU, got them on {x.device}."
+def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
+    if x.device.type != "cpu":
+        return f"it takes tensors on the CPU, got them on {x.device}."
+    return options.refusal()
 
 
 def describe() -> str:
     return "the CUDA kernels, one thread after the other"
 
 
-def forward(x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float) -> tuple[Tensor, ...]:
-    return _host.cuda_forward(x, w, targets, scale, margin)
+def forward(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
+) -> tuple[Tensor, ...]:
+    return *_host.cuda_forward(x, w, targets, scale, margin), empty_cache(x)
 
 
-def backward(*tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
+def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
+    *tensors, _ = tensors
     return _host.cuda_backward(*tensors, need_dx, need_dw)

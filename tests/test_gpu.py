@@ -72,7 +72,7 @@ def test_chunk_fits_the_cache_and_changes_nothing(backend, monkeypatch):
     upstream = random_upstream(problem, "loss")
 
     def run(*arguments):
-        return torch.ops.cosface.lmcl(*arguments, backend.name)
+        return torch.ops.cosface.lmcl(*arguments, backend.name)[:4]
 
     want = evaluate(run, problem, upstream)
     monkeypatch.setenv(f"COSFACE_{backend.name.upper()}_CHUNK", "4096")

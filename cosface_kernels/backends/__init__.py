@@ -1,13 +1,14 @@
 """The backends in priority order, and the choice among them.
 
-A backend is a module with five functions; `cosface_kernels.reference` defines what the last two return:
+A backend is a module with five functions; `cosface_kernels.reference` defines what the last two return, and
+`cosface_kernels.options` what else they may be asked for:
 
-    unavailable()       None if it can run on this machine, else the reason
-    unsupported(x, w)   None if it takes these tensors, else the reason
-    describe()          how it runs on this machine
-    forward(x, w, targets, scale, margin)
-        -> loss, lse, target_cos, max_neg, each (N,)
-    backward(x, w, targets, scale, lse, g_lse, g_cos, need_dx=..., need_dw=...)
+    unavailable()                None if it can run on this machine, else the reason
+    unsupported(x, w, options)   None if it takes these tensors and `Options`, else the reason
+    describe()                   how it runs on this machine
+    forward(x, w, targets, scale, margin, options)
+        -> loss, lse, target_cos, max_neg, each (N,), and cache, bytes for backward, empty unless asked for
+    backward(x, w, targets, scale, lse, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
         -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
 """
 
@@ -18,20 +19,23 @@ from typing import Protocol
 from torch import Tensor
 
 from cosface_kernels.backends import cpu, cuda, reference, triton
+from cosface_kernels.options import PLAIN, Options
 
 
 class Backend(Protocol):
     def unavailable(self) -> str | None: ...
 
-    def unsupported(self, x: Tensor, w: Tensor) -> str | None: ...
+    def unsupported(self, x: Tensor, w: Tensor, options: Options) -> str | None: ...
 
     def describe(self) -> str: ...
 
     def forward(
-        self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+        self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
+    ) -> tuple[Tensor, ...]: ...
 
-    def backward(self, *tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]: ...
+    def backward(
+        self, *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 BACKENDS: dict[str, Backend] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}
@@ -43,19 +47,19 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}.")
 
 
-def select(name: str | None, x: Tensor, w: Tensor) -> Backend:
-    """The named backend, else the one in COSFACE_BACKEND, else the first that takes these tensors.
+def select(name: str | None, x: Tensor, w: Tensor, options: Options = PLAIN) -> Backend:
+    """The named backend, else the one in COSFACE_BACKEND, else the first that takes these tensors and options.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the named backend cannot run here, or not on these tensors; the message says why.
+        RuntimeError: the named backend cannot run here, or not on these tensors and options; the message says why.
     """
     name = name or os.environ.get("COSFACE_BACKEND") or None
     check_name(name)
     reasons: list[str] = []
     for candidate in [name] if name else BACKENDS:
         backend = BACKENDS[candidate]
-        reason = backend.unavailable() or backend.unsupported(x, w)
+        reason = backend.unavailable() or backend.unsupported(x, w, options)
         if reason is None:
             if reasons and backend is reference:
                 warnings.warn(

@@ -1,8 +1,11 @@
 """Backend `cpu`: the C++ kernels of csrc/cpu, for any CPU."""
 
+from typing import Any
+
 from torch import Tensor
 
 from cosface_kernels.backends.extension import _C, import_error
+from cosface_kernels.options import Options, empty_cache
 
 
 def unavailable() -> str | None:
@@ -15,10 +18,10 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(x: Tensor, w: Tensor) -> str | None:
+def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    return None
+    return options.refusal({"classes"})
 
 
 def describe() -> str:
@@ -26,13 +29,18 @@ def describe() -> str:
 
 
 def forward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _C.lmcl_forward(x, w, targets, scale, margin)
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
+) -> tuple[Tensor, ...]:
+    return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options)), empty_cache(x)
 
 
-def backward(*tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.lmcl_backward(*tensors, need_dx, need_dw)
+def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _ = tensors
+    return _C.lmcl_backward(*tensors, _kernel_options(options), need_dx, need_dw)
+
+
+def _kernel_options(options: Options) -> Any:
+    return _C.Options(classes=options.classes)
 
 
 def normal_(tensor: Tensor, seed: int, std: float) -> None:

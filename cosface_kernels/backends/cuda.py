@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends.extension import _C, import_error
+from cosface_kernels.options import Options, empty_cache
 
 
 def unavailable() -> str | None:
@@ -22,10 +23,10 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(x: Tensor, w: Tensor) -> str | None:
+def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cuda":
         return f"it takes tensors on device 'cuda', got them on {str(x.device)!r}."
-    return None
+    return options.refusal()
 
 
 def describe() -> str:
@@ -34,10 +35,11 @@ def describe() -> str:
 
 
 def forward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _C.cuda_forward(x, w, targets, scale, margin)
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
+) -> tuple[Tensor, ...]:
+    return *_C.cuda_forward(x, w, targets, scale, margin), empty_cache(x)
 
 
-def backward(*tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _ = tensors
     return _C.cuda_backward(*tensors, need_dx, need_dw)

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from cosface_kernels import reference
+from cosface_kernels.options import Options, empty_cache
 
 
 def unavailable() -> str | None:
     return None
 
 
-def unsupported(x: Tensor, w: Tensor) -> str | None:
-    return None
+def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
+    return options.refusal({"classes"})
 
 
 def describe() -> str:
@@ -19,13 +20,18 @@ def describe() -> str:
 
 
 def forward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
+) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):  # the specification's matrix products are never rounded
-        return reference.forward(x, w, targets, scale, margin)
+        return *reference.forward(x, _rows(w, options), targets, scale, margin), empty_cache(x)
 
 
-def backward(*tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        dx, dw, dscale = reference.backward(*tensors)
+def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x, w, *per_row, _ = tensors
+    with torch.autocast(x.device.type, enabled=False):
+        dx, dw, dscale = reference.backward(x, _rows(w, options), *per_row)
     return dx if need_dx else dx.new_empty(0), dw if need_dw else dw.new_empty(0), dscale
+
+
+def _rows(w: Tensor, options: Options) -> Tensor:
+    return w if options.classes is None else w[options.classes]

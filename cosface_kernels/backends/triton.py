@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cosface_kernels.backends import triton_tiles
 from cosface_kernels.backends.triton_tiles import Key, Tile
+from cosface_kernels.options import Options, empty_cache
 
 MIN_VERSION = (3, 2)
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
@@ -60,7 +61,7 @@ def _compile_failure() -> str | None:
     return None
 
 
-def unsupported(x: Tensor, w: Tensor) -> str | None:
+def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     wanted = "cpu" if INTERPRETED else "cuda"
     if x.device.type != wanted:
         return f"it takes tensors on device {wanted!r}, got them on {str(x.device)!r}."
@@ -68,7 +69,7 @@ def unsupported(x: Tensor, w: Tensor) -> str | None:
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
-    return None
+    return options.refusal()
 
 
 def describe() -> str:
@@ -77,16 +78,16 @@ def describe() -> str:
 
 
 def forward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
+) -> tuple[Tensor, ...]:
     if len(x) == 0:
-        return _four_rows(x)
+        return *_four_rows(x), empty_cache(x)
     with torch.cuda.device_of(x):
         sample = w[:TUNING_CLASSES]
         tile = triton_tiles.choose(
             "class_statistics", _key(x, w), lambda tile: _forward(x, sample, targets, scale, margin, tile)
         )
-        return _forward(x, w, targets, scale, margin, tile)
+        return *_forward(x, w, targets, scale, margin, tile), empty_cache(x)
 
 
 def _forward(
@@ -114,8 +115,8 @@ def _four_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a, b, c, d
 
 
-def backward(*tensors: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    x, w, *per_row = tensors
+def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x, w, *per_row, _ = tensors
     if len(x) == 0:
         dw = torch.zeros_like(w) if need_dw else w.new_empty(0)
         return torch.empty_like(x) if need_dx else x.new_empty(0), dw, x.new_empty(0, dtype=torch.float32)

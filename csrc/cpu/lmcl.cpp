@@ -124,12 +124,13 @@ struct Embeddings {
 template <typename T>
 class ClassRows {
  public:
-  ClassRows(const Weight& weight, const Embeddings<T>& x, int64_t tile)
+  ClassRows(const Weight& weight, const Options& options, const Embeddings<T>& x, int64_t tile)
       : inv_norm(tile),
         weight_(weight),
+        chosen_(options.classes),
         d_(x.d),
         width_(x.width),
-        in_place_(is<T>(weight.dtype) && width_ == d_),
+        in_place_(chosen_ == nullptr && is<T>(weight.dtype) && width_ == d_),
         copy_(in_place_ ? 0 : tile * width_) {}
 
   void load(int64_t first, int64_t classes) {
@@ -140,7 +141,8 @@ class ClassRows {
       stride = weight_.row_stride;
     } else {
       for (int64_t j = 0; j < classes; ++j) {
-        kernels<T>().load(source + (first + j) * row_bytes, weight_.dtype, d_, copy_ + j * width_);
+        kernels<T>().load(source + (chosen_ ? chosen_[first + j] : first + j) * row_bytes, weight_.dtype, d_,
+                          copy_ + j * width_);
         std::fill(copy_ + j * width_ + d_, copy_ + (j + 1) * width_, T(0));
       }
       rows = copy_;
@@ -149,8 +151,9 @@ class ClassRows {
     kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
   }
 
-  // Where the weight keeps the classes from `first` on.
+  // Where the weight keeps the classes from `first` on; chosen classes lie apart.
   Ahead ahead(int64_t first, int64_t classes) const {
+    if (chosen_ != nullptr) return {};
     const auto begin = reinterpret_cast<uintptr_t>(weight_.data);
     const int64_t row_bytes = weight_.row_stride * size_of(weight_.dtype);
     return {begin + first * row_bytes, begin + std::min(first + classes, weight_.classes) * row_bytes};
@@ -169,6 +172,7 @@ class ClassRows {
 
  private:
   const Weight& weight_;
+  const int64_t* const chosen_;
   const int64_t d_, width_;
   const bool in_place_;
   Buffer<T> copy_;
@@ -215,10 +219,10 @@ T softplus(T z) {
 }  // namespace
 
 template <typename T>
-void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Runtime& runtime,
-                  const Results<T>& results) {
+void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options,
+                  const Runtime& runtime, const Results<T>& results) {
   const int64_t n = batch.n;
-  const Partition partition(weight.classes, runtime);
+  const Partition partition(options.classes ? options.count : weight.classes, runtime);
   const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest);
@@ -229,7 +233,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const R
   for (T& scale : s) scale = scale == 0 ? std::numeric_limits<T>::min() : scale;
 
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassRows<T> w(weight, x, partition.tile);
+    ClassRows<T> w(weight, options, x, partition.tile);
     Buffer<T> z(partition.tile * x.tile_stride());
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
@@ -257,9 +261,9 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const R
 
 template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
-                   const Runtime& runtime, const Gradients<T>& gradients) {
+                   const Options& options, const Runtime& runtime, const Gradients<T>& gradients) {
   const int64_t n = batch.n, d = batch.d;
-  const Partition partition(weight.classes, runtime);
+  const Partition partition(options.classes ? options.count : weight.classes, runtime);
   const auto active = [&](int64_t i) { return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0; };
   const Embeddings<T> x(batch, runtime, active);
   std::vector<T> lse(upstream.lse, upstream.lse + n), s(batch.s, batch.s + n);
@@ -270,7 +274,7 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
   std::vector<double> row_dot(partition.parts * n), dscale(partition.parts * n);
 
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassRows<T> w(weight, x, partition.tile);
+    ClassRows<T> w(weight, options, x, partition.tile);
     GradientRows<T> dw(gradients.dw, weight.dtype, x, partition.tile);
     const int64_t stride = x.tile_stride();
     Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
@@ -315,12 +319,14 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
   });
 }
 
-template void lmcl_forward(const Batch<float>&, const Weight&, float, const Runtime&, const Results<float>&);
-template void lmcl_forward(const Batch<double>&, const Weight&, double, const Runtime&, const Results<double>&);
-template void lmcl_backward(const Batch<float>&, const Weight&, const Upstream<float>&, const Runtime&,
-                            const Gradients<float>&);
-template void lmcl_backward(const Batch<double>&, const Weight&, const Upstream<double>&, const Runtime&,
-                            const Gradients<double>&);
+template void lmcl_forward(const Batch<float>&, const Weight&, float, const Options&, const Runtime&,
+                           const Results<float>&);
+template void lmcl_forward(const Batch<double>&, const Weight&, double, const Options&, const Runtime&,
+                           const Results<double>&);
+template void lmcl_backward(const Batch<float>&, const Weight&, const Upstream<float>&, const Options&,
+                            const Runtime&, const Gradients<float>&);
+template void lmcl_backward(const Batch<double>&, const Weight&, const Upstream<double>&, const Options&,
+                            const Runtime&, const Gradients<double>&);
 
 void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime& runtime) {
   constexpr int64_t kGroup = 256;  // elements that one call of the kernel makes

@@ -213,7 +213,7 @@ struct Forward {
 
   Forward(const Problem<T>& p, const Runtime& runtime)
       : loss(p.shape.n), lse(p.shape.n), target_cos(p.shape.n), max_neg(p.shape.n) {
-    lmcl_forward<T>(p.batch(), p.weights(), p.margin, runtime, {loss, lse, target_cos, max_neg});
+    lmcl_forward<T>(p.batch(), p.weights(), p.margin, {}, runtime, {loss, lse, target_cos, max_neg});
   }
   bool same_bits(const Forward& other) const {
     return loss.same_bits(other.loss) && lse.same_bits(other.lse) && target_cos.same_bits(other.target_cos) &&
@@ -234,7 +234,7 @@ struct Backward {
       : dx(wanted.dx ? p.shape.n * p.shape.d : 0),
         dscale(p.shape.n),
         dw(wanted.dw ? p.shape.classes * p.shape.d * size_of(p.dtype) : 0) {
-    lmcl_backward<T>(p.batch(), p.weights(), {p.lse, p.g_lse, p.g_cos}, runtime,
+    lmcl_backward<T>(p.batch(), p.weights(), {p.lse, p.g_lse, p.g_cos}, {}, runtime,
                      {wanted.dx ? dx.begin() : nullptr, wanted.dw ? dw.begin() : nullptr, dscale});
   }
   bool same_bits(const Backward& other) const {

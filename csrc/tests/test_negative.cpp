@@ -62,7 +62,7 @@ void driver_race() {
                           for (int64_t part = 0; part < parts; ++part) both([&] { body(part); });
                         },
                         16};
-  lmcl_forward<float>({x, y, s, kN, kD}, {w, DType::kFloat32, kClasses, kD}, 0.35f, runtime,
+  lmcl_forward<float>({x, y, s, kN, kD}, {w, DType::kFloat32, kClasses, kD}, 0.35f, {}, runtime,
                       {results, results + kN, results + 2 * kN, results + 3 * kN});
 }
 
