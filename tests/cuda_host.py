@@ -44,5 +44,4 @@ def forward(
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
-    *tensors, _ = tensors
-    return _host.cuda_backward(*tensors, need_dx, need_dw)
+    return _host.cuda_backward(*tensors[:-1], need_dx, need_dw)

@@ -35,8 +35,7 @@ def forward(
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, _ = tensors
-    return _C.lmcl_backward(*tensors, _kernel_options(options), need_dx, need_dw)
+    return _C.lmcl_backward(*tensors[:-1], _kernel_options(options), need_dx, need_dw)
 
 
 def _kernel_options(options: Options) -> Any:

@@ -41,5 +41,4 @@ def forward(
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, _ = tensors
-    return _C.cuda_backward(*tensors, need_dx, need_dw)
+    return _C.cuda_backward(*tensors[:-1], need_dx, need_dw)
