@@ -1,14 +1,17 @@
 """The functional form: validation, margin, reduction. The work is done by torch.ops.cosface.lmcl."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops
 from cosface_kernels.backends import check_name
+from cosface_kernels.distributed import Exchange
 from cosface_kernels.reference import compute_dtype, softplus
 from cosface_kernels.validation import (
     check_labels,
@@ -133,39 +136,48 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(weight[:2] + 0.1, weight, torch.tensor([0, 2]), margin=arcface, scale=2.0)
     tensor(1.6890)
     """
-    check_rows(embeddings, weight)
-    check_labels(labels, embeddings)
-    check_reduction(reduction)
-    check_name(backend)
-    check_scale(scale)
-    if not callable(margin):
-        check_margin(margin)
-    if isinstance(scale, Tensor) and scale.dim():
-        check_per_sample("scale", scale, labels)
-    if sample_weight is not None:
-        check_per_sample("sample_weight", sample_weight, labels)
+    ranks = Exchange(weight) if isinstance(weight, DTensor) else None
+    with ranks.agreement(embeddings, sample_weight, reduction=reduction) if ranks else nullcontext():
+        check_rows(embeddings, weight)
+        check_labels(labels, embeddings)
+        check_reduction(reduction)
+        check_name(backend)
+        check_scale(scale)
+        if not callable(margin):
+            check_margin(margin)
+        if isinstance(scale, Tensor) and scale.dim():
+            check_per_sample("scale", scale, labels)
+        if sample_weight is not None:
+            check_per_sample("sample_weight", sample_weight, labels)
+        if validate_labels is None:
+            validate_labels = labels.device.type == "cpu"
+        targets = ops.targets(labels, weight.shape[0], ignore_index, validate_labels)  # (N,)
     m = 0.0 if callable(margin) else float(margin)
-    s = _row_scale(scale, embeddings, weight)  # (N,)
-    if validate_labels is None:
-        validate_labels = labels.device.type == "cpu"
-    targets = ops.targets(labels, weight.shape[0], ignore_index, validate_labels)  # (N,)
+    s = _row_scale(ranks.replicate(scale) if ranks else scale, embeddings, weight)  # (N,)
+    if ranks:  # from here on N counts the samples of all ranks
+        embeddings, targets, s = ranks.gather(embeddings), ranks.gather(targets), ranks.gather(s)
+        sample_weight = None if sample_weight is None else ranks.gather(sample_weight)
     valid = targets != ops.IGNORED  # (N,)
 
-    loss, lse, target_cos, max_neg, _ = ops.lmcl(embeddings, weight, targets, s, m, backend)  # each (N,)
-    if callable(margin):
-        psi = margin(target_cos)  # (N,)
-        check_per_sample("the margin's result", psi, labels)
+    own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
+    loss, lse, target_cos, max_neg, _ = ops.lmcl(*own, m, backend)  # each (N,)
+    if ranks:
+        lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
+    if ranks or callable(margin):
+        psi = margin(target_cos) if callable(margin) else target_cos - m  # (N,)
+        check_per_sample("the margin's result", psi, targets)
         # masked before softplus and after: a nan in an ignored sample must not reach a gradient
         loss = torch.where(valid, softplus(torch.where(valid, lse - s * psi, 0)), 0)  # (N,)
     if not validate_labels:
         loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
-    if not return_stats:
-        return reduced
-    lse, target_cos = lse.detach(), target_cos.detach()
     accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
-    return reduced, LossStats(lse, target_cos, max_neg, accuracy)
+    stats = LossStats(lse.detach(), target_cos.detach(), max_neg, accuracy)
+    if ranks:
+        reduced = ranks.keep_own(reduced) if reduction == "none" else reduced
+        stats = LossStats(*map(ranks.keep_own, stats[:3]), accuracy)
+    return (reduced, stats) if return_stats else reduced
 
 
 def cosine_logits(embeddings: Tensor, weight: Tensor, *, scale: float | Tensor = 1.0) -> Tensor:

@@ -1,19 +1,28 @@
 """Initial class centres: a counter-based generator, so that the values do not depend on the number of threads."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cosface_kernels.backends import cpu
+from cosface_kernels.distributed import Exchange
 
 
 @torch.no_grad()
 def normal_(tensor: Tensor, std: float) -> Tensor:
     """Fills a tensor with N(0, std^2), seeded by one draw from torch's default generator.
 
-    On the CPU all threads share the work (Philox and Box-Muller in C++); elsewhere this is `Tensor.normal_`.
+    On the CPU all threads share the work (Philox and Box-Muller in C++); elsewhere this is `Tensor.normal_`. The
+    ranks that share a weight take the seed of the first of them, and together have the values that one would have.
     """
     if tensor.device.type != "cpu" or cpu.unavailable():
         return tensor.normal_(std=std)
-    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    cpu.normal_(tensor, seed, std)
+    seed = torch.randint(2**63 - 1, (), device="cpu")
+    if isinstance(tensor, DTensor):
+        ranks = Exchange(tensor)
+        dist.broadcast(seed, group=ranks.group, group_src=0)
+        cpu.normal_(ranks.weight, int(seed), std, ranks.classes.start * tensor.shape[1])
+    else:
+        cpu.normal_(tensor, int(seed), std)
     return tensor

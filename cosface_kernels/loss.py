@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from cosface_kernels.backends import check_name
+from cosface_kernels.distributed import empty_weight
 from cosface_kernels.functional import LossStats, cosface_loss, cosine_logits
 from cosface_kernels.init import normal_
 from cosface_kernels.validation import check_margin, check_positive, check_reduction, check_scale
@@ -27,10 +29,12 @@ class FusedCosFaceLoss(nn.Module):
         validate_labels: raise for a label out of range, which waits for the device; None: on the CPU alone. If not
             validated, the loss of such a sample is nan.
         backend: name of a backend, or None for the first that can run; see `python -m cosface_kernels.info`.
+        process_group: shards the classes over these ranks; see `cosface_kernels.distributed`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
     Attributes:
-        weight: Parameter (num_classes, embedding_size), one class centre per row, not normalised.
+        weight: Parameter (num_classes, embedding_size), one class centre per row, not normalised; a DTensor,
+            Shard(0), with a process group.
 
     Raises:
         ValueError: an argument is out of its range; the message shows its value.
@@ -57,6 +61,7 @@ class FusedCosFaceLoss(nn.Module):
         ignore_index: int = -100,
         validate_labels: bool | None = None,
         backend: str | None = None,
+        process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,7 +80,11 @@ class FusedCosFaceLoss(nn.Module):
         self.ignore_index = ignore_index
         self.validate_labels = validate_labels
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        if process_group is None:
+            weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+        else:
+            weight = empty_weight(num_classes, embedding_size, process_group, device, dtype)
+        self.weight = nn.Parameter(weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

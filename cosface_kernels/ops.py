@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends import select
-from cosface_kernels.options import Options
+from cosface_kernels.options import Options, empty_cache
 from cosface_kernels.reference import compute_dtype
 
 IGNORED, INVALID = -1, -2  # targets that are no class
@@ -53,6 +53,9 @@ def lmcl(
     The arguments after `backend` are those of `Options`; the fifth result, uint8, is lmcl_backward's cache.
     """
     options = Options(classes, cache_bytes)
+    if not w.shape[0]:  # a rank that owns no class
+        zeros, nothing = (x.new_full((2, x.shape[0]), fill, dtype=compute_dtype(x, w)) for fill in (0, -torch.inf))
+        return zeros[0], nothing[0].clone(), zeros[1].clone(), nothing[1].clone(), empty_cache(x)
     loss, lse, target_cos, max_neg, cache = select(backend, x, w, options).forward(
         x, w, targets, scale, margin, options
     )
@@ -86,6 +89,9 @@ def lmcl_backward(
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
     options = Options(classes, cache_bytes)
+    if not w.shape[0]:
+        dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
+        return dx, dw, torch.zeros_like(lse)
     return select(backend, x, w, options).backward(
         x, w, targets, scale, lse, g_lse, g_cos, cache, options=options, need_dx=need_dx, need_dw=need_dw
     )

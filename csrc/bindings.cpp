@@ -113,11 +113,12 @@ int64_t threads() {
   return static_cast<int64_t>(std::set<std::thread::id>(ids.begin(), ids.end()).size());
 }
 
-void normal_(Tensor tensor, uint64_t seed, double std) {
+void normal_(Tensor tensor, uint64_t seed, double std, int64_t start) {
   TORCH_CHECK_VALUE(tensor.is_contiguous(), "normal_ needs a contiguous tensor, got strides ", tensor.strides(),
                     ".");
   cosface::use_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
-  cosface::fill_normal(tensor.mutable_data_ptr(), cosface::dtype_of(tensor), tensor.numel(), seed, std, runtime());
+  cosface::fill_normal(tensor.mutable_data_ptr(), cosface::dtype_of(tensor), start, tensor.numel(), seed, std,
+                       runtime());
 }
 
 #ifdef COSFACE_CUDA

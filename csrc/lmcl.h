@@ -71,7 +71,8 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
                    const Options& options, const Runtime& runtime, const Gradients<T>& gradients);
 
 // Fills n elements with N(0, std^2); element k depends on seed and k alone.
-void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime& runtime);
+void fill_normal(void* data, DType dtype, int64_t start, int64_t n, uint64_t seed, double std,
+                 const Runtime& runtime);
 
 // The instruction set in use: the best that this processor has, or the one named in COSFACE_CPU_ISA.
 const char* instruction_set();

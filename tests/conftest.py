@@ -120,3 +120,13 @@ def restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory):
+    """Four gloo processes, started once for all tests that need several ranks."""
+    from ranks import Ranks
+
+    ranks = Ranks(str(tmp_path_factory.mktemp("ranks")))
+    yield ranks
+    ranks.close()

@@ -42,6 +42,6 @@ def _kernel_options(options: Options) -> Any:
     return _C.Options(classes=options.classes)
 
 
-def normal_(tensor: Tensor, seed: int, std: float) -> None:
-    """Fills a contiguous tensor with N(0, std^2)."""
-    _C.normal_(tensor, seed, std)
+def normal_(tensor: Tensor, seed: int, std: float, start: int = 0) -> None:
+    """Fills a contiguous tensor with N(0, std^2), the elements of the seed's stream from `start` on."""
+    _C.normal_(tensor, seed, std, start)

@@ -328,14 +328,17 @@ template void lmcl_backward(const Batch<float>&, const Weight&, const Upstream<f
 template void lmcl_backward(const Batch<double>&, const Weight&, const Upstream<double>&, const Options&,
                             const Runtime&, const Gradients<double>&);
 
-void fill_normal(void* data, DType dtype, int64_t n, uint64_t seed, double std, const Runtime& runtime) {
+void fill_normal(void* data, DType dtype, int64_t start, int64_t n, uint64_t seed, double std,
+                 const Runtime& runtime) {
   constexpr int64_t kGroup = 256;  // elements that one call of the kernel makes
-  share((n + kGroup - 1) / kGroup, runtime, [&](int64_t first, int64_t last) {
+  const int64_t skipped = start / kGroup;
+  share((start + n + kGroup - 1) / kGroup - skipped, runtime, [&](int64_t first, int64_t last) {
     float values[kGroup];
-    for (int64_t group = first; group < last; ++group) {
-      const int64_t count = std::min(kGroup, n - group * kGroup);
-      kernels<float>().normal(seed, group, count, static_cast<float>(std), values);
-      kernels<float>().store(values, count, static_cast<char*>(data) + group * kGroup * size_of(dtype), dtype);
+    for (int64_t group = skipped + first; group < skipped + last; ++group) {
+      const int64_t from = std::max(start, group * kGroup), to = std::min(start + n, (group + 1) * kGroup);
+      kernels<float>().normal(seed, group, to - group * kGroup, static_cast<float>(std), values);
+      kernels<float>().store(values + (from - group * kGroup), to - from,
+                             static_cast<char*>(data) + (from - start) * size_of(dtype), dtype);
     }
   });
 }

@@ -2,6 +2,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -130,7 +131,7 @@ void fill_depends_on_place_alone() {
       for (int threads = 1; threads <= 4; ++threads) {
         constexpr double kStd = 0.02;
         Exact<char> got(n * size_of(dtype));
-        fill_normal(got, dtype, n, 11, kStd, runtime(threads));
+        fill_normal(got, dtype, 0, n, 11, kStd, runtime(threads));
         Exact<float> group(256);
         Exact<char> want(n * size_of(dtype));
         for (int64_t k = 0; k < n; ++k) {
@@ -138,6 +139,13 @@ void fill_depends_on_place_alone() {
           put(group[k % 256], want, dtype, k);
         }
         CHECK(got.same_bits(want), n, name_of(dtype), threads);
+        for (int64_t start : {int64_t{1}, n / 3, n - n / 7}) {
+          if (start > n) continue;
+          const int64_t skipped = start * size_of(dtype), bytes = n * size_of(dtype) - skipped;
+          Exact<char> rest(bytes);
+          fill_normal(rest, dtype, start, n - start, 11, kStd, runtime(threads));
+          CHECK(std::memcmp(rest, want + skipped, bytes) == 0, n, start, name_of(dtype), threads);
+        }
       }
     }
   }

@@ -1,0 +1,293 @@
+"""Class-parallel training: each rank of a process group owns some class centres and sees the whole batch.
+
+    x = all_gather(x_r)                             (N, D), N = sum of the ranks' N_r
+    lse_r, cos_r, max_r = op(x, w_r, y)             each (N,), over the classes of this rank
+    lse = log sum_r e^{lse_r},  cos_y = sum_r cos_r,  max_neg = max_r max_r
+    dx_r = reduce_scatter(dx)
+
+Between gathering and reducing, every rank computes the same numbers from the same (N,) vectors, so margins, their
+batch statistics and reductions are those of the global batch and need no collective of their own.
+
+Gradients are those of the mean over the ranks of the losses that the ranks call backward on, as under
+DistributedDataParallel and FSDP: the weight's is exact, and the embeddings' is `world size` times what it would be
+on one process, so that averaging the backbone's gradient over the ranks makes it exact too.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from cosface_kernels import ops
+
+
+def class_range(num_classes: int, rank: int, world_size: int) -> range:
+    """The classes that a rank owns, by the rule of `torch.chunk` and DTensor's Shard(0); the last ranks may own none.
+
+    >>> [class_range(10, rank, 4) for rank in range(4)]
+    [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
+    >>> class_range(3, 3, 4)
+    range(3, 3)
+    """
+    most = -(-num_classes // world_size)
+    return range(min(rank * most, num_classes), min((rank + 1) * most, num_classes))
+
+
+def empty_weight(
+    num_classes: int,
+    embedding_size: int,
+    group: ProcessGroup,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> DTensor:
+    """A (num_classes, embedding_size) weight of which this rank holds its `class_range`, not initialised.
+
+    Raises:
+        ValueError: on every rank, if the sizes differ between ranks.
+    """
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    _agree(group, device, {"num_classes": num_classes, "embedding_size": embedding_size, "dtype": dtype})
+    own = class_range(num_classes, dist.get_rank(group), dist.get_world_size(group))
+    return DTensor.from_local(
+        torch.empty(len(own), embedding_size, device=device, dtype=dtype),
+        DeviceMesh.from_group(group, device.type),
+        [Shard(0)],
+        shape=torch.Size((num_classes, embedding_size)),
+        stride=(embedding_size, 1),
+    )
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` over a replicated backbone and sharded heads together.
+
+    Args:
+        parameters: plain ones, whose gradients every rank holds in full, and DTensors, in any order.
+        max_norm: the gradients are multiplied by max_norm / norm if their norm is larger.
+        norm_type: p of the p-norm; inf for the largest magnitude.
+
+    Returns:
+        The 0-d norm of all gradients before clipping, the same on every rank.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    sharded = [p for p in parameters if isinstance(p.grad, DTensor)]
+    plain = [p for p in parameters if not isinstance(p.grad, DTensor)]
+    norms = [get_total_norm([p.grad], norm_type).full_tensor() for p in sharded]
+    norms.append(get_total_norm([p.grad for p in plain], norm_type))
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
+    for group in (sharded, plain):
+        if group:
+            clip_grads_with_norm_(group, max_norm, norm, foreach=False)
+    return norm
+
+
+class Exchange:
+    """What one batch takes to and from the other ranks that share a weight.
+
+    Args:
+        weight: (num_classes, D) DTensor, Shard(0) of a one-dimensional mesh.
+
+    Attributes:
+        weight: (C_r, D), the rows of this rank, connected to the DTensor's gradient.
+        classes: the global numbers of these rows.
+    """
+
+    def __init__(self, weight: DTensor) -> None:
+        if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
+            raise ValueError(
+                "a distributed weight must be sharded on dimension 0 of a one-dimensional mesh, got "
+                f"{weight.placements} on a mesh of shape {tuple(weight.device_mesh.shape)}."
+            )
+        self.group = weight.device_mesh.get_group()
+        self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.shape = weight.shape
+        self.classes = class_range(weight.shape[0], self.rank, self.world_size)
+        self.weight = weight.to_local()
+        self._counts: list[int] = []
+
+    @contextmanager
+    def agreement(self, embeddings: Tensor, *per_sample: Tensor | None, **facts: object) -> Iterator[None]:
+        """Checks the batch in its body; what one rank raises there, or sees unlike the others, all ranks raise.
+
+        A rank that raised alone would leave the others waiting for it in the next collective.
+
+        Args:
+            embeddings, per_sample: inputs that all ranks must have, or lack, and differentiate, or not.
+            facts: what else must be the same on every rank, by its name in a message.
+        """
+        refusal = None
+        try:
+            yield
+        except Exception as error:  # whatever it is, it must be told before it is raised
+            refusal = error
+        count = 0
+        if refusal is None:
+            inputs = (embeddings, *per_sample, self.weight)
+            count = len(embeddings)
+            facts |= {
+                "num_classes": self.shape[0],
+                "embedding_size": self.shape[1],
+                "dtype of embeddings": embeddings.dtype,
+                "presence of optional inputs": [t is not None for t in inputs],
+                "recording of gradients": [t is not None and t.requires_grad for t in inputs]
+                if torch.is_grad_enabled()
+                else "off",
+            }
+        self._counts = _agree(self.group, self.weight.device, facts, count, refusal)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(N, ...) rows of all ranks, in their order, from the (N_r, ...) of this rank."""
+        return _Gather.apply(rows, self._counts, self.group)
+
+    def keep_own(self, rows: Tensor) -> Tensor:
+        """(N_r, ...) rows of this rank's samples, from the (N, ...) of all."""
+        return rows.split(self._counts)[self.rank]
+
+    def replicate(self, parameter: float | Tensor) -> float | Tensor:
+        """A 0-d parameter of which every rank has a copy; its gradient becomes the same on all."""
+        single = isinstance(parameter, Tensor) and not parameter.dim()
+        return _Replicate.apply(parameter, self.group) if single else parameter
+
+    def enter(self, x: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, weight, targets and scale for the op on this rank's classes, from the gathered batch.
+
+        The op's gradients are those of the mean over the ranks' losses, while each rank's graph is that of its own
+        loss, of which gathering takes the sum: hence the factor.
+        """
+        inside = (targets >= self.classes.start) & (targets < self.classes.stop)  # (N,)
+        targets = torch.where(inside, targets - self.classes.start, ops.IGNORED)
+        x, scale = (_ScaleGradient.apply(t, self.world_size) for t in (x, scale))
+        return x, self.weight, targets, scale
+
+    def combine(self, lse: Tensor, target_cos: Tensor, max_neg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """lse, target_cos and max_neg, each (N,), over all classes from those over the classes of each rank."""
+        return _Combine.apply(lse, target_cos, max_neg, self.group)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; backward sums over the ranks, in float32 at least, and keeps the rows of this one."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.group = counts, group
+        own = _pad(rows, [len(rows)], max(1, *counts))
+        everyones = rows.new_empty(len(counts) * len(own), *rows.shape[1:])
+        dist.all_gather_into_tensor(everyones, own, group=group)
+        return torch.cat([block[:n] for block, n in zip(everyones.split(len(own)), counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        most = max(1, *ctx.counts)
+        own = grad.new_empty(most, *grad.shape[1:], dtype=dtype)
+        dist.reduce_scatter_tensor(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
+        return own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """lse = log sum_r e^{lse_r}, d lse / d lse_r = e^{lse_r - lse}; backward takes the mean over the ranks' losses.
+
+    Two reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
+    """
+
+    @staticmethod
+    def forward(ctx, lse_r, cos_r, max_r, group):  # type: ignore[no-untyped-def]
+        largest = torch.stack([lse_r, max_r])  # (2, N)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        top, max_neg = largest[0].masked_fill(largest[0].isneginf(), 0), largest[1]  # (N,)
+        sums = torch.stack([(lse_r - top).exp(), cos_r])  # (2, N)
+        dist.all_reduce(sums, group=group)
+        lse = top + sums[0].log()  # (N,)
+        ctx.group = group
+        ctx.save_for_backward(lse_r, lse)
+        ctx.mark_non_differentiable(max_neg)
+        return lse, sums[1].clone(), max_neg.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_lse, g_cos, _):  # type: ignore[no-untyped-def]
+        lse_r, lse = ctx.saved_tensors
+        g = torch.stack([g_lse, g_cos])  # (2, N)
+        dist.all_reduce(g, group=ctx.group)
+        g /= dist.get_world_size(ctx.group)
+        flows = (g[0] != 0) & ~lse_r.isneginf()  # no gradient stays none where lse is nan or has no terms
+        return torch.where(flows, g[0] * (lse_r - lse).exp(), 0), g[1], None, None
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad / dist.get_world_size(ctx.group), None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad * ctx.factor, None
+
+
+def _pad(rows: Tensor, counts: Sequence[int], most: int) -> Tensor:
+    """Blocks of counts[r] rows as blocks of `most` rows, with zeros after each."""
+    if all(count == most for count in counts):
+        return rows.contiguous()
+    padded = rows.new_zeros(len(counts), most, *rows.shape[1:])
+    for block, own in zip(padded, rows.split(list(counts)), strict=True):
+        block[: len(own)] = own
+    return padded.flatten(0, 1)
+
+
+def _agree(
+    group: ProcessGroup,
+    device: torch.device,
+    facts: Mapping[str, object],
+    count: int = 0,
+    refusal: Exception | None = None,
+) -> list[int]:
+    """Every rank's count, once no rank has refused and all know the same facts; waits for the device.
+
+    Raises:
+        ValueError: on every rank, if the facts differ or another rank has refused, with its sentence.
+        Exception: the refusal, on the rank that has one.
+    """
+    said = {name: str(fact) for name, fact in facts.items()}
+    own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
+    table = own.new_empty(dist.get_world_size(group) * 3)
+    dist.all_gather_into_tensor(table, own, group=group)
+    counts, refused, digests = table.view(-1, 3).T.tolist()
+    if not any(refused) and len(set(digests)) == 1:
+        return counts
+    answers: list[tuple[dict[str, str], str | None]] = [({}, None)] * len(counts)
+    dist.all_gather_object(answers, (said, refusal and f"{refusal}"), group=group)
+    if refusal is not None:
+        raise refusal
+    for rank, (_, sentence) in enumerate(answers):
+        if sentence is not None:
+            raise ValueError(f"rank {rank} refused: {sentence}")
+    first = answers[0][0]
+    rank, theirs = next((rank, theirs) for rank, (theirs, _) in enumerate(answers) if theirs != first)
+    name = next(name for name in {**first, **theirs} if first.get(name) != theirs.get(name))
+    raise ValueError(
+        f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and {theirs.get(name)} on rank {rank}."
+    )
