@@ -14,7 +14,7 @@ on one process, so that averaging the backbone's gradient over the ranks makes i
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,9 +28,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cosface_kernels import ops
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def class_range(num_classes: int, rank: int, world_size: int) -> range:
-    """The classes that a rank owns, by the rule of `torch.chunk` and DTensor's Shard(0); the last ranks may own none.
+    """The classes that a rank owns, as `torch.chunk` and DTensor's Shard(0) share them out; the last may own none.
 
     >>> [class_range(10, rank, 4) for rank in range(4)]
     [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
@@ -76,16 +79,19 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     Returns:
         The 0-d norm of all gradients before clipping, the same on every rank.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    sharded = [p for p in parameters if isinstance(p.grad, DTensor)]
-    plain = [p for p in parameters if not isinstance(p.grad, DTensor)]
-    norms = [get_total_norm([p.grad], norm_type).full_tensor() for p in sharded]
-    norms.append(get_total_norm([p.grad for p in plain], norm_type))
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
-    for group in (sharded, plain):
-        if group:
-            clip_grads_with_norm_(group, max_norm, norm, foreach=False)
-    return norm
+    meshes: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            meshes.setdefault(mesh, []).append(parameter)
+    norms = []
+    for members in meshes.values():
+        norm = get_total_norm([p.grad for p in members if p.grad is not None], norm_type)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = get_total_norm(norms, norm_type)
+    for members in meshes.values():
+        clip_grads_with_norm_(members, max_norm, total)
+    return total
 
 
 class Exchange:
@@ -144,7 +150,7 @@ class Exchange:
 
     def gather(self, rows: Tensor) -> Tensor:
         """(N, ...) rows of all ranks, in their order, from the (N_r, ...) of this rank."""
-        return _Gather.apply(rows, self._counts, self.group)
+        return _gather(rows, self._counts, self.group)
 
     def keep_own(self, rows: Tensor) -> Tensor:
         """(N_r, ...) rows of this rank's samples, from the (N, ...) of all."""
@@ -153,7 +159,7 @@ class Exchange:
     def replicate(self, parameter: float | Tensor) -> float | Tensor:
         """A 0-d parameter of which every rank has a copy; its gradient becomes the same on all."""
         single = isinstance(parameter, Tensor) and not parameter.dim()
-        return _Replicate.apply(parameter, self.group) if single else parameter
+        return _replicate(parameter, self.group) if single else parameter
 
     def enter(self, x: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, weight, targets and scale for the op on this rank's classes, from the gathered batch.
@@ -163,12 +169,12 @@ class Exchange:
         """
         inside = (targets >= self.classes.start) & (targets < self.classes.stop)  # (N,)
         targets = torch.where(inside, targets - self.classes.start, ops.IGNORED)
-        x, scale = (_ScaleGradient.apply(t, self.world_size) for t in (x, scale))
+        x, scale = (_scale_gradient(t, self.world_size) for t in (x, scale))
         return x, self.weight, targets, scale
 
     def combine(self, lse: Tensor, target_cos: Tensor, max_neg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """lse, target_cos and max_neg, each (N,), over all classes from those over the classes of each rank."""
-        return _Combine.apply(lse, target_cos, max_neg, self.group)
+        return _combine(lse, target_cos, max_neg, self.group)
 
 
 class _Gather(torch.autograd.Function):
@@ -179,7 +185,7 @@ class _Gather(torch.autograd.Function):
         ctx.counts, ctx.group = counts, group
         own = _pad(rows, [len(rows)], max(1, *counts))
         everyones = rows.new_empty(len(counts) * len(own), *rows.shape[1:])
-        dist.all_gather_into_tensor(everyones, own, group=group)
+        all_gather(everyones, own, group=group)
         return torch.cat([block[:n] for block, n in zip(everyones.split(len(own)), counts, strict=True)])
 
     @staticmethod
@@ -188,12 +194,12 @@ class _Gather(torch.autograd.Function):
         dtype = torch.promote_types(grad.dtype, torch.float32)
         most = max(1, *ctx.counts)
         own = grad.new_empty(most, *grad.shape[1:], dtype=dtype)
-        dist.reduce_scatter_tensor(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
+        reduce_scatter(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
         return own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """lse = log sum_r e^{lse_r}, d lse / d lse_r = e^{lse_r - lse}; backward takes the mean over the ranks' losses.
+    """lse = log sum_r e^{lse_r}, d lse / d lse_r = e^{lse_r - lse}, of the mean over the ranks' losses.
 
     Two reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
     """
@@ -248,6 +254,12 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
+_gather: Callable[..., Tensor] = _Gather.apply
+_combine: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Combine.apply
+_replicate: Callable[..., Tensor] = _Replicate.apply
+_scale_gradient: Callable[..., Tensor] = _ScaleGradient.apply
+
+
 def _pad(rows: Tensor, counts: Sequence[int], most: int) -> Tensor:
     """Blocks of counts[r] rows as blocks of `most` rows, with zeros after each."""
     if all(count == most for count in counts):
@@ -274,7 +286,7 @@ def _agree(
     said = {name: str(fact) for name, fact in facts.items()}
     own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
     table = own.new_empty(dist.get_world_size(group) * 3)
-    dist.all_gather_into_tensor(table, own, group=group)
+    all_gather(table, own, group=group)
     counts, refused, digests = table.view(-1, 3).T.tolist()
     if not any(refused) and len(set(digests)) == 1:
         return counts
@@ -289,5 +301,6 @@ def _agree(
     rank, theirs = next((rank, theirs) for rank, (theirs, _) in enumerate(answers) if theirs != first)
     name = next(name for name in {**first, **theirs} if first.get(name) != theirs.get(name))
     raise ValueError(
-        f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and {theirs.get(name)} on rank {rank}."
+        f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and {theirs.get(name)} on rank "
+        f"{rank}."
     )

@@ -176,12 +176,15 @@ def margin_softmax_loss(
     stats = LossStats(lse.detach(), target_cos.detach(), max_neg, accuracy)
     if ranks:
         reduced = ranks.keep_own(reduced) if reduction == "none" else reduced
-        stats = LossStats(*map(ranks.keep_own, stats[:3]), accuracy)
+        lse, target_cos, max_neg = map(ranks.keep_own, stats[:3])
+        stats = LossStats(lse, target_cos, max_neg, accuracy)
     return (reduced, stats) if return_stats else reduced
 
 
 def cosine_logits(embeddings: Tensor, weight: Tensor, *, scale: float | Tensor = 1.0) -> Tensor:
     """s cos_ij without a margin, for inference over known classes; differentiable.
+
+    A sharded weight is gathered whole on each of its ranks, which must all make the call.
 
     Args:
         embeddings: (N, D); weight: (C, D); scale: a number or a 0-d tensor.
@@ -191,6 +194,7 @@ def cosine_logits(embeddings: Tensor, weight: Tensor, *, scale: float | Tensor =
     """
     check_rows(embeddings, weight)
     dtype = compute_dtype(embeddings, weight)
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     with torch.autocast(embeddings.device.type, enabled=False):
         x = scale * F.normalize(embeddings.to(dtype))  # (N, D)
         chunks = torch.split(weight, LOGITS_CHUNK)

@@ -54,9 +54,7 @@ class Ranks:
 def _serve(rank: int, folder: str, connection: Connection) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", timeout, rank=rank, world_size=LARGEST_WORLD
-    )
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, rank=rank, world_size=LARGEST_WORLD)
     groups = {k: dist.new_group(range(k), timeout=timeout) for k in range(1, LARGEST_WORLD + 1)}
     while True:
         try:
