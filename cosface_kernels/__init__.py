@@ -1,8 +1,42 @@
 """Margin-softmax heads for millions of classes: exact loss and gradients without the N x C logits."""
 
+from cosface_kernels.family import (
+    FusedAdaCosLoss,
+    FusedAdaFaceLoss,
+    FusedArcFaceLoss,
+    FusedASoftmaxLoss,
+    FusedCombinedMarginLoss,
+    FusedGBCosFaceLoss,
+    FusedKappaFaceLoss,
+    FusedMagFaceLoss,
+    FusedNormalizedSoftmaxLoss,
+    FusedSphereFaceLoss,
+    FusedX2SoftmaxLoss,
+)
 from cosface_kernels.functional import LossStats, cosface_loss, margin_softmax_loss
-from cosface_kernels.loss import FusedCosFaceLoss
+from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss
+from cosface_kernels.theory import max_margin, min_scale
 
 __version__ = "0.1.0"
 
-__all__ = ["FusedCosFaceLoss", "LossStats", "__version__", "cosface_loss", "margin_softmax_loss"]
+__all__ = [
+    "FusedASoftmaxLoss",
+    "FusedAdaCosLoss",
+    "FusedAdaFaceLoss",
+    "FusedArcFaceLoss",
+    "FusedCombinedMarginLoss",
+    "FusedCosFaceLoss",
+    "FusedGBCosFaceLoss",
+    "FusedKappaFaceLoss",
+    "FusedMagFaceLoss",
+    "FusedMarginLoss",
+    "FusedNormalizedSoftmaxLoss",
+    "FusedSphereFaceLoss",
+    "FusedX2SoftmaxLoss",
+    "LossStats",
+    "__version__",
+    "cosface_loss",
+    "margin_softmax_loss",
+    "max_margin",
+    "min_scale",
+]

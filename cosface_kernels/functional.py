@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from cosface_kernels import ops
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import Exchange
-from cosface_kernels.reference import compute_dtype, softplus
+from cosface_kernels.margins import Margin, Rows
+from cosface_kernels.reference import EPS, compute_dtype, softplus
 from cosface_kernels.validation import (
     check_labels,
     check_margin,
@@ -110,7 +111,7 @@ def margin_softmax_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    margin: float | Callable[[Tensor], Tensor],
+    margin: float | Callable[..., Tensor],
     scale: float | Tensor = 64.0,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -118,6 +119,7 @@ def margin_softmax_loss(
     sample_weight: Tensor | None = None,
     backend: str | None = None,
     return_stats: bool = False,
+    normalize_embeddings: bool = True,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
 
@@ -126,8 +128,10 @@ def margin_softmax_loss(
     The margin touches one logit per sample, so it costs no kernel: autograd differentiates psi on an (N,) vector.
 
     Args:
-        margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m. Samples
+        margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m; or one of
+            `cosface_kernels.margins`, which may also look at the embeddings' norms or replace the loss. Samples
             that are ignored pass through psi with cosine 0 and their result is dropped.
+        normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
 
@@ -158,15 +162,21 @@ def margin_softmax_loss(
         embeddings, targets, s = ranks.gather(embeddings), ranks.gather(targets), ranks.gather(s)
         sample_weight = None if sample_weight is None else ranks.gather(sample_weight)
     valid = targets != ops.IGNORED  # (N,)
+    if not normalize_embeddings:
+        # no kernel: s x = (s |x|) x / |x|; clamped as the kernels clamp, so that x = 0 has its gradient
+        s = s * Rows(embeddings, targets).norms().clamp_min(EPS)  # (N,)
 
     own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
     loss, lse, target_cos, max_neg, _ = ops.lmcl(*own, m, backend)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
-    if ranks or callable(margin):
+    if isinstance(margin, Margin):
+        # masked before and after: a nan in an ignored sample must not reach a gradient
+        loss = margin.loss(torch.where(valid, lse, 0), target_cos, s, Rows(embeddings, targets))  # (N,)
+        loss = torch.where(valid, loss, 0)  # (N,)
+    elif ranks or callable(margin):
         psi = margin(target_cos) if callable(margin) else target_cos - m  # (N,)
         check_per_sample("the margin's result", psi, targets)
-        # masked before softplus and after: a nan in an ignored sample must not reach a gradient
         loss = torch.where(valid, softplus(torch.where(valid, lse - s * psi, 0)), 0)  # (N,)
     if not validate_labels:
         loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)

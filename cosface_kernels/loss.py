@@ -1,28 +1,32 @@
 """The heads as modules: they own the class centres and call the functional form."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from cosface_kernels import theory
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import empty_weight
-from cosface_kernels.functional import LossStats, cosface_loss, cosine_logits
+from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
+from cosface_kernels.margins import Margin
 from cosface_kernels.validation import check_margin, check_positive, check_reduction, check_scale
 
 INIT_STD = 0.01  # as in insightface's partial_fc; the loss does not depend on it, the effective learning rate does
 
 
-class FusedCosFaceLoss(nn.Module):
-    """CosFace (LMCL) head: class centres, margin and softmax in one fused loss.
+class FusedMarginLoss(nn.Module):
+    """A head with any margin of `cosface_kernels.margins`: class centres, margin and softmax in one fused loss.
 
-    Takes the place of a last linear layer with its cross-entropy. The first four arguments are in the order of
-    pytorch-metric-learning's `CosFaceLoss`.
+    Takes the place of a last linear layer with its cross-entropy. The losses with a name are subclasses.
 
     Args:
         num_classes: C, the number of identities.
         embedding_size: D, the size of the backbone's output.
-        margin: m, subtracted from the target's cosine.
+        margin: a number m for cos - m, a `Margin`, or any function from the (N,) target cosines to as many.
         scale: s > 0, or a 0-d `torch.nn.Parameter` to learn it.
         reduction: "none", "sum" or "mean" (over the samples that are not ignored).
         ignore_index: label of samples that have no loss and no gradient.
@@ -35,6 +39,130 @@ class FusedCosFaceLoss(nn.Module):
     Attributes:
         weight: Parameter (num_classes, embedding_size), one class centre per row, not normalised; a DTensor,
             Shard(0), with a process group.
+        margin: as given; a `Margin` with state keeps it in this module's state_dict.
+
+    Raises:
+        ValueError: an argument is out of its range; the message shows its value.
+
+    Warns, when it is made, of a scale below CosFace's Eq. 6 or a margin m above its Eq. 7; see
+    `cosface_kernels.theory`.
+
+    >>> from cosface_kernels.margins import ArcFaceMargin
+    >>> head = FusedMarginLoss(num_classes=1000, embedding_size=128, margin=ArcFaceMargin(0.4))
+    >>> head(torch.randn(4, 128), torch.tensor([1, 17, 17, 999])).shape
+    torch.Size([])
+    """
+
+    normalize_embeddings = True
+    scale: float | Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float | Callable[..., Tensor],
+        scale: float | Tensor = 64.0,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        validate_labels: bool | None = None,
+        backend: str | None = None,
+        process_group: ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("num_classes", num_classes)
+        check_positive("embedding_size", embedding_size)
+        if not callable(margin):
+            check_margin(margin)
+            theory.warn_of_margin(margin, num_classes, embedding_size, stacklevel=2)
+        check_scale(scale)
+        check_reduction(reduction)
+        check_name(backend)
+        if self.normalize_embeddings and not isinstance(scale, Tensor):
+            theory.warn_of_scale(scale, num_classes, stacklevel=2)
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.margin = margin
+        self.scale = scale
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.validate_labels = validate_labels
+        self.backend = backend
+        self.to(device)  # the margin's state
+        if process_group is None:
+            weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+        else:
+            weight = empty_weight(num_classes, embedding_size, process_group, device, dtype)
+        self.weight = nn.Parameter(weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the class centres anew; the same for the same `torch.manual_seed`, on any number of threads."""
+        normal_(self.weight, INIT_STD)
+        if isinstance(self.margin, Margin):
+            self.margin.reset_parameters()
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        """The loss of a batch; see `margin_softmax_loss`.
+
+        Args:
+            embeddings: (N, embedding_size), need not be normalised.
+            labels: (N,) integers in [0, num_classes), or ignore_index.
+            return_stats: also return `LossStats`, which costs no further pass over the weight.
+
+        Returns:
+            The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats).
+        """
+        return self._loss(embeddings, labels, self.margin, return_stats)
+
+    def _loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        margin: float | Callable[..., Tensor],
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        return margin_softmax_loss(
+            embeddings,
+            self.weight,
+            labels,
+            margin=margin,
+            scale=self.scale,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            validate_labels=self.validate_labels,
+            backend=self.backend,
+            return_stats=return_stats,
+            normalize_embeddings=self.normalize_embeddings,
+        )
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(N, num_classes) logits s cos_ij without a margin; see `cosine_logits`."""
+        return cosine_logits(embeddings, self.weight, scale=self.scale)
+
+    def extra_repr(self) -> str:
+        margin = "" if isinstance(self.margin, nn.Module) else f"margin={self.margin}, "
+        return (
+            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, {margin}"
+            f"scale={self.scale}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
+            f"backend={self.backend!r}"
+        )
+
+
+class FusedCosFaceLoss(FusedMarginLoss):
+    """CosFace (LMCL) head, psi(cos) = cos - m.
+
+    The first four arguments are in the order of pytorch-metric-learning's `CosFaceLoss`. MFCosface's loss is
+    this one too: what is new there is its network.
+
+    Args:
+        num_classes, embedding_size, scale: C, D and s, as in `FusedMarginLoss`.
+        margin: m, subtracted from the target's cosine.
+        options: the keyword arguments of `FusedMarginLoss`.
 
     Raises:
         ValueError: an argument is out of its range; the message shows its value.
@@ -55,75 +183,8 @@ class FusedCosFaceLoss(nn.Module):
         num_classes: int,
         embedding_size: int,
         margin: float = 0.35,
-        scale: float | nn.Parameter = 64.0,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        validate_labels: bool | None = None,
-        backend: str | None = None,
-        process_group: ProcessGroup | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        scale: float | Tensor = 64.0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        check_positive("num_classes", num_classes)
-        check_positive("embedding_size", embedding_size)
-        check_margin(margin)
-        check_scale(scale)
-        check_reduction(reduction)
-        check_name(backend)
-        self.num_classes = num_classes
-        self.embedding_size = embedding_size
-        self.margin = margin
-        self.scale = scale
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.validate_labels = validate_labels
-        self.backend = backend
-        if process_group is None:
-            weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
-        else:
-            weight = empty_weight(num_classes, embedding_size, process_group, device, dtype)
-        self.weight = nn.Parameter(weight)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the class centres anew; the same for the same `torch.manual_seed`, on any number of threads."""
-        normal_(self.weight, INIT_STD)
-
-    def forward(
-        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
-    ) -> Tensor | tuple[Tensor, LossStats]:
-        """The loss of a batch; see `cosface_loss`.
-
-        Args:
-            embeddings: (N, embedding_size), need not be normalised.
-            labels: (N,) integers in [0, num_classes), or ignore_index.
-            return_stats: also return `LossStats`, which costs no further pass over the weight.
-
-        Returns:
-            The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats).
-        """
-        return cosface_loss(
-            embeddings,
-            self.weight,
-            labels,
-            margin=self.margin,
-            scale=self.scale,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            validate_labels=self.validate_labels,
-            backend=self.backend,
-            return_stats=return_stats,
-        )
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """(N, num_classes) logits s cos_ij without a margin; see `cosine_logits`."""
-        return cosine_logits(embeddings, self.weight, scale=self.scale)
-
-    def extra_repr(self) -> str:
-        return (
-            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, margin={self.margin}, "
-            f"scale={self.scale}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"backend={self.backend!r}"
-        )
+        check_margin(margin)  # FusedMarginLoss would take a callable
+        super().__init__(num_classes, embedding_size, margin, scale, **options)

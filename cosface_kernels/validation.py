@@ -20,6 +20,12 @@ def check_margin(margin: float) -> None:
         raise ValueError(f"margin must be a finite number, got {margin!r}.")
 
 
+def check_interval(name: str, value: float, interval: str, low: float, high: float) -> None:
+    """low <= value < high, which the message calls `interval`."""
+    if not isinstance(value, numbers.Real) or not low <= value < high:
+        raise ValueError(f"{name} must be in {interval}, got {value!r}.")
+
+
 def check_scale(scale: float | Tensor) -> None:
     """A number must be positive and finite; a tensor is looked at only where that needs no wait for a device.
 

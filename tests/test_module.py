@@ -11,7 +11,7 @@ from pytorch_metric_learning.losses import CosFaceLoss, LargeMarginSoftmaxLoss
 from support import F32, make_problem, relative_error
 
 import cosface_kernels
-from cosface_kernels import FusedCosFaceLoss, cosface_loss
+from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, cosface_loss
 
 
 def _head(num_classes=50, embedding_size=16, **options):
@@ -24,7 +24,9 @@ def test_signature():
     parameters = inspect.signature(FusedCosFaceLoss).parameters
     assert list(parameters)[:4] == ["num_classes", "embedding_size", "margin", "scale"]
     assert (parameters["margin"].default, parameters["scale"].default) == (0.35, 64.0)
-    keyword_only = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    options = inspect.signature(FusedMarginLoss).parameters  # which FusedCosFaceLoss passes on
+    assert list(options)[:4] == list(parameters)[:4]
+    keyword_only = [name for name, p in options.items() if p.kind is p.KEYWORD_ONLY]
     assert {"reduction", "ignore_index", "backend", "device", "dtype"} <= set(keyword_only)
     theirs = list(inspect.signature(LargeMarginSoftmaxLoss).parameters)  # the base of their CosFaceLoss
     assert theirs[:4] == list(parameters)[:4]

@@ -1,0 +1,306 @@
+"""The losses that users know by name: each a margin of `cosface_kernels.margins` and defaults with their source.
+
+Each takes num_classes (C), embedding_size (D), margin and scale first, then the keyword arguments of its margin
+and those of `FusedMarginLoss`. Angles are in radians, where pytorch-metric-learning takes degrees.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosface_kernels.functional import LossStats
+from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss
+from cosface_kernels.margins import (
+    AdaCosMargin,
+    AdaFaceMargin,
+    AnnealedSphereFaceMargin,
+    ArcFaceMargin,
+    CombinedMargin,
+    GBCosFaceMargin,
+    KappaFaceMargin,
+    MagFaceMargin,
+    SphereFaceMargin,
+    X2SoftmaxMargin,
+)
+from cosface_kernels.validation import check_positive, check_scale
+
+
+class FusedNormalizedSoftmaxLoss(FusedCosFaceLoss):
+    """NSL, softmax over scaled cosines: CosFace with m = 0.
+
+    Source: Wang et al., NormFace, arXiv:1704.06369; CosFace, arXiv:1801.09414, Eq. 3.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.0,
+        scale: float | Tensor = 64.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, **options)
+
+
+class FusedArcFaceLoss(FusedMarginLoss):
+    """ArcFace, psi = cos(theta + m); `margin` in [0, pi) radians; see `ArcFaceMargin`.
+
+    Source: Deng et al., ArcFace, arXiv:1801.07698, whose m = 0.5 and s = 64 are the defaults. insightface trains
+    with straight_through=True.
+
+    >>> head = FusedArcFaceLoss(num_classes=1000, embedding_size=128, margin=0.4)
+    >>> head(torch.randn(4, 128), torch.tensor([1, 17, 17, 999])).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        scale: float | Tensor = 64.0,
+        *,
+        straight_through: bool = False,
+        **options: Any,
+    ) -> None:
+        psi = ArcFaceMargin(margin, straight_through=straight_through)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedCombinedMarginLoss(FusedMarginLoss):
+    """psi = cos(m1 theta + m2) - m3; `margin` is (m1, m2, m3); see `CombinedMargin`.
+
+    Source: deepinsight/insightface (recognition/arcface_torch), whose margin_list and s = 64 are the defaults.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: Sequence[float] = (1.0, 0.5, 0.0),
+        scale: float | Tensor = 64.0,
+        *,
+        straight_through: bool = False,
+        **options: Any,
+    ) -> None:
+        psi = CombinedMargin(margin, straight_through=straight_through)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedSphereFaceLoss(FusedMarginLoss):
+    """SphereFace with normalised features; `margin` >= 1 is the factor of the angle; see `SphereFaceMargin`.
+
+    pytorch-metric-learning's `SphereFaceLoss` scales each sample by its norm, as `FusedASoftmaxLoss` does.
+
+    Source: ydwen/opensphere (model/head/sphereface.py), m = 1.7 and s = 30; it trains with straight_through=True.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 1.7,
+        scale: float | Tensor = 30.0,
+        *,
+        straight_through: bool = False,
+        **options: Any,
+    ) -> None:
+        psi = SphereFaceMargin(margin, straight_through=straight_through)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedASoftmaxLoss(FusedMarginLoss):
+    """A-Softmax, SphereFace as it was first: the scale of a sample is `scale` |x_i|, and lambda is annealed.
+
+    `margin` >= 1 is the factor of the angle; base, gamma and lambda_min are those of `AnnealedSphereFaceMargin`.
+    With base = lambda_min = 0 there is no annealing.
+
+    Source: Liu et al., SphereFace, arXiv:1704.08063; MuggleWang/CosFace_pytorch (layer.py), m = 4.
+    """
+
+    normalize_embeddings = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 4.0,
+        scale: float | Tensor = 1.0,
+        *,
+        base: float = 1000.0,
+        gamma: float = 0.12,
+        lambda_min: float = 5.0,
+        **options: Any,
+    ) -> None:
+        psi = AnnealedSphereFaceMargin(margin, base=base, gamma=gamma, lambda_min=lambda_min)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedAdaFaceLoss(FusedMarginLoss):
+    """AdaFace, a margin that follows the norm of the embedding, which must not be normalised; see `AdaFaceMargin`.
+
+    Source: mk-minchul/AdaFace (head.py, README), m = 0.4, h = 0.333, s = 64, averages at a rate of 0.01.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.4,
+        scale: float | Tensor = 64.0,
+        *,
+        h: float = 0.333,
+        rate: float = 0.01,
+        straight_through: bool = False,
+        **options: Any,
+    ) -> None:
+        psi = AdaFaceMargin(margin, h=h, rate=rate, straight_through=straight_through)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedMagFaceLoss(FusedMarginLoss):
+    """MagFace; `margin` is (l_m, u_m), `norms` (l_a, u_a), and `regularizer` lambda; see `MagFaceMargin`.
+
+    Source: IrvingMeng/MagFace (models/magface.py, run/run.sh).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: Sequence[float] = (0.45, 0.8),
+        scale: float | Tensor = 64.0,
+        *,
+        norms: Sequence[float] = (10.0, 110.0),
+        regularizer: float = 35.0,
+        **options: Any,
+    ) -> None:
+        psi = MagFaceMargin(margin, norms=norms, regularizer=regularizer)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedKappaFaceLoss(FusedMarginLoss):
+    """KappaFace, a margin for each class, set by `head.margin.update` after each epoch; see `KappaFaceMargin`.
+
+    Args:
+        class_counts: (num_classes,), the number of training samples of each class.
+
+    Source: Leminhbinh0209/KappaFace (configs/base.py): m = 0.8, T = 0.4, gamma = 0.7, s = 64.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.8,
+        scale: float | Tensor = 64.0,
+        *,
+        class_counts: Tensor | Sequence[int] | None = None,
+        temperature: float = 0.4,
+        gamma: float = 0.7,
+        **options: Any,
+    ) -> None:
+        if class_counts is None:
+            raise ValueError(
+                f"KappaFace needs class_counts, the number of training samples of each of the {num_classes} "
+                "classes, got None."
+            )
+        psi = KappaFaceMargin(class_counts, margin, temperature=temperature, gamma=gamma)
+        if len(psi.class_counts) != num_classes:
+            raise ValueError(f"class_counts must hold {num_classes} counts, got {len(psi.class_counts)}.")
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedX2SoftmaxLoss(FusedMarginLoss):
+    """X2-Softmax, psi = a (theta - h)^2 + k; `margin` is (a, h, k); see `X2SoftmaxMargin`.
+
+    Source: Xu et al., X2-Softmax, arXiv:2312.05281, and its code, which trains with straight_through=True.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: Sequence[float] = (-0.9, 0.0, 0.65),
+        scale: float | Tensor = 64.0,
+        *,
+        straight_through: bool = False,
+        **options: Any,
+    ) -> None:
+        psi = X2SoftmaxMargin(*margin, straight_through=straight_through)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedGBCosFaceLoss(FusedMarginLoss):
+    """GB-CosFace, a global boundary that target and other classes must clear by a margin; see `GBCosFaceMargin`.
+
+    Source: aliyun/GB-CosFace (loss/GBCosFace.py): m = 0.16, s = 32, alpha = 0.15, rate 0.01.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.16,
+        scale: float | Tensor = 32.0,
+        *,
+        alpha: float = 0.15,
+        bounds: Sequence[float] = (0.5, 0.7),
+        rate: float = 0.01,
+        **options: Any,
+    ) -> None:
+        psi = GBCosFaceMargin(margin, alpha=alpha, bounds=bounds, rate=rate)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedAdaCosLoss(FusedMarginLoss):
+    """AdaCos: no margin, and a scale that each training batch sets before it is used.
+
+        s <- log( mean_i sum_{j != y} e^{s cos_ij} ) / cos( min(pi / 4, median_i theta_i) )
+
+    That takes a forward pass of its own: 10 N C D of arithmetic a step instead of 8. The scale is a buffer of the
+    margin.
+
+    Args:
+        margin: m, 0 in the paper; subtracted from the target's cosine.
+        scale: the first s; None for sqrt(2) ln(C - 1).
+
+    Source: Zhang et al., AdaCos, arXiv:1905.00292, Eq. 15-17.
+    """
+
+    margin: AdaCosMargin
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.0,
+        scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        if scale is None:
+            check_positive("num_classes - 2, of which AdaCos takes a logarithm,", num_classes - 2)
+            scale = math.sqrt(2) * math.log(num_classes - 1)
+        check_scale(scale)
+        psi = AdaCosMargin(margin, scale)
+        super().__init__(num_classes, embedding_size, psi, torch.tensor(float(scale)), **options)
+
+    @property
+    def scale(self) -> Tensor:
+        """0-d, s of the last batch."""
+        return self.margin.scale.clone()
+
+    @scale.setter
+    def scale(self, scale: float | Tensor) -> None:
+        self.margin.scale.fill_(scale)
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        if self.training:
+            with torch.no_grad():
+                self._loss(embeddings, labels, self.margin)
+        return self._loss(embeddings, labels, self.margin.margin, return_stats)

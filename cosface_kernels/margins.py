@@ -1,0 +1,560 @@
+"""The margins of the family: what a loss does to its target's cosine, on (N,) vectors. No kernel knows them.
+
+Letters: c = cos(theta), the (N,) target cosines; psi, what takes their place; s, the scale; lse = log sum_{j != y}
+e^{s cos_ij}. Where a paper and its code differ, the code's formula is here. Gradients are exact unless a margin is
+told to be `straight_through`: the gradient with respect to c is then that of psi(c) = c, as in the code of
+insightface and others, who compute the margin without a graph.
+
+State (statistics of batches, counters) is in float32 buffers, whatever the dtype of the module. It changes in
+training mode alone, once for each forward pass, and samples that are ignored have no part in it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cosface_kernels.reference import softplus
+from cosface_kernels.validation import check_interval, check_margin
+
+UNIT_NORM = 1e-2  # norms that are all this close to 1 are those of normalised embeddings, in any dtype
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of a batch, for the margins that look at more than their target's cosine.
+
+    Attributes:
+        embeddings: (N, D), as given to the loss.
+        targets: (N,) int64 classes, negative for a sample that has no loss.
+    """
+
+    embeddings: Tensor
+    targets: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        return self.targets >= 0  # (N,)
+
+    def norms(self) -> Tensor:
+        """(N,) |x_i|, differentiable; 0 for a sample that has no loss."""
+        dtype = torch.promote_types(self.embeddings.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.embeddings.where(self.valid[:, None], 0), dim=1, dtype=dtype)
+
+
+class Margin(nn.Module):
+    """Base of the margins. A subclass defines psi as `forward(cos, rows)`; some replace `loss`."""
+
+    def __init__(self, *, straight_through: bool = False) -> None:
+        super().__init__()
+        self.straight_through = straight_through
+        self._initial: dict[str, float] = {}
+
+    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        """softplus(lse - s psi(c)), and 0 for a sample that has no loss.
+
+        Args:
+            lse, cos, scale: (N,), finite for samples without a loss; lse is -inf where there is no other class.
+
+        Returns:
+            (N,); what it holds for a sample without a loss is dropped.
+        """
+        psi = self(cos, rows)  # (N,)
+        if self.straight_through:
+            psi = cos + (psi - cos).detach()
+        return softplus(torch.where(rows.valid, lse - scale * psi, 0))
+
+    def reset_parameters(self) -> None:
+        """Sets the state to what it was before the first batch."""
+        for name, value in self._initial.items():
+            self.get_buffer(name).fill_(value)
+
+    def _register_state(self, name: str, initial: float, *shape: int) -> None:
+        self._initial[name] = initial
+        self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Margin":
+        super()._apply(lambda state: fn(state).to(state.dtype), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class CosFaceMargin(Margin):
+    """psi = c - m; with m = 0 the normalised softmax (NSL).
+
+    Source: Wang et al., CosFace, arXiv:1801.09414, Eq. 4.
+
+    >>> CosFaceMargin(0.35)(torch.tensor([0.71]))
+    tensor([0.3600])
+    """
+
+    def __init__(self, margin: float = 0.35) -> None:
+        super().__init__()
+        check_margin(margin)
+        self.margin = margin
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        return cos - self.margin
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
+class AdaCosMargin(CosFaceMargin):
+    """psi = c - m; its loss sets the scale for a pass that follows it.
+
+        s <- log( mean_i sum_{j != y} e^{s cos_ij} ) / cos( min(pi / 4, median_i theta_i) )
+
+    State: `scale`.
+
+    Source: Zhang et al., AdaCos, arXiv:1905.00292, Eq. 15-17.
+    """
+
+    scale: Tensor
+
+    def __init__(self, margin: float, scale: float) -> None:
+        super().__init__(margin)
+        self._register_state("scale", scale)
+
+    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        if self.training:
+            mean = (
+                lse.detach().double().where(rows.valid, -math.inf).logsumexp(0) - rows.valid.sum().double().log()
+            )
+            theta = _angle(cos.detach()).where(rows.valid, math.nan).nanmedian().clamp_max(math.pi / 4)
+            update_average(self.scale, mean / theta.cos(), rate=1)
+        return super().loss(lse, cos, scale, rows)
+
+
+class ArcFaceMargin(Margin):
+    """psi = cos(theta + m) where theta + m <= pi, beyond that c - m sin(m), which goes on falling.
+
+    Args:
+        margin: m in [0, pi), in radians (pytorch-metric-learning takes degrees).
+        straight_through: insightface's variant: cos(theta + m) everywhere, and the gradient of psi = c.
+
+    Source: Deng et al., ArcFace, arXiv:1801.07698, Eq. 3; the guard is that of Tencent/TFace
+    (torchkit/head/localfc/arcface.py), the variant that of deepinsight/insightface
+    (recognition/arcface_torch/losses.py).
+
+    >>> ArcFaceMargin(0.5)(torch.tensor([1.0, 0.0, -1.0]))
+    tensor([ 0.8776, -0.4794, -1.2397])
+    """
+
+    def __init__(self, margin: float = 0.5, *, straight_through: bool = False) -> None:
+        super().__init__(straight_through=straight_through)
+        check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
+        self.margin = margin
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        psi = _cos_of_sum(cos, self.margin)  # (N,)
+        if self.straight_through:
+            return psi
+        return torch.where(cos > -math.cos(self.margin), psi, cos - self.margin * math.sin(self.margin))
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, straight_through={self.straight_through}"
+
+
+class CombinedMargin(Margin):
+    """psi = cos(m1 theta + m2) - m3: SphereFace's, ArcFace's and CosFace's margin at once, without a guard.
+
+    Args:
+        margins: m1 >= 1, m2 in [0, pi) radians, m3.
+        straight_through: the gradient of psi = c, as in insightface; Paddle's is exact.
+
+    Source: Deng et al., ArcFace, arXiv:1801.07698, Eq. 4; deepinsight/insightface
+    (recognition/arcface_torch/losses.py, CombinedMarginLoss).
+
+    >>> CombinedMargin((1.0, 0.0, 0.4))(torch.tensor([0.7]))
+    tensor([0.3000])
+    """
+
+    def __init__(self, margins: Sequence[float] = (1.0, 0.5, 0.0), *, straight_through: bool = False) -> None:
+        super().__init__(straight_through=straight_through)
+        if not isinstance(margins, Sequence) or len(margins) != 3:
+            raise ValueError(f"margins must be three numbers (m1, m2, m3), got {margins!r}.")
+        check_interval("m1", margins[0], "[1, inf)", 1, math.inf)
+        check_interval("m2", margins[1], "[0, pi) radians", 0, math.pi)
+        check_margin(margins[2])
+        self.margins = tuple(margins)
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        m1, m2, m3 = self.margins
+        return torch.cos(m1 * _angle(cos) + m2) - m3
+
+    def extra_repr(self) -> str:
+        return f"margins={self.margins}, straight_through={self.straight_through}"
+
+
+class SphereFaceMargin(Margin):
+    """psi = (-1)^k cos(m theta) - 2k with k = floor(m theta / pi): cos(m theta), continued to fall beyond pi / m.
+
+    Args:
+        margin: m >= 1, the factor of the angle; need not be whole.
+        straight_through: the gradient of psi = c, as in opensphere.
+
+    Source: Liu et al., SphereFace, arXiv:1704.08063, Eq. 7; ydwen/opensphere (model/head/sphereface.py).
+
+    >>> SphereFaceMargin(4.0)(torch.tensor([1.0, -1.0]))
+    tensor([ 1., -7.])
+    """
+
+    def __init__(self, margin: float = 1.7, *, straight_through: bool = False) -> None:
+        super().__init__(straight_through=straight_through)
+        check_interval("margin", margin, "[1, inf)", 1, math.inf)
+        self.margin = margin
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        angle = self.margin * _angle(cos)  # (N,)
+        k = (angle.detach() / math.pi).floor()  # (N,)
+        return (1 - 2 * (k % 2)) * torch.cos(angle) - 2 * k
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, straight_through={self.straight_through}"
+
+
+class AnnealedSphereFaceMargin(SphereFaceMargin):
+    """(psi + lambda c) / (1 + lambda) with SphereFace's psi, lambda = max(lambda_min, base / (1 + gamma step)).
+
+    The first steps are close to no margin. State: `step`, the number of batches seen.
+
+    Args:
+        margin: m >= 1; the paper's is 4.
+        base, gamma, lambda_min: of lambda.
+
+    Source: Liu et al., SphereFace, arXiv:1704.08063, section 4.1; wy1iu/sphereface (MarginInnerProduct) and
+    MuggleWang/CosFace_pytorch (layer.py).
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, margin: float = 4.0, *, base: float = 1000.0, gamma: float = 0.12, lambda_min: float = 5.0
+    ) -> None:
+        super().__init__(margin)
+        for name, value in (("base", base), ("gamma", gamma), ("lambda_min", lambda_min)):
+            check_interval(name, value, "[0, inf)", 0, math.inf)
+        self.base, self.gamma, self.lambda_min = base, gamma, lambda_min
+        self._register_state("step", 0)
+
+    @property
+    def annealing(self) -> Tensor:
+        """lambda, 0-d."""
+        return (self.base / (1 + self.gamma * self.step)).clamp_min(self.lambda_min)
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        if self.training:
+            self.step.add_(1)
+        return cos + (super().forward(cos) - cos) / (1 + self.annealing)
+
+
+class AdaFaceMargin(Margin):
+    """psi = cos(clip(theta - m q)) - (m + m q), where q in [-1, 1] is the quality that an embedding's norm tells.
+
+        q_i = clip( h (|x_i| - mean) / (std + 1e-3), -1, 1 )
+
+    theta is kept 1e-3 away from 0 and pi, c within 0.999, and norms within [1e-3, 100]; no gradient reaches norms.
+    State: `mean` and `std` of the norms, averaged over batches, this one included.
+
+    Args:
+        margin: m in [0, pi).
+        h: how much the norm counts.
+        rate: of the averages.
+        straight_through: the gradient of psi = c, as in CVLface.
+
+    Raises:
+        ValueError: all norms are 1: embeddings were normalised. On the CPU alone, where it needs no wait.
+
+    Source: Kim et al., AdaFace, arXiv:2204.00964, Eq. 15-17; mk-minchul/AdaFace (head.py, whose command line has
+    rate 0.01). There the cosines of other classes are kept within 0.999 too; here they are not.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, margin: float = 0.4, *, h: float = 0.333, rate: float = 0.01, straight_through: bool = False
+    ) -> None:
+        super().__init__(straight_through=straight_through)
+        check_interval("margin", margin, "[0, pi)", 0, math.pi)
+        check_interval("h", h, "[0, inf)", 0, math.inf)
+        _check_rate(rate)
+        self.margin, self.h, self.rate = margin, h, rate
+        self._register_state("mean", 20.0)
+        self._register_state("std", 100.0)
+
+    def forward(self, cos: Tensor, rows: Rows) -> Tensor:
+        norms = rows.norms().detach()  # (N,)
+        _refuse_unit_norms(norms, rows.valid)
+        norms = norms.clamp(1e-3, 100)
+        if self.training:
+            mean, std = mean_and_std(norms, rows.valid)
+            update_average(self.mean, mean, self.rate)
+            update_average(self.std, std, self.rate)
+        q = (self.h * (norms - self.mean) / (self.std + 1e-3)).clamp(-1, 1)  # (N,)
+        theta = _angle(cos.clamp(-0.999, 0.999)) - self.margin * q  # (N,)
+        return torch.cos(theta.clamp(1e-3, math.pi - 1e-3)) - (self.margin + self.margin * q)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, h={self.h}, rate={self.rate}, straight_through={self.straight_through}"
+
+
+class MagFaceMargin(Margin):
+    """psi = cos(theta + m_i) where c > 0, else c, with m_i that grows with the norm; and a term for the norm.
+
+        a_i = clip(|x_i|, l_a, u_a),   m_i = l_m + (u_m - l_m)(a_i - l_a)/(u_a - l_a)
+        loss_i = softplus(lse_i - s psi_i) + lambda (a_i / u_a^2 + 1 / a_i)
+
+    The gradient reaches the norms through both.
+
+    Args:
+        margins: (l_m, u_m), 0 <= l_m <= u_m < pi, in radians.
+        norms: (l_a, u_a), 0 < l_a < u_a.
+        regularizer: lambda.
+
+    Source: Meng et al., MagFace, arXiv:2103.06627, Eq. 2-5; IrvingMeng/MagFace (models/magface.py, run/run.sh).
+    """
+
+    def __init__(
+        self,
+        margins: Sequence[float] = (0.45, 0.8),
+        *,
+        norms: Sequence[float] = (10.0, 110.0),
+        regularizer: float = 35.0,
+    ) -> None:
+        super().__init__()
+        self.margins, self.norms = _check_pair("margins", margins), _check_pair("norms", norms)
+        check_interval("the smallest margin", self.margins[0], "[0, pi) radians", 0, math.pi)
+        check_interval("the largest margin", self.margins[1], "[smallest, pi)", self.margins[0], math.pi)
+        check_interval("the smallest norm", self.norms[0], "(0, inf)", math.ulp(0.0), math.inf)
+        check_interval(
+            "the largest norm", self.norms[1], "(smallest, inf)", math.nextafter(self.norms[0], math.inf), math.inf
+        )
+        check_interval("regularizer", regularizer, "[0, inf)", 0, math.inf)
+        self.regularizer = regularizer
+
+    def forward(self, cos: Tensor, rows: Rows) -> Tensor:
+        (l_m, u_m), (l_a, u_a) = self.margins, self.norms
+        m = l_m + (u_m - l_m) / (u_a - l_a) * (rows.norms().clamp(l_a, u_a) - l_a)  # (N,)
+        return torch.where(cos > 0, cos * m.cos() - _sine(cos) * m.sin(), cos)
+
+    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        l_a, u_a = self.norms
+        a = rows.norms().clamp(l_a, u_a)  # (N,)
+        return super().loss(lse, cos, scale, rows) + self.regularizer * (a / u_a**2 + 1 / a)
+
+    def extra_repr(self) -> str:
+        return f"margins={self.margins}, norms={self.norms}, regularizer={self.regularizer}"
+
+
+class KappaFaceMargin(Margin):
+    """psi = cos(theta + m w_y), with a weight of each class that falls with its concentration and its size.
+
+        w_j = gamma (1 - sigmoid(T z_j)) + (1 - gamma)(1 + cos(pi n_j / K)) / 2,   K = 1.05 max_j n_j
+
+    z_j is the class's concentration kappa_j, less the mean, over the standard deviation of all classes;
+    kappa = r (D - r^2)/(1 - r^2) with r = |sum of the class's unit embeddings| / n_j. There is no guard.
+    State: `weights` (C,), 0.5 until the first call of `update`, of which there should be one an epoch.
+
+    Args:
+        class_counts: (C,), n_j >= 1, the number of training samples of each class.
+        margin: m in [0, pi), in radians.
+        temperature: T; gamma: in [0, 1], how much concentration counts against size.
+
+    Source: Oinar et al., KappaFace, arXiv:2201.07394; Leminhbinh0209/KappaFace (memory.py, losses.py,
+    configs/base.py).
+
+    >>> margin = KappaFaceMargin([10, 20, 10])
+    >>> margin.update(torch.tensor([[9.0, 0], [0, 12.0], [5.0, 0]]))
+    >>> margin.weights
+    tensor([0.4320, 0.3866, 0.5565])
+    """
+
+    weights: Tensor
+    class_counts: Tensor
+
+    def __init__(
+        self,
+        class_counts: Tensor | Sequence[int],
+        margin: float = 0.8,
+        *,
+        temperature: float = 0.4,
+        gamma: float = 0.7,
+    ) -> None:
+        super().__init__()
+        counts = torch.as_tensor(class_counts)
+        if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= 1).all()):
+            raise ValueError(f"class_counts must be a vector of positive counts, got {class_counts!r}.")
+        check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
+        check_interval("temperature", temperature, "[0, inf)", 0, math.inf)
+        check_interval("gamma", gamma, "[0, 1]", 0, math.nextafter(1, 2))
+        self.margin, self.temperature, self.gamma = margin, temperature, gamma
+        self.register_buffer("class_counts", counts.double())
+        self._register_state("weights", 0.5, len(counts))
+
+    @torch.no_grad()
+    def update(self, class_sums: Tensor) -> None:
+        """Sets the weights from the last epoch's embeddings.
+
+        Args:
+            class_sums: (C, D), for each class the sum of its training samples' unit embeddings (the authors take
+                them from a momentum encoder, averaged over epochs).
+        """
+        if class_sums.dim() != 2 or len(class_sums) != len(self.class_counts):
+            raise ValueError(
+                f"class_sums must have shape ({len(self.class_counts)}, D), got shape {tuple(class_sums.shape)}."
+            )
+        r = class_sums.double().norm(dim=1) / self.class_counts  # (C,)
+        kappa = r * (class_sums.shape[1] - r**2) / (1 - r**2)  # (C,); infinite for a class of one sample
+        kappa = kappa.where(kappa.isfinite() & (kappa >= 0), kappa[kappa.isfinite()].max())
+        z = ((kappa - kappa.mean()) / kappa.std()).nan_to_num(0)  # (C,)
+        size = (1 + torch.cos(torch.pi / 1.05 * self.class_counts / self.class_counts.max())) / 2  # (C,)
+        self.weights.copy_(self.gamma * (1 - torch.sigmoid(self.temperature * z)) + (1 - self.gamma) * size)
+
+    def forward(self, cos: Tensor, rows: Rows) -> Tensor:
+        m = (self.margin * self.weights[rows.targets.clamp_min(0)]).to(cos.dtype)  # (N,)
+        return cos * m.cos() - _sine(cos) * m.sin()
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, temperature={self.temperature}, gamma={self.gamma}"
+
+
+class X2SoftmaxMargin(Margin):
+    """psi = a (theta - h)^2 + k.
+
+    Args:
+        a, h, k: a < 0, k - a h^2 is what a sample at its class centre gets.
+        straight_through: the gradient of psi = c, as in the authors' code.
+
+    Source: Xu et al., X2-Softmax, arXiv:2312.05281, Eq. 6; the defaults are its code's.
+
+    >>> X2SoftmaxMargin()(torch.tensor([1.0]))
+    tensor([0.6500])
+    """
+
+    def __init__(
+        self, a: float = -0.9, h: float = 0.0, k: float = 0.65, *, straight_through: bool = False
+    ) -> None:
+        super().__init__(straight_through=straight_through)
+        check_interval("a", a, "(-inf, 0)", -math.inf, 0)
+        check_margin(h)
+        check_margin(k)
+        self.a, self.h, self.k = a, h, k
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        return self.a * (_angle(cos) - self.h) ** 2 + self.k
+
+    def extra_repr(self) -> str:
+        return f"a={self.a}, h={self.h}, k={self.k}, straight_through={self.straight_through}"
+
+
+class GBCosFaceMargin(Margin):
+    """A boundary between c and the negatives' cosine n = lse / s, which each must clear by the margin m.
+
+        v = (1 - alpha)(c + n)/2 + alpha V     without a gradient
+        loss = softplus(2s(v - c + m))/2 + softplus(2s(n - v + m))/2
+
+    State: `boundary` V, the average of (c + n)/2 over the batches before, nan before the first, which takes its
+    own; clipped to `bounds` where it is used.
+
+    Args:
+        margin: m.
+        alpha: in [0, 1], the share of the global boundary.
+        bounds: (low, high) of V.
+        rate: of the average.
+
+    Source: Xu et al., GB-CosFace, arXiv:2111.11186; aliyun/GB-CosFace (loss/GBCosFace.py).
+    """
+
+    boundary: Tensor
+
+    def __init__(
+        self,
+        margin: float = 0.16,
+        *,
+        alpha: float = 0.15,
+        bounds: Sequence[float] = (0.5, 0.7),
+        rate: float = 0.01,
+    ) -> None:
+        super().__init__()
+        check_margin(margin)
+        check_interval("alpha", alpha, "[0, 1]", 0, math.nextafter(1, 2))
+        _check_rate(rate)
+        self.bounds = _check_pair("bounds", bounds)
+        if not self.bounds[0] <= self.bounds[1]:
+            raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds!r}.")
+        self.margin, self.alpha, self.rate = margin, alpha, rate
+        self._register_state("boundary", math.nan)
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        """c - m, which is what has to reach the boundary."""
+        return cos - self.margin
+
+    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        counts = rows.valid & (lse > -math.inf)  # (N,); without another class there is nothing to be told from
+        negative = torch.where(counts, lse, 0) / scale  # (N,)
+        middle = ((cos + negative) / 2).detach()  # (N,)
+        mean, _ = mean_and_std(middle, counts)
+        boundary = self.boundary.where(self.boundary.isfinite(), mean).clamp(*self.bounds)
+        if self.training:
+            self.boundary.copy_(boundary.where(mean.isfinite(), self.boundary))
+            update_average(self.boundary, mean, self.rate)
+        v = middle + self.alpha * (boundary.nan_to_num() - middle)  # (N,)
+        to_target = softplus(2 * scale * (v - self(cos)))  # (N,)
+        to_others = softplus(2 * scale * (negative - v + self.margin))  # (N,)
+        return torch.where(counts, (to_target + to_others) / 2, 0)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, alpha={self.alpha}, bounds={self.bounds}, rate={self.rate}"
+
+
+def mean_and_std(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation over the valid samples, 0-d float64; nan if there are too few."""
+    count = valid.sum()
+    values = values.double()  # (N,)
+    mean = values.where(valid, 0).sum() / count
+    return mean, ((values - mean).where(valid, 0).square().sum() / (count - 1)).sqrt()
+
+
+def update_average(average: Tensor, value: Tensor, rate: float) -> None:
+    """average += rate (value - average), in place; a value that is not finite changes nothing."""
+    average.copy_(torch.where(value.isfinite(), average.lerp(value.to(average.dtype), rate), average))
+
+
+def _sine(cos: Tensor) -> Tensor:
+    """sin(acos(c)) >= 0, with gradient 0 where it is infinite; cosines beyond 1 by rounding are taken for 1."""
+    square = (1 - cos) * (1 + cos)
+    inside = square > 0
+    return square.where(inside, 1).sqrt().where(inside, 0)
+
+
+def _angle(cos: Tensor) -> Tensor:
+    """acos(c) in [0, pi], with the guard of `_sine`."""
+    return torch.atan2(_sine(cos), cos)
+
+
+def _cos_of_sum(cos: Tensor, angle: float) -> Tensor:
+    return cos * math.cos(angle) - _sine(cos) * math.sin(angle)
+
+
+def _check_rate(rate: float) -> None:
+    check_interval("rate", rate, "[0, 1]", 0, math.nextafter(1, 2))
+
+
+def _check_pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if not isinstance(values, Sequence) or len(values) != 2:
+        raise ValueError(f"{name} must be two numbers, got {values!r}.")
+    return values[0], values[1]
+
+
+def _refuse_unit_norms(norms: Tensor, valid: Tensor) -> None:
+    if torch.compiler.is_compiling() or norms.device.type != "cpu" or not valid.any():
+        return
+    if bool(((norms - 1).abs() < UNIT_NORM)[valid].all()):
+        seen = norms[valid]
+        raise ValueError(
+            "AdaFace takes the norms of the embeddings for their quality, and here all are 1: it needs the "
+            f"embeddings before they are normalised, got norms in [{seen.min():.4g}, {seen.max():.4g}]."
+        )

@@ -1,0 +1,512 @@
+"""The losses of the family against explicit PyTorch: logits materialised, formulas as the papers write them."""
+
+import inspect
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning import losses as pml
+from support import F64, make_problem, relative_error
+from torch import Tensor
+
+import cosface_kernels
+from cosface_kernels import (
+    FusedAdaCosLoss,
+    FusedAdaFaceLoss,
+    FusedArcFaceLoss,
+    FusedASoftmaxLoss,
+    FusedCombinedMarginLoss,
+    FusedCosFaceLoss,
+    FusedGBCosFaceLoss,
+    FusedKappaFaceLoss,
+    FusedMagFaceLoss,
+    FusedMarginLoss,
+    FusedNormalizedSoftmaxLoss,
+    FusedSphereFaceLoss,
+    FusedX2SoftmaxLoss,
+    margins,
+)
+
+NUM_CLASSES, DIM = 37, 12
+CLASS_COUNTS = list(range(3, 3 + NUM_CLASSES))
+
+# Each formula takes the (N,) angles and norms of a batch and its labels, and gives psi.
+
+
+def _arcface(theta: Tensor, norms: Tensor, labels: Tensor, m: float = 0.5) -> Tensor:
+    return torch.where(theta + m < math.pi, (theta + m).cos(), theta.cos() - m * math.sin(m))
+
+
+def _sphereface(theta: Tensor, norms: Tensor, labels: Tensor, m: float = 1.7) -> Tensor:
+    k = (m * theta / math.pi).detach().floor()
+    return (-1) ** k * torch.cos(m * theta) - 2 * k
+
+
+def _annealed(theta: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
+    annealing = max(5, 1000 / (1 + 0.12 * 1))
+    return (_sphereface(theta, norms, labels, 4) + annealing * theta.cos()) / (1 + annealing)
+
+
+def _adaface(theta: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
+    m, h = 0.4, 0.333
+    norms = norms.detach().clip(1e-3, 100)
+    mean, std = 0.99 * 20 + 0.01 * norms.mean(), 0.99 * 100 + 0.01 * norms.std()
+    quality = (h * (norms - mean) / (std + 1e-3)).clip(-1, 1)
+    theta = theta.cos().clamp(-0.999, 0.999).acos()
+    return (theta - m * quality).clip(1e-3, math.pi - 1e-3).cos() - (m + m * quality)
+
+
+def _magface_margin(norms: Tensor) -> Tensor:
+    return 0.45 + 0.35 * (norms.clamp(10, 110) - 10) / 100
+
+
+def _magface(theta: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
+    return torch.where(theta < math.pi / 2, (theta + _magface_margin(norms)).cos(), theta.cos())
+
+
+def _magface_regularizer(norms: Tensor) -> Tensor:
+    a = norms.clamp(10, 110)
+    return 35 * (a / 110**2 + 1 / a)
+
+
+def _kappaface(theta: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
+    return torch.cos(theta + 0.8 * _kappaface_weights()[labels])
+
+
+def _kappaface_sums() -> Tensor:
+    rng = torch.Generator().manual_seed(4)
+    directions = F.normalize(torch.randn(NUM_CLASSES, DIM, generator=rng, dtype=torch.float64))
+    lengths = 0.1 + 0.8 * torch.rand(NUM_CLASSES, 1, generator=rng, dtype=torch.float64)
+    return directions * lengths * torch.tensor(CLASS_COUNTS)[:, None]
+
+
+def _kappaface_weights() -> Tensor:
+    n = torch.tensor(CLASS_COUNTS).double()
+    r = _kappaface_sums().norm(dim=1) / n
+    kappa = r * (DIM - r**2) / (1 - r**2)
+    w_kappa = 1 - torch.sigmoid(0.4 * (kappa - kappa.mean()) / kappa.std())
+    return 0.7 * w_kappa + 0.3 * (1 + torch.cos(math.pi * n / (1.05 * n.max()))) / 2
+
+
+def _kappaface_head(*args, **options) -> FusedKappaFaceLoss:
+    head = FusedKappaFaceLoss(*args, class_counts=CLASS_COUNTS, **options)
+    head.margin.update(_kappaface_sums())
+    return head
+
+
+class Formula:
+    """A loss by its formula: psi of the target, the scale, and what is added to the cross-entropy."""
+
+    def __init__(self, psi, scale: float = 64.0, *, by_norm: bool = False, extra=None) -> None:
+        self.psi, self.scale, self.by_norm, self.extra = psi, scale, by_norm, extra
+
+    def __call__(self, x: Tensor, w: Tensor, labels: Tensor, straight_through: bool = False) -> Tensor:
+        cos = F.normalize(x) @ F.normalize(w).T  # (N, C)
+        norms, rows = x.norm(dim=1), torch.arange(len(x))
+        target = cos[rows, labels]
+        psi = self.psi(target.acos(), norms, labels)
+        if straight_through:
+            psi = psi.detach() + target - target.detach()
+        logits = cos.clone()
+        logits[rows, labels] = psi
+        scale = self.scale * norms[:, None] if self.by_norm else self.scale
+        loss = F.cross_entropy(scale * logits, labels, reduction="none")
+        return loss if self.extra is None else loss + self.extra(norms)
+
+
+def _gbcosface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """As two-class cross-entropies; the boundary of a first batch is the batch's."""
+    s, m, alpha = 32, 0.16, 0.15
+    cos = F.normalize(x) @ F.normalize(w).T  # (N, C)
+    is_target = F.one_hot(labels, len(w)).bool()
+    positive, others = cos[is_target], cos[~is_target].view(len(x), -1)
+    negative = torch.logsumexp(s * others, 1) / s
+    v = ((positive + negative) / 2).detach()
+    v = v + alpha * (v.mean().clamp(0.5, 0.7) - v)
+    first = torch.zeros(len(x), dtype=torch.int64)
+    to_target = F.cross_entropy(2 * s * torch.stack([positive - m, v], 1), first, reduction="none")
+    to_others = F.cross_entropy(2 * s * torch.stack([v - m, negative], 1), first, reduction="none")
+    return (to_target + to_others) / 2
+
+
+def _adacos(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    cos = F.normalize(x) @ F.normalize(w).T
+    with torch.no_grad():
+        scale = math.sqrt(2) * math.log(len(w) - 1)
+        total = (scale * cos).exp().masked_fill(F.one_hot(labels, len(w)).bool(), 0).sum(1).mean()
+        median = cos[torch.arange(len(x)), labels].acos().median()
+        scale = total.log() / min(median, torch.tensor(math.pi / 4)).cos()
+    return F.cross_entropy(scale * cos, labels, reduction="none")
+
+
+LOSSES = {
+    "nsl": (FusedNormalizedSoftmaxLoss, Formula(lambda theta, *_: theta.cos())),
+    "cosface": (FusedCosFaceLoss, Formula(lambda theta, *_: theta.cos() - 0.35)),
+    "arcface": (FusedArcFaceLoss, Formula(_arcface)),
+    "combined": (
+        lambda *args, **options: FusedCombinedMarginLoss(*args, (1.2, 0.3, 0.1), **options),
+        Formula(lambda theta, *_: torch.cos(1.2 * theta + 0.3) - 0.1),
+    ),
+    "sphereface": (FusedSphereFaceLoss, Formula(_sphereface, 30.0)),
+    "a_softmax": (FusedASoftmaxLoss, Formula(_annealed, 1.0, by_norm=True)),
+    "adaface": (FusedAdaFaceLoss, Formula(_adaface)),
+    "magface": (FusedMagFaceLoss, Formula(_magface, extra=_magface_regularizer)),
+    "kappaface": (_kappaface_head, Formula(_kappaface)),
+    "x2_softmax": (FusedX2SoftmaxLoss, Formula(lambda theta, *_: -0.9 * theta**2 + 0.65)),
+    "gb_cosface": (FusedGBCosFaceLoss, _gbcosface),
+    "adacos": (FusedAdaCosLoss, _adacos),
+}
+STRAIGHT_THROUGH = ("arcface", "combined", "sphereface", "adaface", "x2_softmax")
+STATEFUL = ("a_softmax", "adaface", "kappaface", "gb_cosface", "adacos")
+NAMES = list(LOSSES)
+
+
+def _problem(regime: str, num_samples: int = 9, seed: int = 0):
+    """Embeddings whose norms lie on both sides of MagFace's and AdaFace's bounds."""
+    problem = make_problem(num_samples, NUM_CLASSES, DIM, F64, regime=regime, seed=seed)
+    lengths = torch.logspace(0, 2.2, num_samples, dtype=torch.float64)
+    return F.normalize(problem.x) * lengths[:, None], problem.w, problem.targets
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def _head(name: str, w: Tensor, **options) -> FusedMarginLoss:
+    head = LOSSES[name][0](*w.shape, dtype=w.dtype, **options)
+    with torch.no_grad():
+        head.weight.copy_(w)
+    return head
+
+
+def _check_against_formula(head: FusedMarginLoss, formula, x: Tensor, labels: Tensor) -> None:
+    """Loss and gradients, under a non-uniform upstream gradient."""
+    upstream = torch.linspace(-1, 2, len(x), dtype=x.dtype)
+    ours, theirs, w = *_leaves(x, x), *_leaves(head.weight)
+    want, got = formula(theirs, w, labels), head(ours, labels)
+    # state is in float32, and one of its ulps moves the logits
+    tolerance = 64 * 1e-7 if len(head.state_dict()) > 1 else 1e-9
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-12)
+    want_dx, want_dw = torch.autograd.grad(want, (theirs, w), upstream)
+    got_dx, got_dw = torch.autograd.grad(got, (ours, head.weight), upstream)
+    assert relative_error(got_dx, want_dx) < max(tolerance, 1e-7)
+    assert relative_error(got_dw, want_dw) < max(tolerance, 1e-7)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
+@pytest.mark.parametrize("name", NAMES)
+def test_is_the_formula(backend, name, regime):
+    x, w, labels = _problem(regime)
+    _check_against_formula(_head(name, w, backend=backend.name, reduction="none"), LOSSES[name][1], x, labels)
+
+
+@pytest.mark.parametrize("regime", ["random", "wrong"])
+@pytest.mark.parametrize("name", STRAIGHT_THROUGH)
+def test_straight_through_gradient(name, regime):
+    x, w, labels = _problem(regime)
+    head = _head(name, w, reduction="none", straight_through=True)
+
+    def formula(x, w, labels):
+        theirs = LOSSES[name][1]
+        if name == "arcface":  # insightface has no guard
+            theirs = Formula(lambda theta, *_: (theta + 0.5).cos())
+        return theirs(x, w, labels, straight_through=True)
+
+    _check_against_formula(head, formula, x, labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_samples_count_for_nothing(name):
+    """Neither in the loss nor in a statistic, whatever they hold."""
+    x, w, labels = _problem("random")
+    alone, together = _head(name, w), _head(name, w)
+    want = alone(*_leaves(x), labels)
+    rubbish = torch.full((2, DIM), math.nan, dtype=x.dtype)
+    (padded,) = _leaves(torch.cat([rubbish[:1], x, rubbish[1:], 50 * x[:1]]))
+    ignored = torch.tensor([-100])
+    got = together(padded, torch.cat([ignored, labels, ignored, ignored]))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(together.weight.grad, alone.weight.grad, rtol=1e-9, atol=1e-12)
+    assert not padded.grad[[0, -2, -1]].any()
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[key], value, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", ["all ignored", "no samples", "one sample", "two classes"])
+def test_small_batches_leave_no_nan_behind(name, case):
+    x, w, labels = _problem("random")
+    head = _head(name, w, reduction="sum") if case != "two classes" else None
+    if case == "all ignored":
+        labels = torch.full_like(labels, -100)
+    elif case == "no samples":
+        x, labels = x[:0], labels[:0]
+    elif case == "one sample":
+        x, labels = x[4:5], labels[4:5]
+    elif name == "kappaface":
+        head = FusedKappaFaceLoss(2, DIM, class_counts=[3, 4], dtype=w.dtype, reduction="sum")
+    else:
+        scale = {"scale": 5.0} if name == "adacos" else {}
+        head = LOSSES[name][0](2, DIM, dtype=w.dtype, reduction="sum", **scale)
+    (x,) = _leaves(x)
+    loss = head(x, labels % head.num_classes if case == "two classes" else labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+    assert head.weight.grad.isfinite().all()
+    head(*_leaves(_problem("random")[0]), _problem("random")[2] % head.num_classes).backward()
+    finite = [bool(t.isfinite().all()) for t in head.state_dict().values()]
+    assert all(finite)
+    assert head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_vectors_and_exact_centres(name):
+    """x = 0, w_j = 0, cos = 1 and cos = -1 exactly: finite losses and gradients."""
+    x, w, labels = _problem("random")
+    w[3], w[4] = 0, torch.eye(DIM, dtype=w.dtype)[0]
+    x[0], x[1], x[2] = 0, 20 * w[4], -20 * w[4]
+    labels[:3], labels[3] = 4, 3
+    for dtype in (torch.float64, torch.float32):
+        head = _head(name, w.to(dtype), reduction="none")
+        (leaf,) = _leaves(x.to(dtype))
+        loss = head(leaf, labels)
+        loss.sum().backward()
+        assert loss.isfinite().all()
+        assert leaf.grad.isfinite().all()
+        assert head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_is_close_to_float64(name):
+    """Gradients of confident samples, where the angle is hardest to know from its cosine."""
+    x, w, labels = _problem("confident")
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        head = _head(name, w.to(dtype), reduction="none")
+        (leaf,) = _leaves(x.to(dtype))
+        loss = head(leaf, labels)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (leaf, head.weight))))
+    for want, got in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_travels_in_the_state_dict(name):
+    x, w, labels = _problem("random")
+    head = _head(name, w)
+    before = {key: value.clone() for key, value in head.state_dict().items() if key != "weight"}
+    assert bool(before) == (name in STATEFUL)
+    head(x, labels)
+    buffer = io.BytesIO()
+    torch.save(head.state_dict(), buffer)
+    buffer.seek(0)
+    twin = _head(name, torch.zeros_like(w))
+    twin.load_state_dict(torch.load(buffer, weights_only=True))
+    x, _, labels = _problem("random", seed=1)
+    for _ in range(3):
+        assert torch.equal(twin(x, labels), head(x, labels))
+    changed = [key for key in before if not torch.equal(before[key].nan_to_num(), head.state_dict()[key])]
+    assert bool(changed) == (name in STATEFUL and name != "kappaface")
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_changes_in_training_alone(name):
+    x, w, labels = _problem("random")
+    head = _head(name, w)
+    head(x, labels)
+    before = {key: value.clone() for key, value in head.state_dict().items()}
+    head.eval()
+    assert torch.equal(head(2 * x, labels.roll(1)), head(2 * x, labels.roll(1)))
+    for key, value in head.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_keeps_its_precision_and_can_start_anew(name):
+    x, w, labels = _problem("random")
+    head = _head(name, w)
+    first = {key: value.clone() for key, value in head.state_dict().items() if key != "weight"}
+    head(x, labels)
+    state = {key: value.clone() for key, value in head.state_dict().items() if key != "weight"}
+    head.to(torch.float64)
+    for key, value in state.items():
+        assert torch.equal(head.state_dict()[key], value)
+    head.to(torch.bfloat16)
+    for key, value in state.items():
+        torch.testing.assert_close(head.state_dict()[key], value, rtol=1e-2, atol=0)  # rounded once, and no more
+    head.reset_parameters()
+    if name == "kappaface":
+        assert torch.equal(head.margin.weights, torch.full_like(head.margin.weights, 0.5))
+    else:
+        for key, value in first.items():
+            torch.testing.assert_close(head.state_dict()[key], value, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_into_one_graph(name):
+    torch.compiler.reset()
+    x, w, labels = _problem("random")
+    head, twin = (_head(name, w) for _ in range(2))
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, labels), head(x, labels), rtol=1e-12, atol=0)
+    for key, value in head.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[key], value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature(name):
+    head = _head(name, torch.ones(NUM_CLASSES, DIM))
+    parameters = inspect.signature(type(head)).parameters
+    assert list(parameters)[:4] == ["num_classes", "embedding_size", "margin", "scale"]
+    assert type(head).__name__ in cosface_kernels.__all__
+    assert "Source:" in type(head).__doc__
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
+def test_arcface_swaps_with_pytorch_metric_learning(backend, regime):
+    x, w, labels = _problem(regime)
+    theirs = pml.ArcFaceLoss(NUM_CLASSES, DIM, margin=math.degrees(0.5), scale=64).double()
+    _check_against_pml(FusedArcFaceLoss(NUM_CLASSES, DIM, 0.5, 64.0, backend=backend.name), theirs, x, w, labels)
+
+
+@pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_sphereface_swaps_with_pytorch_metric_learning(regime, m):
+    x, w, labels = _problem(regime)
+    theirs = pml.SphereFaceLoss(NUM_CLASSES, DIM, margin=m, scale=0.7).double()
+    ours = FusedASoftmaxLoss(NUM_CLASSES, DIM, m, 0.7, base=0.0, lambda_min=0.0)
+    _check_against_pml(ours, theirs, x, w, labels)
+
+
+def _check_against_pml(ours, theirs, x, w, labels):
+    ours.to(x.dtype)
+    with torch.no_grad():
+        ours.weight.copy_(w)
+        theirs.W.copy_(w.T)
+    a, b = _leaves(x, x)
+    want, got = theirs(a, labels), ours(b, labels)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    want_dx, want_dw = torch.autograd.grad(want, (a, theirs.W))
+    got_dx, got_dw = torch.autograd.grad(got, (b, ours.weight))
+    assert relative_error(got_dx, want_dx) < 1e-6  # their cosine is clamped with an epsilon
+    assert relative_error(got_dw, want_dw.T) < 1e-6
+
+
+def test_the_paper_s_example():
+    """Cosines 0.71 and 0.70: the softmax of NSL is content, and m = 0.35 is not."""
+    x = torch.tensor([[0.71, 0.70, math.sqrt(1 - 0.71**2 - 0.70**2)]], dtype=torch.float64)
+    w, label = torch.eye(3, dtype=torch.float64)[:2], torch.tensor([0])
+    for margin, logit in ((0.0, 0.01), (0.35, -0.34)):
+        head = FusedCosFaceLoss(2, 3, margin, dtype=torch.float64)
+        with torch.no_grad():
+            head.weight.copy_(w)
+        want = math.log1p(math.exp(-64 * logit))
+        assert head(x, label).item() == pytest.approx(want, rel=1e-9)
+
+
+def test_adaface_averages_over_batches():
+    x, w, labels = _problem("random")
+    head = _head("adaface", w, rate=0.25)
+    mean, std = 20.0, 100.0
+    for factor in (1.0, 0.3, 2.0):
+        head(factor * x, labels)
+        norms = (factor * x).norm(dim=1).clip(1e-3, 100)
+        mean, std = 0.75 * mean + 0.25 * norms.mean().item(), 0.75 * std + 0.25 * norms.std().item()
+        assert head.margin.mean.item() == pytest.approx(mean)
+        assert head.margin.std.item() == pytest.approx(std)
+
+
+def test_gb_cosface_boundary_is_averaged_after_its_use():
+    x, w, labels = _problem("confident")
+    head = _head("gb_cosface", w)
+    boundary = None
+    for seed in range(3):
+        x, _, labels = _problem("confident", seed=seed)
+        cos = F.normalize(x) @ F.normalize(w).T
+        is_target = F.one_hot(labels, NUM_CLASSES).bool()
+        negative = (32 * cos.masked_fill(is_target, -math.inf)).logsumexp(1) / 32
+        middle = ((cos[is_target] + negative) / 2).mean().item()
+        boundary = min(max(middle if boundary is None else boundary, 0.5), 0.7)
+        boundary = 0.99 * boundary + 0.01 * middle
+        head(x, labels)
+        assert head.margin.boundary.item() == pytest.approx(boundary)
+
+
+def test_annealing_counts_batches():
+    x, w, labels = _problem("random")
+    head = _head("a_softmax", w)
+    for step in range(1, 4):
+        head(x, labels)
+        assert head.margin.annealing.item() == pytest.approx(1000 / (1 + 0.12 * step))
+    head.margin.step.fill_(1e9)
+    assert head.margin.annealing.item() == 5
+
+
+def test_any_function_is_a_margin(backend):
+    x, _, labels = _problem("random")
+    head = FusedMarginLoss(NUM_CLASSES, DIM, lambda cos: cos**3 - 0.2, backend=backend.name)
+    same = FusedMarginLoss(NUM_CLASSES, DIM, 0.2, backend=backend.name)
+    same.load_state_dict(head.state_dict())
+    x = x.float()
+    _, stats = head(x, labels, return_stats=True)
+    _, again = same(x, labels, return_stats=True)
+    assert torch.equal(stats.target_cos, again.target_cos)
+    want = F.softplus(stats.lse - 64 * (stats.target_cos**3 - 0.2)).mean()
+    torch.testing.assert_close(head(x, labels), want)
+
+
+def test_repr_shows_the_margin():
+    assert "ArcFaceMargin(margin=0.4" in repr(FusedArcFaceLoss(50, 16, 0.4))
+    assert "AdaFaceMargin(margin=0.4, h=0.333" in repr(FusedAdaFaceLoss(50, 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FusedArcFaceLoss(9, 4, 28.6), r"margin must be in \[0, pi\) radians, got 28.6"),
+        (lambda: FusedArcFaceLoss(9, 4, -0.1), r"margin must be in \[0, pi\) radians, got -0.1"),
+        (lambda: FusedSphereFaceLoss(9, 4, 0.9), r"margin must be in \[1, inf\), got 0.9"),
+        (lambda: FusedSphereFaceLoss(9, 4, math.nan), r"margin must be in \[1, inf\), got nan"),
+        (lambda: FusedASoftmaxLoss(9, 4, gamma=-1), r"gamma must be in \[0, inf\), got -1"),
+        (lambda: FusedCombinedMarginLoss(9, 4, 0.5), r"margins must be three numbers .*, got 0.5"),
+        (lambda: FusedCombinedMarginLoss(9, 4, (0.5, 0, 0)), r"m1 must be in \[1, inf\), got 0.5"),
+        (lambda: FusedAdaFaceLoss(9, 4, "0.4"), r"margin must be in \[0, pi\), got '0.4'"),
+        (lambda: FusedAdaFaceLoss(9, 4, rate=2), r"rate must be in \[0, 1\], got 2"),
+        (lambda: FusedMagFaceLoss(9, 4, 0.4), r"margins must be two numbers, got 0.4"),
+        (lambda: FusedMagFaceLoss(9, 4, (0.8, 0.4)), r"largest margin must be in \[smallest, pi\), got 0.4"),
+        (lambda: FusedMagFaceLoss(9, 4, norms=(0, 9)), r"smallest norm must be in \(0, inf\), got 0"),
+        (lambda: FusedKappaFaceLoss(9, 4), r"KappaFace needs class_counts, .* 9 classes, got None"),
+        (lambda: FusedKappaFaceLoss(9, 4, class_counts=[1, 2]), r"class_counts must hold 9 counts, got 2"),
+        (lambda: FusedKappaFaceLoss(2, 4, class_counts=[1, 0]), r"positive counts, got \[1, 0\]"),
+        (lambda: FusedX2SoftmaxLoss(9, 4, (0.9, 0, 1)), r"a must be in \(-inf, 0\), got 0.9"),
+        (lambda: FusedGBCosFaceLoss(9, 4, alpha=1.5), r"alpha must be in \[0, 1\], got 1.5"),
+        (lambda: FusedGBCosFaceLoss(9, 4, bounds=(0.7, 0.5)), r"low <= high, got \(0.7, 0.5\)"),
+        (lambda: FusedAdaCosLoss(2, 4), r"num_classes - 2, .*, must be a positive integer, got 0"),
+        (lambda: FusedCosFaceLoss(9, 4, margins.CosFaceMargin()), "margin must be a finite number, got CosFace"),
+    ],
+)
+def test_out_of_domain_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_adaface_refuses_normalised_embeddings():
+    x, w, labels = _problem("random")
+    head = _head("adaface", w)
+    with pytest.raises(ValueError, match=r"before they are normalised, got norms in \[1, 1\]"):
+        head(F.normalize(x), labels)
+    head(x, labels)
+
+
+def test_kappaface_refuses_sums_of_other_classes():
+    head = FusedKappaFaceLoss(3, 4, class_counts=[5, 6, 7])
+    with pytest.raises(ValueError, match=r"class_sums must have shape \(3, D\), got shape \(4, 3\)"):
+        head.margin.update(torch.ones(4, 3))
