@@ -1,0 +1,154 @@
+"""Class weights from other projects and from checkpoints, as a plain (C, D) tensor in a safetensors file.
+
+    python -m cosface_kernels.convert insightface OUTPUT_FOLDER weight.safetensors
+    python -m cosface_kernels.convert pml loss.pt weight.safetensors
+    python -m cosface_kernels.convert checkpoint FOLDER weight.safetensors --name head/weight
+
+`load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not. Files of torch.save are read
+with weights_only=True, which runs no code of theirs.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+from torch.distributed.tensor import DTensor
+
+from cosface_kernels import checkpoint
+from cosface_kernels.distributed import Exchange
+
+NAME = "weight"  # of the tensor in the file
+INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt", "rank:*_softmax_weight.pt")
+
+
+def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
+    """The (C, D) class weights that insightface's ranks saved, a file each, in one tensor.
+
+    Args:
+        folder: with checkpoint_gpu_0.pt, ... of `train_v2.py`, or rank_0_softmax_weight.pt, ... of the first PartialFC.
+
+    Raises:
+        FileNotFoundError: there are no such files, or that of a rank is missing.
+        ValueError: the files' embedding sizes differ.
+
+    Source: insightface, recognition/arcface_torch: train_v2.py, partial_fc_v2.py, partial_fc.py.
+    """
+    found = (sorted(Path(folder).glob(pattern), key=_rank_of) for pattern in INSIGHTFACE)
+    files = next((files for files in found if files), [])
+    if [_rank_of(file) for file in files] != list(range(len(files))) or not files:
+        names = ", ".join(file.name for file in files) or "none"
+        raise FileNotFoundError(
+            f"{folder} should have files of ranks 0, 1, ... named {' or '.join(INSIGHTFACE)}, got {names}."
+        )
+    shards = []
+    for file in files:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        shards.append(content["state_dict_softmax_fc"]["weight"] if isinstance(content, Mapping) else content)
+    if len({shard.shape[1:] for shard in shards}) != 1:
+        shapes = ", ".join(
+            f"{tuple(shard.shape)} in {file.name}" for file, shard in zip(files, shards, strict=True)
+        )
+        raise ValueError(f"the weights of all ranks must have one embedding size, got {shapes}.")
+    return torch.cat([shard.detach() for shard in shards])
+
+
+def from_pytorch_metric_learning(state: Mapping[str, Tensor]) -> Tensor:
+    """The (C, D) weight from the state_dict of a loss that has a (D, C) `W`, such as `CosFaceLoss`.
+
+    Raises:
+        KeyError: the state has no W, or more than one.
+
+    Source: pytorch-metric-learning, losses/large_margin_softmax_loss.py.
+    """
+    names = [name for name in state if name.rpartition(".")[2] == "W"]
+    if len(names) != 1:
+        raise KeyError(f"the state should have one entry named W, got {', '.join(state)}.")
+    return state[names[0]].detach().T.contiguous()
+
+
+def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
+    """Writes a (C, D) weight under the name "weight"; one that is sharded, on all of its ranks together.
+
+    A sharded weight is never whole in memory: the ranks write their rows, and rank 0 joins the files.
+    """
+    path = Path(path)
+    if not isinstance(weight, DTensor):
+        partial = path.with_name(path.name + checkpoint.PARTIAL)
+        safetensors.torch.save_file({NAME: weight.detach().contiguous()}, partial)
+        partial.replace(path)
+        return
+    ranks = Exchange(weight)
+    folder = path.with_name(path.name + checkpoint.PARTIAL)
+    if ranks.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier(ranks.group)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=True)
+    save_state_dict({NAME: weight.detach()}, storage_writer=writer, process_group=ranks.group)
+    if ranks.rank == 0:
+        (joined,) = folder.glob("*.safetensors")
+        joined.replace(path)
+        shutil.rmtree(folder)
+    dist.barrier(ranks.group)
+
+
+@torch.no_grad()
+def load_weight_(weight: Tensor, path: str | os.PathLike[str]) -> Tensor:
+    """Fills a (C, D) weight from a file of `save_weight`; of one that is sharded, each rank reads its rows.
+
+    Raises:
+        ValueError: the file's shape is not the weight's.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        rows = file.get_slice(NAME)
+        if tuple(rows.get_shape()) != tuple(weight.shape):
+            raise ValueError(f"{path} has a weight of shape {tuple(rows.get_shape())}, not {tuple(weight.shape)}.")
+        if isinstance(weight, DTensor):
+            own = Exchange(weight).classes
+            weight.to_local().copy_(rows[own.start : own.stop])
+        else:
+            weight.copy_(rows[:])
+    return weight
+
+
+def _rank_of(file: Path) -> int:
+    """The number in a file's name."""
+    digits = re.search(r"\d+", file.name)
+    return int(digits[0]) if digits else -1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cosface_kernels.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("source", choices=("insightface", "pml", "checkpoint"))
+    parser.add_argument("input", type=Path, help="a folder of per-rank files, a file of torch.save, a checkpoint")
+    parser.add_argument("output", type=Path, help="the safetensors file to write")
+    parser.add_argument("--name", default="head/weight", help="of the weight in a checkpoint (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        if args.source == "insightface":
+            weight = from_insightface(args.input)
+        elif args.source == "pml":
+            weight = from_pytorch_metric_learning(torch.load(args.input, map_location="cpu", weights_only=True))
+        else:
+            weight = checkpoint.load_tensor(args.input, args.name)
+    except (OSError, KeyError, ValueError) as error:
+        print(error.args[-1] if isinstance(error, KeyError) else error, file=sys.stderr)
+        return 1
+    save_weight(weight, args.output)
+    print(f"{args.output}: {weight.shape[0]:,} classes, embedding size {weight.shape[1]}, {weight.dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

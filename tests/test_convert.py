@@ -1,0 +1,113 @@
+"""Weights from pytorch-metric-learning, insightface and checkpoints, to one tensor in a file."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+import torch
+from pytorch_metric_learning.losses import CosFaceLoss
+from torch import nn
+
+from cosface_kernels import FusedCosFaceLoss, checkpoint, convert, cosface_loss
+
+
+def _partial_fc_weights(classes: int, dim: int, world: int) -> list[torch.Tensor]:
+    """Shares as partial_fc_v2.py makes them: num_classes // world_size, and one more on the first ranks."""
+    weight = torch.randn(classes, dim)
+    return list(weight.split([classes // world + (rank < classes % world) for rank in range(world)]))
+
+
+@pytest.mark.parametrize("world", [1, 3, 12])
+@pytest.mark.parametrize("generation", ["train_v2", "partial_fc"])
+def test_insightface(tmp_path, generation, world):
+    shards = _partial_fc_weights(31, 8, world)
+    for rank, shard in enumerate(shards):
+        if generation == "train_v2":
+            content = {
+                "epoch": 3,
+                "global_step": 70,
+                "state_dict_softmax_fc": {"weight": nn.Parameter(shard.clone())},
+            }
+            torch.save(content, tmp_path / f"checkpoint_gpu_{rank}.pt")
+        else:
+            torch.save(shard.clone(), tmp_path / f"rank_{rank}_softmax_weight.pt")
+            torch.save(torch.zeros_like(shard), tmp_path / f"rank_{rank}_softmax_weight_mom.pt")
+    assert convert.main(["insightface", str(tmp_path), str(tmp_path / "weight.safetensors")]) == 0
+    got = safetensors.torch.load_file(tmp_path / "weight.safetensors")
+    assert list(got) == ["weight"]
+    assert torch.equal(got["weight"], torch.cat(shards))
+
+
+def test_insightface_with_a_rank_missing(tmp_path, capsys):
+    for rank in (0, 2):
+        torch.save(torch.ones(2, 2), tmp_path / f"rank_{rank}_softmax_weight.pt")
+    assert convert.main(["insightface", str(tmp_path), str(tmp_path / "weight.safetensors")]) == 1
+    message = capsys.readouterr().err
+    assert "should have files of ranks 0, 1" in message
+    assert "got rank_0_softmax_weight.pt, rank_2_softmax_weight.pt" in message
+    torch.save(torch.ones(2, 3), tmp_path / "rank_1_softmax_weight.pt")
+    with pytest.raises(ValueError, match=r"\(2, 2\) in rank_0_softmax_weight.pt, \(2, 3\) in rank_1"):
+        convert.from_insightface(tmp_path)
+    with pytest.raises(FileNotFoundError, match="got none"):
+        convert.from_insightface(tmp_path / "absent")
+
+
+class Dangerous:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_insightface_runs_no_code_of_a_file(tmp_path, capsys):
+    torch.save({"state_dict_softmax_fc": {"weight": Dangerous()}}, tmp_path / "checkpoint_gpu_0.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        convert.from_insightface(tmp_path)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_pytorch_metric_learning(tmp_path):
+    """The converted weight gives their loss."""
+    theirs = CosFaceLoss(num_classes=30, embedding_size=8, margin=0.35, scale=64)
+    torch.save(theirs.state_dict(), tmp_path / "loss.pt")
+    assert convert.main(["pml", str(tmp_path / "loss.pt"), str(tmp_path / "weight.safetensors")]) == 0
+    head = FusedCosFaceLoss(30, 8)
+    convert.load_weight_(head.weight, tmp_path / "weight.safetensors")
+    x, labels = torch.randn(5, 8), torch.randint(30, (5,))
+    torch.testing.assert_close(head(x, labels), theirs(x, labels))
+    with pytest.raises(KeyError, match="should have one entry named W, got weight"):
+        convert.from_pytorch_metric_learning(head.state_dict())
+
+
+def test_checkpoint(tmp_path, capsys):
+    head = FusedCosFaceLoss(30, 8, dtype=torch.bfloat16)
+    output = tmp_path / "weight.safetensors"
+    arguments = ["checkpoint", str(tmp_path / "run"), str(output)]
+    assert convert.main(arguments) == 1
+    assert "holds no complete checkpoint" in capsys.readouterr().err
+    checkpoint.save(tmp_path / "run", 4, head=head)
+    assert convert.main([*arguments, "--name", "head/W"]) == 1
+    assert "has no tensor head/W; it has head/weight." in capsys.readouterr().err
+    assert convert.main(arguments) == 0
+    assert torch.equal(safetensors.torch.load_file(output)["weight"], head.weight)
+
+
+def _through_a_file(rank, group, folder, want):
+    head = FusedCosFaceLoss(*want.shape, process_group=group)
+    convert.load_weight_(head.weight, f"{folder}/given.safetensors")
+    convert.save_weight(head.weight, f"{folder}/written.safetensors")
+    x, labels = torch.ones(2, want.shape[1]), torch.tensor([0, len(want) - 1])
+    return head(x, labels).item(), cosface_loss(
+        torch.cat([x] * group.size()), want, labels.repeat(group.size())
+    ).item()
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize("world", [1, 3])
+def test_sharded_weight(ranks, tmp_path, world, classes):
+    want = torch.randn(classes, 5)
+    convert.save_weight(want, tmp_path / "given.safetensors")
+    for got, right in ranks.results(world, _through_a_file, str(tmp_path), want):
+        assert got == pytest.approx(right, rel=1e-5)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "written.safetensors")["weight"], want)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match=rf"has a weight of shape \({classes}, 5\), not \(3, 5\)"):
+        convert.load_weight_(torch.empty(3, 5), tmp_path / "given.safetensors")
