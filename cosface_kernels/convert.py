@@ -4,8 +4,8 @@
     python -m cosface_kernels.convert pml loss.pt weight.safetensors
     python -m cosface_kernels.convert checkpoint FOLDER weight.safetensors --name head/weight
 
-`load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not. Files of torch.save are read
-with weights_only=True, which runs no code of theirs.
+`load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not. Files of torch.save are
+read with weights_only=True, which runs no code of theirs.
 """
 
 import argparse
@@ -29,14 +29,15 @@ from cosface_kernels import checkpoint
 from cosface_kernels.distributed import Exchange
 
 NAME = "weight"  # of the tensor in the file
-INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt", "rank:*_softmax_weight.pt")
+INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt")
 
 
 def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
     """The (C, D) class weights that insightface's ranks saved, a file each, in one tensor.
 
     Args:
-        folder: with checkpoint_gpu_0.pt, ... of `train_v2.py`, or rank_0_softmax_weight.pt, ... of the first PartialFC.
+        folder: with checkpoint_gpu_0.pt, ... of `train_v2.py`, or rank_0_softmax_weight.pt, ... of the first
+            PartialFC.
 
     Raises:
         FileNotFoundError: there are no such files, or that of a rank is missing.
