@@ -47,7 +47,7 @@ def decode(data: bytes | Path, color: str = "rgb") -> Image.Image:
         return image.convert(MODES[color])
 
 
-class IdentityDataset(Dataset):
+class ImageDataset(Dataset):
     """Samples (transform(PIL image), label); what ImageFolder and RecordDataset have in common.
 
     Args:
@@ -114,7 +114,7 @@ class IdentityDataset(Dataset):
         return [self.keys[i] for i in self._corrupt.nonzero().flatten().tolist()]
 
 
-class ImageFolder(IdentityDataset):
+class ImageFolder(ImageDataset):
     """One sub-folder of images per identity, e.g. FOLDER/alice/1.jpg; labels in the order of the folders' names.
 
     Attributes:
@@ -145,7 +145,7 @@ class ImageFolder(IdentityDataset):
         return self.folder / self.keys[index], int(self.labels[index])
 
 
-class RecordDataset(IdentityDataset):
+class RecordDataset(ImageDataset):
     """insightface's train.rec; see recordio.py.
 
     Attributes:
