@@ -1,48 +1,159 @@
-"""Identification and verification over every pair of test images, by cosine similarity."""
+"""Embeddings of images, and verification over every pair of them by cosine similarity."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ROWS = 256  # of the similarity matrix at a time
+TILE = 4096  # rows and columns at a time, where memory must not grow with the number of images: 64 MiB of float32
+BINS = 2**22  # of [-1, 1]: 4.8e-7 wide, which is what rounding does to a float32 cosine of 512 components
+
+Flip = Literal["sum", "concatenate"] | None
+
+
+@torch.no_grad()
+def embed(
+    network: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    flip: Flip = "sum",
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of all images of a DataLoader, not normalised, with a module in evaluation mode.
+
+    Args:
+        network: (n, channels, h, w) -> (n, D).
+        batches: of images and labels.
+        flip: what happens to the mirror image's embedding: added, concatenated, or, with None, not computed.
+
+    Returns:
+        embeddings (n, D) or (n, 2D) float32, and labels (n,), both on the CPU.
+    """
+    if flip not in ("sum", "concatenate", None):
+        raise ValueError(f'flip must be "sum", "concatenate" or None, got {flip!r}.')
+    training = isinstance(network, nn.Module) and network.training
+    if training:
+        network.eval()
+    embeddings, labels = [], []
+    for images, label in batches:
+        images = images.to(device)
+        x = network(images)
+        if flip:
+            mirrored = network(images.flip(-1))
+            x = x + mirrored if flip == "sum" else torch.cat([x, mirrored], 1)
+        embeddings.append(x.float().cpu())
+        labels.append(label)
+    if training:
+        network.train()
+    return torch.cat(embeddings), torch.cat(labels)
+
+
+class Curve(ABC):
+    """Genuine and impostor pairs by their similarity.
+
+    Attributes:
+        pairs: how many genuine and how many impostor pairs there are.
+    """
+
+    pairs: tuple[int, int]
+
+    @abstractmethod
+    def accepted(self, passing: int) -> int:
+        """Genuine pairs above the lowest threshold that at most `passing` >= 1 impostor pairs exceed."""
+
+    def tar_at_far(self, far: float) -> float:
+        """True acceptance rate at a false acceptance rate of at most `far`.
+
+        floor(far * impostors) impostor pairs may pass. NaN where that is 0: no such rate can be seen.
+        """
+        genuine, impostors = self.pairs
+        passing = allowed(far, impostors)
+        return self.accepted(passing) / genuine if passing else math.nan
+
+    def roc(self, points: int = 200) -> tuple[list[float], list[float]]:
+        """FAR, evenly spaced in its logarithm from 1 / impostors to 1, and TAR at each."""
+        exponents = torch.linspace(0, 1, points, dtype=torch.float64)
+        far = (float(self.pairs[1]) ** (exponents - 1)).clamp(max=1).tolist()
+        return far, [self.tar_at_far(f) for f in far]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Similarities of all unordered pairs of test images, and the rank-1 rate."""
+class Scores(Curve):
+    """Similarities of all unordered pairs of test images, exact, and the rank-1 rate."""
 
     genuine: Tensor  # (G,) float32, descending
     impostor: Tensor  # (I,) float32, descending
     rank1: float
 
-    def tar_at_far(self, far: float) -> float:
-        """True acceptance rate at a false acceptance rate of at most `far`, exactly.
+    @property
+    def pairs(self) -> tuple[int, int]:
+        return len(self.genuine), len(self.impostor)
 
-        With k = floor(far * I) impostor pairs that may pass, the threshold is the (k+1)-th highest impostor
-        score, and a pair passes if its score is above it. NaN where I < 1 / far: no such rate can be seen.
-        """
-        passing = allowed(far, len(self.impostor))
-        if passing == 0:
-            return math.nan
+    def accepted(self, passing: int) -> int:
+        """The threshold is the (passing + 1)-th highest impostor; a pair passes above it."""
         threshold = self.impostor[passing] if passing < len(self.impostor) else -torch.inf
-        return int((self.genuine > threshold).sum()) / len(self.genuine)
+        return int((self.genuine > threshold).sum())
 
-    def roc(self, points: int = 200) -> tuple[list[float], list[float]]:
-        """FAR, evenly spaced in its logarithm from 1 / I to 1, and TAR at each."""
-        exponents = torch.linspace(0, 1, points, dtype=torch.float64)
-        far = (float(len(self.impostor)) ** (exponents - 1)).clamp(max=1).tolist()
-        return far, [self.tar_at_far(f) for f in far]
+
+class Histogram(Curve):
+    """Counts of any number of pairs, in constant memory.
+
+    Thresholds are the edges of bins 2^-21 = 4.8e-7 wide. At each of them the counts are exact, so that a FAR is
+    never above what was asked for; a TAR is that of a threshold higher than the best by less than a bin.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", bins: int = BINS):
+        self.counts = torch.zeros(2, bins, dtype=torch.int64, device=device)  # impostor, genuine
+
+    def add(self, similarity: Tensor, same: Tensor | bool) -> None:
+        """Count pairs.
+
+        Args:
+            similarity: cosines, of any shape.
+            same: bool, of the same shape or of all.
+        """
+        size = self.counts.shape[1]
+        bins = ((similarity + 1) * (size / 2)).int().clamp_(0, size - 1).flatten()
+        same = torch.as_tensor(same, device=bins.device).expand(similarity.shape).flatten()
+        one = self.counts.new_ones(())
+        self.counts.view(-1).index_add_(0, bins + same.int() * size, one.expand(bins.shape))
+        self.__dict__.pop("from_above", None)
+
+    @cached_property
+    def from_above(self) -> Tensor:
+        """(2, bins): impostor and genuine pairs in the highest 1, 2, ... bins."""
+        return self.counts.flip(1).cumsum(1).cpu()
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        impostors, genuine = self.from_above[:, -1].tolist()
+        return genuine, impostors
+
+    def accepted(self, passing: int) -> int:
+        impostors, genuine = self.from_above
+        bins = int(torch.searchsorted(impostors, passing, right=True))  # that may be accepted
+        return int(genuine[bins - 1]) if bins else 0
 
 
 def allowed(far: float, impostors: int) -> int:
     """floor(far * impostors), where 1e-3 * 1000 is 1 and not 0.99999."""
     return int(far * impostors * (1 + 1e-12))
+
+
+def normalised(embeddings: Tensor) -> Tensor:
+    """(n, D) float32 of length 1; a zero stays zero."""
+    finite = embeddings.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"Embedding {int(finite.int().argmin())} of {len(embeddings)} is not finite.")
+    return F.normalize(embeddings.float())
 
 
 def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
@@ -56,7 +167,7 @@ def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
         embeddings: (n, D); normalised here.
         labels: (n,) identities; at least one identity with two images, and two identities.
     """
-    unit = F.normalize(embeddings.float())  # (n, D)
+    unit = normalised(embeddings)  # (n, D)
     n = len(unit)
     column = torch.arange(n)
     genuine, impostor = [], []
@@ -81,26 +192,23 @@ def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
     return Scores(*scores, rank1=hits / mates)
 
 
-def plot_roc(curves: dict[str, Scores], path: Path) -> None:
-    """Write the ROC curves as a PNG."""
-    import matplotlib
+def count_all(embeddings: Tensor, labels: Tensor, device: torch.device | str = "cpu") -> Histogram:
+    """Count all unordered pairs of any number of images, tile by tile of the similarity matrix.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    for name, scores in curves.items():
-        axes.plot(*scores.roc(), label=name)
-    some = next(iter(curves.values()))
-    axes.set(
-        xscale="log",
-        xlabel="false acceptance rate",
-        ylabel="true acceptance rate",
-        ylim=(0, 1.02),
-        title=f"{len(some.genuine):,} genuine and {len(some.impostor):,} impostor pairs",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    Args:
+        embeddings: (n, D); normalised here.
+        labels: (n,) identities.
+    """
+    unit, labels = normalised(embeddings).to(device), labels.to(device)
+    histogram = Histogram(device)
+    for rows, row_labels, i in zip(unit.split(TILE), labels.split(TILE), range(0, len(unit), TILE), strict=True):
+        for columns, column_labels, j in zip(
+            unit[i:].split(TILE), labels[i:].split(TILE), range(i, len(unit), TILE), strict=True
+        ):
+            similarity = rows @ columns.T  # (R, C)
+            same = row_labels[:, None] == column_labels
+            if i == j:  # each pair once, and none with itself
+                once = torch.ones_like(same).triu(1)
+                similarity, same = similarity[once], same[once]
+            histogram.add(similarity, same)
+    return histogram
