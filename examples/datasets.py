@@ -12,7 +12,7 @@ import io
 import logging
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +48,7 @@ def decode(data: bytes | Path, color: str = "rgb") -> Image.Image:
 
 
 class ImageDataset(Dataset):
-    """Samples (transform(PIL image), label); what ImageFolder and RecordDataset have in common.
+    """Samples (transform(PIL image), label); what all data sets here have in common.
 
     Args:
         transform: from a PIL image to what the loader collates; None leaves the image.
@@ -86,6 +86,10 @@ class ImageDataset(Dataset):
         """The encoded image and its label."""
         raise NotImplementedError
 
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        data, label = self.read(index)
+        return decode(data, self.color), label
+
     def __len__(self) -> int:
         return self.size
 
@@ -95,8 +99,7 @@ class ImageDataset(Dataset):
         for attempt in range(min(self.size, MOST_IN_A_ROW)):
             i = (index + attempt) % self.size
             try:
-                data, label = self.read(i)
-                image = decode(data, self.color)
+                image, label = self.load(i)
             except UNREADABLE as error:
                 message = f"The sample {self.keys[i]} cannot be read: {error}"
                 if self.on_corrupt == "raise":
@@ -114,7 +117,28 @@ class ImageDataset(Dataset):
         return [self.keys[i] for i in self._corrupt.nonzero().flatten().tolist()]
 
 
-class ImageFolder(ImageDataset):
+class ImageFiles(ImageDataset):
+    """Images in memory or in files, by default labelled with their positions."""
+
+    def __init__(
+        self,
+        sources: Sequence[bytes | Path],
+        keys: list[str],
+        labels: Tensor | None = None,
+        transform: Callable[[Image.Image], object] | None = None,
+        on_corrupt: Literal["raise", "skip"] = "raise",
+        color: str = "rgb",
+    ):
+        self.sources, self.keys = sources, keys
+        self.labels = torch.arange(len(sources)) if labels is None else labels
+        self.num_classes = int(self.labels.max()) + 1 if len(sources) else 0
+        super().__init__(len(sources), transform, on_corrupt, color)
+
+    def read(self, index: int) -> tuple[bytes | Path, int]:
+        return self.sources[index], int(self.labels[index])
+
+
+class ImageFolder(ImageFiles):
     """One sub-folder of images per identity, e.g. FOLDER/alice/1.jpg; labels in the order of the folders' names.
 
     Attributes:
@@ -136,13 +160,10 @@ class ImageFolder(ImageDataset):
         if not files:
             raise ValueError(f"The image folder {folder} has no sub-folder with images.")
         self.identities = list(files)
-        self.keys = [path.relative_to(self.folder).as_posix() for paths in files.values() for path in paths]
-        self.labels = torch.arange(len(files)).repeat_interleave(torch.tensor([*map(len, files.values())]))
-        self.num_classes = len(files)
-        super().__init__(len(self.keys), transform, on_corrupt, color)
-
-    def read(self, index: int) -> tuple[Path, int]:
-        return self.folder / self.keys[index], int(self.labels[index])
+        sources = [path for paths in files.values() for path in paths]
+        labels = torch.arange(len(files)).repeat_interleave(torch.tensor([*map(len, files.values())]))
+        keys = [path.relative_to(self.folder).as_posix() for path in sources]
+        super().__init__(sources, keys, labels, transform, on_corrupt, color)
 
 
 class RecordDataset(ImageDataset):

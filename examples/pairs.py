@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ImageDataset
+from datasets import ImageFiles
 from images import SUFFIXES
 from PIL import Image
 from plain_pickle import Array, PickleError, read_pickle
 from torch import Tensor
 
 
-class PairedImages(ImageDataset):
+class PairedImages(ImageFiles):
     """Samples (transform(PIL image), index), and the pairs of them that are to be told apart.
 
     Attributes:
@@ -23,21 +23,8 @@ class PairedImages(ImageDataset):
         same: (n,) bool, whether a pair is of one identity.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[bytes | Path],
-        keys: list[str],
-        pairs: Tensor,
-        same: Tensor,
-        transform: Callable[[Image.Image], object] | None = None,
-        color: str = "rgb",
-    ):
-        self.sources, self.keys, self.pairs, self.same = sources, keys, pairs, same
-        self.labels, self.num_classes = torch.arange(len(sources)), len(sources)
-        super().__init__(len(sources), transform, "raise", color)
-
-    def read(self, index: int) -> tuple[bytes | Path, int]:
-        return self.sources[index], index
+    pairs: Tensor
+    same: Tensor
 
 
 def read_bin(path: str | Path) -> tuple[list[bytes | np.ndarray], np.ndarray]:
@@ -136,8 +123,9 @@ def open_bin(
 ) -> PairedImages:
     images, same = read_bin(path)
     keys = [f"{Path(path).name}:{i}" for i in range(len(images))]
-    pairs = torch.arange(len(images)).reshape(-1, 2)
-    return PairedImages(images, keys, pairs, torch.from_numpy(same), transform, color)
+    dataset = PairedImages(images, keys, transform=transform, color=color)
+    dataset.pairs, dataset.same = torch.arange(len(images)).reshape(-1, 2), torch.from_numpy(same)
+    return dataset
 
 
 def open_pairs(
@@ -147,12 +135,18 @@ def open_pairs(
     color: str = "rgb",
 ) -> PairedImages:
     """The images of a folder that a file of pairs names, with or without their suffix, each once."""
-    named = read_pairs(pairs)
-    keys = sorted({name for first, second, _ in named for name in (first, second)})
-    sources = [_find(Path(folder), key) for key in keys]
-    position = {key: i for i, key in enumerate(keys)}
+    keys, rows, same = index_pairs(read_pairs(pairs))
+    dataset = PairedImages([_find(Path(folder), key) for key in keys], keys, transform=transform, color=color)
+    dataset.pairs, dataset.same = rows, same
+    return dataset
+
+
+def index_pairs(named: list[tuple[str, str, bool]]) -> tuple[list[str], Tensor, Tensor]:
+    """The names of `read_pairs`, each once; the pairs as (n, 2) positions among them; and (n,) bool."""
+    names = sorted({name for first, second, _ in named for name in (first, second)})
+    position = {name: i for i, name in enumerate(names)}
     rows = torch.tensor([(position[first], position[second]) for first, second, _ in named]).reshape(-1, 2)
-    return PairedImages(sources, keys, rows, torch.tensor([same for *_, same in named]), transform, color)
+    return names, rows, torch.tensor([same for *_, same in named])
 
 
 def _find(folder: Path, name: str) -> Path:

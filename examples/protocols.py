@@ -173,7 +173,12 @@ def tar_at_nearest_far(scores: np.ndarray, same: np.ndarray, fars: Sequence[floa
     Args:
         scores: (n,) similarities.
         same: (n,) bool.
+
+    Raises:
+        ValueError: all pairs are of one kind.
     """
+    if len(np.unique(same)) < 2:
+        raise ValueError(f"{len(same)} pairs are all of one kind; genuine and impostor pairs are needed.")
     far, tar = roc_curve(scores, same)
     far, tar = far[::-1], tar[::-1]
     return [float(tar[np.abs(far - wanted).argmin()]) for wanted in fars]
@@ -196,7 +201,7 @@ class Identification:
 
     Attributes:
         rates: by the number of distractors, (ranks,) shares of probes identified at rank 1, 2, ... or better.
-        curve: of verification, of probes with each other and with all distractors.
+        curve: of verification, of the probes with each other and with the distractors of the largest size.
     """
 
     rates: dict[int, np.ndarray]
