@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels import ops
+from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import Exchange
 from cosface_kernels.margins import Margin, Rows
@@ -167,7 +167,8 @@ def margin_softmax_loss(
         s = s * Rows(embeddings, targets).norms().clamp_min(EPS)  # (N,)
 
     own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
-    loss, lse, target_cos, max_neg, _ = ops.lmcl(*own, m, backend)  # each (N,)
+    lmcl = optim.lmcl if optim.in_use else ops.lmcl
+    loss, lse, target_cos, max_neg, _ = lmcl(*own, m, backend)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
     if isinstance(margin, Margin):

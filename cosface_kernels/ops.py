@@ -4,11 +4,13 @@ Everything that knows torch.library is here. Because the ops are registered, tor
 and no_grad treat them like any other operator.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends import select
-from cosface_kernels.options import Options, empty_cache
+from cosface_kernels.backends import UpdatingBackend, select
+from cosface_kernels.options import Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype
 
 IGNORED, INVALID = -1, -2  # targets that are no class
@@ -105,6 +107,68 @@ def _(x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, backend,
     return dx, dw, lse.new_empty(lse.shape)
 
 
+@torch.library.custom_op("cosface::lmcl_backward_update_", mutates_args=("w", "state"))
+def lmcl_backward_update_(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    g_lse: Tensor,
+    g_cos: Tensor,
+    cache: Tensor,
+    state: list[Tensor],
+    rule: str,
+    step: int,
+    seed: int,
+    numbers: list[float],
+    need_dx: bool,
+    backend: str | None,
+    classes: Tensor | None = None,
+    cache_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """dx and dscale as lmcl_backward has them; w and the optimizer's state move, as `reference.move_rows` defines.
+
+    rule, step, seed and numbers are the fields of `Update`, in order.
+    """
+    options, update = Options(classes, cache_bytes, updates=True), Update.unflat(rule, step, seed, numbers)
+    return cast(UpdatingBackend, select(backend, x, w, options)).backward_update_(
+        x,
+        w,
+        targets,
+        scale,
+        lse,
+        g_lse,
+        g_cos,
+        cache,
+        state=state,
+        update=update,
+        options=options,
+        need_dx=need_dx,
+    )
+
+
+@lmcl_backward_update_.register_fake
+def _(x, w, targets, scale, lse, g_lse, g_cos, cache, state, rule, step, seed, numbers, need_dx, *_):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape if need_dx else (0,)), lse.new_empty(lse.shape)
+
+
+@torch.library.custom_op("cosface::apply_update_", mutates_args=("w", "state"))
+def apply_update_(
+    w: Tensor,
+    dw: Tensor,
+    state: list[Tensor],
+    rule: str,
+    step: int,
+    seed: int,
+    numbers: list[float],
+    backend: str | None,
+) -> None:
+    """One step with a gradient (C, D) that exists, as `reference.move_rows` defines it."""
+    update = Update.unflat(rule, step, seed, numbers)
+    cast(UpdatingBackend, select(backend, w, w, Options(updates=True))).apply_update_(w, dw, state, update)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, w, targets, scale, ctx.margin, ctx.backend, classes, ctx.cache_bytes = inputs
     _, lse, target_cos, max_neg, cache = output
@@ -112,18 +176,28 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, w, targets, scale, lse, target_cos, classes, cache)
 
 
+def fold_loss(
+    targets: Tensor, scale: Tensor, lse: Tensor, psi: Tensor, g_loss: Tensor, g_lse: Tensor, g_cos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of lse and target_cos with the loss's folded in, and what it adds to dscale; (N,) each.
+
+    loss = softplus(z) with z = lse - s psi, where there is a target; no gradient stays none where z is nan.
+    """
+    flows = (targets >= 0) & (g_loss != 0)  # (N,)
+    g_z = torch.where(flows, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
+    return g_lse + g_z, g_cos - scale * g_z, -g_z * psi
+
+
 def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
     x, w, targets, scale, lse, target_cos, classes, cache = ctx.saved_tensors
     need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
-    psi = target_cos - ctx.margin  # (N,)
-    # loss = softplus(z) with z = lse - s psi, where there is a target; no gradient stays none where z is nan
-    flows = (targets >= 0) & (g_loss != 0)  # (N,)
-    g_z = torch.where(flows, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
+    g_lse, g_cos, dscale_of_psi = fold_loss(
+        targets, scale, lse, target_cos - ctx.margin, g_loss, g_lse, g_cos
+    )  # (N,) each
     dx, dw, dscale = lmcl_backward(
-        x, w, targets, scale, lse, g_lse + g_z, g_cos - scale * g_z, cache, need_dx, need_dw, ctx.backend, classes,
-        ctx.cache_bytes,
-    )  # fmt: skip
-    dscale = dscale - g_z * psi  # (N,)
+        x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes, ctx.cache_bytes
+    )
+    dscale = dscale + dscale_of_psi  # (N,)
     if need_dw and classes is not None:
         dw = torch.sparse_coo_tensor(classes[None], dw, w.shape, is_coalesced=True, check_invariants=False)
     none = (None,) * (len(ctx.needs_input_grad) - 4)

@@ -7,6 +7,7 @@ csrc/lmcl.h.
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ class Options:
         classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
             are positions in it, and dw is (S, D). None: all rows.
         cache_bytes: memory that forward may fill for backward with what backward would compute again.
+        updates: backward moves the rows of the weight by an `Update` and returns no dw.
     """
 
     classes: Tensor | None = None
     cache_bytes: int = 0
+    updates: bool = False
 
     def cache_size(self, x: Tensor, w: Tensor) -> int:
         """Bytes that a cache takes: cache_bytes, or fewer if that is more than all the cosines need."""
@@ -40,6 +43,45 @@ class Options:
 
 
 PLAIN = Options()
+
+
+@dataclass(frozen=True)
+class Update:
+    """How rows of the weight move once their gradient is known, with the numbers of one step.
+
+    Attributes:
+        rule: "sgd" or "adamw".
+        step: 1 for the first step.
+        seed: of the stochastic rounding of a bfloat16 weight or state.
+        gradient_factor: multiplies the gradient; negative to maximize.
+        max_row_norm: a row of the gradient, after the factor, that is longer is scaled down to it.
+        momentum, dampening, nesterov: of "sgd", as in torch.optim.SGD.
+        beta1, beta2, eps: of "adamw", as in torch.optim.AdamW.
+    """
+
+    rule: str
+    step: int
+    seed: int
+    gradient_factor: float
+    max_row_norm: float
+    lr: float
+    weight_decay: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+
+    def flat(self) -> tuple[str, int, int, list[float]]:
+        """The arguments of an op for it."""
+        rule, step, seed, *numbers = vars(self).values()
+        return rule, step, seed, [float(number) for number in numbers]
+
+    @classmethod
+    def unflat(cls, rule: str, step: int, seed: int, numbers: list[float]) -> "Update":
+        values: dict[str, Any] = dict(zip([field.name for field in fields(cls)][3:], numbers, strict=True))
+        return cls(rule, step, seed, **{**values, "nesterov": bool(values["nesterov"])})
 
 
 def empty_cache(x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosface_kernels.options import Update
+
 EPS = 1e-12  # smallest norm that is divided by, as in F.normalize
 
 
@@ -68,6 +70,45 @@ def backward(
     dx = _unnormalize(g @ w_hat, (g * cos).sum(1), x_hat, x_norm)
     dw = _unnormalize(g.T @ x_hat, (g * cos).sum(0), w_hat, w_norm)
     return dx.to(x.dtype), dw.to(w.dtype), (g_neg * cos).sum(1)
+
+
+def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
+    """One step of SGD or AdamW on all rows of w, in place; torch.optim.SGD and AdamW define the rules.
+
+    Args:
+        w, dw: (C, D).
+        state: (C, D) each. SGD: the momentum, if any. AdamW: the running means of g and g^2 and, with amsgrad, the
+            largest of the latter.
+        update: its seed is that of the rounding of bfloat16 tensors, up or down at random so that the expected
+            value is kept.
+    """
+    dtype = compute_dtype(w, w)
+    v, g = w.to(dtype), update.gradient_factor * dw.to(dtype)  # (C, D)
+    g = g * (update.max_row_norm / g.norm(dim=1, keepdim=True)).clamp_max(1).nan_to_num(1)
+    means = [values.to(dtype) for values in state]
+    if update.rule == "sgd":
+        g = g + update.weight_decay * v
+        direction = g
+        if means:
+            means[0] = update.momentum * means[0] + (1 if update.step == 1 else 1 - update.dampening) * g
+            direction = g + update.momentum * means[0] if update.nesterov else means[0]
+        v = v - update.lr * direction
+    else:
+        means[0] = update.beta1 * means[0] + (1 - update.beta1) * g
+        means[1] = update.beta2 * means[1] + (1 - update.beta2) * g**2
+        if len(means) == 3:
+            means[2] = torch.maximum(means[2], means[1])
+        mean, square = means[0] / (1 - update.beta1**update.step), means[-1] / (1 - update.beta2**update.step)
+        v = v * (1 - update.lr * update.weight_decay) - update.lr * mean / (square.sqrt() + update.eps)
+    generator = torch.Generator(w.device).manual_seed(hash((update.seed, update.step)) % 2**63)
+    for target, exact in zip((w, *state), (v, *means), strict=True):
+        target.copy_(_round_stochastically(exact, generator) if target.dtype == torch.bfloat16 else exact)
+
+
+def _round_stochastically(v: Tensor, generator: torch.Generator) -> Tensor:
+    bits = v.float().view(torch.int32)
+    noise = torch.randint(1 << 16, v.shape, generator=generator, dtype=torch.int32, device=v.device)
+    return torch.where(v.isfinite(), ((bits + noise) & -(1 << 16)).view(torch.float32), v).bfloat16()
 
 
 def _normalize(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,38 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   return {dx.to(x.scalar_type()), dw, dscale};
 }
 
+// An update in progress: cosface_kernels/options.py's Update, the weight and the optimizer's state.
+cosface::Update bound(cosface::Update update, const Tensor& w, const std::vector<Tensor>& state) {
+  update.weight = w.mutable_data_ptr();
+  update.state_dtype = state.empty() ? cosface::dtype_of(w) : cosface::dtype_of(state[0]);
+  for (size_t k = 0; k < 3; ++k) update.state[k] = k < state.size() ? state[k].mutable_data_ptr() : nullptr;
+  return update;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
+                                           const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
+                                           const Options& options, const cosface::Update& numbers,
+                                           const std::vector<Tensor>& state, bool need_dx) {
+  const Arguments<T> arguments(x, w, y, s);
+  const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
+  Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
+  Tensor dscale = at::empty_like(up[0]);
+  const cosface::Update update = bound(numbers, w, state);
+  cosface::lmcl_backward<T>(
+      arguments.batch(), arguments.weight(),
+      {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()}, options.raw(), runtime(),
+      {need_dx ? dx.mutable_data_ptr<T>() : nullptr, nullptr, dscale.mutable_data_ptr<T>(), &update});
+  return {dx.to(x.scalar_type()), dscale};
+}
+
+void apply_update(const Tensor& w, const Tensor& dw, const cosface::Update& numbers,
+                  const std::vector<Tensor>& state) {
+  const cosface::Weight weight{w.const_data_ptr(), cosface::dtype_of(w), w.size(0), w.stride(0)};
+  const auto apply = w.scalar_type() == at::kDouble ? cosface::apply_update<double> : cosface::apply_update<float>;
+  apply(weight, dw.contiguous().const_data_ptr(), w.size(1), bound(numbers, w, state), runtime());
+}
+
 // How many threads a call is spread over: fewer than torch has, if this module was built without OpenMP.
 int64_t threads() {
   const int64_t parts = at::get_num_threads();
@@ -152,7 +184,39 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                                                                options, need_dx, need_dw);
       },
       no_gil);
+  py::class_<cosface::Update>(m, "Update")
+      .def(py::init<>())
+      .def_property(
+          "rule", [](const cosface::Update& u) { return u.rule == cosface::Update::Rule::kSgd ? "sgd" : "adamw"; },
+          [](cosface::Update& u, const std::string& rule) {
+            u.rule = rule == "sgd" ? cosface::Update::Rule::kSgd : cosface::Update::Rule::kAdamW;
+          })
+      .def_readwrite("step", &cosface::Update::step)
+      .def_readwrite("seed", &cosface::Update::seed)
+      .def_readwrite("gradient_factor", &cosface::Update::gradient_factor)
+      .def_readwrite("max_row_norm", &cosface::Update::max_row_norm)
+      .def_readwrite("lr", &cosface::Update::lr)
+      .def_readwrite("weight_decay", &cosface::Update::weight_decay)
+      .def_readwrite("momentum", &cosface::Update::momentum)
+      .def_readwrite("dampening", &cosface::Update::dampening)
+      .def_readwrite("nesterov", &cosface::Update::nesterov)
+      .def_readwrite("beta1", &cosface::Update::beta1)
+      .def_readwrite("beta2", &cosface::Update::beta2)
+      .def_readwrite("eps", &cosface::Update::eps);
+  m.def(
+      "lmcl_backward_update",
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
+         const Tensor& g_lse, const Tensor& g_cos, const Options& options, const cosface::Update& update,
+         const std::vector<Tensor>& state, bool need_dx) {
+        return (cosface::in_double(x, w)
+                    ? backward_update<double>
+                    : backward_update<float>)(x, w, y, s, lse, g_lse, g_cos, options, update, state, need_dx);
+      },
+      no_gil);
+  m.def("apply_update", apply_update, no_gil);
   m.def("normal_", normal_, no_gil);
+  m.def("use_huge_pages",
+        [](const Tensor& fresh) { cosface::use_huge_pages(fresh.mutable_data_ptr(), fresh.nbytes()); });
   m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);
 #ifdef COSFACE_CUDA

@@ -59,16 +59,40 @@ struct Upstream {
   const T *lse, *g_lse, *g_cos;  // (N) each; a row whose g_lse and g_cos are 0 has no gradient, whatever x holds
 };
 
+// How rows of the weight move once their gradient g is known, which is multiplied by gradient_factor and then,
+// where it is longer, scaled down to max_row_norm. The rules are torch.optim.SGD's and AdamW's.
+struct Update {
+  enum class Rule { kSgd, kAdamW };
+
+  Rule rule;
+  void* weight;  // the memory of Weight::data
+  void*
+      state[3];  // (C, D) contiguous or null. SGD: momentum. AdamW: mean, mean square and its running maximum of g
+  DType state_dtype;
+  int64_t step;   // 1 for the first
+  uint64_t seed;  // of the rounding to bfloat16, which is stochastic: it keeps the expected value
+  double gradient_factor, max_row_norm;
+  double lr, weight_decay;
+  double momentum, dampening;  // SGD
+  bool nesterov;
+  double beta1, beta2, eps;  // AdamW
+};
+
 template <typename T>
 struct Gradients {
   T* dx;      // (N, D), or null if not wanted
   void* dw;   // (C, D), or (S, D) of the chosen classes, contiguous in the weight's dtype, or null if not wanted
   T* dscale;  // (N), the part that flows through lse
+  const Update* update = nullptr;  // moves the rows of the weight tile by tile; dw is null then and never exists
 };
 
 template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
                    const Options& options, const Runtime& runtime, const Gradients<T>& gradients);
+
+// Moves all rows by a gradient (C, D), contiguous in the weight's dtype.
+template <typename T>
+void apply_update(const Weight& weight, const void* dw, int64_t d, const Update& update, const Runtime& runtime);
 
 // Fills n elements with N(0, std^2); element k depends on seed and k alone.
 void fill_normal(void* data, DType dtype, int64_t start, int64_t n, uint64_t seed, double std,

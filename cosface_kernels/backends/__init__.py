@@ -1,6 +1,6 @@
 """The backends in priority order, and the choice among them.
 
-A backend is a module with five functions; `cosface_kernels.reference` defines what the last two return, and
+A backend is a module with these functions; `cosface_kernels.reference` defines what they return, and
 `cosface_kernels.options` what else they may be asked for:
 
     unavailable()                None if it can run on this machine, else the reason
@@ -10,6 +10,9 @@ A backend is a module with five functions; `cosface_kernels.reference` defines w
         -> loss, lse, target_cos, max_neg, each (N,), and cache, bytes for backward, empty unless asked for
     backward(x, w, targets, scale, lse, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
         -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
+    backward_update_(..., state=..., update=..., options=..., need_dx=...), the same tensors
+        -> dx, dscale; w and the optimizer's state move. Only where `unsupported` takes options.updates, and so
+    apply_update_(w, dw, state, update)
 """
 
 import os
@@ -19,7 +22,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cosface_kernels.backends import cpu, cuda, reference, triton
-from cosface_kernels.options import PLAIN, Options
+from cosface_kernels.options import PLAIN, Options, Update
 
 
 class Backend(Protocol):
@@ -36,6 +39,14 @@ class Backend(Protocol):
     def backward(
         self, *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class UpdatingBackend(Backend, Protocol):
+    def backward_update_(
+        self, *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def apply_update_(self, w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None: ...
 
 
 BACKENDS: dict[str, Backend] = {"triton": triton, "cuda": cuda, "cpu": cpu, "reference": reference}

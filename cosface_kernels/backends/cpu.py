@@ -1,11 +1,13 @@
 """Backend `cpu`: the C++ kernels of csrc/cpu, for any CPU."""
 
+from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cosface_kernels.backends.extension import _C, import_error
-from cosface_kernels.options import Options, empty_cache
+from cosface_kernels.options import Options, Update, empty_cache
 
 
 def unavailable() -> str | None:
@@ -21,7 +23,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    return options.refusal({"classes"})
+    return options.refusal({"classes", "updates"})
 
 
 def describe() -> str:
@@ -36,6 +38,30 @@ def forward(
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _C.lmcl_backward(*tensors[:-1], _kernel_options(options), need_dx, need_dw)
+
+
+def backward_update_(
+    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    return _C.lmcl_backward_update(*tensors[:-1], _kernel_options(options), _kernel_update(update), state, need_dx)
+
+
+def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
+    _C.apply_update(w, dw, _kernel_update(update), state)
+
+
+def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros on huge pages, which the system provides when they are first touched."""
+    zeros = torch.zeros(w.shape, dtype=dtype)
+    _C.use_huge_pages(zeros)
+    return zeros
+
+
+def _kernel_update(update: Update) -> Any:
+    numbers = _C.Update()
+    for field in fields(update):
+        setattr(numbers, field.name, getattr(update, field.name))
+    return numbers
 
 
 def _kernel_options(options: Options) -> Any:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels import reference
-from cosface_kernels.options import Options, empty_cache
+from cosface_kernels.options import Options, Update, empty_cache
 
 
 def unavailable() -> str | None:
@@ -12,7 +12,7 @@ def unavailable() -> str | None:
 
 
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
-    return options.refusal({"classes"})
+    return options.refusal({"classes", "updates"})
 
 
 def describe() -> str:
@@ -31,6 +31,25 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
     with torch.autocast(x.device.type, enabled=False):
         dx, dw, dscale = reference.backward(x, _rows(w, options), *per_row)
     return dx if need_dx else dx.new_empty(0), dw if need_dw else dw.new_empty(0), dscale
+
+
+def backward_update_(
+    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dw, dscale = backward(*tensors, options=options, need_dx=need_dx, need_dw=True)
+    w, classes = tensors[1], options.classes
+    if classes is None:
+        reference.move_rows(w, dw, state, update)
+    else:
+        rows, row_state = w[classes], [values[classes] for values in state]
+        reference.move_rows(rows, dw, row_state, update)
+        for values, moved in zip((w, *state), (rows, *row_state), strict=True):
+            values[classes] = moved
+    return dx, dscale
+
+
+def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
+    reference.move_rows(w, dw, state, update)
 
 
 def _rows(w: Tensor, options: Options) -> Tensor:

@@ -342,6 +342,60 @@ void project(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t row
 }
 
 template <typename T>
+T gradient_norm(RowGradient<T> g, const T* __restrict w, int64_t d) {
+  const T* __restrict dw = g.dw;
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) {
+    const T v = g.factor * (dw[k] - g.projection * w[k]);
+    sum += v * v;
+  }
+  return sqrt(sum);
+}
+
+template <typename T>
+void sgd(RowGradient<T> g, T* __restrict w, T* __restrict momentum, int64_t d, const SgdStep<T>& step) {
+  const T* __restrict dw = g.dw;
+  const SgdStep<T> s = step;
+  if (momentum == nullptr) {
+#pragma omp simd
+    for (int64_t k = 0; k < d; ++k) {
+      w[k] -= s.lr * (g.factor * (dw[k] - g.projection * w[k]) + s.weight_decay * w[k]);
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) {
+    const T v = g.factor * (dw[k] - g.projection * w[k]) + s.weight_decay * w[k];
+    const T mean = s.momentum * momentum[k] + s.fresh * v;
+    momentum[k] = mean;
+    w[k] -= s.lr * (s.from_g * v + s.from_mean * mean);
+  }
+}
+
+template <typename T, bool kMax>
+void adamw_row(RowGradient<T> g, T* __restrict w, T* __restrict mean, T* __restrict square,
+               T* __restrict max_square, int64_t d, const AdamWStep<T>& step) {
+  const T* __restrict dw = g.dw;
+  const AdamWStep<T> s = step;
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) {
+    const T v = g.factor * (dw[k] - g.projection * w[k]);
+    const T m = mean[k] + s.fresh1 * (v - mean[k]);
+    T q = s.beta2 * square[k] + s.fresh2 * v * v;
+    mean[k] = m;
+    square[k] = q;
+    if (kMax) max_square[k] = q = max_square[k] > q ? max_square[k] : q;
+    w[k] = s.kept * w[k] - s.step_size * m / (sqrt(q) / s.root_correction + s.eps);
+  }
+}
+
+template <typename T>
+void adamw(RowGradient<T> g, T* w, T* mean, T* square, T* max_square, int64_t d, const AdamWStep<T>& step) {
+  (max_square ? adamw_row<T, true> : adamw_row<T, false>)(g, w, mean, square, max_square, d, step);
+}
+
+template <typename T>
 void finish_dx(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x_hat, T row_dot, T inv_norm,
                int64_t d, T* dx) {
   const T dot = inv_norm >= 1 / T(kEps) ? 0 : row_dot;
@@ -352,7 +406,7 @@ void finish_dx(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x_h
   }
 }
 
-// -- initial weights -------------------------------------------------------------------------------------------
+// -- random numbers ----------------------------------------------------------------------------------------------
 
 // ln(x) for x in (0, 1]: x = 2^e (1 + t) with 1 + t in [sqrt(1/2), sqrt(2)), then t - t^2/2 + t^3 r(t) with r the
 // minimax fit of degree 5 (absolute error 6e-8).
@@ -385,15 +439,21 @@ inline void sin_cos(uint32_t bits, float* sine, float* cosine) {
 
 constexpr int64_t kCounters = 64;  // per group: enough to fill the widest registers
 
-// Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC11) on counters
-// 64 group ... 64 group + 63, key = seed; then Box-Muller on the words of each counter.
-void normal(uint64_t seed, uint64_t group, int64_t n, float std, float* to) {
+// The four words of each counter.
+struct Words {
   uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+};
+
+// Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC11) on the counters
+// (64 group ... 64 group + 63, stream), key = seed.
+inline void philox(uint64_t seed, uint64_t group, uint64_t stream, Words* words) {
+  uint32_t *c0 = words->c0, *c1 = words->c1, *c2 = words->c2, *c3 = words->c3;
   for (int64_t l = 0; l < kCounters; ++l) {
     uint64_t counter = group * kCounters + l;
     c0[l] = static_cast<uint32_t>(counter);
     c1[l] = static_cast<uint32_t>(counter >> 32);
-    c2[l] = c3[l] = 0;
+    c2[l] = static_cast<uint32_t>(stream);
+    c3[l] = static_cast<uint32_t>(stream >> 32);
   }
   auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
@@ -406,10 +466,16 @@ void normal(uint64_t seed, uint64_t group, int64_t n, float std, float* to) {
       c3[l] = static_cast<uint32_t>(p0);
     }
   }
+}
+
+// Box-Muller on the words of stream 0.
+void normal(uint64_t seed, uint64_t group, int64_t n, float std, float* to) {
+  Words words;
+  philox(seed, group, 0, &words);
   float out[4 * kCounters];
-  const uint32_t* words[2][2] = {{c0, c1}, {c2, c3}};
+  const uint32_t* pairs[2][2] = {{words.c0, words.c1}, {words.c2, words.c3}};
   for (int pair = 0; pair < 2; ++pair) {
-    const uint32_t *first = words[pair][0], *second = words[pair][1];
+    const uint32_t *first = pairs[pair][0], *second = pairs[pair][1];
     float *sines = out + 2 * pair * kCounters, *cosines = sines + kCounters;
 #pragma omp simd
     for (int64_t l = 0; l < kCounters; ++l) {
@@ -424,10 +490,36 @@ void normal(uint64_t seed, uint64_t group, int64_t n, float std, float* to) {
   __builtin_memcpy(to, out, sizeof(float) * static_cast<size_t>(n < 4 * kCounters ? n : 4 * kCounters));
 }
 
+// A group of Philox makes noise for 512 elements: 16 bits each, added below the bits that are kept.
 template <typename T>
-constexpr Kernels<T> kTable{kPanel<T>,        matmul<T>,  normalize<T>, pack_transposed<T>,
-                            inverse_norms<T>, load<T>,    store<T>,     forward_tile<T>,
-                            backward_tile<T>, project<T>, finish_dx<T>, normal};
+void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t seed, uint64_t stream, int64_t row) {
+  constexpr int64_t kNoise = sizeof(Words) / sizeof(uint16_t);
+  auto* __restrict out = static_cast<uint16_t*>(to);
+  const int64_t groups = (d + kNoise - 1) / kNoise;
+  for (int64_t group = 0; group < groups; ++group) {
+    Words words;
+    philox(seed, static_cast<uint64_t>(row * groups + group), stream, &words);
+    uint16_t noise[kNoise];
+    __builtin_memcpy(noise, &words, sizeof(noise));
+    const int64_t first = group * kNoise, count = d - first < kNoise ? d - first : kNoise;
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) {
+      const float v = static_cast<float>(from[first + k]);
+      const uint32_t rounded = (bit_cast<uint32_t>(v) + noise[k]) >> 16;
+      out[first + k] = static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
+    }
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> kTable{kPanel<T>,        matmul<T>,
+                            normalize<T>,     pack_transposed<T>,
+                            inverse_norms<T>, load<T>,
+                            store<T>,         forward_tile<T>,
+                            backward_tile<T>, project<T>,
+                            gradient_norm<T>, sgd<T>,
+                            adamw<T>,         store_stochastic<T>,
+                            finish_dx<T>,     normal};
 
 }  // namespace
 

@@ -32,6 +32,44 @@ struct Ahead {
   uintptr_t first = 0, last = 0;
 };
 
+// The numbers of Update in T, as one step needs them.
+template <typename T>
+struct SgdStep {
+  T lr, weight_decay, momentum;
+  T fresh;              // share of g in the momentum: 1 - dampening, and 1 in the first step
+  T from_g, from_mean;  // what w moves along: g + momentum x mean with nesterov, else the mean
+
+  explicit SgdStep(const Update& u)
+      : lr(static_cast<T>(u.lr)),
+        weight_decay(static_cast<T>(u.weight_decay)),
+        momentum(static_cast<T>(u.momentum)),
+        fresh(static_cast<T>(u.step == 1 ? 1 : 1 - u.dampening)),
+        from_g(u.nesterov ? 1 : 0),
+        from_mean(u.nesterov ? momentum : 1) {}
+};
+
+template <typename T>
+struct AdamWStep {
+  T kept, fresh1, beta2, fresh2;  // kept: of w by the decay
+  T step_size, root_correction, eps;
+
+  AdamWStep(const Update& u, double correction1, double root_correction2)
+      : kept(static_cast<T>(1 - u.lr * u.weight_decay)),
+        fresh1(static_cast<T>(1 - u.beta1)),
+        beta2(static_cast<T>(u.beta2)),
+        fresh2(static_cast<T>(1 - u.beta2)),
+        step_size(static_cast<T>(u.lr / correction1)),
+        root_correction(static_cast<T>(root_correction2)),
+        eps(static_cast<T>(u.eps)) {}
+};
+
+// A row's gradient before the projection is taken off it: g = factor (dw - projection w).
+template <typename T>
+struct RowGradient {
+  const T* dw;
+  T projection, factor;
+};
+
 template <typename T>
 struct Kernels {
   int64_t panel;  // columns that a matrix product makes at a time
@@ -72,6 +110,17 @@ struct Kernels {
   // dw_j -= col_dot_j w_j / |w_j|^2, the projection; none for a row whose norm was clamped.
   void (*project)(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t rows, int64_t d,
                   const T* inv_norm, const T* col_dot);
+
+  // The length of a row's gradient g.
+  T (*gradient_norm)(RowGradient<T> g, const T* w, int64_t d);
+
+  // Move a row w of length d by its gradient; momentum may be null, and so may max_square.
+  void (*sgd)(RowGradient<T> g, T* w, T* momentum, int64_t d, const SgdStep<T>& step);
+  void (*adamw)(RowGradient<T> g, T* w, T* mean, T* square, T* max_square, int64_t d, const AdamWStep<T>& step);
+
+  // Row `row` of a matrix of width d to bfloat16, up or down at random with the probabilities that keep the
+  // expected value; which way element (row, k) goes depends on seed, stream > 0 and its place alone.
+  void (*store_stochastic)(const T* from, int64_t d, void* to, uint64_t seed, uint64_t stream, int64_t row);
 
   // dx = (dx_hat - row_dot x_hat) / |x|, where dx_hat is the sum of `parts` rows that lie part_stride apart.
   void (*finish_dx)(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x_hat, T row_dot, T inv_norm,

@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
@@ -179,17 +180,18 @@ class ClassRows {
 };
 
 // The rows of dw that belong to one tile: in dw itself where it has the dtype and whole panels, else in a buffer
-// that save() rounds into dw.
+// that save() rounds into dw, or that an update uses up.
 template <typename T>
 class GradientRows {
  public:
-  GradientRows(void* dw, DType dtype, const Embeddings<T>& x, int64_t tile)
-      : stride(x.width),
-        dw_(static_cast<char*>(dw)),
+  GradientRows(const Gradients<T>& gradients, DType dtype, const Embeddings<T>& x, int64_t tile)
+      : wanted(gradients.dw != nullptr || gradients.update != nullptr),
+        stride(x.width),
+        dw_(static_cast<char*>(gradients.dw)),
         dtype_(dtype),
         d_(x.d),
-        in_place_(is<T>(dtype) && x.width == x.d),
-        copy_(dw == nullptr || in_place_ ? 0 : tile * x.width) {}
+        in_place_(dw_ != nullptr && is<T>(dtype) && x.width == x.d),
+        copy_(!wanted || in_place_ ? 0 : tile * x.width) {}
 
   void begin(int64_t first) { rows = in_place_ ? reinterpret_cast<T*>(row(first)) : copy_; }
 
@@ -198,8 +200,9 @@ class GradientRows {
     for (int64_t j = 0; j < classes; ++j) kernels<T>().store(copy_ + j * stride, d_, row(first + j), dtype_);
   }
 
-  T* rows = nullptr;
+  const bool wanted;
   const int64_t stride;
+  T* rows = nullptr;
 
  private:
   char* row(int64_t j) const { return dw_ + j * d_ * size_of(dtype_); }
@@ -209,6 +212,83 @@ class GradientRows {
   const int64_t d_;
   const bool in_place_;
   Buffer<T> copy_;
+};
+
+// Moves rows of the weight and of the optimizer's state: in place where these are in T, else in copies of a row.
+template <typename T>
+class RowUpdate {
+ public:
+  RowUpdate(const Update& update, const Weight& weight, const Options& options, int64_t d)
+      : update_(update),
+        weight_(weight),
+        chosen_(options.classes),
+        d_(d),
+        sgd_(update),
+        adamw_(update, 1 - std::pow(update.beta1, update.step),
+               std::sqrt(1 - std::pow(update.beta2, update.step))),
+        weight_copy_(is<T>(weight.dtype) ? 0 : d),
+        state_copy_(is<T>(update.state_dtype) ? 0 : 3 * d) {}
+
+  // Class j of the call by its gradient dw before the projection; w is its row in T.
+  void move(int64_t j, const T* dw, T projection, const T* w) const {
+    const int64_t row = chosen_ ? chosen_[j] : j;
+    RowGradient<T> g{dw, projection, static_cast<T>(update_.gradient_factor)};
+    if (std::isfinite(update_.max_row_norm)) {
+      const T norm = kernels<T>().gradient_norm(g, w, d_), most = static_cast<T>(update_.max_row_norm);
+      if (norm > most) g.factor *= most / norm;
+    }
+    auto* stored = static_cast<char*>(update_.weight) + row * weight_.row_stride * size_of(weight_.dtype);
+    T* moved = reinterpret_cast<T*>(stored);
+    if (!is<T>(weight_.dtype)) moved = std::copy_n(w, d_, static_cast<T*>(weight_copy_)) - d_;
+    T* state[3];
+    for (int64_t k = 0; k < 3; ++k) state[k] = loaded_state(k, row);
+    if (update_.rule == Update::Rule::kSgd) {
+      kernels<T>().sgd(g, moved, state[0], d_, sgd_);
+    } else {
+      kernels<T>().adamw(g, moved, state[0], state[1], state[2], d_, adamw_);
+    }
+    if (!is<T>(weight_.dtype)) save(moved, stored, weight_.dtype, 3, row);
+    if (is<T>(update_.state_dtype)) return;
+    for (int64_t k = 0; k < 3; ++k) {
+      if (state[k] != nullptr) save(state[k], stored_state(k, row), update_.state_dtype, k, row);
+    }
+  }
+
+  // Where the first state of these classes is kept, which lie apart if they were chosen.
+  Ahead ahead(int64_t first, int64_t classes) const {
+    if (chosen_ != nullptr || update_.state[0] == nullptr) return {};
+    return {reinterpret_cast<uintptr_t>(stored_state(0, first)),
+            reinterpret_cast<uintptr_t>(stored_state(0, first + classes))};
+  }
+
+ private:
+  char* stored_state(int64_t k, int64_t row) const {
+    return static_cast<char*>(update_.state[k]) + row * d_ * size_of(update_.state_dtype);
+  }
+
+  T* loaded_state(int64_t k, int64_t row) const {
+    if (update_.state[k] == nullptr) return nullptr;
+    if (is<T>(update_.state_dtype)) return reinterpret_cast<T*>(stored_state(k, row));
+    kernels<T>().load(stored_state(k, row), update_.state_dtype, d_, state_copy_ + k * d_);
+    return state_copy_ + k * d_;
+  }
+
+  void save(const T* from, void* to, DType dtype, int64_t tensor, int64_t row) const {
+    if (dtype == DType::kBFloat16) {
+      const auto stream = static_cast<uint64_t>(4 * update_.step + tensor);  // > 0
+      kernels<T>().store_stochastic(from, d_, to, update_.seed, stream, row);
+    } else {
+      kernels<T>().store(from, d_, to, dtype);
+    }
+  }
+
+  const Update& update_;
+  const Weight& weight_;
+  const int64_t* const chosen_;
+  const int64_t d_;
+  const SgdStep<T> sgd_;
+  const AdamWStep<T> adamw_;
+  Buffer<T> weight_copy_, state_copy_;
 };
 
 template <typename T>
@@ -275,12 +355,14 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
 
   runtime.parallel(partition.parts, [&](int64_t part) {
     ClassRows<T> w(weight, options, x, partition.tile);
-    GradientRows<T> dw(gradients.dw, weight.dtype, x, partition.tile);
+    GradientRows<T> dw(gradients, weight.dtype, x, partition.tile);
+    std::optional<RowUpdate<T>> update;
+    if (gradients.update != nullptr) update.emplace(*gradients.update, weight, options, d);
     const int64_t stride = x.tile_stride();
     Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
-      if (gradients.dw) dw.begin(first);
+      if (dw.wanted) dw.begin(first);
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
       x.each_block([&](int64_t i, int64_t rows) {
         w.dot(x, i, classes, g, {});
@@ -289,16 +371,22 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
                                    &dscale[part * n + i]);
         if (gradients.dx) {
           kernels<T>().matmul({g, 1, stride}, {w.rows, kernels<T>().panel, w.stride},
-                              &dx_hat[(part * n + i) * x.width], x.width, rows, x.width, classes, true, {});
+                              &dx_hat[(part * n + i) * x.width], x.width, rows, x.width, classes, true,
+                              i == 0 && update ? update->ahead(first, classes) : Ahead{});
         }
-        if (gradients.dw) {
+        if (dw.wanted) {
           kernels<T>().matmul({g, stride, 1}, {x.rows + i * x.width, kernels<T>().panel, x.width}, dw.rows,
                               dw.stride, classes, x.width, rows, i > 0,
                               i == 0 ? w.ahead(first + classes, classes) : Ahead{});
         }
       });
-      if (!gradients.dw) return;
+      if (!dw.wanted) return;
       if (n == 0) std::fill_n(dw.rows, classes * dw.stride, T(0));
+      for (int64_t j = 0; update && j < classes; ++j) {
+        const T inv = w.inv_norm[j], projection = inv >= 1 / T(kEps) ? 0 : col_dot[j] * inv * inv;
+        update->move(first + j, dw.rows + j * dw.stride, projection, w.rows + j * w.stride);
+      }
+      if (update) return;
       kernels<T>().project(dw.rows, dw.stride, w.rows, w.stride, classes, d, w.inv_norm, col_dot);
       dw.save(first, classes);
     });
@@ -319,6 +407,23 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
   });
 }
 
+template <typename T>
+void apply_update(const Weight& weight, const void* dw, int64_t d, const Update& update, const Runtime& runtime) {
+  const int64_t row_bytes = d * size_of(weight.dtype);
+  share(weight.classes, runtime, [&](int64_t first, int64_t last) {
+    const RowUpdate<T> rows(update, weight, {}, d);
+    Buffer<T> w(d), g(d);
+    for (int64_t j = first; j < last; ++j) {
+      kernels<T>().load(static_cast<const char*>(weight.data) + j * weight.row_stride * size_of(weight.dtype),
+                        weight.dtype, d, w);
+      kernels<T>().load(static_cast<const char*>(dw) + j * row_bytes, weight.dtype, d, g);
+      rows.move(j, g, 0, w);
+    }
+  });
+}
+
+template void apply_update<float>(const Weight&, const void*, int64_t, const Update&, const Runtime&);
+template void apply_update<double>(const Weight&, const void*, int64_t, const Update&, const Runtime&);
 template void lmcl_forward(const Batch<float>&, const Weight&, float, const Options&, const Runtime&,
                            const Results<float>&);
 template void lmcl_forward(const Batch<double>&, const Weight&, double, const Options&, const Runtime&,

@@ -1,0 +1,568 @@
+"""Optimizers that move the rows inside backward: equal to torch.optim's, and loud where they cannot be."""
+
+import copy
+import math
+
+import pytest
+import torch
+from support import run_python
+from torch import nn
+
+import cosface_kernels
+from cosface_kernels import FusedCosFaceLoss, cosface_loss, ops, reference
+from cosface_kernels.backends import BACKENDS
+from cosface_kernels.optim import FusedAdamW, FusedSGD
+from cosface_kernels.options import Options, Update
+
+C, D, N = 301, 20, 9  # a ragged tile, a width that fills no panel
+BACKEND_NAMES = ("cpu", "reference")
+SGD = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "dampening": {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
+    "maximize": {"momentum": 0.9, "maximize": True, "weight_decay": 0.01},
+}
+ADAMW = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True, "weight_decay": 0.1, "betas": (0.8, 0.95)},
+    "maximize": {"maximize": True, "eps": 1e-4},
+}
+RULES = [
+    *(pytest.param(FusedSGD, torch.optim.SGD, {"lr": 0.3, **o}, id=f"sgd-{k}") for k, o in SGD.items()),
+    *(pytest.param(FusedAdamW, torch.optim.AdamW, {"lr": 0.01, **o}, id=f"adamw-{k}") for k, o in ADAMW.items()),
+]
+
+
+def make_head(dtype=torch.float32, backend="cpu", num_classes=C, dim=D, **options) -> FusedCosFaceLoss:
+    torch.manual_seed(3)
+    head = FusedCosFaceLoss(num_classes, dim, scale=16.0, dtype=dtype, backend=backend, **options)
+    with torch.no_grad():
+        head.weight.mul_(100)
+    return head
+
+
+def batches(steps: int, dtype=torch.float32, rows=N, num_classes=C, dim=D):
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        x = torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(dtype)
+        yield x, torch.randint(num_classes, (rows,), generator=generator)
+
+
+def train(head, optimizer, steps, dtype=torch.float32, **sizes):
+    """The gradients of the embeddings of each step, which see the weight of the step before."""
+    gradients = []
+    for x, labels in batches(steps, dtype, **sizes):
+        x.requires_grad_()
+        optimizer.zero_grad()
+        head(x, labels).backward()
+        optimizer.step()
+        gradients.append(x.grad)
+    return torch.stack(gradients)
+
+
+def relative_error(got, want) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
+def test_equals_torch_on_the_same_gradients(fused, torchs, options, dtype):
+    """100 steps, element by element, in ulps of the largest value that the element has had."""
+    heads = make_head(dtype), make_head(dtype)
+    optimizers = fused([heads[0].weight], accumulate=True, **options), torchs([heads[1].weight], **options)
+    largest = heads[0].weight.detach().abs()
+    for _ in range(100):
+        gradient = torch.randn(C, D, dtype=dtype)
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            head.weight.grad = gradient.clone()
+            optimizer.step()
+        largest = largest.maximum(heads[1].weight.detach().abs())
+    ulps = (heads[0].weight - heads[1].weight).detach().abs() / largest / torch.finfo(dtype).eps
+    assert float(ulps.square().mean().sqrt()) < 4
+    assert float(ulps.max()) < 32
+    theirs, mine = (o.state[head.weight] for o, head in zip(optimizers[::-1], heads[::-1], strict=True))
+    for name, values in theirs.items():
+        if isinstance(values, torch.Tensor) and values.dim():
+            torch.testing.assert_close(mine[name], values, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
+def test_training_is_torchs_for_100_steps(fused, torchs, options, dtype):
+    """Weights and the gradients of the embeddings, which see the weight before it moves."""
+    head, other = make_head(dtype), make_head(dtype)
+    dx = train(head, fused(head.parameters(), **options), 100, dtype)
+    want = train(other, torchs(other.parameters(), **options), 100, dtype)
+    assert relative_error(head.weight.detach(), other.weight.detach()) < 100 * torch.finfo(dtype).eps
+    assert relative_error(dx, want) < 1000 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("rows", [1, 300, 520])
+@pytest.mark.parametrize("dim", [1, 31, 64])
+@pytest.mark.parametrize("num_classes", [1, 83, 700])
+def test_one_step_is_torchs_to_an_ulp(num_classes, dim, rows):
+    sizes = {"rows": rows, "num_classes": num_classes, "dim": dim}
+    head, other = make_head(num_classes=num_classes, dim=dim), make_head(num_classes=num_classes, dim=dim)
+    train(head, FusedSGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1), 1, **sizes)
+    train(other, torch.optim.SGD(other.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1), 1, **sizes)
+    torch.testing.assert_close(head.weight, other.weight, rtol=4e-7, atol=1e-6)
+
+
+def test_weight_and_embeddings_of_different_dtypes():
+    head, other = make_head(), make_head()
+    double = train(head, FusedSGD(head.parameters(), lr=0.3, momentum=0.9), 5, torch.float64)
+    want = train(other, torch.optim.SGD(other.parameters(), lr=0.3, momentum=0.9), 5, torch.float64)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(head.weight, other.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_of_embeddings_sees_the_weight_before_the_step():
+    head = make_head()
+    before = head.weight.detach().clone()
+    ((x, labels),) = batches(1)
+    x.requires_grad_()
+    FusedSGD(head.parameters(), lr=100.0)
+    optimizer = FusedSGD(head.parameters(), lr=100.0)
+    head(x, labels).backward()
+    optimizer.step()
+    y = x.detach().requires_grad_()
+    cosface_loss(y, before, labels, scale=16.0, backend="cpu").backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_frozen_embeddings_and_learned_scale():
+    scale = nn.Parameter(torch.tensor(16.0))
+    heads = [FusedCosFaceLoss(C, D, scale=nn.Parameter(scale.detach().clone()), backend="cpu") for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    optimizer = FusedSGD([heads[0].weight], lr=0.1)
+    theirs = torch.optim.SGD([heads[1].weight], lr=0.1)
+    for x, labels in batches(3):
+        for head, each in zip(heads, (optimizer, theirs), strict=True):
+            each.zero_grad()
+            head.scale.grad = None
+            head(x, labels).backward()
+            each.step()
+        torch.testing.assert_close(heads[0].scale.grad, heads[1].scale.grad)
+    torch.testing.assert_close(heads[0].weight, heads[1].weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [None, torch.tensor([2, 3, 40, 299])], ids=["all", "some"])
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_op_is_the_reference_and_moves_nothing_else(rule, classes, dtype):
+    """Both backends from one state, in the middle of training."""
+    count = 1 if rule == "sgd" else 3
+    weight = torch.randn(C, D, dtype=torch.float64).to(dtype)
+    state = [torch.rand(C, D, dtype=torch.float64).to(dtype) for _ in range(count)]
+    compute = reference.compute_dtype(weight, weight)
+    x, targets = torch.randn(N, D, dtype=compute), torch.randint(4, (N,))
+    scale, lse, g_lse, g_cos = (torch.rand(N, dtype=compute) for _ in range(4))
+    update = Update(
+        rule, step=7, seed=1, gradient_factor=-0.5, max_row_norm=0.1, lr=0.1, weight_decay=0.2, momentum=0.9,
+        dampening=0.1, nesterov=False, beta1=0.9, beta2=0.99, eps=1e-3,
+    )  # fmt: skip
+    moved = {}
+    for backend in BACKEND_NAMES:
+        w, s = weight.clone(), [values.clone() for values in state]
+        cache = torch.empty(0, dtype=torch.uint8)
+        outputs = ops.lmcl_backward_update_(
+            x, w, targets, scale, lse, g_lse, g_cos, cache, s, *update.flat(), True, backend, classes
+        )
+        moved[backend] = (*outputs, w, *s)
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e3 * torch.finfo(dtype).eps
+    for mine, want in zip(moved["cpu"], moved["reference"], strict=True):
+        torch.testing.assert_close(mine, want, rtol=tolerance, atol=tolerance)
+    if classes is not None:
+        others = torch.ones(C, dtype=torch.bool)
+        others[classes] = False
+        for mine, before in zip(moved["cpu"][2:], (weight, *state), strict=True):
+            assert torch.equal(mine[others], before[others])
+            assert not torch.equal(mine[classes], before[classes])
+
+
+def test_opcheck_update():
+    x, w, state = torch.randn(3, 4), torch.randn(6, 4), [torch.zeros(6, 4)]
+    rows = [torch.rand(3) for _ in range(4)]
+    update = Update("sgd", 1, 0, 1.0, math.inf, 0.1, 0.0, 0.9)
+    cache = torch.empty(0, dtype=torch.uint8)
+    targets = torch.tensor([0, 5, -1])
+    arguments = (x, w, targets, *rows, cache, state, *update.flat(), True, "cpu")
+    torch.library.opcheck(torch.ops.cosface.lmcl_backward_update_, arguments)
+    torch.library.opcheck(torch.ops.cosface.apply_update_, (w, torch.rand(6, 4), state, *update.flat(), "cpu"))
+
+
+def _gradient(head, x, labels):
+    weight = head.weight.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(cosface_loss(x, weight, labels, scale=16.0, backend="cpu"), weight)
+    return gradient
+
+
+def test_clipping_by_rows_and_by_a_known_factor():
+    ((x, labels),) = batches(1)
+    head = make_head()
+    before, gradient = head.weight.detach().clone(), _gradient(head, x, labels)
+    norms = gradient.norm(dim=1, keepdim=True)
+    limit = float(norms.quantile(0.7)) / 2
+    optimizer = FusedSGD(head.parameters(), lr=1.0, gradient_factor=0.5, max_row_norm=limit)
+    head(x, labels).backward()
+    optimizer.step()
+    clipped = 0.5 * gradient * (limit / (0.5 * norms)).clamp_max(1)
+    assert bool((0.5 * norms > limit).any())
+    assert bool((0.5 * norms < limit).any())
+    torch.testing.assert_close(head.weight, before - clipped, rtol=1e-6, atol=1e-7)
+
+
+def test_clipping_by_the_global_norm_afterwards_raises():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    ((x, labels),) = batches(1)
+    head(x, labels).backward()
+    for clip in (
+        lambda: nn.utils.clip_grad_norm_(head.parameters(), 1.0),
+        lambda: nn.utils.clip_grad_value_(head.parameters(), 1.0),
+        lambda: head.weight.grad.norm(),
+    ):
+        with pytest.raises(RuntimeError, match=r"set gradient_factor .* or max_row_norm"):
+            clip()
+    assert "(301, 20)" in repr(head.weight.grad)
+    optimizer.step()
+    assert head.weight.grad is None
+
+
+def test_two_backwards_before_a_step_raise_and_change_nothing():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    (x, labels), (x2, labels2) = batches(2)
+    losses = head(x, labels), head(x2, labels2)
+    losses[0].backward()
+    after = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"backward ran twice .*FusedSGD\.step\(\)\. .*accumulate=True"):
+        losses[1].backward()
+    assert torch.equal(head.weight, after)
+    optimizer.step()
+    stale = head(x, labels)
+    head(x2, labels2).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()  # its forward saw the weight before the step
+
+
+@pytest.mark.parametrize(("fused", "torchs", "options"), RULES[1::4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_accumulation_is_the_mean_of_one_large_batch(fused, torchs, options, dtype):
+    accumulated, concatenated, theirs = make_head(dtype), make_head(dtype), make_head(dtype)
+    optimizers = (
+        fused(accumulated.parameters(), accumulate=True, **options),
+        fused(concatenated.parameters(), **options),
+        torchs(theirs.parameters(), **options),
+    )
+    for _ in range(3):
+        micro = list(batches(4, dtype))
+        for x, labels in micro:
+            (accumulated(x, labels) / 4).backward()
+        for head in (concatenated, theirs):
+            head(torch.cat([x for x, _ in micro]), torch.cat([labels for _, labels in micro])).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for head in (accumulated, concatenated):
+        torch.testing.assert_close(head.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulated_gradient_can_be_clipped_and_zeroed():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=1.0, accumulate=True)
+    ((x, labels),) = batches(1)
+    head(x, labels).backward()
+    nn.utils.clip_grad_norm_(head.parameters(), 0.1)
+    gradient, before = head.weight.grad.clone(), head.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(head.weight, before - gradient)
+    optimizer.zero_grad()
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
+def test_interrupted_step_is_never_used(failure, monkeypatch):
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9)
+    train(head, optimizer, 2)
+    checkpoint = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    cpu = BACKENDS["cpu"]
+    whole = cpu.backward_update_
+
+    def half(x, w, *tensors, state, **options):
+        whole(x, w[:150], *tensors, state=[values[:150] for values in state], **options)
+        raise failure
+
+    monkeypatch.setattr(cpu, "backward_update_", half)
+    ((x, labels),) = batches(1)
+    labels %= 150
+    with pytest.raises(failure):
+        head(x, labels).backward()
+    monkeypatch.undo()
+    for use in (lambda: head(x, labels), optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match=r"\(301, 20\) was interrupted, .*Restore the weight"):
+            use()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="was interrupted"):
+        head(x, labels)
+
+    head.load_state_dict(checkpoint[0])
+    optimizer.load_state_dict(checkpoint[1])
+    other = make_head()
+    other_optimizer = FusedSGD(other.parameters(), lr=0.1, momentum=0.9)
+    train(other, other_optimizer, 2)
+    train(head, optimizer, 2), train(other, other_optimizer, 2)
+    assert torch.equal(head.weight, other.weight)
+
+
+def test_interrupt_of_a_real_step():
+    """Ctrl-C while the kernels run is raised when they are done or in between, and either is told apart."""
+    done = run_python(
+        """
+import os, signal, threading, torch
+from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels.optim import FusedSGD
+head = FusedCosFaceLoss(40_000, 64, backend="cpu")
+optimizer = FusedSGD(head.parameters(), lr=0.1)
+x, labels = torch.randn(256, 64), torch.randint(40_000, (256,))
+timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+timer.start()
+steps = 0
+try:
+    while True:
+        head(x, labels).backward()
+        optimizer.step()
+        steps += 1
+except KeyboardInterrupt:
+    pass
+phase = optimizer._phases[head.weight]
+try:
+    optimizer.step()
+    print("whole" if phase != "moving" else "wrong")
+except RuntimeError:
+    print("half" if phase == "moving" else "wrong")
+""",
+        OMP_NUM_THREADS="2",
+    )
+    assert done.stdout.strip() in ("whole", "half"), done.stdout + done.stderr
+
+
+def test_a_refused_call_moves_nothing():
+    head = make_head(backend="cuda_host")
+    FusedSGD(head.parameters(), lr=0.1)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    ((x, labels),) = batches(1)
+    with pytest.raises(RuntimeError, match="option 'updates' is not on this backend yet"):
+        head(x, labels)
+    optimizer.step()
+
+
+def test_learning_rate_schedule():
+    heads = make_head(), make_head()
+    optimizers = FusedSGD(heads[0].parameters(), lr=0.5), torch.optim.SGD(heads[1].parameters(), lr=0.5)
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in optimizers]
+    for _ in range(4):
+        for head, optimizer, scheduler in zip(heads, optimizers, schedulers, strict=True):
+            train(head, optimizer, 1)
+            scheduler.step()
+    assert optimizers[0].param_groups[0]["lr"] == 0.5 / 16
+    torch.testing.assert_close(heads[0].weight, heads[1].weight)
+
+
+@pytest.mark.parametrize(("fused", "torchs", "options"), RULES[1::4])
+def test_state_passes_to_torch_and_back(fused, torchs, options):
+    """A run that changes optimizer half-way is the run that does not."""
+    head, other = make_head(), make_head()
+    optimizer, theirs = fused(head.parameters(), **options), torchs(other.parameters(), **options)
+    train(head, optimizer, 3), train(other, theirs, 3)
+    swapped = fused(other.parameters(), **options)
+    swapped.load_state_dict(theirs.state_dict())
+    back = torchs(head.parameters(), **options)
+    back.load_state_dict(optimizer.state_dict())
+    del optimizer  # no longer the owner
+    train(other, swapped, 3), train(head, back, 3)
+    torch.testing.assert_close(head.weight, other.weight, rtol=1e-5, atol=1e-5)
+
+
+def test_resumes_bitwise(tmp_path):
+    head = make_head(torch.bfloat16)
+    optimizer = FusedAdamW(head.parameters(), lr=0.01, state_dtype=torch.float32, seed=4)
+    train(head, optimizer, 3)
+    torch.save((head.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint")
+    train(head, optimizer, 3)
+    other = make_head(torch.bfloat16)
+    resumed = FusedAdamW(other.parameters(), lr=0.5, state_dtype=torch.float32, seed=4)
+    weights, state = torch.load(tmp_path / "checkpoint")
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert resumed.state[other.weight]["exp_avg"].dtype == torch.float32
+    train(other, resumed, 3)
+    assert torch.equal(head.weight, other.weight)
+
+
+@pytest.mark.parametrize("with_backbone", [False, True])
+def test_grad_scaler(with_backbone):
+    """Steps like torch's SGD under a scaler of its own, over an overflow that both skip."""
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(1)
+        head, backbone = make_head(), nn.Linear(D, D)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        optimizers = [
+            FusedSGD(head.parameters(), lr=0.3, momentum=0.9, grad_scaler=scaler)
+            if fused
+            else torch.optim.SGD(head.parameters(), lr=0.3, momentum=0.9)
+        ]
+        if with_backbone:
+            optimizers.append(torch.optim.SGD(backbone.parameters(), lr=0.1))
+        for i, (x, labels) in enumerate(batches(6)):
+            loss = head(backbone(x), labels)
+            loss = loss * math.inf if i == 3 else loss
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+        assert bool(head.weight.isfinite().all())
+        results.append((head.weight, scaler.get_scale()))
+    assert results[0][1] == results[1][1] < 1024 * 8
+    torch.testing.assert_close(results[0][0], results[1][0])
+
+
+def test_a_scaler_that_the_optimizer_does_not_know_raises():
+    head, scaler = make_head(), torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    ((x, labels),) = batches(1)
+    scaler.scale(head(x, labels)).backward()
+    with pytest.raises(RuntimeError, match="grad_scaler=scaler"):
+        scaler.unscale_(optimizer)
+
+
+def test_closure():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    ((x, labels),) = batches(1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = head(x, labels)
+        loss.backward()
+        return float(loss.detach())
+
+    losses = [optimizer.step(closure) for _ in range(3)]
+    assert losses[2] < losses[0]
+
+
+def test_without_gradients_nothing_moves():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    ((x, labels),) = batches(1)
+    before = head.weight.detach().clone()
+    with torch.no_grad():
+        head(x, labels)
+    head.weight.requires_grad_(False)
+    head(x.requires_grad_(), labels).backward()
+    optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
+def test_a_copy_of_a_head_and_a_dropped_optimizer_have_no_owner():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    ((x, labels),) = batches(1)
+    copied = copy.deepcopy(head)
+    copied(x, labels).backward()
+    assert torch.equal(copied.weight, head.weight)
+    assert float(copied.weight.grad.norm()) > 0
+    del optimizer
+    head(x, labels).backward()
+    torch.testing.assert_close(head.weight.grad, copied.weight.grad)
+
+
+def test_compiled_model_moves_the_rows():
+    torch._dynamo.reset()
+    head, other = make_head(), make_head()
+    compiled = torch.compile(head, backend="eager")
+    train(compiled, FusedSGD(head.parameters(), lr=0.1), 2)
+    train(other, FusedSGD(other.parameters(), lr=0.1), 2)
+    torch.testing.assert_close(head.weight, other.weight)
+
+
+def test_rounding_to_bfloat16_keeps_the_expected_value():
+    """A step far below an ulp moves the mean of many rows by as much; rounding to nearest would move none."""
+    rows, lr = 4000, 2.0**-13
+    w = torch.ones(rows, 64, dtype=torch.bfloat16)
+    g = torch.ones(rows, 64, dtype=torch.bfloat16)
+    for backend in BACKEND_NAMES:
+        v = w.clone()
+        for step in range(1, 17):
+            ops.apply_update_(v, g, [], *Update("sgd", step, 9, 1.0, math.inf, lr, 0.0).flat(), backend)
+        moved = 1 - v.double()
+        standard_error = float(moved.std()) / math.sqrt(moved.numel())
+        assert abs(float(moved.mean()) - 16 * lr) < 4 * standard_error
+        assert set(v.unique().tolist()) <= {1 - k * 2.0**-8 for k in range(17)}
+
+
+def test_rounding_depends_on_seed_and_step_alone():
+    w, g = torch.randn(500, 33).bfloat16(), torch.randn(500, 33).bfloat16()
+
+    def moved(seed, step, threads=2):
+        torch.set_num_threads(threads)
+        v = w.clone()
+        ops.apply_update_(v, g, [], *Update("sgd", step, seed, 1.0, math.inf, 1e-3, 0.0).flat(), "cpu")
+        return v
+
+    threads = torch.get_num_threads()
+    first = moved(1, 1)
+    assert torch.equal(first, moved(1, 1, threads=1))
+    assert not torch.equal(first, moved(2, 1))
+    assert not torch.equal(first, moved(1, 2))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
+def test_bfloat16_follows_float32(fused, state_dtype):
+    """The updates of many steps are far smaller than an ulp of the weight; they must not be lost."""
+    options = {"lr": 0.02, "momentum": 0.9} if fused is FusedSGD else {"lr": 2e-4, "weight_decay": 0.0}
+    small, exact = make_head(torch.bfloat16), make_head()
+    exact.load_state_dict(small.state_dict())
+    start = small.weight.detach().double()
+    optimizer = fused(small.parameters(), state_dtype=state_dtype, **options)
+    train(small, optimizer, 200)
+    train(exact, fused(exact.parameters(), **options), 200)
+    want, got = exact.weight.detach().double() - start, small.weight.detach().double() - start
+    along = float((want * got).sum() / want.square().sum())
+    assert abs(along - 1) < 0.05
+    assert {v.dtype for v in optimizer.state[small.weight].values() if v.dim()} == {state_dtype or torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("message", "construct"),
+    [
+        ("lr must not be negative, got -1", lambda w: FusedSGD([w], lr=-1)),
+        ("momentum must not be negative, got -0.1", lambda w: FusedSGD([w], momentum=-0.1)),
+        ("max_row_norm must not be negative, got nan", lambda w: FusedSGD([w], max_row_norm=math.nan)),
+        ("nesterov needs a positive momentum", lambda w: FusedSGD([w], nesterov=True)),
+        (r"betas must be in \[0, 1\), got \(0.9, 1.0\)", lambda w: FusedAdamW([w], betas=(0.9, 1.0))),
+        ("state_dtype must be .* got torch.float16", lambda w: FusedSGD([w], state_dtype=torch.float16)),
+        (r"shape \(C, D\) .* got shape \(5,\)", lambda w: FusedSGD([nn.Parameter(torch.ones(5))])),
+        ("got shape .* and torch.float16", lambda w: FusedSGD([nn.Parameter(torch.ones(5, 2).half())])),
+        (r"contiguous .* strides \(1, 5\)", lambda w: FusedSGD([nn.Parameter(torch.ones(2, 5).T)])),
+    ],
+)
+def test_refuses(message, construct):
+    with pytest.raises(ValueError, match=message):
+        construct(nn.Parameter(torch.ones(5, 2)))
+
+
+def test_options_of_a_backend_say_whether_it_moves_rows():
+    x, w = torch.ones(1, 2), torch.ones(3, 2)
+    for name, backend in BACKENDS.items():
+        if not backend.unavailable() and not backend.unsupported(x, w, Options()):
+            taken = backend.unsupported(x, w, Options(updates=True)) is None
+            assert taken == hasattr(backend, "backward_update_"), name
+    assert cosface_kernels.optim.in_use
