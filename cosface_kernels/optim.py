@@ -453,7 +453,9 @@ def lmcl(
 
 def _check_weight(weight: Tensor) -> None:
     if isinstance(weight, DTensor):
-        raise ValueError(f"A weight that is sharded over ranks cannot be moved inside backward yet, got {weight.placements}.")
+        raise ValueError(
+            f"A weight that is sharded over ranks cannot be moved inside backward yet, got {weight.placements}."
+        )
     if weight.dim() != 2 or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16):
         raise ValueError(
             "A head's weight must have shape (C, D) and dtype float64, float32 or bfloat16, got shape "
