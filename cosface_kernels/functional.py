@@ -167,7 +167,7 @@ def margin_softmax_loss(
         s = s * Rows(embeddings, targets).norms().clamp_min(EPS)  # (N,)
 
     own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
-    lmcl = optim.lmcl if optim.in_use else ops.lmcl
+    lmcl = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl
     loss, lse, target_cos, max_neg, _ = lmcl(*own, m, backend)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)

@@ -30,7 +30,7 @@ from cosface_kernels import ops
 from cosface_kernels.backends import cpu, select
 from cosface_kernels.options import Options, Update
 
-in_use = False  # whether any weight has ever had an owner
+MARK = "_moves_in_backward"  # attribute of a weight that has or had an owner, which torch.compile can look at
 _owners = WeakTensorKeyDictionary()  # weight -> weak reference to its optimizer
 
 IDLE, MOVING, MOVED, SKIPPED = "idle", "moving", "moved", "skipped"
@@ -80,11 +80,10 @@ class RowOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        global in_use
-        in_use = True
         for weight in self.param_groups[-1]["params"]:
             _check_weight(weight)
             self._phases[weight] = IDLE
+            setattr(weight, MARK, True)
             _owners[weight] = weakref.ref(self)
 
     def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
