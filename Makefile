@@ -13,7 +13,7 @@ BUILT := .venv/built.stamp
 .PHONY: demo test gpu-check kernels cuda-check build lint wheel sanitize asan tsan native bench clean
 
 demo: $(BUILT)
-	$(BIN)/python examples/train.py
+	$(BIN)/python examples/demo.py
 
 # The second run executes the Triton kernels in Triton's interpreter; it and the compiler cannot share a process.
 test: $(BUILT)

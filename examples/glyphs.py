@@ -1,14 +1,21 @@
-"""The glyph data set: one contact sheet (PNG) per font, and a manifest that says what is where."""
+"""The glyph data set: one contact sheet (PNG) per font, and a manifest that says what is where.
+
+python examples/glyphs.py build/glyphs    # as records for train.py: build/glyphs/{train,test}/train.rec
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from images import Images
 from PIL import Image, UnidentifiedImageError
+from recordio import RecordWriter
 
 HANGUL = Path(__file__).parent / "data" / "hangul"
 
@@ -62,3 +69,30 @@ def load_glyphs(split: str, folder: Path = HANGUL) -> Images:
     pixels = torch.from_numpy(np.concatenate(sheets)).unsqueeze(1)  # (fonts * characters, 1, size, size)
     labels = torch.arange(len(characters)).repeat(len(sheets))
     return Images(pixels, labels, list(characters))
+
+
+def png(glyph: np.ndarray) -> bytes:
+    """A PNG file of a glyph (size, size) uint8."""
+    file = io.BytesIO()
+    Image.fromarray(glyph).save(file, "png")
+    return file.getvalue()
+
+
+def write_records(images: Images, folder: Path) -> None:
+    """As train.rec, in order of identity."""
+    height, width = images.pixels.shape[-2:]
+    with RecordWriter(folder, image_size=(height, width), num_classes=len(images.identities)) as writer:
+        for i in images.labels.argsort(stable=True).tolist():
+            writer.write(png(images.pixels[i, 0].numpy()), int(images.labels[i]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (folder,) = argv if argv is not None else sys.argv[1:]
+    for split in ("train", "test"):
+        images = load_glyphs(split)
+        write_records(images, Path(folder) / split)
+        print(f"{Path(folder) / split}: {len(images):,} images of {len(images.identities):,} identities")
+
+
+if __name__ == "__main__":
+    main()

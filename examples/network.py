@@ -1,4 +1,4 @@
-"""A small convolutional network, and the augmentation it trains with."""
+"""A small convolutional network for glyphs, and the augmentation it trains with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     )
 
 
-class EmbeddingNet(nn.Sequential):
-    """Images (n, channels, h, w) uint8 or float in 0..255 -> embeddings (n, embedding_size).
+class GlyphNet(nn.Sequential):
+    """Images (n, channels, h, w), normalised to [-1, 1] -> embeddings (n, embedding_size), float32.
 
     6 million multiplications for a grey image of 32 x 32: two trainings fit into two minutes of two cores.
     """
@@ -34,8 +34,19 @@ class EmbeddingNet(nn.Sequential):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float().div(127.5).sub(1)
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        *convolutions, linear, norm = self
+        x = images.contiguous(memory_format=torch.channels_last)
+        for layer in convolutions:
+            x = layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return norm(linear(x.float()))
+
+
+class EmbeddingNet(GlyphNet):
+    """The same network for images (n, channels, h, w) uint8 or float in 0..255."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.float().div(127.5).sub(1))
 
     @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 512) -> Tensor:

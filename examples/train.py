@@ -1,172 +1,424 @@
-"""Train a small network on real images with CosFace and with plain softmax, and verify identities never seen.
+"""Train an embedding network with the fused CosFace head, verify it on other identities, export it.
 
-    python examples/train.py                  # Hangul syllables in many fonts, from examples/data
-    python examples/train.py --data FOLDER    # your images, one sub-folder per identity
+    python examples/train.py --config examples/configs/casia.yaml --train faces/train.rec --test lfw.bin
+    torchrun --nproc-per-node 8 examples/train.py --config examples/configs/ms1m.yaml --amp bf16
+    python examples/train.py --config ... --resume      # after a SIGTERM, or any other end
 
-Both heads get the same network, initial weights, batches, augmentation, optimizer and schedule. The table
-shows, for identities held out from training: rank-1 identification, and the true acceptance rate (TAR) at
-three false acceptance rates (FAR), over all pairs of test images. The same seed and number of threads give
-the same table, bit for bit, but for the time and the memory of the head, which are measured.
+The output folder receives checkpoint.pt, tensorboard/, and at the end model.onnx, model.safetensors, model.json.
+The order of the images and their augmentation depend on the seed and the step alone, so a resumed training is the
+uninterrupted one, on a CPU bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import dataclasses
+import enum
 import math
-import multiprocessing
-import pickle
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import checkpoint
+import numpy as np
 import torch
+<<<<<<< HEAD
 from evaluation import Scores
 from glyphs import load_glyphs
 from images import MODES, Images, load_folder
 from memory import peak_extra_bytes
 from plots import plot_roc
 from torch import nn
+=======
+import torch.distributed as dist
+from augmentation import make_transform
+from config import Config, difference, parse
+from datasets import open_dataset
+from export import Description, export
+from held_out import Result, evaluate, table
+from models import make_model
+from schedule import learning_rate_factor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+>>>>>>> 5f553dd (The training recipe: settings, backbones, exact resume, export, verification; the demo keeps its name)
 from tqdm import tqdm
-from training import Recipe, make_heads, make_network, score, train_and_score
 
-FARS = (1e-2, 1e-3, 1e-4)
+from cosface_kernels import FusedCosFaceLoss
 
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table; an untrained network has no head."""
-
-    name: str
-    scores: Scores
-    head_seconds: float | None = None
-    head_bytes: int | None = None
+CHECKPOINT = "checkpoint.pt"
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def head_memory(recipe: Recipe, num_classes: int, make_head: Callable[[], nn.Module]) -> int | None:
-    """Peak bytes of a head's forward and backward on a batch, gradients included, inputs and weights not."""
-    torch.manual_seed(recipe.seed)
-    head = make_head()
-    features = torch.randn(recipe.batch_size, recipe.embedding_size, requires_grad=True)
-    labels = torch.randint(num_classes, (recipe.batch_size,))
+class Outcome(enum.IntEnum):
+    """What a process found before the backward of a step."""
 
-    def step() -> None:
-        head(features, labels).backward()
-        features.grad = None
-        head.zero_grad()
-
-    return peak_extra_bytes(step)
+    GO_ON = 0
+    STOP = 1
+    NON_FINITE = 2
 
 
-def compare_heads(recipe: Recipe, training: Images, test: Images, threads: int = 1) -> list[Row]:
-    """Train with each head, in processes side by side; score them, and the untrained network.
+class NonFiniteLossError(ValueError):
+    """The loss became infinite or nan; the message names the batch."""
 
-    Two trainings with a thread each finish sooner than one after the other with two threads, and do not wait
-    for each other where another program takes a core.
+
+def make_head(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """(embeddings, labels, return_stats=True) -> (loss, stats)."""
+    return FusedCosFaceLoss(num_classes, config.embedding_size, config.margin, config.scale, device=device)
+
+
+def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
+    parameters = [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
+    sgd = torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    return [sgd]
+
+
+@dataclasses.dataclass
+class Batches:
+    """The samples of this process, step by step: lists of (index, seed of its augmentation).
+
+    Each epoch is a new order of all images; what is left of it after the last whole batch is dropped.
     """
-    num_classes = len(training.identities)
-    heads = make_heads(recipe, num_classes)
-    # Sent as bytes: tensors as such would go through /dev/shm, which is small in many containers.
-    job = pickle.dumps((recipe, training, test, threads))
-    context = multiprocessing.get_context("spawn")
-    lock = context.RLock()  # for the lines of the progress bars
-    with ProcessPoolExecutor(len(heads), context, initializer=tqdm.set_lock, initargs=(lock,)) as pool:
-        futures = {name: pool.submit(train_and_score, job, name, line) for line, name in enumerate(heads)}
-        rows = [Row("untrained network", score(make_network(recipe, training), test))]
-        rows += [Row(name, *pickle.loads(future.result())) for name, future in futures.items()]
-    # Measured last: it leaves the allocator slow.
-    memory = {name: head_memory(recipe, num_classes, make_head) for name, make_head in heads.items()}
-    return [replace(row, head_bytes=memory.get(row.name)) for row in rows]
+
+    images: int
+    batch_size: int  # over all processes
+    seed: int
+    start: int
+    stop: int
+    rank: int = 0
+    world: int = 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = self.images // self.batch_size
+        order, ordered = None, None
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, per_epoch)
+            if ordered != epoch:
+                generator = torch.Generator().manual_seed(mix(self.seed, epoch)[0])
+                order, ordered = torch.randperm(self.images, generator=generator), epoch
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            seeds = mix(self.seed, epoch, step, count=self.batch_size)
+            yield [*zip(rows, seeds, strict=True)][self.rank :: self.world]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text."""
-    lines = [
-        [
-            "",
-            "rank-1",
-            *(f"TAR@FAR={far:.0e}".replace("e-0", "e-") for far in FARS),
-            "head time",
-            "head memory",
-        ]
-    ]
-    for row in rows:
-        rates = [row.scores.rank1, *map(row.scores.tar_at_far, FARS)]
-        lines.append(
-            [
-                row.name,
-                *("n/a" if math.isnan(rate) else f"{100 * rate:.2f} %" for rate in rates),
-                "-" if row.head_seconds is None else f"{row.head_seconds:.1f} s",
-                "-" if row.head_bytes is None else f"{row.head_bytes / 2**20:.1f} MiB",
-            ]
+def mix(*numbers: int, count: int = 1) -> list[int]:
+    """Seeds that depend on all the numbers."""
+    return np.random.SeedSequence(numbers).generate_state(count).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeded(Dataset):
+    """(image, label, index) of an (index, seed), augmented as the seed says, in whatever process."""
+
+    dataset: Dataset
+
+    def __getitem__(self, sample: tuple[int, int]) -> tuple[Tensor, int, int]:
+        index, seed = sample
+        torch.default_generator.manual_seed(seed)
+        image, label = self.dataset[index]
+        return image, label, index
+
+
+def ignore_signals(_: int) -> None:
+    """A scheduler that signals the whole process group must leave the loader to the training process."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Training:
+    """A training from its configuration to the exported model.
+
+    Attributes:
+        step: optimizer steps done.
+        stopping: set by SIGTERM; the training ends after the step in hand, and saves.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.output = Path(config.output)
+        self.device = device_of(config)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if config.batch_size % self.world:
+            raise ValueError(f"batch_size must divide by the {self.world} processes, got {config.batch_size}.")
+        if not config.train:
+            raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
+        transform = make_transform(config.augmentation, config.image_size)
+        self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
+        self.steps_per_epoch = len(self.data) // config.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"batch_size must be at most the {len(self.data)} images, got {config.batch_size}.")
+        self.steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
+
+        torch.manual_seed(config.seed)
+        self.network = make_model(
+            config.model,
+            channels=config.channels,
+            image_size=config.image_size,
+            embedding_size=config.embedding_size,
+        ).to(self.device)
+        self.head = make_head(config, self.data.num_classes, self.device)
+        modules = (self.network, self.head)
+        self.backbone, self.loss = map(DistributedDataParallel, modules) if dist.is_initialized() else modules
+        self.optimizers = make_optimizers(config, self.network, self.head)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.step = 0
+        self.stopping = False
+
+    def state(self) -> dict[str, object]:
+        return {
+            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.config).items()},
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        if changed := difference(state["config"], self.state()["config"]):
+            raise ValueError(f"The checkpoint in {self.output} is of another training: {changed}.")
+        self.network.load_state_dict(state["network"])
+        self.head.load_state_dict(state["head"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def run(self) -> list[Result] | None:
+        """Train, evaluate, export. None if a SIGTERM came first."""
+        path = self.output / CHECKPOINT
+        if path.exists() and not self.config.resume:
+            raise ValueError(f"{path} exists: --resume goes on from it, another --output starts anew.")
+        if path.exists():
+            self.restore(checkpoint.load(path))
+        self.say(
+            f"{len(self.data):,} images of {self.data.num_classes:,} identities, "
+            f"steps {self.step:,} to {self.steps:,}, {self.steps_per_epoch:,} an epoch, on {self.device}"
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([cells[0].ljust(widths[0]), *(map(str.rjust, cells[1:], widths[1:]))]) for cells in lines
-    )
+        with sigterm(self), self.writer() as self.log:
+            try:
+                finished = self.learn_all()
+            finally:
+                if corrupt := self.data.corrupt:
+                    self.say(f"{len(corrupt)} images could not be read and were skipped: {shorten(corrupt)}")
+            if not finished:
+                self.save()
+                self.say(f"SIGTERM: saved step {self.step:,} to {path}; --resume goes on from there.")
+                return None
+            results = self.evaluate()
+        self.export(results)
+        return results
+
+    def learn_all(self) -> bool:
+        """All steps that are left; False if SIGTERM ends them early."""
+        config = self.config
+        checkpoint_every = config.checkpoint_every or self.steps_per_epoch
+        evaluate_every = config.evaluate_every * self.steps_per_epoch
+        with tqdm(
+            total=self.steps * config.batch_size,
+            initial=self.step * config.batch_size,
+            unit=" samples",
+            unit_scale=True,
+            disable=self.rank > 0,
+            mininterval=0.5,
+        ) as bar:
+            for images, labels, indices in self.loader():
+                value, accuracy, stop = self.learn(images, labels, indices)
+                bar.update(config.batch_size)
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                if self.step % config.log_every == 0:
+                    self.scalars({"train/loss": value, "train/accuracy": accuracy})
+                    self.scalars({"train/samples_per_second": bar.format_dict["rate"] or 0.0})
+                    self.scalars({"train/learning_rate": self.optimizers[0].param_groups[0]["lr"]})
+                if self.step % checkpoint_every == 0 or self.step == self.steps:
+                    self.save()
+                if stop:
+                    return False
+                if evaluate_every and self.step % evaluate_every == 0 and self.step < self.steps:
+                    bar.clear()
+                    self.evaluate()
+        return True
+
+    def learn(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[float, float, bool]:
+        """One step: loss and accuracy of the batch, and whether a process was told to stop."""
+        config = self.config
+        images = images.to(self.device, non_blocking=True)  # (n, channels, size, size)
+        labels = labels.to(self.device, non_blocking=True)  # (n,)
+        torch.manual_seed(mix(config.seed, self.step, self.rank)[0])  # dropout's, say
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = config.learning_rate * learning_rate_factor(
+                self.step,
+                self.steps,
+                config.schedule,
+                warm_up=config.warm_up,
+                power=config.power,
+                milestones=config.milestones,
+            )
+        precision = AUTOCAST[config.amp]
+        with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
+            embeddings = self.backbone(images)  # (n, embedding_size) float32
+        loss, stats = self.loss(embeddings, labels, return_stats=True)
+        value = loss.item()
+        outcome = self.agree(Outcome.NON_FINITE if not math.isfinite(value) else Outcome(self.stopping))
+        if outcome is Outcome.NON_FINITE:
+            self.stop_non_finite(value, indices)
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.step += 1
+        return value, float(stats.accuracy), outcome is Outcome.STOP
+
+    def agree(self, outcome: Outcome) -> Outcome:
+        """The gravest outcome of all processes: they must leave the loop in the same step."""
+        if self.world == 1:
+            return outcome
+        gravest = torch.tensor(outcome, device=self.device)
+        dist.all_reduce(gravest, dist.ReduceOp.MAX)
+        return Outcome(int(gravest))
+
+    def stop_non_finite(self, value: float, indices: Tensor) -> None:
+        if math.isfinite(value):
+            raise NonFiniteLossError(f"The loss of another process became infinite or nan at step {self.step}.")
+        raise NonFiniteLossError(
+            f"The loss became {value} at step {self.step} of {self.steps}, on the images "
+            f"{', '.join(str(self.data.keys[i]) for i in indices.tolist())}. If these are sound, a learning rate "
+            f"below {self.config.learning_rate:g} or a longer warm-up may help."
+        )
+
+    def loader(self) -> DataLoader:
+        config = self.config
+        batches = Batches(
+            len(self.data), config.batch_size, config.seed, self.step, self.steps, self.rank, self.world
+        )
+        return DataLoader(
+            Seeded(self.data),
+            batch_sampler=batches,
+            num_workers=config.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+
+    def save(self) -> None:
+        """From one process: all hold the same state."""
+        if self.rank == 0:
+            checkpoint.save(self.state(), self.output / CHECKPOINT)
+
+    def evaluate(self) -> list[Result]:
+        """On the first process; the others wait."""
+        results = []
+        if self.rank == 0 and self.config.test:
+            results = evaluate(self.network, self.config, self.device)
+            for result in results:
+                self.scalars({f"test/{result.name}/{name}": rate for name, rate in result.rates.items()})
+            tqdm.write(f"step {self.step:,}\n{table(results)}", file=sys.stdout)
+        if self.world > 1:
+            dist.barrier()
+        return results
+
+    def export(self, results: Sequence[Result]) -> None:
+        if self.rank:
+            return
+        config = self.config
+        first = results[0] if results else None
+        description = Description(
+            config.model,
+            config.color,
+            config.image_size,
+            config.embedding_size,
+            config.flip,
+            first and first.threshold,
+            first.chosen if first else "no test data",
+        )
+        difference = export(self.network, description, self.output)
+        self.say(
+            f"Exported to {self.output}: model.safetensors reproduces the embeddings, model.onnx with a relative "
+            f"difference of {difference:.0e}."
+        )
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[SummaryWriter | None]:
+        if self.rank:
+            yield None
+            return
+        with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step + 1) as writer:
+            yield writer
+
+    def scalars(self, values: dict[str, float]) -> None:
+        if self.log is not None:
+            for name, value in values.items():
+                self.log.add_scalar(name, value, self.step)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-
-    def option(name: str, help: str, **settings) -> None:
-        parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
-
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="images, one sub-folder per identity")
-    option("--image-size", "with --data: pixels to which images are resized", type=int, default=32)
-    option("--color", "with --data: how images are read", choices=tuple(MODES), default="gray")
-    option("--test-fraction", "with --data: share of identities held out", type=float, default=0.2)
-    option("--output", "where the ROC curves go", type=Path, default=Path("build/roc.png"), metavar="PNG")
-    option("--epochs", "passes over the training images", type=int, default=Recipe.epochs)
-    option("--batch-size", "images per step", type=int, default=Recipe.batch_size)
-    option("--learning-rate", "its peak", type=float, default=Recipe.learning_rate)
-    option("--weight-decay", "of the network and of the head", type=float, default=Recipe.weight_decay)
-    option("--embedding-size", "length of an embedding", type=int, default=Recipe.embedding_size)
-    option("--margin", "m of CosFace", type=float, default=Recipe.margin)
-    option("--scale", "s of CosFace", type=float, default=Recipe.scale)
-    option("--seed", "of weights, batches and augmentation", type=int, default=Recipe.seed)
-    option("--threads", "of each of the two trainings, which run side by side", type=int, default=1)
-    return parser.parse_args(argv)
+def shorten(keys: Sequence[str], most: int = 20) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def load(args: argparse.Namespace) -> tuple[Images, Images]:
-    if args.data is None:
-        return load_glyphs("train"), load_glyphs("test")
-    return load_folder(args.data, size=args.image_size, color=args.color, test_fraction=args.test_fraction)
+@contextlib.contextmanager
+def sigterm(training: Training) -> Iterator[None]:
+    """While this lasts, SIGTERM asks the training to save and end."""
+
+    def stop(*_: object) -> None:
+        training.stopping = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def run(args: argparse.Namespace) -> list[Row]:
-    """Load, train, print the table and write the curves."""
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
-    if args.output.suffix.lower() != ".png":
-        raise ValueError(f"output must end in .png, the format of the ROC curves, got {args.output}.")
-    if args.threads < 1:
-        raise ValueError(f"threads must be at least 1, got {args.threads}.")
-    training, test = load(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"train: {len(training):,} images of {len(training.identities):,} identities")
-    print(f"test:  {len(test):,} images of {len(test.identities):,} other identities", flush=True)
-    rows = compare_heads(recipe, training, test, args.threads)
-    pairs = rows[0].scores
-    print(f"\nAll pairs of test images: {len(pairs.genuine):,} genuine, {len(pairs.impostor):,} impostor.")
-    print(f"\n{table(rows)}\n")
-    print(
-        f"Head: forward and backward of {len(training.identities):,} classes at batch {recipe.batch_size}; "
-        "time summed over the training,\nmemory at the peak of one step, gradients included, weights and "
-        "inputs not."
-    )
-    plot_roc({row.name: row.scores for row in rows}, args.output)
-    print(f"ROC curves: {args.output}")
-    return rows
+def device_of(config: Config) -> torch.device:
+    """Of this process: torchrun numbers those of a machine."""
+    device = torch.device(config.torch_device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(config: Config) -> Iterator[None]:
+    """Joins the processes of torchrun; without it, there is one process and no group."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    device = device_of(config)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
     try:
-        run(args)
-    except (OSError, ValueError) as error:
+        config = parse(argv, __doc__)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        with process_group(config):
+            Training(config).run()
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(str(error))
 
 

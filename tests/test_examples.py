@@ -18,8 +18,8 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import demo
 import render_glyphs
-import train
 import training
 from evaluation import Scores, compare_all
 from glyphs import HANGUL, load_glyphs, quantise, read_sheet, write_sheet
@@ -368,7 +368,7 @@ def test_the_script_prints_the_same_table_twice(folder, tmp_path):
     curves = [tmp_path / name / "roc.png" for name in ("first", "second")]
     # 28 training images in batches of 9: the last batch has one image, and is left out.
     options = "--epochs=2 --batch-size=9 --embedding-size=8 --image-size=16 --color=rgb --test-fraction=0.25"
-    arguments = [EXAMPLES / "train.py", *curves, "--data", folder, *options.split()]
+    arguments = [EXAMPLES / "demo.py", *curves, "--data", folder, *options.split()]
     command = [sys.executable, "-c", RUN_TWICE, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -387,14 +387,14 @@ def test_the_script_prints_the_same_table_twice(folder, tmp_path):
 def test_a_corrupt_image_is_named(folder):
     (folder / "id05" / "bad.png").write_bytes((folder / "id05" / "0.png").read_bytes()[:100])
     with pytest.raises(SystemExit, match=r"The image .*id05.bad\.png cannot be read: "):
-        train.main(["--data", str(folder)])
+        demo.main(["--data", str(folder)])
 
 
 def test_a_folder_with_too_few_identities_says_so(tmp_path):
     (tmp_path / "only").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "only" / "1.png")
     with pytest.raises(SystemExit, match=r"has 1 identities .* 0 of them with two images .* at least 10"):
-        train.main(["--data", str(tmp_path)])
+        demo.main(["--data", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_folder_with_too_few_identities_says_so(tmp_path):
 )
 def test_bad_options_are_refused_with_their_value(arguments, message):
     with pytest.raises(SystemExit, match=message):
-        train.main(arguments.split())
+        demo.main(arguments.split())
 
 
 def test_a_diverging_loss_stops_the_training():
