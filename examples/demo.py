@@ -22,10 +22,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from evaluation import Scores, plot_roc
+from evaluation import Scores
 from glyphs import load_glyphs
 from images import MODES, Images, load_folder
 from memory import peak_extra_bytes
+from plots import plot_roc
 from torch import nn
 from tqdm import tqdm
 from training import Recipe, make_heads, make_network, score, train_and_score

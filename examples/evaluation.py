@@ -69,6 +69,10 @@ class Curve(ABC):
     def accepted(self, passing: int) -> int:
         """Genuine pairs above the lowest threshold that at most `passing` >= 1 impostor pairs exceed."""
 
+    @abstractmethod
+    def threshold(self, far: float) -> float:
+        """The cosine above which pairs are accepted at a false acceptance rate of at most `far`."""
+
     def tar_at_far(self, far: float) -> float:
         """True acceptance rate at a false acceptance rate of at most `far`.
 
@@ -96,6 +100,11 @@ class Scores(Curve):
     @property
     def pairs(self) -> tuple[int, int]:
         return len(self.genuine), len(self.impostor)
+
+    def threshold(self, far: float) -> float:
+        """The (floor(far * impostors) + 1)-th highest impostor."""
+        passing = allowed(far, len(self.impostor))
+        return float(self.impostor[passing]) if passing < len(self.impostor) else -1.0
 
     def accepted(self, passing: int) -> int:
         """The threshold is the (passing + 1)-th highest impostor; a pair passes above it."""
@@ -137,10 +146,16 @@ class Histogram(Curve):
         impostors, genuine = self.from_above[:, -1].tolist()
         return genuine, impostors
 
+    def threshold(self, far: float) -> float:
+        return 1 - 2 * self.bins_above(allowed(far, self.pairs[1])) / self.counts.shape[1]
+
     def accepted(self, passing: int) -> int:
-        impostors, genuine = self.from_above
-        bins = int(torch.searchsorted(impostors, passing, right=True))  # that may be accepted
-        return int(genuine[bins - 1]) if bins else 0
+        bins = self.bins_above(passing)
+        return int(self.from_above[1, bins - 1]) if bins else 0
+
+    def bins_above(self, passing: int) -> int:
+        """How many of the highest bins hold at most so many impostors."""
+        return int(torch.searchsorted(self.from_above[0], passing, right=True))
 
 
 def allowed(far: float, impostors: int) -> int:

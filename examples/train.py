@@ -24,14 +24,6 @@ from pathlib import Path
 import checkpoint
 import numpy as np
 import torch
-<<<<<<< HEAD
-from evaluation import Scores
-from glyphs import load_glyphs
-from images import MODES, Images, load_folder
-from memory import peak_extra_bytes
-from plots import plot_roc
-from torch import nn
-=======
 import torch.distributed as dist
 from augmentation import make_transform
 from config import Config, difference, parse
@@ -44,7 +36,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
->>>>>>> 5f553dd (The training recipe: settings, backbones, exact resume, export, verification; the demo keeps its name)
 from tqdm import tqdm
 
 from cosface_kernels import FusedCosFaceLoss

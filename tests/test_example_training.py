@@ -23,11 +23,13 @@ import torch
 import train
 import verify
 from augmentation import RandomAffine, make_transform
-from datasets import open_dataset
+from datasets import decode, open_dataset
 from glyphs import load_glyphs
 from images import Images
 from models import DEPTHS, make_model
+from pairs import write_bin
 from PIL import Image
+from protocols import cross_validate
 from schedule import PRESETS, learning_rate_factor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -350,7 +352,7 @@ def test_training_learns_and_leaves_a_model_that_decides(settings, data, capsys)
     assert "loss=" in printed.err
     assert "samples/s" in printed.err
     assert "72 images of 12 identities, steps 0 to 20, 4 an epoch, on cpu" in printed.out
-    assert len(re.findall(r"^test +48 +12 +\d", printed.out, re.MULTILINE)) == 5  # an evaluation per epoch
+    assert len(re.findall(r"^test +48 +\d", printed.out, re.MULTILINE)) == 5  # an evaluation per epoch
     assert "model.safetensors reproduces the embeddings" in printed.out
 
     # verify.py and identify.py, on images of the test set
@@ -544,11 +546,37 @@ def test_the_threshold_lets_the_asked_share_of_impostors_pass(settings):
     assert f"{len(impostor):,} impostor pairs" in result.chosen
 
 
-def test_embeddings_of_mirror_images_are_added():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))
-    images, labels = torch.randn(2, 1, 3, 4), torch.tensor([0, 1])
-    embeddings, _ = held_out.embed(network, [(images, labels)], torch.device("cpu"), flip=True)
-    torch.testing.assert_close(embeddings, (network(images) + network(images.flip(-1))).detach())
+def test_many_images_are_counted_as_few_are_compared(settings, monkeypatch):
+    network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    (few,) = held_out.evaluate(network, settings, torch.device("cpu"))
+    monkeypatch.setattr(held_out, "EXACT_IMAGES", 10)
+    (many,) = held_out.evaluate(network, settings, torch.device("cpu"))
+    assert few.rates.pop("rank-1") > 0
+    assert many.rates == pytest.approx(few.rates, abs=1 / 72, nan_ok=True)  # one genuine pair may fall in the bin
+    assert many.threshold == pytest.approx(few.threshold, abs=1e-6)
+    assert many.chosen == few.chosen
+
+
+def test_pairs_of_a_bin_file_are_verified_in_folds(settings, tmp_path):
+    images = open_dataset(settings.test[0])
+    rows = [(i % 24, (i % 24) + (1 if i % 2 else 24)) for i in range(0, 40)]  # records lie four to an identity
+    same = [bool(images.labels[a] == images.labels[b]) for a, b in rows]
+    encoded = [images.read(i)[0] for pair in rows for i in pair]
+    write_bin(tmp_path / "some.bin", encoded, same)
+    network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    settings = dataclasses.replace(settings, test=(settings.test[0], str(tmp_path / "some.bin")), flip=True)
+    everything, pairs = held_out.evaluate(network, settings, torch.device("cpu"))
+    assert pairs.images == 80
+    assert pairs.chosen == "best accuracy on 40 pairs of some.bin"
+    x = torch.stack([make_transform("none", 32)(decode(image, "gray")) for image in encoded])
+    with torch.no_grad():
+        unit = nn.functional.normalize(network.eval()(x) + network(x.flip(-1)))
+    cosines = (unit[0::2] * unit[1::2]).sum(1)
+    distances = (2 - 2 * cosines).double().numpy()
+    assert pairs.rates["accuracy"] == cross_validate(distances, np.array(same)).accuracy
+    lines = held_out.table([everything, pairs]).splitlines()
+    assert [line.split()[0] for line in lines] == ["test", "test", "some"]
+    assert len({len(line) for line in lines}) == 1
 
 
 # Export
