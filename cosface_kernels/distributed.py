@@ -16,6 +16,8 @@ on one process, so that averaging the backbone's gradient over the ranks makes i
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,19 +81,43 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     Returns:
         The 0-d norm of all gradients before clipping, the same on every rank.
     """
+    meshes = _by_mesh(parameters)
+    norms = []
+    for members in meshes:
+        norm = get_total_norm([p.grad for p in members if p.grad is not None], norm_type)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = get_total_norm(norms, norm_type)
+    for members in meshes:
+        clip_grads_with_norm_(members, max_norm, total)
+    return total
+
+
+class GradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler` for an optimizer of a replicated backbone and sharded heads together.
+
+    What overflows on one rank is skipped on all: DTensor agrees on that of a shard, averaging has spread that
+    of a replicated gradient. With an optimizer for each, one would step where the other skips.
+    """
+
+    def _unscale_grads_(  # the method in which torch's looks at gradients
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        found: dict[torch.device, Tensor] = {}
+        for members in _by_mesh(p for group in optimizer.param_groups for p in group["params"]):
+            part: Any = SimpleNamespace(param_groups=[{"params": members}])
+            for device, value in super()._unscale_grads_(part, inv_scale, found_inf, allow_fp16).items():
+                found[device] = torch.maximum(found.get(device, value), value)
+        return found
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those with a gradient, plain ones apart from DTensors, because torch computes on lists of one kind."""
     meshes: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             meshes.setdefault(mesh, []).append(parameter)
-    norms = []
-    for members in meshes.values():
-        norm = get_total_norm([p.grad for p in members if p.grad is not None], norm_type)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = get_total_norm(norms, norm_type)
-    for members in meshes.values():
-        clip_grads_with_norm_(members, max_norm, total)
-    return total
+    return list(meshes.values())
 
 
 class Exchange:
@@ -185,7 +211,8 @@ class _Gather(torch.autograd.Function):
         ctx.counts, ctx.group = counts, group
         own = _pad(rows, [len(rows)], max(1, *counts))
         everyones = rows.new_empty(len(counts) * len(own), *rows.shape[1:])
-        all_gather(everyones, own, group=group)
+        with _naming("gathering the batch", group):
+            all_gather(everyones, own, group=group)
         return torch.cat([block[:n] for block, n in zip(everyones.split(len(own)), counts, strict=True)])
 
     @staticmethod
@@ -194,7 +221,8 @@ class _Gather(torch.autograd.Function):
         dtype = torch.promote_types(grad.dtype, torch.float32)
         most = max(1, *ctx.counts)
         own = grad.new_empty(most, *grad.shape[1:], dtype=dtype)
-        reduce_scatter(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
+        with _naming("summing the embeddings' gradient", ctx.group):
+            reduce_scatter(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
         return own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
 
 
@@ -207,10 +235,12 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lse_r, cos_r, max_r, group):  # type: ignore[no-untyped-def]
         largest = torch.stack([lse_r, max_r])  # (2, N)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        with _naming("combining the shards", group):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
         top, max_neg = largest[0].masked_fill(largest[0].isneginf(), 0), largest[1]  # (N,)
         sums = torch.stack([(lse_r - top).exp(), cos_r])  # (2, N)
-        dist.all_reduce(sums, group=group)
+        with _naming("combining the shards", group):
+            dist.all_reduce(sums, group=group)
         lse = top + sums[0].log()  # (N,)
         ctx.group = group
         ctx.save_for_backward(lse_r, lse)
@@ -222,7 +252,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, g_lse, g_cos, _):  # type: ignore[no-untyped-def]
         lse_r, lse = ctx.saved_tensors
         g = torch.stack([g_lse, g_cos])  # (2, N)
-        dist.all_reduce(g, group=ctx.group)
+        with _naming("averaging the ranks' gradients", ctx.group):
+            dist.all_reduce(g, group=ctx.group)
         g /= dist.get_world_size(ctx.group)
         flows = (g[0] != 0) & ~lse_r.isneginf()  # no gradient stays none where lse is nan or has no terms
         return torch.where(flows, g[0] * (lse_r - lse).exp(), 0), g[1], None, None
@@ -238,7 +269,8 @@ class _Replicate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
+        with _naming("averaging the ranks' gradients", ctx.group):
+            dist.all_reduce(grad, group=ctx.group)
         return grad / dist.get_world_size(ctx.group), None
 
 
@@ -270,6 +302,18 @@ def _pad(rows: Tensor, counts: Sequence[int], most: int) -> Tensor:
     return padded.flatten(0, 1)
 
 
+@contextmanager
+def _naming(work: str, group: ProcessGroup) -> Iterator[None]:
+    """Says what failed where; the backend's own message knows an address and no rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{work} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: another rank has "
+            f"ended, hangs or cannot be reached, and its own output says why. {error}"
+        ) from error
+
+
 def _agree(
     group: ProcessGroup,
     device: torch.device,
@@ -286,7 +330,8 @@ def _agree(
     said = {name: str(fact) for name, fact in facts.items()}
     own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
     table = own.new_empty(dist.get_world_size(group) * 3)
-    all_gather(table, own, group=group)
+    with _naming("agreeing on the batch", group):
+        all_gather(table, own, group=group)
     counts, refused, digests = table.view(-1, 3).T.tolist()
     if not any(refused) and len(set(digests)) == 1:
         return counts

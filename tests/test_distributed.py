@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss
-from cosface_kernels.distributed import class_range, clip_grad_norm_, empty_weight
+from cosface_kernels.distributed import GradScaler, class_range, clip_grad_norm_, empty_weight
 
 WORLDS = range(1, LARGEST_WORLD + 1)
 IGNORED = -100
@@ -390,3 +390,48 @@ def test_half_precision_features(ranks, dtype):
     got = torch.cat([r[1] for r in results]) / world
     assert got.dtype == dtype
     assert relative_error(got, x.grad) < 2 * torch.finfo(dtype).eps
+
+
+def _train_in_half_precision(rank, group, broken):
+    """Scales of the GradScaler, and weights before and after the step whose gradient overflows on rank 1 alone."""
+    torch.manual_seed(0)
+    backbone = DistributedDataParallel(nn.Linear(6, 16), process_group=group)
+    head = FusedCosFaceLoss(9, 16, scale=16.0, process_group=group)
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    rng = torch.Generator().manual_seed(rank)
+    scales, weights = [], []
+    for step in range(3):
+        data, labels = torch.randn(4, 6, generator=rng), torch.randint(9, (4,), generator=rng)
+        with torch.autocast("cpu", torch.float16):
+            embeddings = backbone(data)
+            loss = head(embeddings, labels)
+        overflows = step == 1 and rank == 1
+        if overflows and broken == "backbone":
+            embeddings.register_hook(lambda grad: grad * torch.inf)
+        scaler.scale(loss).backward()
+        if overflows and broken == "head":
+            head.weight.grad.to_local()[0, 0] = torch.inf
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(parameters, 1.0)
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+        scaler.update()
+        scales.append((scaler.get_scale(), norm.isfinite().item()))
+        weights.append((backbone.module.weight.detach().clone(), head.weight.full_tensor().detach().clone()))
+    return embeddings.dtype, scales, weights
+
+
+@pytest.mark.parametrize("broken", ["head", "backbone"])
+def test_an_overflow_on_one_rank_is_agreed(ranks, broken):
+    """What overflows on one rank is skipped on all, and all halve their scale."""
+    results = ranks.results(3, _train_in_half_precision, broken)
+    for dtype, scales, weights in results:
+        assert dtype == torch.float16
+        assert scales == [(1024.0, True), (512.0, False), (512.0, True)]
+        for mine, first in zip(weights, results[0][2], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(mine, first, strict=True))
+        for before, after, later in zip(*weights, strict=True):
+            assert torch.equal(before, after)
+            assert not torch.equal(after, later)
