@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 256  # of the similarity matrix at a time
-TILE = 4096  # rows and columns at a time, where memory must not grow with the number of images: 64 MiB of float32
+TILE = 2048  # rows and columns at a time, where memory must not grow with the number of pairs: 16 MiB of float32
 BINS = 2**22  # of [-1, 1]: 4.8e-7 wide, which is what rounding does to a float32 cosine of 512 components
 
 Flip = Literal["sum", "concatenate"] | None

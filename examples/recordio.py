@@ -52,18 +52,18 @@ class Record:
 
     Attributes:
         labels: float32, (1,) if the label is a scalar, else the label array.
-        data: encoded image, or nothing.
+        data: encoded image, or nothing; of a file, a view of the mapped bytes.
         flag: 0 for a scalar label, else the length of the label array.
         id: as the writer chose it.
     """
 
     labels: np.ndarray
-    data: bytes
+    data: bytes | memoryview
     flag: int = 0
     id: int = 0
 
     @classmethod
-    def unpack(cls, payload: bytes) -> Record:
+    def unpack(cls, payload: bytes | memoryview) -> Record:
         """
         >>> Record.unpack(Record(np.float32([7]), b"image").pack()).data
         b'image'
@@ -116,7 +116,7 @@ class RecordFile:
             raise RecordError(
                 f"The key {self._sorted_keys[repeated[0]]} occurs twice in the index of {self.path}."
             )
-        self._map: mmap.mmap | None = None
+        self._map: memoryview | None = None
         self._side_car = _read_side_car(side_car(self.path))
         self._property = _read_property(self.path.with_name("property"))
         self.keys, self._identity_keys = self._layout()
@@ -159,11 +159,11 @@ class RecordFile:
         key = int(self.keys[i])
         record = self.record(key)
         if self._side_car is None:
-            return record.data, self._label(key, record)
+            return bytes(record.data), self._label(key, record)
         label = int(self._side_car[i])
         if np.float32(label) != record.labels[0]:
             raise self._corrupt(key, f"its label is {record.labels[0]:g}, and {side_car(self.path)} has {label}")
-        return record.data, label
+        return bytes(record.data), label
 
     def record(self, key: int) -> Record:
         """The record of a key, parts joined.
@@ -176,7 +176,7 @@ class RecordFile:
         if position == len(self._sorted_keys) or self._sorted_keys[position] != key:
             raise KeyError(f"{self.path} has no record of key {key}.")
         if self._map is None:
-            self._map = _map(self.path)
+            self._map = memoryview(_map(self.path))
         try:
             return Record.unpack(read_payload(self._map, int(self._offsets[self._by_key[position], 1])))
         except RecordError as error:
@@ -224,9 +224,9 @@ class RecordFile:
         return {**self.__dict__, "_map": None}
 
 
-def read_payload(file: bytes | mmap.mmap, offset: int) -> bytes:
+def read_payload(file: bytes | memoryview, offset: int) -> bytes | memoryview:
     """The payload of the record that begins at a byte; parts are joined by the magic that separated them."""
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     while True:
         if not 0 <= offset <= len(file) - PREFIX.size:
             raise RecordError(f"its header at byte {offset} lies beyond the file's {len(file)} bytes")
@@ -241,7 +241,7 @@ def read_payload(file: bytes | mmap.mmap, offset: int) -> bytes:
             raise RecordError(f"its {length} bytes from byte {start} on end beyond the file's {len(file)} bytes")
         parts.append(file[start : start + length])
         if part in (WHOLE, END):
-            return MAGIC_BYTES.join(parts)
+            return parts[0] if part == WHOLE else MAGIC_BYTES.join(parts)
         offset = start + (length + 3 & ~3)
 
 

@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -231,7 +232,11 @@ def test_flipped_bits(tmp_path_factory, bits):
 def test_oversized_numbers(tmp_path_factory, position, number):
     damaged = bytearray(GOOD)
     damaged[position : position + 4] = struct.pack("<I", number)
+    tracemalloc.start()
     read_everything(tmp_path_factory.mktemp("records"), bytes(damaged), INDEX)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 @given(
