@@ -15,7 +15,7 @@ The .idx file is text, a line "key<TAB>offset" per record. Two layouts exist, to
                 [first, last) are the keys of its images (insightface)
     otherwise   every key is an image (mxnet's im2rec)
 
-All these labels are float32, exact up to 2^24 = 16,777,216. So train.labels.npy may hold the images' labels once
+All these labels are float32, exact below 2^24 = 16,777,216. So train.labels.npy may hold the images' labels once
 more, int64, in the order of their keys in train.idx; where it exists, it counts. mxnet does not look at it.
 """
 
@@ -39,7 +39,7 @@ PREFIX = struct.Struct("<II")
 HEADER = struct.Struct("<IfQQ")
 LENGTH_BITS = 29
 WHOLE, BEGIN, MIDDLE, END = range(4)
-EXACT = 2**24  # float32 holds every integer up to here
+EXACT = 2**24  # float32 holds every integer below, and this one stands for the next one too
 
 
 class RecordError(ValueError):
@@ -147,9 +147,10 @@ class RecordFile:
 
     def _exact_end(self, rounded: np.float32) -> int:
         """The key after the last image. Where float32 only has it nearly: identities have no data, images do."""
-        end, off_by = int(rounded), int(np.spacing(rounded)) if rounded > EXACT else 0
-        near = range(end - off_by, end + off_by + 1)
-        return next((key for key in near if off_by and not self.record(key).data), end)
+        if rounded < EXACT:
+            return int(rounded)
+        near = self._sorted_keys[np.abs(self._sorted_keys - float(rounded)) <= np.spacing(rounded)]
+        return next((key for key in near.tolist() if not self.record(key).data), int(rounded))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -202,18 +203,18 @@ class RecordFile:
         rows = []
         for key in self._identity_keys.tolist():
             labels = self.record(key).labels
-            if len(labels) != 2 or not np.isfinite(labels).all():
-                raise self._corrupt(key, f"an identity's labels are two keys, and these are {labels.tolist()}")
+            if len(labels) != 2 or not 1 <= labels[0] <= labels[1] <= np.float32(len(self) + 1):
+                raise self._corrupt(key, f"its labels should be two keys of images, and are {labels.tolist()}")
             rows.append((key, *map(int, labels)))
         return np.array(rows, np.int64).reshape(-1, 3)
 
     def _label(self, key: int, record: Record) -> int:
         label = float(record.labels[0])
-        if not (0 <= label <= EXACT and label.is_integer()):
+        if not (0 <= label < EXACT and label.is_integer()):
             raise self._corrupt(
                 key,
-                f"its label is {label:g}; float32 labels are integers from 0 to {EXACT}, and larger ones are "
-                f"needed in {side_car(self.path)}",
+                f"its label is {label:g}; float32 holds labels from 0 to {EXACT - 1}, and others are needed "
+                f"in {side_car(self.path)}",
             )
         return int(label)
 

@@ -136,7 +136,9 @@ def test_labels_beyond_float32(tmp_path):
     with pytest.raises(RecordError, match=r"should hold int64 labels in one dimension, not float64 \(4,\)"):
         RecordFile(tmp_path)
     side_car.unlink()
-    assert RecordFile(tmp_path)[1] == (b"image", 2**24)
+    assert RecordFile(tmp_path)[0] == (b"image", 2**24 - 1)
+    with pytest.raises(RecordError, match=r"key 2 .* its label is 1\.67772e\+07; float32 holds .* 0 to 16777215"):
+        RecordFile(tmp_path)[1]
     with pytest.raises(
         RecordError, match=r"key 4 .* its label is 2\.14748e\+09; .* needed in .*train\.labels\.npy"
     ):
@@ -200,12 +202,13 @@ def read_everything(folder: Path, record_bytes: bytes, index: str) -> None:
         with only_record_errors(f"key {key} in"):
             image, label = file[i]
             assert len(image) <= len(record_bytes)
-            assert 0 <= label <= 2**24
+            assert 0 <= label < 2**24
     for attribute in ("identities", "labels", "num_classes"):
         with only_record_errors("key "):
             getattr(file, attribute)
 
 
+FLOATS = struct.unpack("<4I", struct.pack("<4f", float("inf"), 1e30, 2**24, 3e7))
 INDEX = "0\t0\n1\t40\n2\t80\n3\t132\n4\t176\n5\t216\n"
 
 
@@ -228,7 +231,7 @@ def test_flipped_bits(tmp_path_factory, bits):
     read_everything(tmp_path_factory.mktemp("records"), bytes(damaged), INDEX)
 
 
-@given(st.sampled_from(range(0, len(GOOD), 4)), st.sampled_from([2**29 - 1, 2**31, 2**32 - 1, 0x7F800000, 2**24]))
+@given(st.sampled_from(range(0, len(GOOD), 4)), st.sampled_from([2**29 - 1, 2**31, 2**32 - 1, 2**24, *FLOATS]))
 def test_oversized_numbers(tmp_path_factory, position, number):
     damaged = bytearray(GOOD)
     damaged[position : position + 4] = struct.pack("<I", number)
@@ -251,7 +254,7 @@ def test_a_damaged_index(tmp_path_factory, index):
     ("payload", "message"),
     [
         (b"short", r"key 1 in .*train\.rec is corrupt: it has 5 bytes, and the header alone takes 24"),
-        (scalar(float("nan"), b""), r"its label is nan; float32 labels are integers from 0 to 16777216"),
+        (scalar(float("nan"), b""), r"its label is nan; float32 holds labels from 0 to 16777215"),
         (scalar(0.5, b""), r"its label is 0\.5;"),
         (scalar(-1, b""), r"its label is -1;"),
         (
@@ -297,6 +300,14 @@ def test_a_corrupt_record_0_is_named(tmp_path, payloads, message):
     path = write_by_hand(tmp_path, payloads)
     with pytest.raises(RecordError, match=message):
         RecordFile(path)
+
+
+@pytest.mark.parametrize("ends", [[0, 1], [2, 1], [1, 3], [1, float("inf")], [float("nan"), 1], [1]])
+def test_a_corrupt_identity_is_named(tmp_path, ends):
+    path = write_by_hand(tmp_path, {0: array([2, 3]), 1: scalar(0, b"image"), 2: array(ends)})
+    assert RecordFile(path)[0] == (b"image", 0)
+    with pytest.raises(RecordError, match=r"key 2 .* its labels should be two keys of images, and are \["):
+        _ = RecordFile(path).identities
 
 
 @pytest.mark.parametrize(
