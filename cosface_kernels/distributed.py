@@ -202,6 +202,12 @@ class Exchange:
         """lse, target_cos and max_neg, each (N,), over all classes from those over the classes of each rank."""
         return _combine(lse, target_cos, max_neg, self.group)
 
+    def sum(self, rows: Tensor) -> Tensor:
+        """The sum over the ranks, without a gradient."""
+        rows = rows.clone()
+        dist.all_reduce(rows, group=self.group)
+        return rows
+
 
 class _Gather(torch.autograd.Function):
     """Rows of all ranks; backward sums over the ranks, in float32 at least, and keeps the rows of this one."""

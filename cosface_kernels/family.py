@@ -19,9 +19,12 @@ from cosface_kernels.margins import (
     AnnealedSphereFaceMargin,
     ArcFaceMargin,
     CombinedMargin,
+    CurricularFaceMargin,
     GBCosFaceMargin,
     KappaFaceMargin,
+    LSoftmaxMargin,
     MagFaceMargin,
+    MVSoftmaxMargin,
     SphereFaceMargin,
     X2SoftmaxMargin,
 )
@@ -83,10 +86,11 @@ class FusedCombinedMarginLoss(FusedMarginLoss):
         margin: Sequence[float] = (1.0, 0.5, 0.0),
         scale: float | Tensor = 64.0,
         *,
+        filter_above: float | None = None,
         straight_through: bool = False,
         **options: Any,
     ) -> None:
-        psi = CombinedMargin(margin, straight_through=straight_through)
+        psi = CombinedMargin(margin, filter_above=filter_above, straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
 
 
@@ -137,6 +141,86 @@ class FusedASoftmaxLoss(FusedMarginLoss):
     ) -> None:
         psi = AnnealedSphereFaceMargin(margin, base=base, gamma=gamma, lambda_min=lambda_min)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedSoftmaxLoss(FusedMarginLoss):
+    """Plain softmax over <x, w_j>, nothing normalised, without a bias; `margin` is 0.
+
+    Source: Wang et al., CosFace, arXiv:1801.09414, Eq. 1, with B = 0.
+    """
+
+    normalize_embeddings = normalize_weight = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.0,
+        scale: float | Tensor = 1.0,
+        **options: Any,
+    ) -> None:
+        if margin != 0:
+            raise ValueError(f"margin must be 0, because the plain softmax has none, got {margin!r}.")
+        super().__init__(num_classes, embedding_size, margin, scale, **options)
+
+
+class FusedLSoftmaxLoss(FusedMarginLoss):
+    """L-Softmax, logits <x, w_j> with the target's |x||w_y| psi(theta); `margin` >= 1; see `LSoftmaxMargin`.
+
+    Source: Liu et al., Large-Margin Softmax, arXiv:1612.02295; pytorch-metric-learning's `LargeMarginSoftmaxLoss`,
+    whose m = 4 and s = 1 are the defaults.
+    """
+
+    normalize_embeddings = normalize_weight = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 4.0,
+        scale: float | Tensor = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, LSoftmaxMargin(margin), scale, **options)
+
+
+class FusedCurricularFaceLoss(FusedMarginLoss):
+    """CurricularFace, ArcFace with hard negatives that weigh more as training goes on; see `CurricularFaceMargin`.
+
+    Source: HuangYG123/CurricularFace (head/metrics.py): m = 0.5, s = 64, averages at a rate of 0.01.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        scale: float | Tensor = 64.0,
+        *,
+        rate: float = 0.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, CurricularFaceMargin(margin, rate=rate), scale, **options)
+
+
+class FusedMVSoftmaxLoss(FusedMarginLoss):
+    """MV-Softmax, and with margin 0 SV-Softmax: hard negatives weigh more; see `MVSoftmaxMargin`.
+
+    Source: xiaoboCASIA/SV-X-Softmax: m = 0.35, t = 0.2, s = 32.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.35,
+        scale: float | Tensor = 32.0,
+        *,
+        t: float = 0.2,
+        arc: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, MVSoftmaxMargin(margin, t=t, arc=arc), scale, **options)
 
 
 class FusedAdaFaceLoss(FusedMarginLoss):

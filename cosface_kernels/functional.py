@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,7 @@ def margin_softmax_loss(
     backend: str | None = None,
     return_stats: bool = False,
     normalize_embeddings: bool = True,
+    normalize_weight: bool = True,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
 
@@ -129,9 +130,10 @@ def margin_softmax_loss(
 
     Args:
         margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m; or one of
-            `cosface_kernels.margins`, which may also look at the embeddings' norms or replace the loss. Samples
-            that are ignored pass through psi with cosine 0 and their result is dropped.
+            `cosface_kernels.margins`, which may also look at the embeddings' norms, replace the loss or reshape
+            the negatives. Samples that are ignored pass through psi with cosine 0 and their result is dropped.
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
+        normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
 
@@ -167,13 +169,20 @@ def margin_softmax_loss(
         s = s * Rows(embeddings, targets).norms().clamp_min(EPS)  # (N,)
 
     own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
+    rows = Rows(embeddings, targets, weight if ranks is None else None)
+    options: dict[str, Any] = {"normalize_weight": normalize_weight}
+    if isinstance(margin, Margin) and margin.reshapes_negatives:
+        with torch.no_grad():
+            target_cos = _target_cosines(*own[:3])  # (N,)
+            target_cos = ranks.sum(target_cos) if ranks else target_cos
+            options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
     lmcl = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl
-    loss, lse, target_cos, max_neg, _ = lmcl(*own, m, backend)  # each (N,)
+    loss, lse, target_cos, max_neg, _ = lmcl(*own, m, backend, **options)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
     if isinstance(margin, Margin):
         # masked before and after: a nan in an ignored sample must not reach a gradient
-        loss = margin.loss(torch.where(valid, lse, 0), target_cos, s, Rows(embeddings, targets))  # (N,)
+        loss = margin.loss(torch.where(valid, lse, 0), target_cos, s, rows)  # (N,)
         loss = torch.where(valid, loss, 0)  # (N,)
     elif ranks or callable(margin):
         psi = margin(target_cos) if callable(margin) else target_cos - m  # (N,)
@@ -192,13 +201,21 @@ def margin_softmax_loss(
     return (reduced, stats) if return_stats else reduced
 
 
-def cosine_logits(embeddings: Tensor, weight: Tensor, *, scale: float | Tensor = 1.0) -> Tensor:
+def cosine_logits(
+    embeddings: Tensor,
+    weight: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    normalize_embeddings: bool = True,
+    normalize_weight: bool = True,
+) -> Tensor:
     """s cos_ij without a margin, for inference over known classes; differentiable.
 
     A sharded weight is gathered whole on each of its ranks, which must all make the call.
 
     Args:
         embeddings: (N, D); weight: (C, D); scale: a number or a 0-d tensor.
+        normalize_embeddings, normalize_weight: if not, s |x_i| cos_ij, s |w_j| cos_ij, or s <x_i, w_j>.
 
     Returns:
         (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
@@ -207,9 +224,19 @@ def cosine_logits(embeddings: Tensor, weight: Tensor, *, scale: float | Tensor =
     dtype = compute_dtype(embeddings, weight)
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     with torch.autocast(embeddings.device.type, enabled=False):
-        x = scale * F.normalize(embeddings.to(dtype))  # (N, D)
-        chunks = torch.split(weight, LOGITS_CHUNK)
-        return torch.cat([x @ F.normalize(w.to(dtype)).T for w in chunks], dim=1)  # (N, C)
+        x = embeddings.to(dtype)  # (N, D)
+        x = scale * (F.normalize(x) if normalize_embeddings else x)
+        chunks = (w.to(dtype) for w in torch.split(weight, LOGITS_CHUNK))
+        return torch.cat([x @ (F.normalize(w) if normalize_weight else w).T for w in chunks], dim=1)  # (N, C)
+
+
+def _target_cosines(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """(N,) cosines with the targets, 0 where there is none, ahead of the pass over all classes."""
+    dtype, has_target = compute_dtype(x, w), targets >= 0  # (N,)
+    if not len(w):  # a rank that owns no class
+        return x.new_zeros(len(x), dtype=dtype)
+    x_hat, w_hat = (F.normalize(rows.to(dtype)) for rows in (x, w[targets.clamp_min(0)]))  # (N, D)
+    return torch.where(has_target, (x_hat * w_hat).sum(1), 0)
 
 
 def _reduce(loss: Tensor, valid: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:

@@ -53,7 +53,7 @@ class FusedMarginLoss(nn.Module):
     torch.Size([])
     """
 
-    normalize_embeddings = True
+    normalize_embeddings = normalize_weight = True
     scale: float | Tensor
 
     def __init__(
@@ -138,11 +138,18 @@ class FusedMarginLoss(nn.Module):
             backend=self.backend,
             return_stats=return_stats,
             normalize_embeddings=self.normalize_embeddings,
+            normalize_weight=self.normalize_weight,
         )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(N, num_classes) logits s cos_ij without a margin; see `cosine_logits`."""
-        return cosine_logits(embeddings, self.weight, scale=self.scale)
+        return cosine_logits(
+            embeddings,
+            self.weight,
+            scale=self.scale,
+            normalize_embeddings=self.normalize_embeddings,
+            normalize_weight=self.normalize_weight,
+        )
 
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f"margin={self.margin}, "

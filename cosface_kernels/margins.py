@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cosface_kernels.reference import softplus
+from cosface_kernels.reference import EPS, softplus
 from cosface_kernels.validation import check_interval, check_margin
 
 UNIT_NORM = 1e-2  # norms that are all this close to 1 are those of normalised embeddings, in any dtype
@@ -29,10 +29,12 @@ class Rows:
     Attributes:
         embeddings: (N, D), as given to the loss.
         targets: (N,) int64 classes, negative for a sample that has no loss.
+        weight: (C, D) class centres, or None if they are sharded.
     """
 
     embeddings: Tensor
     targets: Tensor
+    weight: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -45,7 +47,17 @@ class Rows:
 
 
 class Margin(nn.Module):
-    """Base of the margins. A subclass defines psi as `forward(cos, rows)`; some replace `loss`."""
+    """Base of the margins. A subclass defines psi as `forward(cos, rows)`; some replace `loss`.
+
+    One that `reshapes_negatives` also has `negatives(cos, rows)`, which is called first, without a graph. It
+    returns (N,) thresholds, above which a negative's cosine c enters the softmax as (q c + a) c + b, and (3,) q, a
+    and b.
+    """
+
+    reshapes_negatives = False
+
+    def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def __init__(self, *, straight_through: bool = False) -> None:
         super().__init__()
@@ -157,11 +169,79 @@ class ArcFaceMargin(Margin):
         return f"margin={self.margin}, straight_through={self.straight_through}"
 
 
+class CurricularFaceMargin(ArcFaceMargin):
+    """ArcFace's psi; a negative c above cos(theta + m) becomes c (t + c), harder as training goes on.
+
+    State: `t`, the average of the target cosines over batches, this one included; it starts at 0.
+
+    Args:
+        margin: m in [0, pi), in radians.
+        rate: of the average.
+
+    Source: Huang et al., CurricularFace, arXiv:2004.00288, Eq. 7-12; HuangYG123/CurricularFace (head/metrics.py).
+    """
+
+    reshapes_negatives = True
+    t: Tensor
+
+    def __init__(self, margin: float = 0.5, *, rate: float = 0.01) -> None:
+        super().__init__(margin)
+        _check_rate(rate)
+        self.rate = rate
+        self._register_state("t", 0.0)
+
+    def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.training:
+            mean, _ = mean_and_std(cos, rows.valid)
+            update_average(self.t, mean, self.rate)
+        return _cos_of_sum(cos, self.margin), _polynomial(cos, 1.0, self.t, 0.0)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, rate={self.rate}"
+
+
+class MVSoftmaxMargin(Margin):
+    """psi = c - m where c > 0, else c; a negative c_j above c - m becomes (1 + t) c_j + t, as if it were closer.
+
+    With m = 0 it is SV-Softmax.
+
+    Args:
+        margin: m, or in [0, pi) radians with `arc`.
+        t: >= 0, how much harder hard negatives are made.
+        arc: cos(theta + m) takes the place of c - m.
+
+    Source: Wang et al., Mis-classified Vector Guided Softmax Loss, arXiv:1912.00833, Eq. 8-10;
+    xiaoboCASIA/SV-X-Softmax.
+    """
+
+    reshapes_negatives = True
+
+    def __init__(self, margin: float = 0.35, *, t: float = 0.2, arc: bool = False) -> None:
+        super().__init__()
+        check_interval("margin", margin, "[0, pi) radians" if arc else "[0, 2)", 0, math.pi if arc else 2)
+        check_interval("t", t, "[0, inf)", 0, math.inf)
+        self.margin, self.t, self.arc = margin, t, arc
+
+    def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        return self._lowered(cos), _polynomial(cos, 0.0, 1 + self.t, self.t)
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        return torch.where(cos > 0, self._lowered(cos), cos)
+
+    def _lowered(self, cos: Tensor) -> Tensor:
+        return _cos_of_sum(cos, self.margin) if self.arc else cos - self.margin
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, t={self.t}, arc={self.arc}"
+
+
 class CombinedMargin(Margin):
     """psi = cos(m1 theta + m2) - m3: SphereFace's, ArcFace's and CosFace's margin at once, without a guard.
 
     Args:
         margins: m1 >= 1, m2 in [0, pi) radians, m3.
+        filter_above: insightface's inter-class filter: a negative cosine above it is taken for 0, because its
+            class is likely to be the same person under another label. None: no filter.
         straight_through: the gradient of psi = c, as in insightface; Paddle's is exact.
 
     Source: Deng et al., ArcFace, arXiv:1801.07698, Eq. 4; deepinsight/insightface
@@ -171,21 +251,35 @@ class CombinedMargin(Margin):
     tensor([0.3000])
     """
 
-    def __init__(self, margins: Sequence[float] = (1.0, 0.5, 0.0), *, straight_through: bool = False) -> None:
+    def __init__(
+        self,
+        margins: Sequence[float] = (1.0, 0.5, 0.0),
+        *,
+        filter_above: float | None = None,
+        straight_through: bool = False,
+    ) -> None:
         super().__init__(straight_through=straight_through)
         if not isinstance(margins, Sequence) or len(margins) != 3:
             raise ValueError(f"margins must be three numbers (m1, m2, m3), got {margins!r}.")
         check_interval("m1", margins[0], "[1, inf)", 1, math.inf)
         check_interval("m2", margins[1], "[0, pi) radians", 0, math.pi)
         check_margin(margins[2])
-        self.margins = tuple(margins)
+        if filter_above is not None:
+            check_interval("filter_above", filter_above, "[-1, 1]", -1, math.nextafter(1, 2))
+        self.margins, self.filter_above = tuple(margins), filter_above
+        self.reshapes_negatives = filter_above is not None
+
+    def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        return torch.full_like(cos, self.filter_above or 0.0), cos.new_zeros(3)
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
         m1, m2, m3 = self.margins
         return torch.cos(m1 * _angle(cos) + m2) - m3
 
     def extra_repr(self) -> str:
-        return f"margins={self.margins}, straight_through={self.straight_through}"
+        return (
+            f"margins={self.margins}, filter_above={self.filter_above}, straight_through={self.straight_through}"
+        )
 
 
 class SphereFaceMargin(Margin):
@@ -213,6 +307,28 @@ class SphereFaceMargin(Margin):
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, straight_through={self.straight_through}"
+
+
+class LSoftmaxMargin(SphereFaceMargin):
+    """|w_y| psi with SphereFace's psi, for logits <x, w_j> of weights that are not normalised.
+
+    The length of w_y has a gradient of its own, for which backward takes a second (C, D) buffer.
+
+    Args:
+        margin: m >= 1, the factor of the angle.
+
+    Source: Liu et al., Large-Margin Softmax, arXiv:1612.02295, Eq. 4-6.
+    """
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        """From `cos` = <x_i, w_y> / |x_i|; without rows, SphereFace's psi of a cosine."""
+        if rows is None:
+            return super().forward(cos)
+        if rows.weight is None:
+            raise ValueError("L-Softmax needs all class centres on one process, got a sharded weight.")
+        own = rows.weight[rows.targets.clamp_min(0)]  # (N, D)
+        length = torch.linalg.vector_norm(own, dim=1, dtype=cos.dtype)  # (N,)
+        return length * super().forward(cos / length.clamp_min(EPS))
 
 
 class AnnealedSphereFaceMargin(SphereFaceMargin):
@@ -537,6 +653,11 @@ def _angle(cos: Tensor) -> Tensor:
 
 def _cos_of_sum(cos: Tensor, angle: float) -> Tensor:
     return cos * math.cos(angle) - _sine(cos) * math.sin(angle)
+
+
+def _polynomial(cos: Tensor, *coefficients: float | Tensor) -> Tensor:
+    """q, a and b on the device of the cosines, without a copy from the host."""
+    return torch.stack([c.to(cos.dtype) if isinstance(c, Tensor) else cos.new_full((), c) for c in coefficients])
 
 
 def _check_rate(rate: float) -> None:

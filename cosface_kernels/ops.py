@@ -49,12 +49,15 @@ def lmcl(
     backend: str | None,
     classes: Tensor | None = None,
     cache_bytes: int = 0,
+    normalize_weight: bool = True,
+    thresholds: Tensor | None = None,
+    negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, lse, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them.
 
     The arguments after `backend` are those of `Options`; the fifth result, uint8, is lmcl_backward's cache.
     """
-    options = Options(classes, cache_bytes)
+    options = Options(classes, cache_bytes, normalize_weight, thresholds, negatives)
     if not w.shape[0]:  # a rank that owns no class
         zeros, nothing = (x.new_full((2, x.shape[0]), fill, dtype=compute_dtype(x, w)) for fill in (0, -torch.inf))
         return zeros[0], nothing[0].clone(), zeros[1].clone(), nothing[1].clone(), empty_cache(x)
@@ -65,7 +68,7 @@ def lmcl(
 
 
 @lmcl.register_fake
-def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0, *_):  # type: ignore[no-untyped-def]
     rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(4))
     return *rows, x.new_empty(Options(classes, cache_bytes).cache_size(x, w), dtype=torch.uint8)
 
@@ -85,12 +88,15 @@ def lmcl_backward(
     backend: str | None,
     classes: Tensor | None = None,
     cache_bytes: int = 0,
+    normalize_weight: bool = True,
+    thresholds: Tensor | None = None,
+    negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dw (C, D) and dscale (N,), as `cosface_kernels.reference.backward` defines them.
 
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
-    options = Options(classes, cache_bytes)
+    options = Options(classes, cache_bytes, normalize_weight, thresholds, negatives)
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
         return dx, dw, torch.zeros_like(lse)
@@ -100,7 +106,7 @@ def lmcl_backward(
 
 
 @lmcl_backward.register_fake
-def _(x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, backend, classes=None, cache_bytes=0):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, backend, classes=None, *_):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape if need_dx else (0,))
     rows = w.shape[0] if classes is None else classes.shape[0]
     dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
@@ -126,12 +132,16 @@ def lmcl_backward_update_(
     backend: str | None,
     classes: Tensor | None = None,
     cache_bytes: int = 0,
+    normalize_weight: bool = True,
+    thresholds: Tensor | None = None,
+    negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx and dscale as lmcl_backward has them; w and the optimizer's state move, as `reference.move_rows` defines.
 
     rule, step, seed and numbers are the fields of `Update`, in order.
     """
-    options, update = Options(classes, cache_bytes, updates=True), Update.unflat(rule, step, seed, numbers)
+    options = Options(classes, cache_bytes, normalize_weight, thresholds, negatives, updates=True)
+    update = Update.unflat(rule, step, seed, numbers)
     return cast(UpdatingBackend, select(backend, x, w, options)).backward_update_(
         x,
         w,
@@ -170,10 +180,12 @@ def apply_update_(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, w, targets, scale, ctx.margin, ctx.backend, classes, ctx.cache_bytes = inputs
+    x, w, targets, scale, ctx.margin, ctx.backend, classes, ctx.cache_bytes, ctx.normalize_weight, *reshape = (
+        inputs
+    )
     _, lse, target_cos, max_neg, cache = output
     ctx.mark_non_differentiable(max_neg, cache)
-    ctx.save_for_backward(x, w, targets, scale, lse, target_cos, classes, cache)
+    ctx.save_for_backward(x, w, targets, scale, lse, target_cos, classes, cache, *reshape)
 
 
 def fold_loss(
@@ -189,14 +201,15 @@ def fold_loss(
 
 
 def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
-    x, w, targets, scale, lse, target_cos, classes, cache = ctx.saved_tensors
+    x, w, targets, scale, lse, target_cos, classes, cache, *reshape = ctx.saved_tensors
     need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
     g_lse, g_cos, dscale_of_psi = fold_loss(
         targets, scale, lse, target_cos - ctx.margin, g_loss, g_lse, g_cos
     )  # (N,) each
     dx, dw, dscale = lmcl_backward(
-        x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes, ctx.cache_bytes
-    )
+        x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes, ctx.cache_bytes,
+        ctx.normalize_weight, *reshape,
+    )  # fmt: skip
     dscale = dscale + dscale_of_psi  # (N,)
     if need_dw and classes is not None:
         dw = torch.sparse_coo_tensor(classes[None], dw, w.shape, is_coalesced=True, check_invariants=False)

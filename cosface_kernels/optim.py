@@ -18,6 +18,7 @@ is unusable, and the next forward, `step()` or `state_dict()` says so.
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -195,15 +196,11 @@ class RowOptimizer(Optimizer):
         weight.grad = ConsumedGradient(weight, finite, self.grad_scaler)
         if not finite:
             self._phases[weight] = SKIPPED
-            dx, _, dscale = ops.lmcl_backward(
-                *tensors, need_dx, False, backend, options.classes, options.cache_bytes
-            )
+            dx, _, dscale = ops.lmcl_backward(*tensors, need_dx, False, backend, *options.flat())
             return dx, dscale
         update, state = self._next_update(weight, self._group_of(weight))
         self._phases[weight] = MOVING
-        dx, dscale = ops.lmcl_backward_update_(
-            *tensors, state, *update.flat(), need_dx, backend, options.classes, options.cache_bytes
-        )
+        dx, dscale = ops.lmcl_backward_update_(*tensors, state, *update.flat(), need_dx, backend, *options.flat())
         self._phases[weight] = MOVED
         return dx, dscale
 
@@ -396,7 +393,7 @@ class _MovesRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, targets, scale, margin, backend, options, owner, weight):  # type: ignore[no-untyped-def]
         ctx.margin, ctx.backend, ctx.options, ctx.owner, ctx.weight = margin, backend, options, owner, weight
-        outputs = ops.lmcl(x, w, targets, scale, margin, backend, options.classes, options.cache_bytes)
+        outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
         _, lse, target_cos, max_neg, cache = outputs
         ctx.mark_non_differentiable(max_neg, cache)
         ctx.save_for_backward(x, w, targets, scale, lse, target_cos, cache)
@@ -432,22 +429,20 @@ def lmcl(
     scale: Tensor,
     margin: float,
     backend: str | None,
-    classes: Tensor | None = None,
-    cache_bytes: int = 0,
+    **fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.lmcl`, whose backward moves the rows of w if an optimizer of this module owns it.
 
     Raises:
         RuntimeError: w is half-way through a step that was interrupted, or the backend cannot move rows.
     """
-    owner = owner_of(w)
+    owner, options = owner_of(w), Options(**fields)
     if owner is not None:
         owner._check_whole(w)
         if torch.is_grad_enabled() and w.requires_grad:
-            select(backend, x, w, Options(classes, cache_bytes, updates=True))
-            options = Options(classes, cache_bytes)
+            select(backend, x, w, replace(options, updates=True))
             return _MovesRows.apply(x, w, targets, scale, margin, backend, options, owner, w)  # type: ignore[no-untyped-call]
-    return ops.lmcl(x, w, targets, scale, margin, backend, classes, cache_bytes)
+    return ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
 
 
 def _check_weight(weight: Tensor) -> None:

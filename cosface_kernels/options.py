@@ -21,12 +21,23 @@ class Options:
         classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
             are positions in it, and dw is (S, D). None: all rows.
         cache_bytes: memory that forward may fill for backward with what backward would compute again.
+        normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
+        thresholds: (N,) tau_i, in the dtype of the results, or None. A hard negative, j != y_i with
+            cos_ij > tau_i, enters the softmax as N(cos_ij) = (q cos_ij + a) cos_ij + b. Without a gradient.
+        negatives: (3,) q, a and b, where there are thresholds. Without a gradient.
         updates: backward moves the rows of the weight by an `Update` and returns no dw.
     """
 
     classes: Tensor | None = None
     cache_bytes: int = 0
+    normalize_weight: bool = True
+    thresholds: Tensor | None = None
+    negatives: Tensor | None = None
     updates: bool = False
+
+    def flat(self) -> tuple[Tensor | None, int, bool, Tensor | None, Tensor | None]:
+        """The arguments of an op for it; whether it updates is which op it is."""
+        return self.classes, self.cache_bytes, self.normalize_weight, self.thresholds, self.negatives
 
     def cache_size(self, x: Tensor, w: Tensor) -> int:
         """Bytes that a cache takes: cache_bytes, or fewer if that is more than all the cosines need."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosface_kernels.options import Update
+from cosface_kernels.options import PLAIN, Options, Update
 
 EPS = 1e-12  # smallest norm that is divided by, as in F.normalize
 
@@ -26,7 +26,7 @@ def softplus(z: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options = PLAIN
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LMCL per sample, differentiable by autograd.
 
@@ -38,22 +38,32 @@ def forward(
         loss, lse, target_cos and max_neg = max_{j != y_i} cos_ij, each (N,).
     """
     dtype = compute_dtype(x, w)
-    cos = F.normalize(x.to(dtype), eps=EPS) @ F.normalize(w.to(dtype), eps=EPS).T  # (N, C)
+    w_hat = F.normalize(w.to(dtype), eps=EPS) if options.normalize_weight else w.to(dtype)  # (C, D)
+    cos = F.normalize(x.to(dtype), eps=EPS) @ w_hat.T  # (N, C)
     is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
     target_cos = cos.masked_fill(~is_target, 0).sum(1)  # (N,)
-    lse = (scale[:, None] * cos).masked_fill(is_target, -torch.inf).logsumexp(1)  # (N,)
+    lse = (scale[:, None] * _reshape(cos, options)[0]).masked_fill(is_target, -torch.inf).logsumexp(1)  # (N,)
     max_neg = cos.detach().masked_fill(is_target, -torch.inf).amax(1)  # (N,)
     loss = softplus(lse - scale * (target_cos - margin)).masked_fill(targets < 0, 0)  # (N,)
     return loss, lse, target_cos, max_neg
 
 
 def backward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, lse: Tensor, g_lse: Tensor, g_cos: Tensor
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    g_lse: Tensor,
+    g_cos: Tensor,
+    *,
+    options: Options = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from those of lse and target_cos, written out.
 
-    G_ij = dL/dcos_ij = s_i g_lse_i p_ij for j != y_i with p_ij = e^{z_ij - lse_i}, and g_cos_i for j = y_i. A row
-    without gradient is zero even if its embedding is not finite.
+    G_ij = dL/dcos_ij = s_i g_lse_i p_ij for j != y_i with p_ij = e^{z_ij - lse_i}, and g_cos_i for j = y_i. Where
+    negatives are reshaped, z_ij = s_i N(cos_ij) and G_ij has N'(cos_ij) for a factor. A row without gradient is
+    zero even if its embedding is not finite.
 
     Returns:
         dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.
@@ -61,15 +71,25 @@ def backward(
     dtype = compute_dtype(x, w)
     active = (g_lse != 0) | (g_cos != 0)  # (N,)
     x_hat, x_norm = _normalize(x.to(dtype).where(active[:, None], 0))
-    w_hat, w_norm = _normalize(w.to(dtype))
+    w_hat, w_norm = _normalize(w.to(dtype)) if options.normalize_weight else (w.to(dtype), None)
     cos = x_hat @ w_hat.T  # (N, C)
     is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
-    p = (scale[:, None] * cos - lse.where(active, torch.inf)[:, None]).exp()  # (N, C)
+    shaped, slope = _reshape(cos, options)  # (N, C)
+    p = (scale[:, None] * shaped - lse.where(active, torch.inf)[:, None]).exp()  # (N, C)
     g_neg = (g_lse[:, None] * p).masked_fill(is_target, 0)  # (N, C)
-    g = torch.where(is_target, g_cos[:, None], scale[:, None] * g_neg)  # (N, C)
+    g = torch.where(is_target, g_cos[:, None], scale[:, None] * g_neg * slope)  # (N, C)
     dx = _unnormalize(g @ w_hat, (g * cos).sum(1), x_hat, x_norm)
-    dw = _unnormalize(g.T @ x_hat, (g * cos).sum(0), w_hat, w_norm)
-    return dx.to(x.dtype), dw.to(w.dtype), (g_neg * cos).sum(1)
+    dw = g.T @ x_hat if w_norm is None else _unnormalize(g.T @ x_hat, (g * cos).sum(0), w_hat, w_norm)
+    return dx.to(x.dtype), dw.to(w.dtype), (g_neg * shaped).sum(1)
+
+
+def _reshape(cos: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """N(cos) and N'(cos), (N, C): the polynomial (q c + a) c + b where c > tau_i, else c."""
+    if options.thresholds is None or options.negatives is None:
+        return cos, torch.ones_like(cos)
+    q, a, b = options.negatives.to(cos.dtype)
+    hard = cos > options.thresholds[:, None]
+    return torch.where(hard, (q * cos + a) * cos + b, cos), torch.where(hard, 2 * q * cos + a, 1)
 
 
 def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:

@@ -40,24 +40,38 @@ cosface::Runtime runtime() {
 // cosface_kernels/options.py: the fields that the kernels see.
 struct Options {
   std::optional<Tensor> classes;
+  bool normalize_weight;
+  std::optional<Tensor> thresholds, negatives;
 
   cosface::Options raw() const {
-    if (!classes) return {};
-    return {classes->const_data_ptr<int64_t>(), classes->numel()};
+    if (!classes) return {.normalize_weight = normalize_weight};
+    return {classes->const_data_ptr<int64_t>(), classes->numel(), normalize_weight};
   }
 };
 
 // The arguments of one call in the compute dtype T. Rows of w that are not adjacent elements are copied.
 template <typename T>
 struct Arguments {
-  Tensor x, w, y, s;
+  Tensor x, w, y, s, tau, polynomial;  // tau (N) and (q, a, b) are undefined where there are no thresholds
 
-  Arguments(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s)
-      : x(in_t(x)), w(cosface::with_adjacent_elements(w)), y(y.contiguous()), s(in_t(s)) {}
+  Arguments(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options)
+      : x(in_t(x)), w(cosface::with_adjacent_elements(w)), y(y.contiguous()), s(in_t(s)) {
+    if (options.thresholds) tau = in_t(*options.thresholds), polynomial = in_t(*options.negatives);
+  }
 
   static Tensor in_t(const Tensor& tensor) { return tensor.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
   cosface::Batch<T> batch() const {
-    return {x.const_data_ptr<T>(), y.const_data_ptr<int64_t>(), s.const_data_ptr<T>(), x.size(0), x.size(1)};
+    cosface::Negatives<T> negatives;
+    if (tau.defined()) {
+      const T* coefficients = polynomial.const_data_ptr<T>();
+      negatives = {tau.const_data_ptr<T>(), coefficients[0], coefficients[1], coefficients[2]};
+    }
+    return {x.const_data_ptr<T>(),
+            y.const_data_ptr<int64_t>(),
+            s.const_data_ptr<T>(),
+            x.size(0),
+            x.size(1),
+            negatives};
   }
   cosface::Weight weight() const { return {w.const_data_ptr(), cosface::dtype_of(w), w.size(0), w.stride(0)}; }
 };
@@ -65,7 +79,7 @@ struct Arguments {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
                                                    const Tensor& s, double margin, const Options& options) {
-  const Arguments<T> arguments(x, w, y, s);
+  const Arguments<T> arguments(x, w, y, s, options);
   Tensor loss = at::empty_like(arguments.s), lse = at::empty_like(loss), target_cos = at::empty_like(loss),
          max_neg = at::empty_like(loss);
   cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), options.raw(), runtime(),
@@ -91,7 +105,7 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                             const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
                                             const Options& options, bool need_dx, bool need_dw) {
-  const Arguments<T> arguments(x, w, y, s);
+  const Arguments<T> arguments(x, w, y, s, options);
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dw = need_dw ? empty_gradient(w, options.classes ? options.classes->numel() : w.size(0))
@@ -118,7 +132,7 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
                                            const Options& options, const cosface::Update& numbers,
                                            const std::vector<Tensor>& state, bool need_dx) {
-  const Arguments<T> arguments(x, w, y, s);
+  const Arguments<T> arguments(x, w, y, s, options);
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dscale = at::empty_like(up[0]);
@@ -167,8 +181,12 @@ cosface::cuda::Device cuda_device(int index) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "Options")
-      .def(py::init([](std::optional<Tensor> classes) { return Options{std::move(classes)}; }), py::kw_only(),
-           py::arg("classes") = py::none());
+      .def(py::init([](std::optional<Tensor> classes, bool normalize_weight, std::optional<Tensor> thresholds,
+                       std::optional<Tensor> negatives) {
+             return Options{std::move(classes), normalize_weight, std::move(thresholds), std::move(negatives)};
+           }),
+           py::kw_only(), py::arg("classes") = py::none(), py::arg("normalize_weight") = true,
+           py::arg("thresholds") = py::none(), py::arg("negatives") = py::none());
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
@@ -222,18 +240,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef COSFACE_CUDA
   m.def(
       "cuda_forward",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin) {
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin, bool normalize_weight,
+         const std::optional<Tensor>& thresholds, const std::optional<Tensor>& negatives) {
         const c10::cuda::CUDAGuard guard(x.device());
-        return cosface::cuda::forward(x, w, y, s, margin, cuda_device(x.get_device()));
+        return cosface::cuda::forward(x, w, y, s, margin, {normalize_weight, thresholds, negatives},
+                                      cuda_device(x.get_device()));
       },
       no_gil);
   m.def(
       "cuda_backward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-         const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw) {
+         const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw, bool normalize_weight,
+         const std::optional<Tensor>& thresholds, const std::optional<Tensor>& negatives) {
         const c10::cuda::CUDAGuard guard(x.device());
-        return cosface::cuda::backward(x, w, y, s, lse, g_lse, g_cos, need_dx, need_dw,
-                                       cuda_device(x.get_device()));
+        return cosface::cuda::backward(x, w, y, s, lse, g_lse, g_cos, {normalize_weight, thresholds, negatives},
+                                       need_dx, need_dw, cuda_device(x.get_device()));
       },
       no_gil);
   m.attr("cuda_version") = CUDART_VERSION;

@@ -23,12 +23,22 @@ struct Runtime {
   int64_t tile_classes;
 };
 
+// How hard negatives enter the softmax: N(c) = (q c + a) c + b where c > tau_i, else c.
+template <typename T>
+struct Negatives {
+  const T* tau = nullptr;  // (N), null where N(c) = c
+  T q = 0, a = 1, b = 0;
+
+  Negatives from(int64_t i) const { return {tau == nullptr ? nullptr : tau + i, q, a, b}; }
+};
+
 template <typename T>
 struct Batch {
   const T* x;        // (N, D) contiguous
   const int64_t* y;  // (N)
   const T* s;        // (N)
   int64_t n, d;
+  Negatives<T> negatives = {};
 };
 
 struct Weight {
@@ -42,6 +52,7 @@ struct Weight {
 struct Options {
   const int64_t* classes = nullptr;  // (S) ascending: class j is row classes[j] of the weight; null: all rows
   int64_t count = 0;                 // S
+  bool normalize_weight = true;      // if not, <x_i, w_j> / |x_i| takes the place of cos_ij
 };
 
 // lse_i = log sum_{j != y_i} e^{z_ij};  loss_i = softplus(lse_i - s_i (target_cos_i - m));  max_neg_i = max cos_ij

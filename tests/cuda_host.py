@@ -30,7 +30,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    return options.refusal()
+    return options.refusal({"normalize_weight", "thresholds", "negatives"})
 
 
 def describe() -> str:
@@ -40,8 +40,12 @@ def describe() -> str:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    return *_host.cuda_forward(x, w, targets, scale, margin), empty_cache(x)
+    return *_host.cuda_forward(x, w, targets, scale, margin, *_extras(options)), empty_cache(x)
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
-    return _host.cuda_backward(*tensors[:-1], need_dx, need_dw)
+    return _host.cuda_backward(*tensors[:-1], need_dx, need_dw, *_extras(options))
+
+
+def _extras(options: Options) -> tuple[bool, Tensor | None, Tensor | None]:
+    return options.normalize_weight, options.thresholds, options.negatives

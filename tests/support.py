@@ -59,8 +59,10 @@ class Backend:
             return problem
         return replace(problem, w=problem.w.to(self.operand(problem.dtypes)).to(problem.w.dtype))
 
-    def lmcl(self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float) -> tuple[Tensor, ...]:
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, self.name)[:4]
+    def lmcl(
+        self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, **options
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, self.name, **options)[:4]
 
     def loss(self, x: Tensor, w: Tensor, labels: Tensor, **options) -> Tensor:
         return cosface_kernels.cosface_loss(x, w, labels, backend=self.name, **options)

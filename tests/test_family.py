@@ -19,11 +19,15 @@ from cosface_kernels import (
     FusedASoftmaxLoss,
     FusedCombinedMarginLoss,
     FusedCosFaceLoss,
+    FusedCurricularFaceLoss,
     FusedGBCosFaceLoss,
     FusedKappaFaceLoss,
+    FusedLSoftmaxLoss,
     FusedMagFaceLoss,
     FusedMarginLoss,
+    FusedMVSoftmaxLoss,
     FusedNormalizedSoftmaxLoss,
+    FusedSoftmaxLoss,
     FusedSphereFaceLoss,
     FusedX2SoftmaxLoss,
     margins,
@@ -96,6 +100,69 @@ def _kappaface_head(*args, **options) -> FusedKappaFaceLoss:
     return head
 
 
+def _mv_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    return _reshaped(x, w, labels, 32, lambda cos, _: cos - 0.35, lambda c, cos: 1.2 * c + 0.2, only_positive=True)
+
+
+def _mv_arc_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    psi = lambda cos, theta: (theta + 0.5).cos()  # noqa: E731
+    return _reshaped(x, w, labels, 32, psi, lambda c, cos: 1.2 * c + 0.2, only_positive=True)
+
+
+def _sv_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """As its paper has it: e^{s (t - 1)(cos_j + 1)} multiplies the hard negatives."""
+    t = 1.3
+    return _reshaped(x, w, labels, 32, lambda cos, _: cos, lambda c, cos: c + (t - 1) * (c + 1))
+
+
+def _curricularface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """The first batch: t is 0.01 of the mean target cosine."""
+
+    def harder(c: Tensor, cos: Tensor) -> Tensor:
+        return c * (0.01 * cos.detach().mean() + c)
+
+    def psi(cos: Tensor, theta: Tensor) -> Tensor:
+        return (theta + 0.5).cos()
+
+    return _reshaped(x, w, labels, 64, psi, harder, guard=lambda theta: _arcface(theta, theta, labels))
+
+
+def _reshaped(x, w, labels, s, lowered, harder, *, only_positive=False, guard=None) -> Tensor:
+    """Cross-entropy with negatives above lowered(cos_y, theta_y) replaced by harder(negatives, cos_y)."""
+    cos = F.normalize(x) @ F.normalize(w).T  # (N, C)
+    rows = torch.arange(len(x))
+    target = cos[rows, labels]
+    theta = target.acos()
+    psi = lowered(target, theta)
+    logits = torch.where(cos > psi.detach()[:, None], harder(cos, target), cos)
+    if only_positive:
+        psi = torch.where(target > 0, psi, target)
+    logits[rows, labels] = guard(theta) if guard else psi
+    return F.cross_entropy(s * logits, labels, reduction="none")
+
+
+def _filtered(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """Partial FC's inter-class filter: what is above 0.2 becomes 0."""
+    cos = F.normalize(x) @ F.normalize(w).T
+    is_target = F.one_hot(labels, len(w)).bool()
+    theta = cos[is_target].acos()
+    logits = torch.where((cos > 0.2) & ~is_target, 0, cos)
+    logits[is_target] = (theta + 0.5).cos()
+    return F.cross_entropy(16 * logits, labels, reduction="none")
+
+
+def _softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(x @ w.T, labels, reduction="none")
+
+
+def _l_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    cos = F.normalize(x) @ F.normalize(w).T
+    rows = torch.arange(len(x))
+    logits = cos.clone()
+    logits[rows, labels] = _sphereface(cos[rows, labels].acos(), None, labels, 4)
+    return F.cross_entropy(x.norm(dim=1)[:, None] * w.norm(dim=1) * logits, labels, reduction="none")
+
+
 class Formula:
     """A loss by its formula: psi of the target, the scale, and what is added to the cross-entropy."""
 
@@ -157,9 +224,22 @@ LOSSES = {
     "x2_softmax": (FusedX2SoftmaxLoss, Formula(lambda theta, *_: -0.9 * theta**2 + 0.65)),
     "gb_cosface": (FusedGBCosFaceLoss, _gbcosface),
     "adacos": (FusedAdaCosLoss, _adacos),
+    "softmax": (FusedSoftmaxLoss, _softmax),
+    "l_softmax": (FusedLSoftmaxLoss, _l_softmax),
+    "curricularface": (FusedCurricularFaceLoss, _curricularface),
+    "mv_softmax": (FusedMVSoftmaxLoss, _mv_softmax),
+    "mv_arc_softmax": (
+        lambda *args, **options: FusedMVSoftmaxLoss(*args, 0.5, arc=True, **options),
+        _mv_arc_softmax,
+    ),
+    "sv_softmax": (lambda *args, **options: FusedMVSoftmaxLoss(*args, 0.0, t=0.3, **options), _sv_softmax),
+    "filter": (
+        lambda *args, **options: FusedCombinedMarginLoss(*args, scale=16, filter_above=0.2, **options),
+        _filtered,
+    ),
 }
 STRAIGHT_THROUGH = ("arcface", "combined", "sphereface", "adaface", "x2_softmax")
-STATEFUL = ("a_softmax", "adaface", "kappaface", "gb_cosface", "adacos")
+STATEFUL = ("a_softmax", "adaface", "kappaface", "gb_cosface", "adacos", "curricularface")
 NAMES = list(LOSSES)
 
 
@@ -386,6 +466,33 @@ def test_sphereface_swaps_with_pytorch_metric_learning(regime, m):
     _check_against_pml(ours, theirs, x, w, labels)
 
 
+@pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
+@pytest.mark.parametrize("m", [2, 4])
+def test_l_softmax_swaps_with_pytorch_metric_learning(regime, m):
+    x, w, labels = _problem(regime)
+    theirs = pml.LargeMarginSoftmaxLoss(NUM_CLASSES, DIM, margin=m, scale=0.3).double()
+    _check_against_pml(FusedLSoftmaxLoss(NUM_CLASSES, DIM, m, 0.3), theirs, x, w, labels)
+
+
+@pytest.mark.parametrize("make", [FusedSoftmaxLoss, FusedASoftmaxLoss, FusedCosFaceLoss])
+def test_logits_are_those_of_the_loss(make):
+    x, _, labels = _problem("random")
+    head = make(NUM_CLASSES, DIM, dtype=x.dtype)
+    del head.margin
+    head.margin = 0.0
+    torch.testing.assert_close(head(x, labels), F.cross_entropy(head.get_logits(x), labels))
+
+
+def test_curricularface_averages_target_cosines():
+    _, w, _ = _problem("random")
+    head, t = _head("curricularface", w), 0.0
+    for seed in range(3):
+        x, _, labels = _problem("confident", seed=seed)
+        head(x, labels)
+        t = 0.99 * t + 0.01 * (F.normalize(x) * F.normalize(w)[labels]).sum(1).mean().item()
+        assert head.margin.t.item() == pytest.approx(t)
+
+
 def _check_against_pml(ours, theirs, x, w, labels):
     ours.to(x.dtype)
     with torch.no_grad():
@@ -489,6 +596,12 @@ def test_repr_shows_the_margin():
         (lambda: FusedX2SoftmaxLoss(9, 4, (0.9, 0, 1)), r"a must be in \(-inf, 0\), got 0.9"),
         (lambda: FusedGBCosFaceLoss(9, 4, alpha=1.5), r"alpha must be in \[0, 1\], got 1.5"),
         (lambda: FusedGBCosFaceLoss(9, 4, bounds=(0.7, 0.5)), r"low <= high, got \(0.7, 0.5\)"),
+        (lambda: FusedSoftmaxLoss(9, 4, 0.1), r"margin must be 0, .*, got 0.1"),
+        (lambda: FusedLSoftmaxLoss(9, 4, 0), r"margin must be in \[1, inf\), got 0"),
+        (lambda: FusedCurricularFaceLoss(9, 4, 4.0), r"margin must be in \[0, pi\) radians, got 4.0"),
+        (lambda: FusedMVSoftmaxLoss(9, 4, t=-0.1), r"t must be in \[0, inf\), got -0.1"),
+        (lambda: FusedMVSoftmaxLoss(9, 4, 3.5, arc=True), r"margin must be in \[0, pi\) radians, got 3.5"),
+        (lambda: FusedCombinedMarginLoss(9, 4, filter_above=40), r"filter_above must be in \[-1, 1\], got 40"),
         (lambda: FusedAdaCosLoss(2, 4), r"num_classes - 2, .*, must be a positive integer, got 0"),
         (lambda: FusedCosFaceLoss(9, 4, margins.CosFaceMargin()), "margin must be a finite number, got CosFace"),
     ],

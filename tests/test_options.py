@@ -1,66 +1,160 @@
-"""Options of the op beyond plain LMCL: what a backend takes or refuses, and a subset of the classes."""
+"""What the op takes beyond LMCL: reshaped negatives, and a weight that is not normalised."""
 
-import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from support import BF16, F32, F64, Backend, evaluate, evaluate_oracle, make_problem, random_upstream
+import torch.nn.functional as F
+from support import (
+    BF16,
+    F32,
+    F64,
+    INTERPRETED,
+    Problem,
+    Upstream,
+    evaluate,
+    make_problem,
+    random_upstream,
+    relative_error,
+)
+from torch import Tensor
 
-from cosface_kernels.backends import BACKENDS
-from cosface_kernels.options import PLAIN, Options
+from cosface_kernels import optim, reference
+from cosface_kernels.optim import FusedSGD
+from cosface_kernels.options import Options
 
-WITH_CLASSES = (Backend("cpu"), Backend("reference"))
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="not on backend triton yet")
 
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_refuses_an_option_that_it_lacks(name, monkeypatch):
-    backend = BACKENDS[name]
-    x, w = torch.ones(1, 2), torch.ones(3, 2)
-    if backend.unavailable() or backend.unsupported(x, w, PLAIN):
-        pytest.skip("it does not run here at all")
-    for field, value in {"classes": torch.tensor([0]), "cache_bytes": 1}.items():
-        refusal = backend.unsupported(x, w, Options(**{field: value}))
-        assert refusal in (None, f"option {field!r} is not on this backend yet.")
-    assert backend.unsupported(x, w, Options(classes=torch.tensor([0]), cache_bytes=0)) in (
-        None, "option 'classes' is not on this backend yet.",
-    )  # fmt: skip
-
-
-def test_a_named_backend_says_which_option_it_lacks():
-    problem = make_problem(2, 5, 3)
-    arguments = (problem.x, problem.w, problem.targets, problem.scale, 0.35)
-    with pytest.raises(RuntimeError, match=re.escape("'cuda_host' cannot run: option 'classes' is not on this")):
-        torch.ops.cosface.lmcl(*arguments, "cuda_host", torch.tensor([0, 1]))
-
-
-@pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
-@pytest.mark.parametrize("backend", WITH_CLASSES, ids=str)
-def test_some_classes_are_the_loss_over_their_rows(backend, dtypes):
-    """Against the whole op on a copy of these rows; the others' gradient is absent, not zero."""
-    problem = make_problem(9, 1000, 24, dtypes)
-    classes = torch.randperm(1000)[:300].sort().values
-    problem = replace(problem, targets=torch.randint(-1, 300, (9,)))
-    upstream = random_upstream(problem, "loss", "lse", "target_cos")
-
-    def forward(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, backend.name, classes)[:4]
-
-    got = evaluate(forward, problem, upstream)
-    rows = replace(problem, w=problem.w[classes])
-    want = evaluate(backend.lmcl, rows, upstream)
-    assert torch.equal(got.dw._indices()[0], classes)
-    for name in want._fields:
-        mine = got.dw._values() if name == "dw" else getattr(got, name)
-        torch.testing.assert_close(mine, getattr(want, name), rtol=1e-5, atol=1e-6)
-    if dtypes == F64:
-        oracle = evaluate_oracle(rows, upstream)
-        torch.testing.assert_close(got.dw._values(), oracle.dw, rtol=1e-10, atol=1e-12)
+POLYNOMIALS = {
+    "zero": (0.0, 0.0, 0.0),  # inter-class filter
+    "linear": (0.0, 1.2, 0.2),  # MV-Softmax
+    "quadratic": (1.0, 0.3, 0.0),  # CurricularFace
+    "all": (0.7, -0.4, 0.1),
+}
 
 
-@pytest.mark.parametrize("backend", WITH_CLASSES, ids=str)
-def test_opcheck_some_classes(backend):
-    problem = make_problem(4, 30, 8)
-    arguments = (problem.x, problem.w, torch.tensor([0, 2, -1, 1]), problem.scale)
-    classes = torch.tensor([3, 7, 29])
-    torch.library.opcheck(torch.ops.cosface.lmcl, (*arguments, 0.35, backend.name, classes))
+def _options(problem: Problem, polynomial: str | None, normalize_weight: bool) -> dict:
+    """Thresholds that differ between rows: some reshape nothing, some everything."""
+    options = {"normalize_weight": normalize_weight}
+    if polynomial:
+        n, compute = len(problem.targets), problem.dtypes.compute
+        thresholds = torch.linspace(-0.3, 0.6, n, dtype=compute) if n > 1 else torch.zeros(n, dtype=compute)
+        if n > 4:
+            thresholds[1], thresholds[2] = -torch.inf, torch.inf
+        options |= {"thresholds": thresholds, "negatives": torch.tensor(POLYNOMIALS[polynomial], dtype=compute)}
+    return {k: v.to(problem.x.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
+def _explicit(x, w, targets, scale, margin, *, normalize_weight=True, thresholds=None, negatives=None):
+    """The op as a loop over samples would have it, for autograd; in the dtype of the inputs."""
+    product = F.normalize(x) @ (F.normalize(w) if normalize_weight else w).T  # (N, C)
+    others = torch.ones_like(product, dtype=torch.bool)
+    others[targets >= 0, targets[targets >= 0]] = False
+    shaped = product
+    if thresholds is not None:
+        q, a, b = negatives
+        hard = product > thresholds[:, None]
+        shaped = torch.where(hard, q * product.square() + a * product + b, product)
+    lse = torch.where(others, scale[:, None] * shaped, -torch.inf).logsumexp(1)
+    target_cos = torch.where(others, 0, product).sum(1)
+    loss = F.softplus(lse - scale * (target_cos - margin), threshold=1e9) * (targets >= 0)
+    return loss, lse, target_cos, torch.where(others, product, -torch.inf).amax(1)
+
+
+def _doubled(problem: Problem, options: dict) -> tuple[Problem, dict]:
+    doubled = replace(problem, x=problem.x.double(), w=problem.w.double(), scale=problem.scale.double())
+    return doubled, {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
+def _check(backend, problem: Problem, options: dict) -> None:
+    """Every output and gradient; relative to the whole tensor, a few times what float32 itself gets."""
+    problem = problem.to(backend.device)
+    names = ("loss", "lse", "target_cos")
+    got = evaluate(partial(backend.lmcl, **options), problem, random_upstream(problem, *names))
+    seen, exact = _doubled(backend.seen(problem), options)
+    upstream = Upstream(*(g.double() for g in random_upstream(problem, *names)))
+    want = evaluate(partial(_explicit, **exact), seen, upstream)
+    # an ulp of a logit moves e^z by as much
+    largest = float((problem.scale.max() * want.max_neg.abs().max()).clamp_min(1)) if len(problem.targets) else 1
+    tolerance = 8 * largest * torch.finfo(problem.dtypes.compute).eps + 4 * backend.rounding(problem.dtypes)
+    for name in got._fields:
+        g, r = getattr(got, name).double(), getattr(want, name)
+        assert torch.equal(g.isinf(), r.isinf()), name
+        finite = r.isfinite()
+        error, size = (g - r)[finite].norm(), r[finite].norm()
+        assert error <= tolerance * (size + 1e-3 * largest), f"{name}: error {error:.3g}, norm {size:.3g}"
+
+
+@pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
+@pytest.mark.parametrize("polynomial", [None, *POLYNOMIALS])
+@pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
+@pytest.mark.parametrize("dtypes", [F32, F64], ids=str)
+def test_agrees_with_autograd(backend, regime, polynomial, normalize_weight, dtypes):
+    problem = make_problem(33, 601, 24, dtypes, regime=regime, scale=30.0 if normalize_weight else 2.0)
+    problem.targets[3] = -1
+    _check(backend, problem, _options(problem, polynomial, normalize_weight))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 5), (1, 40, 3), (7, 1, 8), (300, 90, 17), (0, 9, 4)], ids=str)
+@pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
+def test_ragged_sizes(backend, sizes, normalize_weight):
+    problem = make_problem(*sizes, scale=10.0)
+    _check(backend, problem, _options(problem, "all", normalize_weight))
+
+
+@pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
+def test_half_precision(backend, normalize_weight):
+    problem = make_problem(16, 300, 32, BF16, scale=4.0)
+    _check(backend, problem, _options(problem, "linear", normalize_weight))
+
+
+def test_zero_rows(backend):
+    problem = make_problem(6, 50, 16, scale=10.0)
+    problem.x[1], problem.w[4], problem.w[problem.targets[2]] = 0, 0, 0
+    for normalize_weight in (True, False):
+        _check(backend, problem, _options(problem, "quadratic", normalize_weight))
+
+
+def test_no_threshold_reached_is_plain(backend):
+    """Bitwise, so that a mask that is never set costs no accuracy."""
+    problem = make_problem(9, 300, 16).to(backend.device)
+    options = _options(problem, "all", True)
+    options["thresholds"] = torch.full_like(options["thresholds"], torch.inf)
+    upstream = random_upstream(problem, "loss")
+    got, plain = (evaluate(partial(backend.lmcl, **o), problem, upstream) for o in (options, {}))
+    for name in got._fields:
+        torch.testing.assert_close(getattr(got, name), getattr(plain, name), rtol=1e-5, atol=1e-7)
+
+
+def test_reference_backward_is_its_forward_s_gradient():
+    problem = make_problem(9, 40, 8, F64, scale=5.0)
+    for normalize_weight in (True, False):
+        options = Options(**_options(problem, "all", normalize_weight))
+        x, w, scale = (t.requires_grad_() for t in (problem.x, problem.w, problem.scale))
+        _, lse, target_cos, _ = reference.forward(x, w, problem.targets, scale, 0.0, options)
+        g_lse, g_cos = torch.randn(2, 9, dtype=torch.float64)
+        want = torch.autograd.grad((lse, target_cos), (x, w, scale), (g_lse, g_cos))
+        got = reference.backward(x, w, problem.targets, scale, lse, g_lse, g_cos, options=options)
+        for g, r in zip(got, want, strict=True):
+            assert relative_error(g, r) < 1e-12
+
+
+def test_opcheck(backend):
+    problem = make_problem(5, 40, 8).to(backend.device)
+    options = _options(problem, "all", False)
+    inputs = (problem.x.requires_grad_(), problem.w.requires_grad_(), problem.targets, problem.scale, 0.3)
+    torch.library.opcheck(torch.ops.cosface.lmcl.default, (*inputs, backend.name), options)
+
+
+@pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
+@pytest.mark.parametrize("name", ["cpu", "reference"])  # which move rows inside backward
+def test_rows_that_move_inside_backward_move_by_the_same_gradient(name, normalize_weight):
+    problem = make_problem(6, 90, 16, scale=8.0)
+    options = _options(problem, "all", normalize_weight)
+    moved, plain = (problem.w.clone().requires_grad_() for _ in range(2))
+    optimizer = FusedSGD([moved], lr=0.5)
+    for w, lmcl in ((moved, optim.lmcl), (plain, torch.ops.cosface.lmcl)):
+        lmcl(problem.x, w, problem.targets, problem.scale, 0.3, name, **options)[0].sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(moved, plain - 0.5 * plain.grad)

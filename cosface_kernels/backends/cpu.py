@@ -23,7 +23,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    return options.refusal({"classes", "updates"})
+    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives"})
 
 
 def describe() -> str:
@@ -65,7 +65,12 @@ def _kernel_update(update: Update) -> Any:
 
 
 def _kernel_options(options: Options) -> Any:
-    return _C.Options(classes=options.classes)
+    return _C.Options(
+        classes=options.classes,
+        normalize_weight=options.normalize_weight,
+        thresholds=options.thresholds,
+        negatives=options.negatives,
+    )
 
 
 def normal_(tensor: Tensor, seed: int, std: float, start: int = 0) -> None:

@@ -26,7 +26,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cuda":
         return f"it takes tensors on device 'cuda', got them on {str(x.device)!r}."
-    return options.refusal()
+    return options.refusal({"normalize_weight", "thresholds", "negatives"})
 
 
 def describe() -> str:
@@ -37,8 +37,12 @@ def describe() -> str:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    return *_C.cuda_forward(x, w, targets, scale, margin), empty_cache(x)
+    return *_C.cuda_forward(x, w, targets, scale, margin, *_extras(options)), empty_cache(x)
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.cuda_backward(*tensors[:-1], need_dx, need_dw)
+    return _C.cuda_backward(*tensors[:-1], need_dx, need_dw, *_extras(options))
+
+
+def _extras(options: Options) -> tuple[bool, Tensor | None, Tensor | None]:
+    return options.normalize_weight, options.thresholds, options.negatives

@@ -12,7 +12,7 @@ def unavailable() -> str | None:
 
 
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
-    return options.refusal({"classes", "updates"})
+    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives"})
 
 
 def describe() -> str:
@@ -23,13 +23,13 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):  # the specification's matrix products are never rounded
-        return *reference.forward(x, _rows(w, options), targets, scale, margin), empty_cache(x)
+        return *reference.forward(x, _rows(w, options), targets, scale, margin, options), empty_cache(x)
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, w, *per_row, _ = tensors
     with torch.autocast(x.device.type, enabled=False):
-        dx, dw, dscale = reference.backward(x, _rows(w, options), *per_row)
+        dx, dw, dscale = reference.backward(x, _rows(w, options), *per_row, options=options)
     return dx if need_dx else dx.new_empty(0), dw if need_dw else dw.new_empty(0), dscale
 
 

@@ -267,10 +267,12 @@ void targets_in_tile(const int64_t* y, int64_t n, int64_t first_class, int64_t c
   }
 }
 
-template <typename T>
-void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                  int64_t first_class, const T* s, T* row_max, double* row_sum, T* target_cos) {
+template <typename T, bool kReshaped>
+void forward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                     int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
+                     double* row_sum, T* target_cos) {
   T target[kTileRows], top[kTileRows], sum[kTileRows] = {};
+  const T *tau = negatives.tau, q = negatives.q, a = negatives.a, b = negatives.b;
   targets_in_tile(y, n, first_class, classes, target);
   for (int64_t i = 0; i < n; ++i) {
     const auto j = static_cast<int64_t>(target[i]);
@@ -282,7 +284,11 @@ void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv
     const T inv = inv_norm[j], here = static_cast<T>(j);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const T cos = target[i] == here ? T(-__builtin_inf()) : row[i] * inv;
+      T cos = target[i] == here ? T(-__builtin_inf()) : row[i] * inv;
+      if constexpr (kReshaped) {
+        max_cos[i] = cos > max_cos[i] ? cos : max_cos[i];
+        cos = cos > tau[i] ? (q * cos + a) * cos + b : cos;
+      }
       row[i] = cos;
       top[i] = cos > top[i] ? cos : top[i];  // a nan is passed over here and enters through the sum
     }
@@ -299,10 +305,20 @@ void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv
 }
 
 template <typename T>
-void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                   int64_t first_class, const T* s, const T* lse, const T* g_lse, const T* g_cos, T* col_dot,
-                   double* row_dot, double* dscale) {
+void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                  int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
+                  double* row_sum, T* target_cos) {
+  (negatives.tau ? forward_tile_of<T, true> : forward_tile_of<T, false>)(z, classes, n, stride, inv_norm, y,
+                                                                         first_class, s, negatives, row_max,
+                                                                         max_cos, row_sum, target_cos);
+}
+
+template <typename T, bool kReshaped>
+void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                      int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse, const T* g_lse,
+                      const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
   T target[kTileRows], dot[kTileRows] = {}, ds[kTileRows] = {};
+  const T *tau = negatives.tau, q = negatives.q, a = negatives.a, b = negatives.b;
   targets_in_tile(y, n, first_class, classes, target);
   for (int64_t j = 0; j < classes; ++j) {
     T* row = z + j * stride;
@@ -312,10 +328,16 @@ void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* in
     for (int64_t i = 0; i < n; ++i) {
       const bool is_target = target[i] == here;
       const T cos = row[i] * inv;
-      const T g_neg = g_lse[i] * exp(s[i] * cos - lse[i]);
+      T shaped = cos, slope = 1;
+      if constexpr (kReshaped) {
+        const bool hard = cos > tau[i];
+        shaped = hard ? (q * cos + a) * cos + b : cos;
+        slope = hard ? 2 * q * cos + a : T(1);
+      }
+      const T g_neg = g_lse[i] * exp(s[i] * shaped - lse[i]);
       const T p = is_target ? T(0) : g_neg;
-      const T g = is_target ? g_cos[i] : s[i] * p;
-      ds[i] += p * cos;
+      const T g = is_target ? g_cos[i] : s[i] * p * slope;
+      ds[i] += p * shaped;
       dot[i] += g * cos;
       col += g * cos;
       row[i] = g * inv;
@@ -326,6 +348,15 @@ void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* in
     row_dot[i] += dot[i];
     dscale[i] += ds[i];
   }
+}
+
+template <typename T>
+void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                   int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse, const T* g_lse,
+                   const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
+  (negatives.tau ? backward_tile_of<T, true> : backward_tile_of<T, false>)(z, classes, n, stride, inv_norm, y,
+                                                                           first_class, s, negatives, lse, g_lse,
+                                                                           g_cos, col_dot, row_dot, dscale);
 }
 
 template <typename T>

@@ -95,17 +95,19 @@ struct Kernels {
   // Online logsumexp of one tile, class by class. z (classes, n) holds <w_j, x_hat_i> for classes j from
   // first_class on and n <= kTileRows samples i; it is overwritten. Updates row_max_i, the running maximum of
   // cos_ij over j != y_i, and row_sum_i, the running sum of e^{s_i (cos_ij - row_max_i)}; writes target_cos_i
-  // where y_i lies in the tile. s_i > 0.
+  // where y_i lies in the tile. s_i > 0. With reshaped negatives, N(cos_ij) takes the place of cos_ij, and
+  // max_cos_i is updated, which is else not looked at: the running maximum of cos_ij itself.
   void (*forward_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                       int64_t first_class, const T* s, T* row_max, double* row_sum, T* target_cos);
+                       int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
+                       double* row_sum, T* target_cos);
 
   // Gradient of one tile. z is as in forward_tile and is overwritten by G_ij / |w_j|, where
   // G_ij = s_i g_lse_i p_ij with p_ij = e^{s_i cos_ij - lse_i} for j != y_i, and g_cos_i for j = y_i. Adds
   // sum_i G_ij cos_ij to col_dot_j, sum_j G_ij cos_ij to row_dot_i and sum_{j != y_i} g_lse_i p_ij cos_ij to
-  // dscale_i.
+  // dscale_i. With reshaped negatives, p_ij and dscale_i have N(cos_ij), and G_ij the factor N'(cos_ij).
   void (*backward_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                        int64_t first_class, const T* s, const T* lse, const T* g_lse, const T* g_cos, T* col_dot,
-                        double* row_dot, double* dscale);
+                        int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse,
+                        const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale);
 
   // dw_j -= col_dot_j w_j / |w_j|^2, the projection; none for a row whose norm was clamped.
   void (*project)(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t rows, int64_t d,

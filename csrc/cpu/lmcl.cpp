@@ -129,6 +129,7 @@ class ClassRows {
       : inv_norm(tile),
         weight_(weight),
         chosen_(options.classes),
+        normalize_(options.normalize_weight),
         d_(x.d),
         width_(x.width),
         in_place_(chosen_ == nullptr && is<T>(weight.dtype) && width_ == d_),
@@ -149,7 +150,11 @@ class ClassRows {
       rows = copy_;
       stride = width_;
     }
-    kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
+    if (normalize_) {
+      kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
+    } else {
+      std::fill_n(static_cast<T*>(inv_norm), classes, T(1));
+    }
   }
 
   // Where the weight keeps the classes from `first` on; chosen classes lie apart.
@@ -174,6 +179,7 @@ class ClassRows {
  private:
   const Weight& weight_;
   const int64_t* const chosen_;
+  const bool normalize_;
   const int64_t d_, width_;
   const bool in_place_;
   Buffer<T> copy_;
@@ -306,6 +312,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
   const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest);
+  std::vector<T> max_cos(batch.negatives.tau ? row_max.size() : 0, kLowest);  // where row_max is of N(cos)
   std::vector<double> row_sum(partition.parts * n);
   std::fill_n(results.target_cos, n, T(0));
   // With s = 0 the left-out target, s (-inf), would be nan; e^{s cos} is 1 for the smallest s as well.
@@ -320,19 +327,25 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
       x.each_block([&](int64_t i, int64_t rows) {
         w.dot(x, i, classes, z, i == 0 ? w.ahead(first + classes, classes) : Ahead{});
         kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
-                                  &row_max[part * n + i], &row_sum[part * n + i], results.target_cos + i);
+                                  batch.negatives.from(i), &row_max[part * n + i],
+                                  max_cos.empty() ? nullptr : &max_cos[part * n + i], &row_sum[part * n + i],
+                                  results.target_cos + i);
       });
     });
   });
 
   for (int64_t i = 0; i < n; ++i) {
-    T top = kLowest;
+    const auto largest = [&](const std::vector<T>& running) {
+      T top = kLowest;
+      for (int64_t part = 0; part < partition.parts; ++part) top = std::max(top, running[part * n + i]);
+      return top;
+    };
+    const T top = largest(row_max), top_cos = max_cos.empty() ? top : largest(max_cos);
     double sum = 0;
-    for (int64_t part = 0; part < partition.parts; ++part) top = std::max(top, row_max[part * n + i]);
     for (int64_t part = 0; part < partition.parts; ++part) {
       sum += row_sum[part * n + i] * std::exp(s[i] * (row_max[part * n + i] - top));
     }
-    results.max_neg[i] = top == kLowest ? -std::numeric_limits<T>::infinity() : top;
+    results.max_neg[i] = top_cos == kLowest ? -std::numeric_limits<T>::infinity() : top_cos;
     results.lse[i] = static_cast<T>(batch.s[i] * top + std::log(sum));
     const T z = results.lse[i] - batch.s[i] * (results.target_cos[i] - margin);
     results.loss[i] = batch.y[i] < 0 ? 0 : softplus(z);
@@ -366,9 +379,9 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
       x.each_block([&](int64_t i, int64_t rows) {
         w.dot(x, i, classes, g, {});
-        kernels<T>().backward_tile(g, classes, rows, stride, w.inv_norm, batch.y + i, first, &s[i], &lse[i],
-                                   upstream.g_lse + i, upstream.g_cos + i, col_dot, &row_dot[part * n + i],
-                                   &dscale[part * n + i]);
+        kernels<T>().backward_tile(g, classes, rows, stride, w.inv_norm, batch.y + i, first, &s[i],
+                                   batch.negatives.from(i), &lse[i], upstream.g_lse + i, upstream.g_cos + i,
+                                   col_dot, &row_dot[part * n + i], &dscale[part * n + i]);
         if (gradients.dx) {
           kernels<T>().matmul({g, 1, stride}, {w.rows, kernels<T>().panel, w.stride},
                               &dx_hat[(part * n + i) * x.width], x.width, rows, x.width, classes, true,
@@ -383,11 +396,15 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       if (!dw.wanted) return;
       if (n == 0) std::fill_n(dw.rows, classes * dw.stride, T(0));
       for (int64_t j = 0; update && j < classes; ++j) {
-        const T inv = w.inv_norm[j], projection = inv >= 1 / T(kEps) ? 0 : col_dot[j] * inv * inv;
-        update->move(first + j, dw.rows + j * dw.stride, projection, w.rows + j * w.stride);
+        const T inv = w.inv_norm[j];
+        const bool projects = options.normalize_weight && inv < 1 / T(kEps);
+        update->move(first + j, dw.rows + j * dw.stride, projects ? col_dot[j] * inv * inv : 0,
+                     w.rows + j * w.stride);
       }
       if (update) return;
-      kernels<T>().project(dw.rows, dw.stride, w.rows, w.stride, classes, d, w.inv_norm, col_dot);
+      if (options.normalize_weight) {
+        kernels<T>().project(dw.rows, dw.stride, w.rows, w.stride, classes, d, w.inv_norm, col_dot);
+      }
       dw.save(first, classes);
     });
   });

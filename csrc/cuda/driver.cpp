@@ -75,8 +75,10 @@ class Step {
     Tensor w, w_hat;  // (classes, D) operands; w_hat if there is a buffer for it
   };
 
-  Step(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Device& device)
+  Step(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options,
+       const Device& device)
       : device(device),
+        normalize_weight(options.normalize_weight),
         operand(operand_dtype(x.scalar_type(), w.scalar_type())),
         sums(x.options().dtype(c10::CppTypeToScalarType<T>::value)),
         x(x.to(operand).contiguous()),
@@ -88,7 +90,9 @@ class Step {
         segments(std::clamp<int64_t>(kBlocksPerProcessor * device.processors / std::max<int64_t>(n, 1), 1,
                                      chunk / kChunkStep)),
         x_inv_norm(at::empty({n}, sums)),
-        w_inv_norm(at::empty({chunk}, sums)),
+        w_inv_norm(normalize_weight ? at::empty({chunk}, sums) : at::ones({chunk}, sums)),
+        tau_(options.thresholds ? options.thresholds->to(sums.dtype()).contiguous() : Tensor()),
+        polynomial_(options.negatives ? options.negatives->to(sums.dtype()).contiguous() : Tensor()),
         w_(with_adjacent_elements(w)),
         w_operands_(w.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, this->x.options())),
         dot_(at::empty({n * chunk}, sums)) {}
@@ -100,12 +104,16 @@ class Step {
       const int64_t classes = std::min(chunk, w_.size(0) - first);
       const Tensor raw = w_.narrow(0, first, classes);
       const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, classes).copy_(raw) : raw;
-      const Tensor hat = w_hat.defined() ? w_hat.narrow(0, 0, classes) : w_hat;
-      normalize_rows<T>(rows_of(rows), nullptr, data<T>(w_inv_norm), any_data(hat), device.stream);
+      Tensor hat = w_hat.defined() ? w_hat.narrow(0, 0, classes) : w_hat;
+      if (normalize_weight) {
+        normalize_rows<T>(rows_of(rows), nullptr, data<T>(w_inv_norm), any_data(hat), device.stream);
+      } else {
+        hat = rows;
+      }
       const Tensor dot = dot_.narrow(0, 0, n * classes).view({n, classes});
       multiply(dot, x, rows.t(), false);
       body(Part{{data<T>(dot), n, classes, first, data<T>(x_inv_norm), data<T>(w_inv_norm), data<int64_t>(y),
-                 data<T>(s), segments},
+                 data<T>(s), segments, data<T>(tau_), data<T>(polynomial_)},
                 dot,
                 rows,
                 hat});
@@ -113,6 +121,7 @@ class Step {
   }
 
   const Device& device;
+  const bool normalize_weight;
   const at::ScalarType operand;
   const at::TensorOptions sums;         // dtype T
   const Tensor x, y, s;                 // (N, D) operands, (N), (N)
@@ -120,18 +129,21 @@ class Step {
   const Tensor x_inv_norm, w_inv_norm;  // (N), which the caller fills; (chunk)
 
  private:
+  const Tensor tau_, polynomial_;      // (N) and q, a, b; undefined where negatives are not reshaped
   const Tensor w_, w_operands_, dot_;  // w_operands_: (chunk, D), if w has another dtype
 };
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_in(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                      const Tensor& s, double margin, const Device& device) {
-  const Step<T> step(x, w, y, s, device);
+                                                      const Tensor& s, double margin, const Options& options,
+                                                      const Device& device) {
+  const Step<T> step(x, w, y, s, options, device);
   const Tensor loss = at::empty({step.n}, step.sums), lse = at::empty_like(loss),
                target_cos = at::zeros_like(loss), max_neg = at::empty_like(loss);
-  const Tensor max_cos = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
+  const Tensor top = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
+  const Tensor max_cos = options.thresholds ? top.clone() : top;
   const Tensor sum_exp = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
-  const RunningStatistics<T> running{data<T>(max_cos), data<double>(sum_exp)};
+  const RunningStatistics<T> running{data<T>(top), data<T>(max_cos), data<double>(sum_exp)};
   normalize_rows<T>(rows_of(step.x), nullptr, data<T>(step.x_inv_norm), nullptr, device.stream);
   step.each_part(Tensor(), [&](const auto& part) {
     accumulate_statistics(part.chunk, running, data<T>(target_cos), device.stream);
@@ -166,8 +178,9 @@ void unnormalize(const Tensor& g_hat, const Tensor& v, const Tensor& inv_norm, c
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                                const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                               bool need_dx, bool need_dw, const Device& device) {
-  const Step<T> step(x, w, y, s, device);
+                                               const Options& options, bool need_dx, bool need_dw,
+                                               const Device& device) {
+  const Step<T> step(x, w, y, s, options, device);
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
@@ -183,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
 
   const auto operands = step.x.options();
   const Tensor x_hat = at::empty({step.n, step.d}, operands);
-  const Tensor w_hat = need_dx ? at::empty({step.chunk, step.d}, operands) : Tensor();
+  const Tensor w_hat = need_dx && step.normalize_weight ? at::empty({step.chunk, step.d}, operands) : Tensor();
   const Tensor g_apart = step.operand == step.sums.dtype() ? Tensor() : at::empty({step.n * step.chunk}, operands);
   const Tensor dx_hat = need_dx ? at::zeros({step.n, step.d}, step.sums) : Tensor();
   const Tensor dw_hat = need_dw ? at::empty({step.chunk, step.d}, step.sums) : Tensor();
@@ -197,8 +210,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
     if (need_dw) {
       const Tensor rows = dw_hat.narrow(0, 0, part.chunk.classes);
       multiply(rows, g.t(), x_hat, false);
-      unnormalize<T>(rows, part.w, step.w_inv_norm, from_dw_hat,
-                     dw.narrow(0, part.chunk.first_class, part.chunk.classes), device.stream);
+      const Tensor out = dw.narrow(0, part.chunk.first_class, part.chunk.classes);
+      if (step.normalize_weight) {
+        unnormalize<T>(rows, part.w, step.w_inv_norm, from_dw_hat, out, device.stream);
+      } else {
+        out.copy_(rows * from_dw_hat);
+      }
     }
   });
   if (need_dx) unnormalize<T>(dx_hat, step.x, step.x_inv_norm, from_dx_hat, dx, device.stream);
@@ -208,15 +225,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                   const Tensor& s, double margin, const Device& device) {
-  return (in_double(x, w) ? forward_in<double> : forward_in<float>)(x, w, y, s, margin, device);
+                                                   const Tensor& s, double margin, const Options& options,
+                                                   const Device& device) {
+  return (in_double(x, w) ? forward_in<double> : forward_in<float>)(x, w, y, s, margin, options, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                             const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                            bool need_dx, bool need_dw, const Device& device) {
-  return (in_double(x, w) ? backward_in<double> : backward_in<float>)(x, w, y, s, lse, g_lse, g_cos, need_dx,
-                                                                      need_dw, device);
+                                            const Options& options, bool need_dx, bool need_dw,
+                                            const Device& device) {
+  return (in_double(x, w) ? backward_in<double> : backward_in<float>)(x, w, y, s, lse, g_lse, g_cos, options,
+                                                                      need_dx, need_dw, device);
 }
 
 }  // namespace cosface::cuda

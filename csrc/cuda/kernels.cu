@@ -130,6 +130,20 @@ __device__ void this_segment(int64_t classes, int64_t* begin, int64_t* end) {
   *end = packs * (segment + 1) / segments * kPack;
 }
 
+// N and N' of a row; where negatives are not reshaped, no cosine is above its threshold.
+template <typename T>
+struct Reshape {
+  T tau = kInfinity<T>, q = 0, a = 1, b = 0;
+
+  __device__ Reshape(const Chunk<T>& chunk, int64_t row) {
+    if (chunk.tau == nullptr) return;
+    tau = chunk.tau[row];
+    q = chunk.polynomial[0], a = chunk.polynomial[1], b = chunk.polynomial[2];
+  }
+  __device__ T value(T cos) const { return cos > tau ? (q * cos + a) * cos + b : cos; }
+  __device__ T slope(T cos) const { return cos > tau ? 2 * q * cos + a : 1; }
+};
+
 template <typename T, int kThreads, int kPack>
 __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T> running, T* target_cos) {
   const int64_t row = this_row();
@@ -141,7 +155,8 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
   const int64_t target = chunk.y[row] - chunk.first_class;
   const T s = chunk.s[row] == 0 ? kLeast<T> : chunk.s[row];  // e^{s cos} is 1 for both, s times infinity not nan
 
-  T top = kLowest<T>, sum = 0;
+  const Reshape<T> reshape(chunk, row);
+  T top = kLowest<T>, max_cos = kLowest<T>, sum = 0;
   for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
     const auto dots = load<kPack>(dot + j);
     const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
@@ -151,21 +166,26 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
         target_cos[row] = cos;
         continue;
       }
-      if (cos > top) {
-        sum *= std::exp(s * (top - cos));
-        top = cos;
+      const T shaped = reshape.value(cos);
+      if (cos > max_cos) max_cos = cos;
+      if (shaped > top) {
+        sum *= std::exp(s * (top - shaped));
+        top = shaped;
       }
-      sum += std::exp(s * (cos - top));
+      sum += std::exp(s * (shaped - top));
     }
   }
   const T row_top = reduce<kThreads>(top, Max());
   const T row_sum = reduce<kThreads>(sum * std::exp(s * (top - row_top)), Sum());
+  const T row_max_cos = chunk.tau == nullptr ? row_top : reduce<kThreads>(max_cos, Max());
   if (threadIdx.x != 0) return;
   const int64_t slot = blockIdx.y * chunk.n + row;
-  const T old_top = running.max_cos[slot], new_top = Max()(old_top, row_top);
+  const T old_top = running.top[slot], new_top = Max()(old_top, row_top);
+  const T new_max_cos = Max()(running.max_cos[slot], row_max_cos);
   running.sum_exp[slot] =
       running.sum_exp[slot] * std::exp(s * (old_top - new_top)) + row_sum * std::exp(s * (row_top - new_top));
-  running.max_cos[slot] = new_top;
+  running.top[slot] = new_top;
+  running.max_cos[slot] = new_max_cos;
 }
 
 template <typename T>
@@ -173,17 +193,20 @@ __global__ void finish_statistics_kernel(RunningStatistics<T> running, int64_t s
                                          const int64_t* y, const T* s, T margin, Results<T> results) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  T top = kLowest<T>;
-  for (int64_t segment = 0; segment < segments; ++segment) top = Max()(top, running.max_cos[segment * n + i]);
+  T top = kLowest<T>, max_cos = kLowest<T>;
+  for (int64_t slot = i; slot < segments * n; slot += n) {
+    top = Max()(top, running.top[slot]);
+    max_cos = Max()(max_cos, running.max_cos[slot]);
+  }
   double sum = 0;
   for (int64_t slot = i; slot < segments * n; slot += n) {
-    const T below = running.max_cos[slot] - top;  // 0 - 0, or far below
+    const T below = running.top[slot] - top;  // 0 - 0, or far below
     sum += running.sum_exp[slot] * std::exp(below == 0 ? 0 : s[i] * below);
   }
   const T lse = static_cast<T>(s[i] * top + std::log(sum));
   const T z = lse - s[i] * (results.target_cos[i] - margin);
   const T softplus = (z > 0 ? z : 0) + std::log1p(std::exp(z > 0 ? -z : z));
-  results.max_neg[i] = top == kLowest<T> ? -kInfinity<T> : top;
+  results.max_neg[i] = max_cos == kLowest<T> ? -kInfinity<T> : max_cos;
   results.lse[i] = lse;
   results.loss[i] = y[i] < 0 ? 0 : softplus;
 }
@@ -202,6 +225,7 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
   const T lift = static_cast<T>(kGradientLift) / unit[row];
   const int64_t target = chunk.y[row] - chunk.first_class;
   const bool active = g_lse != 0 || g_cos != 0;
+  const Reshape<T> reshape(chunk, row);
 
   T negative = 0;
   for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
@@ -214,9 +238,10 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
       if (active && j + l == target) {
         gradient = g_cos;
       } else if (active) {
-        const T p = std::exp(std::fma(s, cos, -lse));  // one rounding less where z and lse are large
-        negative += p * cos;
-        gradient = s * g_lse * p;
+        const T shaped = reshape.value(cos);
+        const T p = std::exp(std::fma(s, shaped, -lse));  // one rounding less where z and lse are large
+        negative += p * shaped;
+        gradient = s * g_lse * p * reshape.slope(cos);
       }
       gradients.values[l] = convert<G>(gradient * lift);
     }

@@ -40,13 +40,15 @@ struct Chunk {
   const int64_t* y;                  // (n)
   const T* s;                        // (n)
   int64_t segments;                  // blocks that share a row
+  // Negatives are reshaped to N(c) = (q c + a) c + b where c > tau_i: (n), and q, a, b; or null for N(c) = c.
+  const T *tau = nullptr, *polynomial = nullptr;
 };
 
 // Statistics of the chunks seen so far: (segments, n) each, from `lowest` and 0 on.
 template <typename T>
 struct RunningStatistics {
-  T* max_cos;       // over j != y_i
-  double* sum_exp;  // sum of e^{s_i (cos_ij - max_cos)}
+  T *top, *max_cos;  // of N(cos_ij) and of cos_ij over j != y_i; the same memory where N(c) = c
+  double* sum_exp;   // sum of e^{s_i (N(cos_ij) - top)}
 };
 
 // Also writes target_cos_i where y_i lies in the chunk.
@@ -59,9 +61,10 @@ template <typename T>
 void finish_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
                        const T* s, T margin, const Results<T>& results, Stream stream);
 
-// g_ij (n, classes) from dot_ij, in the dtype of the operands: s_i g_lse_i p_ij for j != y_i, g_cos_i for j = y_i,
-// both lifted. It may be the memory of `dot`, if their dtype is the same. negative_dot: (segments, n),
-// += g_lse_i sum_{j != y_i} p_ij cos_ij.
+// g_ij (n, classes) from dot_ij, in the dtype of the operands: s_i g_lse_i p_ij N'(cos_ij) for j != y_i, g_cos_i
+// for j = y_i, both lifted. It may be the memory of `dot`, if their dtype is the same. negative_dot: (segments,
+// n),
+// += g_lse_i sum_{j != y_i} p_ij N(cos_ij).
 template <typename T>
 void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* unit, void* g, DType dtype,
                      double* negative_dot, Stream stream);

@@ -14,11 +14,16 @@ const cosface::cuda::Device kDevice{.stream = nullptr, .l2_bytes = 1 << 15, .pro
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("cuda_forward", [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin) {
-    return cosface::cuda::forward(x, w, y, s, margin, kDevice);
+  m.def("cuda_forward", [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+                           bool normalize_weight, const std::optional<Tensor>& thresholds,
+                           const std::optional<Tensor>& negatives) {
+    return cosface::cuda::forward(x, w, y, s, margin, {normalize_weight, thresholds, negatives}, kDevice);
   });
-  m.def("cuda_backward", [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-                            const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw) {
-    return cosface::cuda::backward(x, w, y, s, lse, g_lse, g_cos, need_dx, need_dw, kDevice);
-  });
+  m.def("cuda_backward",
+        [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
+           const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw, bool normalize_weight,
+           const std::optional<Tensor>& thresholds, const std::optional<Tensor>& negatives) {
+          return cosface::cuda::backward(x, w, y, s, lse, g_lse, g_cos, {normalize_weight, thresholds, negatives},
+                                         need_dx, need_dw, kDevice);
+        });
 }

@@ -150,11 +150,24 @@ template <typename T>
 struct Logits {
   int64_t n, classes, chunk;
   std::vector<double> dot;  // (n, classes)
-  Exact<T> x_inv_norm, w_inv_norm, s;
+  Exact<T> x_inv_norm, w_inv_norm, s, tau, polynomial;
   Exact<int64_t> y;
+  bool reshaped;
 
-  Logits(int64_t n, int64_t classes, int64_t chunk, double scale)
-      : n(n), classes(classes), chunk(chunk), dot(n * classes), x_inv_norm(n), w_inv_norm(classes), s(n), y(n) {
+  Logits(int64_t n, int64_t classes, int64_t chunk, double scale, bool reshaped)
+      : n(n),
+        classes(classes),
+        chunk(chunk),
+        dot(n * classes),
+        x_inv_norm(n),
+        w_inv_norm(classes),
+        s(n),
+        tau(n),
+        polynomial(3),
+        y(n),
+        reshaped(reshaped) {
+    polynomial[0] = T(0.7), polynomial[1] = T(-0.4), polynomial[2] = T(0.1);
+    for (int64_t i = 0; i < n; ++i) tau[i] = static_cast<T>(0.3 * i - 0.5);
     for (int64_t i = 0; i < n; ++i) x_inv_norm[i] = static_cast<T>(std::ldexp(1 + 0.3 * normal(), -1));
     for (T& v : w_inv_norm) v = static_cast<T>(1 + std::fabs(normal()));
     for (int64_t i = 0; i < n; ++i) {
@@ -170,6 +183,19 @@ struct Logits {
 
   double cos(int64_t i, int64_t j) const { return dot[i * classes + j] * x_inv_norm[i] * w_inv_norm[j]; }
 
+  // Rounding must not put a cosine on the other side of its threshold.
+  bool hard(int64_t i, int64_t j) const {
+    const T c = static_cast<T>(dot[i * classes + j]) * x_inv_norm[i] * w_inv_norm[j];
+    return reshaped && c > tau[i];
+  }
+  double shaped(int64_t i, int64_t j) const {
+    const double c = cos(i, j);
+    return hard(i, j) ? (polynomial[0] * c + polynomial[1]) * c + polynomial[2] : c;
+  }
+  double slope(int64_t i, int64_t j) const {
+    return hard(i, j) ? 2 * polynomial[0] * cos(i, j) + polynomial[1] : 1;
+  }
+
   // Calls body(a chunk whose dot is this memory).
   template <typename Body>
   void each_chunk(int64_t segments, Body body) const {
@@ -180,13 +206,14 @@ struct Logits {
         for (int64_t j = 0; j < width; ++j) part[i * width + j] = static_cast<T>(dot[i * classes + first + j]);
       }
       std::copy_n(w_inv_norm + first, width, inv_norm.begin());
-      body(cuda::Chunk<T>{part, n, width, first, x_inv_norm, inv_norm, y, s, segments});
+      body(cuda::Chunk<T>{part, n, width, first, x_inv_norm, inv_norm, y, s, segments,
+                          reshaped ? static_cast<const T*>(tau) : nullptr, polynomial});
     }
   }
 
   double lse(int64_t i) const {
     double sum = 0;
-    for (int64_t j = 0; j < classes; ++j) sum += j == y[i] ? 0 : std::exp(s[i] * cos(i, j));
+    for (int64_t j = 0; j < classes; ++j) sum += j == y[i] ? 0 : std::exp(s[i] * shaped(i, j));
     return std::log(sum);
   }
 };
@@ -203,12 +230,13 @@ void each_logits(Body body) {
 }
 
 template <typename T>
-void statistics() {
-  each_logits([](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
-    const Logits<T> logits(n, classes, chunk, 32);
+void statistics(bool reshaped) {
+  each_logits([reshaped](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    const Logits<T> logits(n, classes, chunk, 32, reshaped);
+    Exact<T> top(segments * n, std::numeric_limits<T>::lowest());
     Exact<T> max_cos(segments * n, std::numeric_limits<T>::lowest());
     Exact<double> sum_exp(segments * n, 0.0);
-    const cuda::RunningStatistics<T> running{max_cos, sum_exp};
+    const cuda::RunningStatistics<T> running{reshaped ? top : max_cos, max_cos, sum_exp};
     Exact<T> loss(n), lse(n), target_cos(n, T(0)), max_neg(n);
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
       cuda::accumulate_statistics(part, running, target_cos.begin(), nullptr);
@@ -232,9 +260,9 @@ void statistics() {
 }
 
 template <typename T>
-void logit_gradients(DType dtype) {
-  each_logits([dtype](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
-    const Logits<T> logits(n, classes, chunk, 16);
+void logit_gradients(DType dtype, bool reshaped) {
+  each_logits([dtype, reshaped](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    const Logits<T> logits(n, classes, chunk, 16, reshaped);
     Exact<T> lse(n), g_lse(n), g_cos(n), unit(n);
     for (int64_t i = 0; i < n; ++i) {
       lse[i] = static_cast<T>(logits.lse(i));
@@ -254,10 +282,11 @@ void logit_gradients(DType dtype) {
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < part.classes; ++j) {
           const int64_t global = part.first_class + j;
-          const double cos = logits.cos(i, global), p = std::exp(logits.s[i] * cos - lse[i]);
+          const double shaped = logits.shaped(i, global), p = std::exp(logits.s[i] * shaped - lse[i]);
           const bool active = g_lse[i] != 0 || g_cos[i] != 0, is_target = global == logits.y[i];
-          const double gradient = !active ? 0 : is_target ? double{g_cos[i]} : logits.s[i] * g_lse[i] * p;
-          if (active && !is_target) want_dot[i] += g_lse[i] * p * cos;
+          const double from_lse = logits.s[i] * g_lse[i] * p * logits.slope(i, global);
+          const double gradient = !active ? 0 : is_target ? double{g_cos[i]} : from_lse;
+          if (active && !is_target) want_dot[i] += g_lse[i] * p * shaped;
           const double want = gradient * cuda::kGradientLift / unit[i], got = get(g, dtype, i * part.classes + j);
           const double tolerance = (rounding(dtype) + 100 * rounding(kDTypeOf<T>)) * std::fabs(want) + 1e-7;
           CHECK(close(got, want, tolerance), i, global, classes, segments, got, want);
@@ -278,9 +307,9 @@ void all() {
   for (DType dtype : operands<T>()) {
     normalize_rows<T>(dtype);
     unnormalize_rows<T>(dtype);
-    logit_gradients<T>(dtype);
+    for (bool reshaped : {false, true}) logit_gradients<T>(dtype, reshaped);
   }
-  statistics<T>();
+  for (bool reshaped : {false, true}) statistics<T>(reshaped);
 }
 
 }  // namespace

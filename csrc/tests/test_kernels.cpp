@@ -268,7 +268,8 @@ void test_forward_tile(const Problem<T>& p, int64_t stride) {
   for (int64_t first = 0; first < p.classes; first += p.cols) {
     Exact<T> z = p.tile(first, stride), inv_norm(p.cols);
     std::copy_n(p.inv_norm + first, p.cols, inv_norm.begin());
-    kernels<T>().forward_tile(z, p.cols, p.rows, stride, inv_norm, p.y, first, p.s, row_max, row_sum, target_cos);
+    kernels<T>().forward_tile(z, p.cols, p.rows, stride, inv_norm, p.y, first, p.s, {}, row_max, nullptr, row_sum,
+                              target_cos);
     check_padding(z, p.cols, p.rows, stride);
   }
   for (int64_t i = 0; i < p.rows; ++i) {
@@ -302,7 +303,7 @@ void test_forward_without_negatives() {
   Exact<T> z(1, T(2)), inv_norm(1, T(0.25)), s(1, T(64)), row_max(1, kLowest<T>), target_cos(1);
   Exact<double> row_sum(1, 0);
   Exact<int64_t> y(1, 5);
-  kernels<T>().forward_tile(z, 1, 1, 1, inv_norm, y, 5, s, row_max, row_sum, target_cos);
+  kernels<T>().forward_tile(z, 1, 1, 1, inv_norm, y, 5, s, {}, row_max, nullptr, row_sum, target_cos);
   CHECK(row_max[0] == kLowest<T> && row_sum[0] == 0 && target_cos[0] == T(0.5), row_max[0], row_sum[0],
         target_cos[0]);
 }
@@ -321,7 +322,8 @@ void test_forward_isolates_rows() {
       Exact<T> z = p.tile(first, kRows), inv_norm(kCols);
       std::copy_n(p.inv_norm + first, kCols, inv_norm.begin());
       if (first == kCols) z[bad * kRows + 1] = static_cast<T>(kNan);
-      kernels<T>().forward_tile(z, kCols, kRows, kRows, inv_norm, p.y, first, p.s, row_max, row_sum, target_cos);
+      kernels<T>().forward_tile(z, kCols, kRows, kRows, inv_norm, p.y, first, p.s, {}, row_max, nullptr, row_sum,
+                                target_cos);
     }
     const bool in_target = bad == 40;
     CHECK(std::isnan(row_sum[1]) == !in_target, bad, row_sum[1]);
@@ -354,7 +356,7 @@ void test_backward_tile(const Problem<T>& p, int64_t stride) {
   fill(col_dot), fill(row_dot), fill(dscale);
   std::vector<double> col(col_dot.begin(), col_dot.end()), row(row_dot.begin(), row_dot.end()),
       ds(dscale.begin(), dscale.end()), col_size(p.cols, 1), row_size(p.rows, 1), ds_size(p.rows, 1);
-  kernels<T>().backward_tile(z, p.cols, p.rows, stride, inv_norm, p.y, first, p.s, lse, g_lse, g_cos, col_dot,
+  kernels<T>().backward_tile(z, p.cols, p.rows, stride, inv_norm, p.y, first, p.s, {}, lse, g_lse, g_cos, col_dot,
                              row_dot, dscale);
   check_padding(z, p.cols, p.rows, stride);
   double worst = kUlp<T> * 4;
@@ -409,8 +411,8 @@ void test_backward_isolates() {
   for (int64_t i = 0; i < kRows; ++i) lse[i] = static_cast<T>(p.lse(i));
   constexpr int64_t kBadRow = 17, kBadCol = 33;
   z[kBadCol * kRows + kBadRow] = static_cast<T>(kNan);
-  kernels<T>().backward_tile(z, kCols, kRows, kRows, p.inv_norm, p.y, 0, p.s, lse, ones, ones, col_dot, row_dot,
-                             dscale);
+  kernels<T>().backward_tile(z, kCols, kRows, kRows, p.inv_norm, p.y, 0, p.s, {}, lse, ones, ones, col_dot,
+                             row_dot, dscale);
   for (int64_t i = 0; i < kRows; ++i) {
     CHECK(std::isnan(row_dot[i]) == (i == kBadRow) && std::isnan(dscale[i]) == (i == kBadRow), i, row_dot[i]);
     for (int64_t j = 0; j < kCols; ++j) {
@@ -441,8 +443,8 @@ void test_exp() {
   Exact<double> row_dot(kTileRows, 0), dscale(kTileRows, 0);
   std::copy(points.begin(), points.end(), z.begin());
   const Exact<int64_t> none(kTileRows, -1);
-  kernels<T>().backward_tile(z, classes, kTileRows, kTileRows, ones, none, 0, ones, zeros, ones, zeros, col_dot,
-                             row_dot, dscale);
+  kernels<T>().backward_tile(z, classes, kTileRows, kTileRows, ones, none, 0, ones, {}, zeros, ones, zeros,
+                             col_dot, row_dot, dscale);
   const double saturated = sizeof(T) == 4 ? 88.37 : highest;  // exp(float) stops at 2^127.5
   for (int64_t k = 0; k < n; ++k) {
     const double want = std::exp(double{points[k]});
@@ -459,7 +461,7 @@ void test_exp() {
   for (double x : far) {
     Exact<T> one(1, static_cast<T>(x)), col(1, T(0));
     Exact<double> row(1, 0), ds(1, 0);
-    kernels<T>().backward_tile(one, 1, 1, 1, ones, none, 0, ones, zeros, ones, zeros, col, row, ds);
+    kernels<T>().backward_tile(one, 1, 1, 1, ones, none, 0, ones, {}, zeros, ones, zeros, col, row, ds);
     if (x <= -1000) CHECK(one[0] == 0, x, one[0]);
     if (x == 0) CHECK(one[0] == 1, x, one[0]);
     if (x >= 89) CHECK(one[0] > 1e38, x, one[0]);
