@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
 
 from cosface_kernels import ops
 
@@ -310,9 +311,10 @@ def _pad(rows: Tensor, counts: Sequence[int], most: int) -> Tensor:
 
 @contextmanager
 def _naming(work: str, group: ProcessGroup) -> Iterator[None]:
-    """Says what failed where; the backend's own message knows an address and no rank."""
+    """Names a collective to a profiler, and to the user if it fails: the backend knows an address and no rank."""
     try:
-        yield
+        with record_function(f"cosface: {work}"):
+            yield
     except RuntimeError as error:
         raise RuntimeError(
             f"{work} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: another rank has "

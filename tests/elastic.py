@@ -51,6 +51,7 @@ def main(folder: Path, steps: int, lost_rank: int, lost_step: int, lost_by: int)
         if (step + 1) % SAVE_EVERY == 0:
             checkpoint.save(folder / "checkpoints", step + 1, generators=generators, **objects)
     dist.destroy_process_group()
+    os._exit(0)  # Python's own exit aborts if a thread of gloo lets go of a tensor meanwhile
 
 
 if __name__ == "__main__":

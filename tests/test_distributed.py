@@ -15,7 +15,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss
+from cosface_kernels import (
+    FusedAdaCosLoss,
+    FusedAdaFaceLoss,
+    FusedCosFaceLoss,
+    FusedGBCosFaceLoss,
+    FusedMagFaceLoss,
+    cosface_loss,
+    margin_softmax_loss,
+)
 from cosface_kernels.distributed import GradScaler, class_range, clip_grad_norm_, empty_weight
 
 WORLDS = range(1, LARGEST_WORLD + 1)
@@ -435,3 +443,49 @@ def test_an_overflow_on_one_rank_is_agreed(ranks, broken):
         for before, after, later in zip(*weights, strict=True):
             assert torch.equal(before, after)
             assert not torch.equal(after, later)
+
+
+STATEFUL = [FusedAdaFaceLoss, FusedMagFaceLoss, FusedGBCosFaceLoss, FusedAdaCosLoss]
+
+
+def _train_state(loss, rank, group, samples):
+    """Losses, gradients and the margin's state of some steps on a fixed weight."""
+    torch.manual_seed(0)
+    head = loss(9, 6, process_group=group, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(3):
+        x = 20 * torch.randn(sum(samples), 6, generator=rng, dtype=torch.float64)
+        labels = torch.randint(9, (sum(samples),), generator=rng)
+        labels[0] = IGNORED
+        if group is not None:
+            x, labels = (t.split(samples)[rank] for t in (x, labels))
+        x.requires_grad_()
+        value = head(x, labels)
+        value.backward()
+        found.append((value.detach(), x.grad))
+    dw = head.weight.grad.full_tensor() if group is not None else head.weight.grad
+    return found, dw, {name: buffer.clone() for name, buffer in head.named_buffers()}
+
+
+def _train_state_on_rank(rank, group, loss, samples):
+    return _train_state(loss, rank, group, samples)
+
+
+@pytest.mark.parametrize("loss", STATEFUL, ids=lambda loss: loss.__name__)
+def test_margins_know_the_global_batch(ranks, loss):
+    """Statistics of the batch and what is averaged from them are those of one process, and so are gradients that
+    reach the embeddings' norms."""
+    samples = (5, 0, 7)
+    results = ranks.results(3, _train_state_on_rank, loss, samples)
+    found, dw, state = _train_state(loss, 0, None, samples)
+    for step, (value, dx) in enumerate(found):
+        torch.testing.assert_close(torch.cat([r[0][step][1] for r in results]) / 3, dx, rtol=1e-8, atol=1e-12)
+        for got, _, _ in results:
+            torch.testing.assert_close(got[step][0], value, rtol=1e-10, atol=1e-12)
+    for _, got_dw, got_state in results:
+        torch.testing.assert_close(got_dw, dw, rtol=1e-8, atol=1e-12)
+        assert got_state.keys() == state.keys()
+        for name, buffer in state.items():
+            torch.testing.assert_close(got_state[name], buffer)
+            assert torch.equal(got_state[name], results[0][2][name])
