@@ -45,6 +45,7 @@ from collect import (
     read_ijb,
 )
 from evaluation import Curve, Histogram
+from export import load
 from features import load_features, save_features
 from pairs import read_bin
 from plots import plot_cmc, plot_roc
@@ -223,11 +224,16 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
-    from export import load
-
     network, description = load(args.model)
-    flip = None if args.flip == "none" else args.flip
-    return Embedder(network, description.image_size, description.color, flip, args.batch_size, args.workers)
+    flip = args.flip or ("sum" if description.flip else "none")
+    return Embedder(
+        network,
+        description.image_size,
+        description.color,
+        None if flip == "none" else flip,
+        args.batch_size,
+        args.workers,
+    )
 
 
 def show(value: float | int | str) -> str:
@@ -254,8 +260,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--flip",
         choices=("sum", "concatenate", "none"),
-        default="sum",
-        help="the mirror image's embedding (default: sum)",
+        help="the mirror image's embedding (default: sum, or none if the model was exported so)",
     )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default: 0)")

@@ -7,8 +7,10 @@ import struct
 from pathlib import Path
 
 import evaluate
+import export
 import numpy as np
 import pytest
+import torch
 from alignment import LANDMARKS, align, similarity_transform
 from collect import (
     Embedder,
@@ -22,6 +24,7 @@ from collect import (
 from features import load_features, read_matrix, save_features, write_matrix
 from hypothesis import given
 from hypothesis import strategies as st
+from models import make_model
 from pairs import write_bin
 from PIL import Image
 from protocols import cross_validate, pair_distances
@@ -160,10 +163,14 @@ def test_landmarks_arrive_where_they_belong():
 # From images
 
 
-def encoded(colour: tuple[int, int, int], size: int = 8) -> bytes:
+def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def encoded(colour: tuple[int, int, int], size: int = 8) -> bytes:
+    return png(np.full((size, size, 3), colour, np.uint8))
 
 
 def colour_of(identity: int, photo: int) -> tuple[int, int, int]:
@@ -388,6 +395,81 @@ def test_megaface_of_features(megaface, tmp_path, capsys):
     output = printed(capsys)
     assert output["TAR@FAR=1e-06"] == "n/a"
     assert output["TAR@FAR=0.1"] == "1.00000"
+
+
+# From an exported model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    description = export.Description("glyphnet", "rgb", 16, 8, flip=True, threshold=None, chosen_on="")
+    export.export(make_model("glyphnet", channels=3, image_size=16, embedding_size=8), description, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "flip"), [("", "sum"), ("", "concatenate"), ("", "none"), (export.ONNX, None), (export.WEIGHTS, None)]
+)
+def test_a_bin_file_with_an_exported_model(tmp_path, exported, capsys, file, flip):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    write_bin(tmp_path / "x.bin", [png(image) for image in pixels], [True, False] * 10)
+    options = [
+        "--batch-size",
+        7,
+        "--workers",
+        1,
+        "--save",
+        tmp_path / "x.npz",
+        *(["--flip", flip] if flip else []),
+    ]
+    command("--protocol", "bin", "--model", exported / file, "--data", tmp_path / "x.bin", *options)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).sub(127.5).div(127.5)
+    network, _ = export.load(exported)
+    plain, mirrored = network(images), network(images.flip(-1))
+    expected = {"none": plain, "concatenate": torch.cat([plain, mirrored], 1)}.get(flip, plain + mirrored)
+    features = load_features(tmp_path / "x.npz")["features"]
+    torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-4, atol=1e-5)
+    accuracy = cross_validate(pair_distances(features), [True, False] * 10).accuracy
+    assert printed(capsys)["accuracy"] == f"{accuracy:.5f}"
+
+
+def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys):
+    people = [f"P{i}" for i in range(20)]
+    names = [f"{person}/{person}_{photo:04}.png" for person in people for photo in (1, 2)]
+    write_images(tmp_path / "lfw", names, [colour_of(i // 2, i % 2) for i in range(40)])
+    lines = [f"{a} 1 2\n{a} 1 {b} 2\n" for a, b in zip(people, people[1:] + people[:1], strict=True)]
+    (tmp_path / "pairs.txt").write_text("10 2\n" + "".join(lines))
+    command(
+        "--protocol", "lfw", "--model", exported, "--data", tmp_path / "lfw", "--pairs", tmp_path / "pairs.txt"
+    )
+    assert printed(capsys)["pairs"] == "40"
+
+    frames = [f"{person}/{video}/{frame}.png" for person in people for video in (0, 1) for frame in (0, 1)]
+    write_images(tmp_path / "ytf", frames, [colour_of(i // 4, i % 4) for i in range(80)])
+    lines = [
+        f"{i // 2 + 1}, {a}/0, {a}/1, 1\n{i // 2 + 1}, {a}/0, {b}/1, 0\n"
+        for i, (a, b) in enumerate(zip(people, people[1:] + people[:1], strict=True))
+    ]
+    (tmp_path / "splits.txt").write_text("".join(lines))
+    command(
+        "--protocol", "ytf", "--model", exported, "--data", tmp_path / "ytf", "--pairs", tmp_path / "splits.txt"
+    )
+    assert printed(capsys)["pairs"] == "40"
+
+    write_ijb(tmp_path / "IJBB", [(1, 1, 1), (2, 1, 1), (3, 1, 1)], [(1, 2, 1), (1, 3, 0)])
+    write_images(
+        tmp_path / "IJBB" / "loose_crop", ["1.png", "2.png", "3.png"], [colour_of(i, 0) for i in range(3)]
+    )
+    command("--protocol", "ijb", "--model", exported, "--data", tmp_path / "IJBB", "--target", "ijbb")
+    assert printed(capsys)["templates"] == "3"
+
+    others = ["--distractors", tmp_path / "ytf"]
+    command("--protocol", "megaface", "--model", exported, "--data", tmp_path / "lfw", *others)
+    output = printed(capsys)
+    assert (output["probes"], output["distractors"]) == ("40", "10")
 
 
 @pytest.mark.parametrize(
