@@ -82,7 +82,7 @@ def save(
     _barrier(process_group)
     with _silence():
         save_state_dict(
-            tensors,
+            {key: tensor.contiguous() for key, tensor in tensors.items()},  # as safetensors has them
             storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
             process_group=process_group,

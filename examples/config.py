@@ -198,7 +198,13 @@ def convert(name: str, value: object) -> object:
         raise ValueError(f"{name} must be {expected.get(kind, 'a list of values')}, got {value!r}.") from None
 
 
-def difference(old: dict[str, object], new: dict[str, object]) -> str:
-    """The settings in which a resumed run differs from its checkpoint, as text; those it may change left out."""
-    names = [name for name in FIELDS if name not in FREE_TO_CHANGE and old.get(name) != new[name]]
-    return ", ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in names)
+def dump(config: Config) -> str:
+    """The settings as YAML."""
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def difference(old: Config, new: Config) -> str:
+    """The settings in which a resumed run differs, as text; those that it may change left out."""
+    changed = {name: (getattr(old, name), getattr(new, name)) for name in FIELDS if name not in FREE_TO_CHANGE}
+    return ", ".join(f"{name} was {a!r} and is {b!r}" for name, (a, b) in changed.items() if a != b)

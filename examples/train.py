@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 examples/train.py --config examples/configs/ms1m.yaml --amp bf16
     python examples/train.py --config ... --resume      # after a SIGTERM, or any other end
 
-The output folder receives checkpoint.pt, tensorboard/, and at the end model.onnx, model.safetensors, model.json.
+The output folder receives checkpoints/, tensorboard/, and at the end model.onnx, model.safetensors, model.json.
 The order of the images and their augmentation depend on the seed and the step alone, so a resumed training is the
 uninterrupted one, on a CPU bit for bit.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import math
 import os
 import signal
@@ -21,12 +20,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import checkpoint
 import numpy as np
 import torch
 import torch.distributed as dist
 from augmentation import make_transform
-from config import Config, difference, parse
+from config import Config, difference, dump, make, parse, read
 from datasets import open_dataset
 from export import Description, export
 from held_out import Result, evaluate, table
@@ -38,39 +36,41 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels import FusedCosFaceLoss, checkpoint
+from cosface_kernels.optim import FusedSGD
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Outcome(enum.IntEnum):
-    """What a process found before the backward of a step."""
-
-    GO_ON = 0
-    STOP = 1
-    NON_FINITE = 2
 
 
 class NonFiniteLossError(ValueError):
     """The loss became infinite or nan; the message names the batch."""
 
 
-def make_head(config: Config, num_classes: int, device: torch.device) -> nn.Module:
-    """(embeddings, labels, return_stats=True) -> (loss, stats)."""
-    return FusedCosFaceLoss(num_classes, config.embedding_size, config.margin, config.scale, device=device)
-
-
-def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
-    parameters = [p for module in (backbone, head) for p in module.parameters() if p.requires_grad]
-    sgd = torch.optim.SGD(
-        parameters,
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
+def make_head(config: Config, num_classes: int, device: torch.device) -> FusedCosFaceLoss:
+    """(embeddings, labels) -> the loss of the batch of all processes, which share out the classes."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return FusedCosFaceLoss(
+        num_classes, config.embedding_size, config.margin, config.scale, process_group=group, device=device
     )
-    return [sgd]
+
+
+def make_optimizers(
+    config: Config, backbone: nn.Module, head: nn.Module, scaler: torch.amp.GradScaler
+) -> dict[str, torch.optim.Optimizer]:
+    """SGD twice; the head's moves its rows inside backward where that is possible."""
+    options = {
+        "lr": config.learning_rate,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "weight_decay": config.weight_decay,
+    }
+    backbone_sgd = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], **options)
+    if next(head.parameters()).device.type == "cpu" and not dist.is_initialized():
+        head_sgd = FusedSGD(head.parameters(), **options, grad_scaler=scaler if scaler.is_enabled() else None)
+    else:
+        head_sgd = torch.optim.SGD(head.parameters(), **options)
+    return {"backbone_optimizer": backbone_sgd, "head_optimizer": head_sgd}
 
 
 @dataclasses.dataclass
@@ -161,41 +161,34 @@ class Training:
             image_size=config.image_size,
             embedding_size=config.embedding_size,
         ).to(self.device)
+        self.backbone = DistributedDataParallel(self.network) if dist.is_initialized() else self.network
         self.head = make_head(config, self.data.num_classes, self.device)
-        modules = (self.network, self.head)
-        self.backbone, self.loss = map(DistributedDataParallel, modules) if dist.is_initialized() else modules
-        self.optimizers = make_optimizers(config, self.network, self.head)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.optimizers = make_optimizers(config, self.network, self.head, self.scaler)
         self.step = 0
         self.stopping = False
 
-    def state(self) -> dict[str, object]:
-        return {
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.config).items()},
-            "step": self.step,
-            "network": self.network.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-        }
+    @property
+    def state(self) -> dict[str, checkpoint.Stateful]:
+        return {"network": self.network, "head": self.head, "scaler": self.scaler, **self.optimizers}
 
-    def restore(self, state: dict[str, object]) -> None:
-        if changed := difference(state["config"], self.state()["config"]):
-            raise ValueError(f"The checkpoint in {self.output} is of another training: {changed}.")
-        self.network.load_state_dict(state["network"])
-        self.head.load_state_dict(state["head"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+    def begin(self) -> None:
+        """From the first step, or from the newest checkpoint."""
+        folder, file = self.output / CHECKPOINTS, self.output / SETTINGS
+        if checkpoint.latest(folder) is None:
+            if self.rank == 0:
+                self.output.mkdir(parents=True, exist_ok=True)
+                file.write_text(dump(self.config), encoding="utf-8")
+            return
+        if not self.config.resume:
+            raise ValueError(f"{folder} exists: --resume goes on from it, another --output starts anew.")
+        if changed := difference(make(read(file)), self.config):
+            raise ValueError(f"{folder} is of another training: {changed}.")
+        self.step = checkpoint.load(folder, **self.state)
 
     def run(self) -> list[Result] | None:
         """Train, evaluate, export. None if a SIGTERM came first."""
-        path = self.output / CHECKPOINT
-        if path.exists() and not self.config.resume:
-            raise ValueError(f"{path} exists: --resume goes on from it, another --output starts anew.")
-        if path.exists():
-            self.restore(checkpoint.load(path))
+        self.begin()
         self.say(
             f"{len(self.data):,} images of {self.data.num_classes:,} identities, "
             f"steps {self.step:,} to {self.steps:,}, {self.steps_per_epoch:,} an epoch, on {self.device}"
@@ -208,7 +201,7 @@ class Training:
                     self.say(f"{len(corrupt)} images could not be read and were skipped: {shorten(corrupt)}")
             if not finished:
                 self.save()
-                self.say(f"SIGTERM: saved step {self.step:,} to {path}; --resume goes on from there.")
+                self.say(f"SIGTERM: saved step {self.step:,} in {self.output}; --resume goes on from there.")
                 return None
             results = self.evaluate()
         self.export(results)
@@ -234,7 +227,7 @@ class Training:
                 if self.step % config.log_every == 0:
                     self.scalars({"train/loss": value, "train/accuracy": accuracy})
                     self.scalars({"train/samples_per_second": bar.format_dict["rate"] or 0.0})
-                    self.scalars({"train/learning_rate": self.optimizers[0].param_groups[0]["lr"]})
+                    self.scalars({"train/learning_rate": self.optimizers["head_optimizer"].param_groups[0]["lr"]})
                 if self.step % checkpoint_every == 0 or self.step == self.steps:
                     self.save()
                 if stop:
@@ -245,12 +238,12 @@ class Training:
         return True
 
     def learn(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[float, float, bool]:
-        """One step: loss and accuracy of the batch, and whether a process was told to stop."""
+        """One step: loss and accuracy of the batch of all processes, and whether one of them was told to stop."""
         config = self.config
         images = images.to(self.device, non_blocking=True)  # (n, channels, size, size)
         labels = labels.to(self.device, non_blocking=True)  # (n,)
         torch.manual_seed(mix(config.seed, self.step, self.rank)[0])  # dropout's, say
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+        for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
             group["lr"] = config.learning_rate * learning_rate_factor(
                 self.step,
                 self.steps,
@@ -262,32 +255,29 @@ class Training:
         precision = AUTOCAST[config.amp]
         with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
             embeddings = self.backbone(images)  # (n, embedding_size) float32
-        loss, stats = self.loss(embeddings, labels, return_stats=True)
+        loss, stats = self.head(embeddings, labels, return_stats=True)
         value = loss.item()
-        outcome = self.agree(Outcome.NON_FINITE if not math.isfinite(value) else Outcome(self.stopping))
-        if outcome is Outcome.NON_FINITE:
-            self.stop_non_finite(value, indices)
+        if not math.isfinite(value):
+            raise self.non_finite(value, indices)
         self.scaler.scale(loss).backward()
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
         self.scaler.update()
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         self.step += 1
-        return value, float(stats.accuracy), outcome is Outcome.STOP
+        return value, float(stats.accuracy), self.any_process(self.stopping)
 
-    def agree(self, outcome: Outcome) -> Outcome:
-        """The gravest outcome of all processes: they must leave the loop in the same step."""
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set on any process: all of them must leave the loop after the same step."""
         if self.world == 1:
-            return outcome
-        gravest = torch.tensor(outcome, device=self.device)
-        dist.all_reduce(gravest, dist.ReduceOp.MAX)
-        return Outcome(int(gravest))
+            return flag
+        flags = torch.tensor(flag, dtype=torch.uint8, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
-    def stop_non_finite(self, value: float, indices: Tensor) -> None:
-        if math.isfinite(value):
-            raise NonFiniteLossError(f"The loss of another process became infinite or nan at step {self.step}.")
-        raise NonFiniteLossError(
+    def non_finite(self, value: float, indices: Tensor) -> NonFiniteLossError:
+        return NonFiniteLossError(
             f"The loss became {value} at step {self.step} of {self.steps}, on the images "
             f"{', '.join(str(self.data.keys[i]) for i in indices.tolist())}. If these are sound, a learning rate "
             f"below {self.config.learning_rate:g} or a longer warm-up may help."
@@ -307,9 +297,7 @@ class Training:
         )
 
     def save(self) -> None:
-        """From one process: all hold the same state."""
-        if self.rank == 0:
-            checkpoint.save(self.state(), self.output / CHECKPOINT)
+        checkpoint.save(self.output / CHECKPOINTS, self.step, **self.state)
 
     def evaluate(self) -> list[Result]:
         """On the first process; the others wait."""

@@ -149,6 +149,17 @@ def test_crash_while_saving_leaves_the_last_good_one(tmp_path, moment):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000002", "step-000000000003"]
 
 
+def test_tensors_of_any_layout(tmp_path):
+    def network() -> torch.nn.Module:
+        return torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+    saved, loaded = network(), network()
+    checkpoint.save(tmp_path, 1, network=saved)
+    checkpoint.load(tmp_path, network=loaded)
+    assert torch.equal(loaded.weight, saved.weight)
+    assert loaded.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_holds_no_pickle(tmp_path, monkeypatch):
     """Loading unpickles nothing, and there is nothing in the folder that is not safetensors."""
     run = Run()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import time
 import types
 from pathlib import Path
 
-import checkpoint
 import config
 import export
 import glyphs
@@ -30,9 +28,12 @@ from models import DEPTHS, make_model
 from pairs import write_bin
 from PIL import Image
 from protocols import cross_validate
+from safetensors.torch import load_file
 from schedule import PRESETS, learning_rate_factor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+
+from cosface_kernels import checkpoint
 
 EXAMPLES = Path(train.__file__).parent
 
@@ -216,44 +217,6 @@ def test_each_epoch_is_an_order_of_its_own_and_the_processes_share_each_batch():
         assert [len(part) for part in parts] == [2, 2]
 
 
-# Checkpoints
-
-
-def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "run" / "checkpoint.pt"
-    checkpoint.save({"step": 1, "weights": torch.arange(3)}, path)
-
-    def crash(_: object, file) -> None:
-        file.write(b"half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save({"step": 2}, path)
-    state = checkpoint.load(path)
-    assert state["step"] == 1
-    assert state["weights"].tolist() == [0, 1, 2]
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-@pytest.mark.parametrize("content", ["code", "part of a file", "nothing"])
-def test_a_checkpoint_that_is_not_one_is_refused(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    if content == "code":
-        torch.save({"step": Malicious()}, path)
-    else:
-        checkpoint.save({"weights": torch.randn(100)}, path)
-        path.write_bytes(path.read_bytes()[: 500 if content == "part of a file" else 0])
-    with pytest.raises(ValueError, match=r"The checkpoint .*checkpoint\.pt cannot be read: "):
-        checkpoint.load(path)
-    assert not Path("executed").exists()
-
-
 # Training
 
 CHARACTERS, FONTS = 12, 6
@@ -329,15 +292,16 @@ def losses(output: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
-def weights(output: str) -> dict[str, torch.Tensor]:
-    state = checkpoint.load(Path(output) / train.CHECKPOINT)
-    momentum = {str(i): s["momentum_buffer"] for i, s in state["optimizers"][0]["state"].items()}
-    return {**state["network"], **state["head"], **momentum}
+def everything(output: str) -> dict[str, torch.Tensor]:
+    """The tensors of the last checkpoint: weights, statistics, momentum."""
+    (file,) = checkpoint.latest(Path(output) / train.CHECKPOINTS).glob("*.safetensors")
+    return {name: tensor for name, tensor in load_file(file).items() if name != checkpoint.STRUCTURE}
 
 
 def assert_same_training(a: str, b: str) -> None:
-    ours, theirs = weights(a), weights(b)
+    ours, theirs = everything(a), everything(b)
     assert ours.keys() == theirs.keys()
+    assert {"head/weight", "network/8.running_var", "head_optimizer/state/0/momentum_buffer"} <= ours.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
     assert losses(a) == losses(b)
@@ -420,7 +384,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
 
     monkeypatch.setattr(train.Training, "learn", learn_and_terminate)
     train.main(as_arguments(stopped))
-    assert "SIGTERM: saved step 2 to " in capsys.readouterr().out
+    assert "SIGTERM: saved step 2 in " in capsys.readouterr().out
     monkeypatch.setattr(train.Training, "learn", learn)
     train.main(as_arguments(stopped))
     assert_same_training(settings.output, stopped.output)
@@ -435,15 +399,15 @@ def launch(settings: config.Config, *launcher: str) -> subprocess.Popen:
 def test_sigterm_saves_and_exits_with_0(settings):
     settings = dataclasses.replace(settings, steps=100_000, checkpoint_every=3, evaluate_every=0, workers=1)
     process = launch(settings)
-    path = Path(settings.output) / train.CHECKPOINT
+    folder = Path(settings.output) / train.CHECKPOINTS
     end = time.monotonic() + 120
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
+    while checkpoint.latest(folder) is None and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     process.terminate()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    step = int(re.search(r"SIGTERM: saved step (\S+) to ", out)[1].replace(",", ""))
-    assert checkpoint.load(path)["step"] == step >= 3
+    step = int(re.search(r"SIGTERM: saved step (\S+) in ", out)[1].replace(",", ""))
+    assert checkpoint.latest(folder).name == f"step-{step:012}"
     assert not (Path(settings.output) / export.ONNX).exists()
 
 
@@ -470,7 +434,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_keys_of_its_batch(settings):
 def test_a_checkpoint_is_neither_overwritten_nor_taken_for_another_training(settings, without_export):
     settings = dataclasses.replace(settings, epochs=1, test=())
     train.main(as_arguments(settings))
-    with pytest.raises(SystemExit, match=r"checkpoint\.pt exists: --resume goes on from it"):
+    with pytest.raises(SystemExit, match=r"checkpoints exists: --resume goes on from it"):
         train.main(as_arguments(settings))
     changed = dataclasses.replace(settings, resume=True, margin=0.2, workers=1)
     with pytest.raises(SystemExit, match=r"of another training: margin was 0\.1 and is 0\.2\.$"):
@@ -619,7 +583,7 @@ def test_files_that_are_no_exported_model_are_named(tmp_path):
         export.load(tmp_path)
     model = make_model("glyphnet", channels=1, image_size=32, embedding_size=8)
     export.export(model, description(), tmp_path)
-    (tmp_path / "model.bin").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "model.bin").write_bytes(b"something")
     with pytest.raises(ValueError, match=r"is a folder, a \.safetensors or an \.onnx file, got .*model\.bin"):
         export.load(tmp_path / "model.bin")
     (tmp_path / export.WEIGHTS).write_bytes(b"\xff" * 100)
