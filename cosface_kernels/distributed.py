@@ -206,7 +206,8 @@ class Exchange:
     def sum(self, rows: Tensor) -> Tensor:
         """The sum over the ranks, without a gradient."""
         rows = rows.clone()
-        dist.all_reduce(rows, group=self.group)
+        with _naming("combining the shards", self.group):
+            dist.all_reduce(rows, group=self.group)
         return rows
 
 

@@ -12,16 +12,16 @@ from support import F32, F64, Dtypes, make_problem, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import (
-    FusedAdaCosLoss,
-    FusedAdaFaceLoss,
     FusedCosFaceLoss,
-    FusedGBCosFaceLoss,
-    FusedMagFaceLoss,
+    FusedKappaFaceLoss,
+    FusedLSoftmaxLoss,
+    FusedMarginLoss,
     cosface_loss,
+    family,
     margin_softmax_loss,
 )
 from cosface_kernels.distributed import GradScaler, class_range, clip_grad_norm_, empty_weight
@@ -445,13 +445,15 @@ def test_an_overflow_on_one_rank_is_agreed(ranks, broken):
             assert not torch.equal(after, later)
 
 
-STATEFUL = [FusedAdaFaceLoss, FusedMagFaceLoss, FusedGBCosFaceLoss, FusedAdaCosLoss]
+FAMILY = [loss for name, loss in vars(family).items() if name.startswith("Fused") and loss is not FusedMarginLoss]
+ON_ONE_PROCESS = FusedLSoftmaxLoss  # its margin reads the norms of the targets' class centres
 
 
 def _train_state(loss, rank, group, samples):
     """Losses, gradients and the margin's state of some steps on a fixed weight."""
     torch.manual_seed(0)
-    head = loss(9, 6, process_group=group, dtype=torch.float64)
+    options = {"class_counts": torch.arange(1, 10)} if loss is FusedKappaFaceLoss else {}
+    head = loss(9, 6, process_group=group, dtype=torch.float64, **options)
     rng = torch.Generator().manual_seed(1)
     found = []
     for _ in range(3):
@@ -472,7 +474,12 @@ def _train_state_on_rank(rank, group, loss, samples):
     return _train_state(loss, rank, group, samples)
 
 
-@pytest.mark.parametrize("loss", STATEFUL, ids=lambda loss: loss.__name__)
+def test_a_margin_that_needs_all_class_centres_refuses_shards(ranks):
+    for refusal in ranks.run(2, _train_state_on_rank, ON_ONE_PROCESS, (3, 4)):
+        assert "needs all class centres on one process" in str(refusal)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in FAMILY if loss is not ON_ONE_PROCESS], ids=lambda x: x.__name__)
 def test_margins_know_the_global_batch(ranks, loss):
     """Statistics of the batch and what is averaged from them are those of one process, and so are gradients that
     reach the embeddings' norms."""
@@ -489,3 +496,40 @@ def test_margins_know_the_global_batch(ranks, loss):
         for name, buffer in state.items():
             torch.testing.assert_close(got_state[name], buffer)
             assert torch.equal(got_state[name], results[0][2][name])
+
+
+def _compiled(rank, group):
+    torch.manual_seed(0)
+    head = FusedCosFaceLoss(9, 6, process_group=group)
+    x, labels = torch.randn(rank + 2, 6), torch.arange(rank + 2)
+    found = []
+    for call in (head, torch.compile(head, backend="eager")):
+        head.weight.grad, leaf = None, x.clone().requires_grad_()
+        loss = call(leaf, labels)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad, head.weight.grad.to_local()))
+    return found
+
+
+def test_under_torch_compile(ranks):
+    for plain, compiled in ranks.results(2, _compiled):
+        for got, want in zip(compiled, plain, strict=True):
+            assert torch.equal(got, want)
+
+
+def _on_other_meshes(rank, group):
+    """What is said of weights that are not Shard(0) of one dimension."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    messages = []
+    for placement in (Shard(1), Replicate()):
+        weight = distribute_tensor(torch.ones(4, 6), mesh, [placement])
+        with pytest.raises(ValueError, match="must be sharded on dimension 0") as error:
+            cosface_loss(torch.ones(2, 6), weight, torch.tensor([0, 3]))
+        messages.append(str(error.value))
+    return messages
+
+
+def test_weights_that_are_sharded_otherwise_are_refused(ranks):
+    for columns, whole in ranks.results(2, _on_other_meshes):
+        assert "Shard(dim=1)" in columns
+        assert "Replicate()" in whole
