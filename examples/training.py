@@ -62,8 +62,19 @@ def make_heads(recipe: Recipe, num_classes: int) -> dict[str, Callable[[], nn.Mo
     }
 
 
+def shuffled(labels: Tensor, batch_size: int, random: torch.Generator) -> list[Tensor]:
+    """The images of an epoch in random order; without a last batch of one, which has no variance to normalise."""
+    batches = torch.randperm(len(labels), generator=random).split(batch_size)
+    return [rows for rows in batches if len(rows) > 1]
+
+
 def train(
-    recipe: Recipe, images: Images, make_head: Callable[[], nn.Module], name: str, bar_position: int = 0
+    recipe: Recipe,
+    images: Images,
+    make_head: Callable[[], nn.Module],
+    name: str,
+    bar_position: int = 0,
+    make_batches: Callable[[Tensor, int, torch.Generator], list[Tensor]] = shuffled,
 ) -> tuple[EmbeddingNet, float]:
     """Train a network from scratch.
 
@@ -71,6 +82,8 @@ def train(
         make_head: gives a module that maps (embeddings, labels) to a loss.
         name: shown by the progress bar.
         bar_position: lines between the cursor and the progress bar.
+        make_batches: from labels, batch size and generator to the rows of each batch of an epoch; of every epoch
+            as many.
 
     Returns:
         The network, and the seconds spent in the head, forward and backward.
@@ -85,15 +98,12 @@ def train(
         weight_decay=recipe.weight_decay,
         nesterov=True,
     )
-    full, rest = divmod(len(images), recipe.batch_size)
-    steps = recipe.epochs * (full + (rest > 1))
+    steps = recipe.epochs * len(make_batches(images.labels, recipe.batch_size, torch.Generator()))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     head_seconds = 0.0
     with tqdm(total=steps, desc=f"{name:13}", unit="step", position=bar_position, mininterval=0.5) as bar:
         for _ in range(recipe.epochs):
-            for rows in torch.randperm(len(images), generator=random).split(recipe.batch_size):
-                if len(rows) < 2:  # a batch of one has no variance for batch normalisation
-                    continue
+            for rows in make_batches(images.labels, recipe.batch_size, random):
                 embeddings = network(augment(images.pixels[rows], random))
                 # The head's graph is cut off at the embeddings, so that its backward can be timed on its own.
                 features = embeddings.detach().requires_grad_()

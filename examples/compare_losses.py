@@ -1,0 +1,200 @@
+"""Train the same network with each loss of CosFace's table and with its successors, and verify unseen identities.
+
+    python examples/compare_losses.py
+    python examples/compare_losses.py --losses LMCL ArcFace --seeds 5
+
+Every loss gets the same network, initial weights, batches, augmentation and schedule. What a loss leaves open is one
+of four settings, the one with the highest TAR at a FAR of 1e-3 on identities and fonts held out from the training
+data, with a shorter training; then it trains on all of them, once with each seed. Results are kept in a JSON file after each
+training, and a second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import TripletMarginMiner
+from torch import Tensor, nn
+from training import Recipe, SoftmaxLoss
+from trials import FARS, MakeHead, Trial, run_all
+
+from cosface_kernels import (
+    FusedAdaFaceLoss,
+    FusedArcFaceLoss,
+    FusedASoftmaxLoss,
+    FusedCosFaceLoss,
+    FusedGBCosFaceLoss,
+    FusedSphereFaceLoss,
+)
+
+RESULTS = Path(__file__).parent / "results" / "losses.json"
+SCALE = 12.0  # of all losses of cosines, after equation 6 of the paper: for 0.99 among 1,763 classes, s = 12.1
+COLUMNS = {"accuracy": "10-fold accuracy", "rank-1": "rank-1"} | {f"TAR@FAR={far:g}": f"TAR at {far:g}" for far in FARS}
+
+
+class Sum(nn.Module):
+    """softmax + weight * other."""
+
+    def __init__(self, softmax: nn.Module, other: nn.Module, weight: float):
+        super().__init__()
+        self.softmax, self.other, self.weight = softmax, other, weight
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.softmax(embeddings, labels) + self.weight * self.other(embeddings, labels)
+
+
+class CenterLoss(nn.Module):
+    """|x_i - c_y|^2 / 2, averaged over the batch; each class's centre c follows its samples.
+
+        c_j += rate sum_{y_i = j} (x_i - c_j) / (1 + n_j),  n_j the class's samples in the batch
+
+    Source: Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016, Eq. 2-4.
+    """
+
+    centers: Tensor
+
+    def __init__(self, num_classes: int, embedding_size: int, rate: float = 0.5):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("centers", torch.zeros(num_classes, embedding_size))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        away = embeddings - self.centers[labels]  # (N, D)
+        if self.training:
+            classes, row, counts = labels.unique(return_inverse=True, return_counts=True)
+            total = torch.zeros_like(self.centers[classes]).index_add_(0, row, away.detach())
+            self.centers[classes] += self.rate * total / (1 + counts[:, None])
+        return away.square().sum(1).mean() / 2
+
+
+class SemiHardTripletLoss(nn.Module):
+    """max(0, |a - p| - |a - n| + margin) over the triplets with a negative n beyond p, within the margin.
+
+    Source: Schroff et al., FaceNet, arXiv:1503.03832.
+    """
+
+    def __init__(self, margin: float):
+        super().__init__()
+        self.miner = TripletMarginMiner(margin, type_of_triplets="semihard")
+        self.loss = TripletMarginLoss(margin)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+
+def softmax(num_classes: int, embedding_size: int) -> nn.Module:
+    return SoftmaxLoss(embedding_size, num_classes)
+
+
+def softmax_and_contrastive(num_classes: int, embedding_size: int, *, weight: float, margin: float) -> nn.Module:
+    return Sum(softmax(num_classes, embedding_size), ContrastiveLoss(neg_margin=margin), weight)
+
+
+def softmax_and_center(num_classes: int, embedding_size: int, *, weight: float) -> nn.Module:
+    return Sum(softmax(num_classes, embedding_size), CenterLoss(num_classes, embedding_size), weight)
+
+
+def triplet(num_classes: int, embedding_size: int, *, margin: float) -> nn.Module:
+    return SemiHardTripletLoss(margin)
+
+
+def grid(name: str, *values: float, **fixed: float) -> list[dict[str, float]]:
+    return [{name: value, **fixed} for value in values]
+
+
+# The settings among which a loss chooses: four each.
+LOSSES: dict[str, tuple[MakeHead, list[dict[str, float]]]] = {
+    "Softmax": (softmax, grid("learning_rate", 0.1, 0.2, 0.3, 0.6)),
+    "Softmax + Contrastive": (
+        softmax_and_contrastive,
+        [*grid("margin", 0.7, 1.0, weight=0.3), *grid("margin", 0.7, 1.0, weight=3.0)],
+    ),
+    "Triplet": (
+        triplet,
+        [*grid("margin", 0.2, 0.4, learning_rate=0.1), *grid("margin", 0.2, 0.4, learning_rate=0.3)],
+    ),
+    "Softmax + Center": (softmax_and_center, grid("weight", 0.003, 0.01, 0.03, 0.1)),
+    "A-Softmax": (
+        FusedASoftmaxLoss,
+        [*grid("margin", 2.0, 4.0, base=100.0, lambda_min=5.0), *grid("margin", 2.0, 4.0, base=100.0, lambda_min=1.0)],
+    ),
+    "A-Softmax-NormFea": (FusedSphereFaceLoss, grid("margin", 1.2, 1.35, 1.5, 1.7, scale=SCALE)),
+    "LMCL (CosFace)": (FusedCosFaceLoss, grid("margin", 0.15, 0.25, 0.35, 0.45, scale=SCALE)),
+    "ArcFace": (FusedArcFaceLoss, grid("margin", 0.2, 0.3, 0.4, 0.5, scale=SCALE)),
+    "AdaFace": (FusedAdaFaceLoss, grid("margin", 0.2, 0.3, 0.4, 0.5, scale=SCALE)),
+    "GB-CosFace": (FusedGBCosFaceLoss, grid("margin", 0.08, 0.12, 0.16, 0.2, scale=SCALE)),
+}
+
+
+def choose(losses: Sequence[str], recipe: Recipe, path: Path, processes: int, max_identities: int = 0) -> dict[str, dict]:
+    """For each loss, the setting that was best on the data held out."""
+    trials = [
+        Trial(loss, LOSSES[loss][0], setting, recipe, held_out=True, max_identities=max_identities)
+        for loss in losses
+        for setting in LOSSES[loss][1]
+    ]
+    best: dict[str, tuple[float, dict]] = {}
+    for trial, rates in zip(trials, run_all(trials, path, processes), strict=True):
+        rate = rates.get(f"TAR@FAR={FARS[0]:g}", -math.inf)
+        if trial.loss not in best or rate > best[trial.loss][0]:
+            best[trial.loss] = rate, trial.setting
+    return {loss: setting for loss, (_, setting) in best.items()}
+
+
+def table(rates: dict[str, list[dict[str, float]]], settings: dict[str, dict[str, float]]) -> str:
+    """Markdown: mean and standard deviation over the seeds, in per cent."""
+    lines = [["loss", "setting", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
+    for loss, runs in rates.items():
+        setting = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings[loss].items())
+        lines.append([loss, setting, *(summary([run.get(column, math.nan) for run in runs]) for column in COLUMNS)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary(values: Sequence[float]) -> str:
+    if any(map(math.isnan, values)):
+        return "diverged"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def option(name: str, help: str, **settings) -> None:
+        parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
+
+    option("--losses", "which", nargs="+", choices=list(LOSSES), default=list(LOSSES), metavar="LOSS")
+    option("--seeds", "trainings of each loss", type=int, default=3)
+    option("--epochs", "passes over the training images", type=int, default=Recipe.epochs)
+    option("--epochs-held-out", "passes of the trainings that choose a setting", type=int, default=2)
+    option("--processes", "trainings side by side, with a thread each", type=int, default=2)
+    option("--identities", "train and test on the first so many; 0: all", type=int, default=0)
+    option("--results", "what was measured, and is not measured again", type=Path, default=RESULTS, metavar="JSON")
+    args = parser.parse_args(argv)
+    try:
+        settings = choose(
+            args.losses, Recipe(epochs=args.epochs_held_out), args.results, args.processes, args.identities
+        )
+        trials = [
+            Trial(loss, LOSSES[loss][0], settings[loss], Recipe(epochs=args.epochs, seed=seed), max_identities=args.identities)
+            for seed in range(args.seeds)
+            for loss in args.losses
+        ]
+        results = run_all(trials, args.results, args.processes)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    rates: dict[str, list[dict[str, float]]] = {loss: [] for loss in args.losses}
+    for trial, result in zip(trials, results, strict=True):
+        rates[trial.loss].append(result)
+    print(table(rates, settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Figures of margins: what they do to a decision, to a logit, to features and to verification.
+
+    python examples/figures.py decision-margins    # CosFace's Fig. 2, in cosine and in angle space; a second
+    python examples/figures.py target-logits       # what each loss puts in the place of cos(theta); a second
+    python examples/figures.py toy                 # CosFace's Fig. 4: 8 identities in 2 dimensions; two minutes
+    python examples/figures.py margin-sweep        # verification by m, from 0 to 0.45; half an hour
+
+Each writes a PNG to docs/figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from compare_losses import RESULTS, SCALE
+from images import Images
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from network import augment
+from torch import Tensor
+from training import Recipe, SoftmaxLoss, train
+from trials import Trial, limit, load, run_all
+
+from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels.margins import (
+    AdaFaceMargin,
+    AnnealedSphereFaceMargin,
+    ArcFaceMargin,
+    CombinedMargin,
+    CosFaceMargin,
+    GBCosFaceMargin,
+    MagFaceMargin,
+    Margin,
+    Rows,
+    SphereFaceMargin,
+    X2SoftmaxMargin,
+)
+
+FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+}
+
+TOY_IDENTITIES = 8
+TOY_VIEWS = 8  # augmented copies of each image that are shown
+TOY_HEADS = {"softmax": None, "LMCL, m = 0": 0.0, "LMCL, m = 0.1": 0.1, "LMCL, m = 0.2": 0.2}
+
+
+def decision_margins() -> Figure:
+    """Two classes: where a sample counts as the first, as the second, and as neither, because of the margin."""
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        "Softmax, $|w_1| = 2|w_2|$": lambda cos: cos,
+        "NSL": CosFaceMargin(0.0),
+        "A-Softmax, $m = 4$": SphereFaceMargin(4.0),
+        "CosFace (LMCL), $m = 0.35$": CosFaceMargin(0.35),
+        "ArcFace, $m = 0.5$": ArcFaceMargin(0.5),
+    }
+    axis = torch.linspace(0, math.pi, 721, dtype=torch.float64)
+    theta_1, theta_2 = torch.meshgrid(axis, axis, indexing="xy")
+    cos_1, cos_2 = theta_1.cos(), theta_2.cos()
+    figure, rows = plt.subplots(2, len(losses), figsize=(12.5, 5.4), sharex="row", sharey="row")
+    for (name, psi), in_cosine, in_angle in zip(losses.items(), *rows, strict=True):
+        norm_1, norm_2 = (2, 1) if name.startswith("Softmax") else (1, 1)
+        first = norm_1 * psi(cos_1) - norm_2 * cos_2  # the loss is content where this is positive
+        second = norm_2 * psi(cos_2) - norm_1 * cos_1
+        for axes, x, y in (
+            (in_cosine, cos_1, cos_2),
+            (in_angle, theta_1.rad2deg(), theta_2.rad2deg()),
+        ):
+            axes.set_facecolor("#E4E4E4")
+            for decision, color in ((first, SKY), (second, ORANGE)):
+                axes.contourf(x, y, decision, [0, decision.max()], colors=[color], alpha=0.75)
+                axes.contour(x, y, decision, [0], colors=[BLACK], linewidths=0.8)
+            axes.set_box_aspect(1)
+        in_cosine.set(title=name, xlabel=r"$\cos\,\theta_1$", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        in_angle.set(xlabel=r"$\theta_1$ (degrees)", xticks=[0, 90, 180], yticks=[0, 90, 180])
+    rows[0, 0].set_ylabel(r"$\cos\,\theta_2$")
+    rows[1, 0].set_ylabel(r"$\theta_2$ (degrees)")
+    patches = [plt.Rectangle((0, 0), 1, 1, facecolor=color) for color in (SKY, ORANGE, "#E4E4E4")]
+    figure.legend(patches, ["class 1", "class 2", "margin: neither"], loc="outside lower center", ncols=3)
+    return figure
+
+
+def target_logits() -> Figure:
+    """psi over the angle between a sample and its class centre."""
+    fixed: dict[str, Margin] = {
+        "NSL": CosFaceMargin(0.0),
+        "CosFace, $m = 0.35$": CosFaceMargin(0.35),
+        "GB-CosFace, $m = 0.16$": GBCosFaceMargin(0.16),
+        "ArcFace, $m = 0.5$": ArcFaceMargin(0.5),
+        "combined, $m = (1, 0.3, 0.2)$": CombinedMargin((1.0, 0.3, 0.2)),
+        "SphereFace, $m = 1.7$": SphereFaceMargin(1.7),
+        r"A-Softmax, $m = 4$, $\lambda = 5$": AnnealedSphereFaceMargin(4.0, base=0.0),
+        "X2-Softmax": X2SoftmaxMargin(),
+    }
+    adaface = AdaFaceMargin(0.4)
+    adaface.mean.fill_(20.0)
+    adaface.std.fill_(5.0)
+    of_norm = [
+        *((rf"AdaFace, {words}", adaface.eval(), norm, RED, line) for words, norm, line in (
+            ("norm 3 deviations below the mean", 5.0, ":"), ("norm at the mean", 20.0, "--"),
+            ("norm 3 deviations above the mean", 35.0, "-"),
+        )),
+        *((f"MagFace, norm {norm}", MagFaceMargin(), float(norm), BLUE, line) for norm, line in (
+            (10, ":"), (60, "--"), (110, "-"),
+        )),
+    ]  # fmt: skip
+    theta = torch.linspace(0, math.pi, 1441, dtype=torch.float64)
+    targets = torch.zeros(len(theta), dtype=torch.int64)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True)
+    colors = (BLACK, RED, ORANGE, BLUE, PURPLE, GREEN, SKY, "#7F7F7F")
+    lines = ("-", "-", "--", "-", "--", "-", "--", "-.")
+    for (name, margin), color, line in zip(fixed.items(), colors, lines, strict=True):
+        left.plot(theta.rad2deg(), margin.eval()(theta.cos()), line, color=color, label=name)
+    right.plot(theta.rad2deg(), theta.cos(), color=BLACK, label="NSL")
+    for name, margin, norm, color, line in of_norm:
+        rows = Rows(torch.full((len(theta), 1), norm, dtype=torch.float64), targets)
+        right.plot(theta.rad2deg(), margin(theta.cos(), rows), line, color=color, label=name)
+    for axes, title in ((left, "margins of the angle alone"), (right, "margins that follow the embedding's norm")):
+        axes.set(title=title, xlabel=r"angle $\theta$ to the class centre (degrees)", xlim=(0, 180))
+        axes.set_xticks(range(0, 181, 30))
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8)
+    left.set_ylabel(r"target logit $\psi(\theta)$, before the scale $s$")
+    return figure
+
+
+def toy(images: Images | None = None, epochs: int = 60, views: int = TOY_VIEWS) -> tuple[Figure, dict[str, float]]:
+    """Features of 8 identities in 2 dimensions, after training with softmax and with growing margins.
+
+    Returns:
+        The figure, and the mean gap of each head in degrees; see `mean_gap`.
+    """
+    if images is None:
+        images = limit(load(held_out=False)[0], TOY_IDENTITIES)
+    recipe = Recipe(epochs=epochs, batch_size=32, learning_rate=0.1, embedding_size=2)
+    random = torch.Generator().manual_seed(0)
+    shown = augment(images.pixels.repeat(views, 1, 1, 1), random, strength=0.05)  # (views n, 1, h, w)
+    labels = images.labels.repeat(views)
+    colors = [(BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE)[label] for label in labels.tolist()]
+    figure, rows = plt.subplots(2, len(TOY_HEADS), figsize=(11, 5.8))
+    gaps = {}
+    for (name, margin), plane, circle in zip(TOY_HEADS.items(), *rows, strict=True):
+        network, _ = train(recipe, images, partial(toy_head, len(images.identities), margin), name)
+        features = network.embed(shown)  # (views n, 2)
+        gaps[name] = mean_gap(features, labels)
+        unit = torch.nn.functional.normalize(features)
+        plane.scatter(*features.T, s=3, c=colors, linewidths=0)
+        plane.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
+        plane.axvline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
+        bound = 1.05 * features.abs().max().item()
+        plane.set(title=name, xlim=(-bound, bound), ylim=(-bound, bound), xlabel="$x_1$")
+        circle.scatter(*unit.T, s=6, c=colors, linewidths=0)
+        circle.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        circle.set_xlabel(r"$x_1 / \|x\|$")
+        circle.text(0, 0, f"mean gap\n{gaps[name]:.1f}°", ha="center", va="center")
+        for axes in (plane, circle):
+            axes.set_box_aspect(1)
+    rows[0, 0].set_ylabel("$x_2$")
+    rows[1, 0].set_ylabel(r"$x_2 / \|x\|$")
+    return figure, gaps
+
+
+def toy_head(num_classes: int, margin: float | None) -> torch.nn.Module:
+    if margin is None:
+        return SoftmaxLoss(2, num_classes)
+    return FusedCosFaceLoss(num_classes, 2, margin, TOY_SCALE)
+
+
+TOY_SCALE = 16.0
+
+
+def mean_gap(features: Tensor, labels: Tensor) -> float:
+    """Degrees between neighbouring identities of 2-D features, averaged over the neighbours.
+
+    An identity reaches from the 5th to the 95th percentile of its angles around their mean direction; where two
+    overlap, their gap is negative.
+    """
+    angle = torch.atan2(features[:, 1], features[:, 0]).double()  # (n,)
+    spans = []
+    for label in labels.unique():
+        own = angle[labels == label]
+        mean = torch.atan2(own.sin().mean(), own.cos().mean())
+        away = (own - mean + math.pi).remainder(2 * math.pi) - math.pi
+        low, high = away.quantile(away.new_tensor([0.05, 0.95])).tolist()
+        spans.append((mean.item(), low, high))
+    spans.sort()
+    following = [*spans[1:], (spans[0][0] + 2 * math.pi, *spans[0][1:])]
+    gaps = [after + low - (mean + high) for (mean, _, high), (after, low, _) in zip(spans, following, strict=True)]
+    return math.degrees(statistics.mean(gaps))
+
+
+def margin_sweep(seeds: int = 3, processes: int = 2, results: Path = RESULTS) -> Figure:
+    """Verification on the glyph data by m: one training for each m and seed, kept in `results`."""
+    margins = [round(0.05 * i, 2) for i in range(10)]
+    trials = [
+        Trial("LMCL (CosFace)", FusedCosFaceLoss, {"margin": m, "scale": SCALE}, Recipe(seed=seed))
+        for seed in range(seeds)
+        for m in margins
+    ]
+    rates = run_all(trials, results, processes)
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4))
+    names = {"accuracy": "10-fold accuracy (%)", "rank-1": "rank-1 (%)", "TAR@FAR=0.0001": "TAR at a FAR of 1e-4 (%)"}
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        by_margin = torch.tensor([[100 * run.get(name, math.nan) for run in rates]]).view(seeds, len(margins))
+        for values in by_margin:
+            axes.plot(margins, values, "o", color=SKY, markersize=3.5)
+        axes.plot(margins, by_margin.mean(0), color=BLUE)
+        axes.set(xlabel="margin $m$", ylabel=label, xticks=margins[::2])
+        axes.grid(alpha=0.25)
+    handles = [*panels[0].lines[:1], panels[0].lines[-1]]
+    figure.legend(handles, ["one training", f"mean of {seeds}"], loc="outside lower center", ncols=2)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["decision-margins", "target-logits", "toy", "margin-sweep"])
+    parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="default: docs/figures")
+    parser.add_argument("--seeds", type=int, default=3, help="of margin-sweep (default: 3)")
+    args = parser.parse_args(argv)
+    with matplotlib.rc_context(STYLE):
+        if args.name == "toy":
+            figure, gaps = toy()
+            print("\n".join(f"{head}: mean gap {gap:.1f} degrees" for head, gap in gaps.items()))
+        elif args.name == "margin-sweep":
+            figure = margin_sweep(args.seeds)
+        else:
+            figure = {"decision-margins": decision_margins, "target-logits": target_logits}[args.name]()
+        args.output.mkdir(parents=True, exist_ok=True)
+        path = args.output / f"{args.name}.png"
+        figure.savefig(path)
+        plt.close(figure)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
