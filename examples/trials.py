@@ -1,4 +1,4 @@
-"""Trainings that differ in loss and seed alone: run two at a time, kept in a JSON file, continued where they stopped."""
+"""Trainings on the glyph data set that differ in loss and seed alone, two at a time, kept in a JSON file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ IMAGES_PER_IDENTITY = 2  # in a batch, so that the losses of pairs and triplets 
 FARS = (1e-3, 1e-4)
 NICENESS = 10  # of a training's process
 
-MakeHead = Callable[..., nn.Module]  # (num_classes, embedding_size, **setting) -> a module (embeddings, labels) -> loss
+MakeHead = Callable[
+    ..., nn.Module
+]  # (num_classes, embedding_size, **setting) -> a module (embeddings, labels) -> loss
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Trial:
     @property
     def key(self) -> str:
         setting = " ".join(f"{name}={value:g}" for name, value in self.setting.items())
-        return " | ".join((self.loss, setting, "held out" if self.held_out else "test", f"seed {self.recipe.seed}"))
+        return " | ".join(
+            (self.loss, setting, "held out" if self.held_out else "test", f"seed {self.recipe.seed}")
+        )
 
     @property
     def schedule(self) -> dict[str, float]:
@@ -126,7 +130,12 @@ def measure(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     scores = compare_all(embeddings, labels)
     chosen, same = balanced_pairs(labels)
     rates = {"accuracy": cross_validate(pair_distances(embeddings, chosen), same).accuracy, "rank-1": scores.rank1}
-    return rates | {f"TAR@FAR={far:g}": scores.tar_at_far(far) for far in FARS}
+    return rates | {tar_name(far): scores.tar_at_far(far) for far in FARS}
+
+
+def tar_name(far: float) -> str:
+    """TAR@FAR=1e-3."""
+    return f"TAR@FAR={far:.0e}".replace("e-0", "e-")
 
 
 def balanced_pairs(labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
