@@ -200,7 +200,6 @@ class Training:
                 if corrupt := self.data.corrupt:
                     self.say(f"{len(corrupt)} images could not be read and were skipped: {shorten(corrupt)}")
             if not finished:
-                self.save()
                 self.say(f"SIGTERM: saved step {self.step:,} in {self.output}; --resume goes on from there.")
                 return None
             results = self.evaluate()
@@ -228,7 +227,7 @@ class Training:
                     self.scalars({"train/loss": value, "train/accuracy": accuracy})
                     self.scalars({"train/samples_per_second": bar.format_dict["rate"] or 0.0})
                     self.scalars({"train/learning_rate": self.optimizers["head_optimizer"].param_groups[0]["lr"]})
-                if self.step % checkpoint_every == 0 or self.step == self.steps:
+                if stop or self.step % checkpoint_every == 0 or self.step == self.steps:
                     self.save()
                 if stop:
                     return False

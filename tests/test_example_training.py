@@ -275,6 +275,16 @@ def without_export(monkeypatch):
     monkeypatch.setattr(train, "export", lambda network, description, folder: 0.0)
 
 
+def test_the_glyphs_of_the_repository_become_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(glyphs, "load_glyphs", lambda split: some_glyphs(split, fonts=3))
+    glyphs.main([str(tmp_path)])
+    assert f"{tmp_path / 'test'}: 36 images of 12 identities" in capsys.readouterr().out
+    images, records = some_glyphs("train", fonts=3), open_dataset(tmp_path / "train", color="gray")
+    assert records.labels.tolist() == images.labels.sort(stable=True).values.tolist()
+    for i, row in enumerate(images.labels.argsort(stable=True).tolist()):
+        assert np.array_equal(np.asarray(records[i][0]), images.pixels[row, 0].numpy())
+
+
 def as_arguments(settings: config.Config) -> list[str]:
     arguments = []
     for name, value in vars(settings).items():
