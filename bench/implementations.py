@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,8 @@ class Implementation:
         build: a step from a problem; it must not keep the problem's weight if it makes a copy.
         flops: k for a step of k N C D in matrix products: 6 with the logits kept, 8 with them recomputed.
         package: what has to be installed for it.
+        definition: the mean loss of (x, w, problem) in float64, that of LMCL if None.
+        note: what its rows say.
         margin: whether it has a margin; one that has none is built, checked and timed with margin 0.
         compiles: whether the first step of each shape compiles.
     """
@@ -64,6 +67,8 @@ class Implementation:
     package: str
     margin: bool = True
     compiles: bool = False
+    definition: Callable[[Tensor, Tensor, Problem], Tensor] | None = None
+    note: str | None = None
 
 
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
@@ -102,17 +107,49 @@ def _leaves(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _build_fused(problem: Problem) -> Step:
     from cosface_kernels import cosface_loss
-    from cosface_kernels.backends import select
 
     x, w = _leaves(problem)
     labels, options = problem.labels, {"scale": problem.scale, "margin": problem.margin}
+    backend = _backend(x, w)
+    return Step(lambda: cosface_loss(x, w, labels, backend=backend, **options), x, w)
+
+
+def _backend(x: Tensor, w: Tensor) -> str:
+    from cosface_kernels.backends import select
+
     # A backend by name, so that a missing one is reported and not replaced by the reference.
     backend = os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
     try:
         select(backend, x, w)
     except RuntimeError as error:
         raise UnavailableError(f"fused needs its {error}") from error
-    return Step(lambda: cosface_loss(x, w, labels, backend=backend, **options), x, w)
+    return backend
+
+
+def _of_family(name: str, **options: Any) -> Implementation:
+    """A loss of the family with its own margin and the problem's scale, unless the options have one."""
+
+    def margin(problem: Problem) -> Any:
+        from cosface_kernels import margins
+
+        if name == "KappaFaceMargin":
+            return margins.KappaFaceMargin(torch.arange(1, 1 + len(problem.weight)))
+        return getattr(margins, name)(**({"filter_above": 0.1} if name == "CombinedMargin" else {}))
+
+    def build(problem: Problem) -> Step:
+        from cosface_kernels import margin_softmax_loss
+
+        x, w = _leaves(problem)
+        arguments = {"margin": margin(problem), "scale": problem.scale, "backend": _backend(x, w), **options}
+        return Step(lambda: margin_softmax_loss(x, w, problem.labels, **arguments), x, w)
+
+    def definition(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
+        from cosface_kernels import margin_softmax_loss
+
+        arguments = {"margin": margin(problem), "scale": problem.scale, "backend": "reference", **options}
+        return margin_softmax_loss(x, w, problem.labels, **arguments)
+
+    return Implementation(build, 8, "cosface_kernels", definition=definition, note="its own margin")
 
 
 def _build_eager(problem: Problem) -> Step:
@@ -185,10 +222,22 @@ IMPLEMENTATIONS = {
     "compile": Implementation(_build_compile, 6, "torch", compiles=True),
     "checkpoint": Implementation(_build_checkpoint, 8, "torch"),
     "pml": Implementation(_build_pml, 6, "pytorch-metric-learning"),
-    "torch-lce": Implementation(_build_torch_lce, 6, "torch >= 2.13", margin=False),
+    "torch-lce": Implementation(_build_torch_lce, 6, "torch >= 2.13", margin=False, note="margin 0"),
     "cce": Implementation(_build_cce, 6, "cut-cross-entropy and triton", compiles=True),
     # Its gradients are made in forward for the mean, so that no margin can be added after.
-    "liger": Implementation(_build_liger, 6, "liger-kernel and triton", margin=False),
+    "liger": Implementation(_build_liger, 6, "liger-kernel and triton", margin=False, note="margin 0"),
+    "arcface": _of_family("ArcFaceMargin"),
+    "sphereface": _of_family("SphereFaceMargin"),
+    "a-softmax": _of_family("AnnealedSphereFaceMargin", scale=1.0, normalize_embeddings=False),
+    "l-softmax": _of_family("LSoftmaxMargin", scale=1.0, normalize_embeddings=False, normalize_weight=False),
+    "adaface": _of_family("AdaFaceMargin"),
+    "magface": _of_family("MagFaceMargin"),
+    "kappaface": _of_family("KappaFaceMargin"),
+    "x2-softmax": _of_family("X2SoftmaxMargin"),
+    "gb-cosface": _of_family("GBCosFaceMargin"),
+    "curricularface": _of_family("CurricularFaceMargin"),
+    "mv-softmax": _of_family("MVSoftmaxMargin"),
+    "combined-filter": _of_family("CombinedMargin"),
 }
 
 

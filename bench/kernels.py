@@ -47,6 +47,7 @@ class Case:
     w: torch.dtype
     tf32: bool
     dim: int
+    variant: str = "plain"  # or "reshape": of negatives; or "raw": a weight that is not normalised
 
     @property
     def operand(self) -> torch.dtype:
@@ -100,11 +101,23 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
     for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
         for kernel in GEMM_KERNELS:
             for tile in table(kernel, arch, operand_dtype(x, w)):
-                yield Case(kernel, arch, tile, x, w, tf32, dim)
+                for variant in VARIANTS.get(kernel, ("plain",)):
+                    yield Case(kernel, arch, tile, x, w, tf32, dim, variant)
         if not tf32:
             for kernel in others:
-                yield Case(kernel, arch, OTHER_TILES[kernel], x, w, False, dim)
+                for variant in VARIANTS.get(kernel, ("plain",)):
+                    yield Case(kernel, arch, OTHER_TILES[kernel], x, w, False, dim, variant)
 
+
+# Kernels that options change. What is raw computes less, so that it need not be crossed with "reshape".
+VARIANTS = {
+    "class_statistics": ("plain", "reshape", "raw"),
+    "merge_statistics": ("plain", "reshape", "raw"),
+    "normalize_embeddings": ("plain", "raw"),
+    "logit_gradients": ("plain", "reshape", "raw"),
+    "weight_gradients": ("plain", "raw"),
+    "finish_embedding_gradients": ("plain", "reshape"),
+}
 
 # Of kernels without a matrix product; `triton.py` has their block sizes.
 OTHER_TILES = {
@@ -119,6 +132,7 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     row = {
         "kernel": case.kernel,
         "arch": case.arch,
+        "variant": case.variant,
         "config": asdict(case.tile),
         "dtype": f"{SHORT[case.x]} x {SHORT[case.w]}" + (f" {case.precision}" if case.precision != "ieee" else ""),
     }
@@ -153,6 +167,8 @@ def compile_case(case: Case):
         "OPERAND": getattr(triton.language, str(case.operand).removeprefix("torch.")),
         "PRECISION": case.precision,
         "NEED_DX": True,
+        "NORMALIZE": case.variant != "raw",
+        "RESHAPE": case.variant == "reshape",
         "BLOCK_SPLITS": 64,
     }
     signature, attributes = {}, {}
@@ -217,7 +233,8 @@ def _read_amd(compiled) -> dict:
 def _line(row: dict) -> str:
     tile = row["config"]
     return (
-        f"{row['arch']:7} {row['kernel']:27} {row['dtype']:19} {tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
+        f"{row['arch']:7} {row['kernel']:27} {row['variant']:7} {row['dtype']:19} "
+        f"{tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
         f"warps {tile['warps']} stages {tile['stages']}  registers {row['registers']:3}  "
         f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}"
     )

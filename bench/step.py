@@ -175,7 +175,7 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int) -> repor
         scale=case.scale,
         seed=case.seed,
         device=machine.device_name(case.device),
-        note=outcome.note or (None if implementation.margin else "margin 0"),
+        note=outcome.note or implementation.note,
     )
 
 

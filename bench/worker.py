@@ -1,6 +1,7 @@
 """What runs in one implementation's process: the check of its output, and the timed steps."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -50,7 +51,7 @@ class Check:
         """The largest error of the three, each relative to the largest magnitude of what it should be."""
         torch.set_num_threads(self.case.threads)
         problem = make_problem(self.case)
-        wanted = _reference(problem)
+        wanted = _reference(problem, IMPLEMENTATIONS[self.case.impl].definition or _lmcl)
         step = build(self.case.impl, problem)
         loss = step.loss()
         loss.backward()
@@ -124,12 +125,18 @@ def _draw_rows(rows: int, dim: int, dtype: torch.dtype, seed: int, threads: int)
     return weight
 
 
-def _reference(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def _lmcl(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
+    scale = x.new_full((len(x),), problem.scale)
+    return reference.forward(x, w, problem.labels, scale, problem.margin)[0].mean()
+
+
+def _reference(
+    problem: Problem, definition: Callable[[Tensor, Tensor, Problem], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss, dx and dw in float64."""
     x = problem.embeddings.detach().double().requires_grad_()
     w = problem.weight.detach().double().requires_grad_()
-    scale = x.new_full((len(x),), problem.scale)
-    loss = reference.forward(x, w, problem.labels, scale, problem.margin)[0].mean()
+    loss = definition(x, w, problem)
     return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
 

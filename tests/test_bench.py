@@ -174,6 +174,12 @@ def test_problem_too_large_for_the_memory_is_reported(in_process, monkeypatch, t
     assert json.loads(out.read_text())[0]["note"] == ("Weight and gradient take 3.8 GiB, 1.0 GiB are available.")
 
 
+@pytest.mark.parametrize("impl", [name for name, row in IMPLEMENTATIONS.items() if row.definition])
+def test_losses_of_the_family_are_checked_against_their_definition(restore_threads, impl: str) -> None:
+    assert Check(replace(CASE, impl=impl)).turn() <= step.MAX_ERROR["float32"]
+    assert IMPLEMENTATIONS[impl].note == "its own margin"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("impl", ["fused", "eager", "checkpoint", "pml", "torch-lce"])
 def test_peers_compute_the_same_loss_and_gradients(restore_threads, impl: str, dtype: str) -> None:

@@ -10,7 +10,6 @@ from support import (
     BF16,
     F32,
     F64,
-    INTERPRETED,
     Problem,
     Upstream,
     evaluate,
@@ -23,8 +22,6 @@ from torch import Tensor
 from cosface_kernels import optim, reference
 from cosface_kernels.optim import FusedSGD
 from cosface_kernels.options import Options
-
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="not on backend triton yet")
 
 POLYNOMIALS = {
     "zero": (0.0, 0.0, 0.0),  # inter-class filter

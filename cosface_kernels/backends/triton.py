@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosface_kernels.backends import triton_tiles
 from cosface_kernels.backends.triton_tiles import Key, Tile
-from cosface_kernels.options import Options, empty_cache
+from cosface_kernels.options import PLAIN, Options, empty_cache
 
 MIN_VERSION = (3, 2)
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
@@ -55,7 +55,7 @@ def _compile_failure() -> str | None:
     """Why a kernel cannot be compiled or launched here (no C compiler, too old a driver), or None."""
     one = torch.ones(1, 1, device="cuda")
     try:
-        _forward(one, one, one.new_zeros(1, dtype=torch.int64), one[0], 0.0, Tile(16, 16, 16, 4, 1))
+        _forward(one, one, one.new_zeros(1, dtype=torch.int64), one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
     except (RuntimeError, OSError, triton.errors.TritonError) as error:
         return f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
     return None
@@ -69,7 +69,7 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
-    return options.refusal()
+    return options.refusal({"normalize_weight", "thresholds", "negatives"})
 
 
 def describe() -> str:
@@ -85,29 +85,38 @@ def forward(
     with torch.cuda.device_of(x):
         sample = w[:TUNING_CLASSES]
         tile = triton_tiles.choose(
-            "class_statistics", _key(x, w), lambda tile: _forward(x, sample, targets, scale, margin, tile)
+            "class_statistics", _key(x, w), lambda tile: _forward(x, sample, targets, scale, margin, options, tile)
         )
-        return *_forward(x, w, targets, scale, margin, tile), empty_cache(x)
+        return *_forward(x, w, targets, scale, margin, options, tile), empty_cache(x)
 
 
 def _forward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, tile: Tile
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (N, D), C = x.shape, len(w)
     scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
     row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
     tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
     splits = triton.cdiv(tiles, tiles_per_split)
-    parts = x.new_empty(2, splits, N, dtype=torch.float32)  # max_cos, sum_exp
+    parts = x.new_empty(3, splits, N, dtype=torch.float32)  # top, max_cos, sum_exp
+    variant = {"NORMALIZE": options.normalize_weight, "RESHAPE": options.thresholds is not None}
     kernels.class_statistics[row_blocks, splits](
-        x, w, targets, scale, *parts, N, C, *x.stride(), tiles_per_split, **_blocks(tile, x, w)
+        x, w, targets, scale, *_polynomial(options, scale), *parts, N, C, *x.stride(), tiles_per_split,
+        **_blocks(tile, x, w), **variant,
     )  # fmt: skip
     results = _four_rows(x)  # loss, lse, target_cos, max_neg
     kernels.merge_statistics[(triton.cdiv(N, ROWS),)](
         *parts, x, w, targets, scale, *results, N, C, splits, margin, *x.stride(),
-        BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D, OPERAND=_operand(x, w),
+        BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D, OPERAND=_operand(x, w), **variant,
     )  # fmt: skip
     return results
+
+
+def _polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholds and coefficients as the kernels read them, or what stands in for them where none are read."""
+    if options.thresholds is None or options.negatives is None:
+        return unused, unused
+    return options.thresholds.float().contiguous(), options.negatives.float().contiguous()
 
 
 def _four_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,19 +136,20 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 
         def choose(kernel: str) -> Tile:
             def run(tile: Tile) -> object:
-                return _backward(x, sample, per_row, need_dx, need_dw, {**tiles, kernel: tile})
+                return _backward(x, sample, per_row, options, need_dx, need_dw, {**tiles, kernel: tile})
 
             return triton_tiles.choose(kernel, key, run)
 
         for kernel in tiles:
             tiles[kernel] = choose(kernel)
-        return _backward(x, w, per_row, need_dx, need_dw, tiles)
+        return _backward(x, w, per_row, options, need_dx, need_dw, tiles)
 
 
 def _backward(
     x: Tensor,
     w: Tensor,
     per_row: list[Tensor],
+    options: Options,
     need_dx: bool,
     need_dw: bool,
     tiles: dict[str, Tile],
@@ -159,12 +169,14 @@ def _backward(
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
     x_norm, w_norm, class_dot = float32(N), float32(chunk), float32(row_blocks, chunk)
     negative_dot, target_dot = float32(class_tiles, N).zero_(), float32(N)
+    reshape, normalize = options.thresholds is not None, options.normalize_weight
+    scale_dot = torch.zeros_like(negative_dot) if reshape else negative_dot
     g, x_hat = x.new_empty(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
     unit = _units(scale, g_lse, g_cos)  # (N,)
     largest_unit = unit.amax()
     kernels.normalize_embeddings[(triton.cdiv(N, ROWS),)](
         x, w, targets, g_lse, g_cos, unit, largest_unit, x_hat, x_norm, target_dot, N, C, *x.stride(),
-        D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=_operand(x, w),
+        D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=_operand(x, w), NORMALIZE=normalize,
     )  # fmt: skip
 
     dx_blocks, chunk_tiles = triton.cdiv(N, of_dx.n) * triton.cdiv(D, of_dx.d), triton.cdiv(chunk, of_dx.c)
@@ -174,8 +186,9 @@ def _backward(
     dw = torch.empty_like(w) if need_dw else w.new_empty(0)
     for first in range(0, C, chunk):
         kernels.logit_gradients[row_blocks, class_tiles](
-            x, w, targets, scale, lse, g_lse, g_cos, x_norm, unit, g, w_norm, negative_dot, class_dot,
-            N, C, first, chunk, *x.stride(), **_blocks(of_g, x, w),
+            x, w, targets, scale, lse, g_lse, g_cos, *_polynomial(options, scale), x_norm, unit, g, w_norm,
+            negative_dot, scale_dot, class_dot, N, C, first, chunk, *x.stride(), **_blocks(of_g, x, w),
+            NORMALIZE=normalize, RESHAPE=reshape,
         )  # fmt: skip
         if need_dx:
             kernels.embedding_gradients[dx_blocks, splits](
@@ -185,13 +198,13 @@ def _backward(
         if need_dw:
             kernels.weight_gradients[triton.cdiv(D, of_dw.d), triton.cdiv(chunk, of_dw.c)](
                 g, x_hat, w, w_norm, class_dot, largest_unit, dw, N, C, first, chunk, row_blocks,
-                **_blocks(of_dw, x, w),
+                **_blocks(of_dw, x, w), NORMALIZE=normalize,
             )  # fmt: skip
 
     dx, dscale = x.new_empty((N, D) if need_dx else 0), float32(N)
     kernels.finish_embedding_gradients[triton.cdiv(N, ROWS), triton.cdiv(D, COLUMNS) if need_dx else 1](
-        dx_hat, negative_dot, target_dot, x, x_norm, scale, g_lse, g_cos, unit, dx, dscale, N, splits, class_tiles,
-        *x.stride(), D=D, NEED_DX=need_dx, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
+        dx_hat, negative_dot, scale_dot, target_dot, x, x_norm, scale, g_lse, g_cos, unit, dx, dscale, N, splits,
+        class_tiles, *x.stride(), D=D, NEED_DX=need_dx, RESHAPE=reshape, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
     )  # fmt: skip
     return dx, dw, dscale
 

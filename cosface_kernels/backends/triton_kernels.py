@@ -80,8 +80,12 @@ def _dot_tile(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
-    """<x_i, w_j> (BLOCK_N, BLOCK_C), and |w_j| from the same loads; both see the weight rounded to operands."""
+    """<x_i, w_j> (BLOCK_N, BLOCK_C), and |w_j| from the same loads; both see the weight rounded to operands.
+
+    Without NORMALIZE, 1 takes the place of |w_j|.
+    """
     dot = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, D, BLOCK_D):
@@ -90,9 +94,19 @@ def _dot_tile(
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(classes, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
         dot = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile.to(OPERAND)), dot, input_precision=PRECISION)
-        w_full = w_tile.to(OPERAND).to(tl.float32)
-        squares += tl.sum(w_full * w_full, 1)
-    return dot, tl.sqrt(squares)
+        if NORMALIZE:
+            w_full = w_tile.to(OPERAND).to(tl.float32)
+            squares += tl.sum(w_full * w_full, 1)
+    return dot, tl.sqrt(squares) if NORMALIZE else squares + 1.0
+
+
+@triton.jit
+def _reshape(cos, thresholds, negatives, rows, is_row):
+    """N(c) = (q c + a) c + b where c > tau_i, else c; and N'(c)."""
+    tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
+    q, a, b = tl.load(negatives), tl.load(negatives + 1), tl.load(negatives + 2)
+    hard = cos > tau[:, None]
+    return tl.where(hard, (q * cos + a) * cos + b, cos), tl.where(hard, 2 * q * cos + a, 1.0)
 
 
 @triton.jit
@@ -113,6 +127,9 @@ def class_statistics(
     w,
     targets,
     scale,
+    thresholds,
+    negatives,
+    top,
     max_cos,
     sum_exp,
     N,
@@ -126,11 +143,13 @@ def class_statistics(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RESHAPE: tl.constexpr,
 ):
-    """Of one split of the classes, for each row: max cos and sum e^{z - s max} over the negatives.
+    """Of one split of the classes, for each row: max N(cos) and sum e^{z - s max} over the negatives, and max cos.
 
     Grid (row blocks, splits): the row blocks of a split run side by side and share its class rows in L2.
-    max_cos, sum_exp: (splits, N).
+    top, max_cos, sum_exp: (splits, N); without RESHAPE, N(c) = c, and max_cos is not written.
     """
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -139,11 +158,14 @@ def class_statistics(
     x_norm = _norms(x, rows, is_row, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D)
     x_inverse = 1 / tl.maximum(x_norm, EPS)
     # In the loop u_ij = |x_i| cos_ij, and e^{s cos} = 2^{factor u}. A factor of 0 would turn a masked -inf to nan.
-    factor = tl.load(scale + rows, mask=is_row, other=0.0) * x_inverse * LOG2_E
+    # With RESHAPE, u_ij = N(cos_ij).
+    unit = 1.0 if RESHAPE else x_inverse
+    factor = tl.load(scale + rows, mask=is_row, other=0.0) * unit * LOG2_E
     factor = tl.where(factor == 0.0, TINY, factor)
 
     running_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
+    running_cos = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(C, BLOCK_C))
     for tile in range(split * tiles_per_split, last_tile):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -163,9 +185,14 @@ def class_statistics(
             BLOCK_D,
             OPERAND,
             PRECISION,
+            NORMALIZE,
         )
         is_negative = is_class[None, :] & (classes[None, :] != target[:, None])
         u = tl.where(is_negative, dot * (1 / tl.maximum(w_norm, EPS))[None, :], -float("inf"))
+        if RESHAPE:
+            cos = u * x_inverse[:, None]
+            running_cos = tl.maximum(running_cos, tl.max(cos, 1))
+            u, _ = _reshape(cos, thresholds, negatives, rows, is_row)
         new_max = tl.maximum(running_max, tl.max(u, 1))
         base = _finite(new_max)
         terms = tl.exp2(factor[:, None] * u - (factor * base)[:, None])
@@ -173,7 +200,9 @@ def class_statistics(
         running_max = new_max
 
     slots = split.to(tl.int64) * N + rows
-    tl.store(max_cos + slots, running_max * x_inverse, mask=is_row)
+    tl.store(top + slots, running_max * unit, mask=is_row)
+    if RESHAPE:
+        tl.store(max_cos + slots, running_cos, mask=is_row)
     tl.store(sum_exp + slots, running_sum, mask=is_row)
 
 
@@ -198,6 +227,7 @@ def _target_cos(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
     """cos of each row with its target, 0 where it has none, and |x_i|; operands rounded as for the product."""
     has_target = is_row & (target >= 0) & (target < C)
@@ -215,12 +245,15 @@ def _target_cos(
         x_squares += tl.sum(x_tile * x_tile, 1)
         w_squares += tl.sum(w_tile * w_tile, 1)
     x_norm = tl.sqrt(x_squares)
-    cos = dot * (1 / tl.maximum(x_norm, EPS)) * (1 / tl.maximum(tl.sqrt(w_squares), EPS))
+    cos = dot * (1 / tl.maximum(x_norm, EPS))
+    if NORMALIZE:
+        cos *= 1 / tl.maximum(tl.sqrt(w_squares), EPS)
     return tl.where(has_target, cos, 0.0), x_norm
 
 
 @triton.jit
 def merge_statistics(
+    top,
     max_cos,
     sum_exp,
     x,
@@ -242,6 +275,8 @@ def merge_statistics(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RESHAPE: tl.constexpr,
 ):
     """The splits' statistics in their order, then LMCL: loss, lse, target_cos and max_neg, (N,) each."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -249,11 +284,15 @@ def merge_statistics(
     s = tl.load(scale + rows, mask=is_row, other=0.0)
     running_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
+    running_cos = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     for first in range(0, splits, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
         slots = _offsets(split, rows, N, 1)
         mask = (split < splits)[:, None] & is_row[None, :]
-        part_max = tl.load(max_cos + slots, mask=mask, other=-float("inf"))
+        part_max = tl.load(top + slots, mask=mask, other=-float("inf"))
+        if RESHAPE:
+            part_cos = tl.load(max_cos + slots, mask=mask, other=-float("inf"))
+            running_cos = tl.maximum(running_cos, tl.max(part_cos, 0))
         part_sum = tl.load(sum_exp + slots, mask=mask, other=0.0)
         new_max = tl.maximum(running_max, tl.max(part_max, 0))
         base = _finite(new_max)
@@ -266,14 +305,14 @@ def merge_statistics(
     lse_row = tl.where(is_empty, -float("inf"), lse_row)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos, _ = _target_cos(
-        x, w, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND
+        x, w, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE
     )  # fmt: skip
     z = lse_row - s * (cos - margin)
     softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
     tl.store(loss + rows, tl.where(target >= 0, softplus, 0.0), mask=is_row)
     tl.store(lse + rows, lse_row, mask=is_row)
     tl.store(target_cos + rows, cos, mask=is_row)
-    tl.store(max_neg + rows, running_max, mask=is_row)
+    tl.store(max_neg + rows, running_cos if RESHAPE else running_max, mask=is_row)
 
 
 @triton.jit
@@ -302,6 +341,7 @@ def normalize_embeddings(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
     """x_hat (N, D) = X_LIFT unit_i / max unit * x_i / |x_i|, the right-hand side of dw; x_norm (N,).
 
@@ -314,7 +354,7 @@ def normalize_embeddings(
     active = is_row & _is_active(row_g_lse, row_g_cos)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos, norm = _target_cos(
-        x, w, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND
+        x, w, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE
     )  # fmt: skip
     tl.store(x_norm + rows, norm, mask=is_row)
     tl.store(target_dot + rows, row_g_cos * cos, mask=is_row)
@@ -341,11 +381,14 @@ def logit_gradients(
     lse,
     g_lse,
     g_cos,
+    thresholds,
+    negatives,
     x_norm,
     unit,
     g,
     w_norm,
     negative_dot,
+    scale_dot,
     class_dot,
     N,
     C,
@@ -359,11 +402,14 @@ def logit_gradients(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RESHAPE: tl.constexpr,
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
     Grid (row blocks, class tiles of the chunk). g: (N, chunk), scaled by G_LIFT / unit_i. w_norm: (chunk,).
-    negative_dot: (class tiles, N), += sum_{j != y} g_lse p cos.
+    negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
+    not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
     """
     row_block, tile = tl.program_id(0), tl.program_id(1)
@@ -399,15 +445,24 @@ def logit_gradients(
         BLOCK_D,
         OPERAND,
         PRECISION,
+        NORMALIZE,
     )
     cos = dot * x_inverse[:, None] * (1 / tl.maximum(norm, EPS))[None, :]
     is_target = classes[None, :] == target[:, None]
-    p = tl.where(is_target, 0.0, tl.exp2((s * LOG2_E)[:, None] * cos - (row_lse * LOG2_E)[:, None]))
+    shaped = cos
+    if RESHAPE:
+        shaped, slope = _reshape(cos, thresholds, negatives, rows, is_row)
+        shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
+    p = tl.where(is_target, 0.0, tl.exp2((s * LOG2_E)[:, None] * shaped - (row_lse * LOG2_E)[:, None]))
+    slots = tile.to(tl.int64) * N + rows
+    if RESHAPE:
+        scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
+        tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
+        p *= slope
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
 
     mask = is_row[:, None] & is_class[None, :]
     tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
-    slots = tile.to(tl.int64) * N + rows
     so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
     tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0), mask=is_class)
@@ -480,6 +535,7 @@ def weight_gradients(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
     """dw of one chunk, written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
 
@@ -504,20 +560,23 @@ def weight_gradients(
     for _ in range(0, dot_blocks):
         dot += tl.load(class_dot + slots, mask=is_class, other=0.0)
         slots += chunk
-    norm = tl.load(w_norm + columns, mask=is_class, other=1.0)
-    inverse = 1 / tl.maximum(norm, EPS)
     out = _offsets(first_class + columns, d, D, 1)
     mask = is_class[:, None] & is_d
-    w_hat = tl.load(w + out, mask=mask, other=0.0).to(OPERAND).to(tl.float32) * inverse[:, None]
-    projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
-    unlift = tl.load(largest_unit) / (G_LIFT * X_LIFT)
-    tl.store(dw + out, ((sums * unlift - projection) * inverse[:, None]).to(dw.dtype.element_ty), mask=mask)
+    gradient = sums * (tl.load(largest_unit) / (G_LIFT * X_LIFT))
+    if NORMALIZE:
+        norm = tl.load(w_norm + columns, mask=is_class, other=1.0)
+        inverse = 1 / tl.maximum(norm, EPS)
+        w_hat = tl.load(w + out, mask=mask, other=0.0).to(OPERAND).to(tl.float32) * inverse[:, None]
+        projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
+        gradient = (gradient - projection) * inverse[:, None]
+    tl.store(dw + out, gradient.to(dw.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def finish_embedding_gradients(
     dx_hat,
     negative_dot,
+    scale_dot,
     target_dot,
     x,
     x_norm,
@@ -534,6 +593,7 @@ def finish_embedding_gradients(
     x_column_stride,
     D: tl.constexpr,
     NEED_DX: tl.constexpr,
+    RESHAPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -544,12 +604,15 @@ def finish_embedding_gradients(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < N
     from_negatives = tl.zeros((BLOCK_N,), tl.float32)
+    from_scale = tl.zeros((BLOCK_N,), tl.float32)
     slots = rows.to(tl.int64)
     for _ in range(0, tiles):
         from_negatives += tl.load(negative_dot + slots, mask=is_row, other=0.0)
+        if RESHAPE:
+            from_scale += tl.load(scale_dot + slots, mask=is_row, other=0.0)
         slots += N
     if tl.program_id(1) == 0:
-        tl.store(dscale + rows, from_negatives, mask=is_row)
+        tl.store(dscale + rows, from_scale if RESHAPE else from_negatives, mask=is_row)
     if NEED_DX:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = is_row[:, None] & (d < D)[None, :]
