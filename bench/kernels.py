@@ -100,8 +100,8 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
     others = [name for name in vars(kernels) if name in OTHER_TILES]
     for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
         for kernel in GEMM_KERNELS:
-            for tile in table(kernel, arch, operand_dtype(x, w)):
-                for variant in VARIANTS.get(kernel, ("plain",)):
+            for variant in VARIANTS.get(kernel, ("plain",)):
+                for tile in table(kernel, arch, operand_dtype(x, w), variant == "plain"):
                     yield Case(kernel, arch, tile, x, w, tf32, dim, variant)
         if not tf32:
             for kernel in others:

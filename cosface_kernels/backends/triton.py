@@ -85,7 +85,9 @@ def forward(
     with torch.cuda.device_of(x):
         sample = w[:TUNING_CLASSES]
         tile = triton_tiles.choose(
-            "class_statistics", _key(x, w), lambda tile: _forward(x, sample, targets, scale, margin, options, tile)
+            "class_statistics",
+            _key(x, w, options),
+            lambda tile: _forward(x, sample, targets, scale, margin, options, tile),
         )
         return *_forward(x, w, targets, scale, margin, options, tile), empty_cache(x)
 
@@ -131,7 +133,7 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
         return torch.empty_like(x) if need_dx else x.new_empty(0), dw, x.new_empty(0, dtype=torch.float32)
     per_row = [values.contiguous() for values in per_row]  # targets, scale, lse, g_lse, g_cos: (N,)
     with torch.cuda.device_of(x):
-        key, sample = _key(x, w), w[:TUNING_CLASSES]
+        key, sample = _key(x, w, options), w[:TUNING_CLASSES]
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
 
         def choose(kernel: str) -> Tile:
@@ -277,10 +279,10 @@ def _device(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
 
 
-def _key(x: Tensor, w: Tensor) -> Key:
+def _key(x: Tensor, w: Tensor, options: Options) -> Key:
     architecture = triton_tiles.INTERPRETED if INTERPRETED else _architecture(x.device)
-    bucket = triton.next_power_of_2(len(x))
-    return Key(architecture, x.shape[1], x.dtype, w.dtype, operand_dtype(x.dtype, w.dtype), bucket)
+    bucket, plain = triton.next_power_of_2(len(x)), options.normalize_weight and options.thresholds is None
+    return Key(architecture, x.shape[1], x.dtype, w.dtype, operand_dtype(x.dtype, w.dtype), bucket, plain)
 
 
 @functools.cache

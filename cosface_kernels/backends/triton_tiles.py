@@ -28,7 +28,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Key:
-    """What the best tile depends on. `bucket` is the power of two that holds N."""
+    """What the best tile depends on. `bucket` is the power of two that holds N; `plain`: without options."""
 
     architecture: str
     dim: int
@@ -36,6 +36,7 @@ class Key:
     w: torch.dtype
     operand: torch.dtype
     bucket: int
+    plain: bool = True
 
 
 INTERPRETED = "interpreter"
@@ -58,19 +59,28 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
 }
+# With options: reshaped negatives need registers, and without the norms the compiler keeps more loads in flight.
+WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("class_statistics", 2): (Tile(64, 128, 64, 8, 3), Tile(16, 64, 64, 4, 3)),
+    ("logit_gradients", 2): TABLE["logit_gradients", 2],
+    ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 64, 32, 4, 3)),
+    ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 64, 32, 4, 3)),
+}
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 
 
-def table(kernel: str, architecture: str, operand: torch.dtype) -> tuple[Tile, ...]:
+def table(kernel: str, architecture: str, operand: torch.dtype, plain: bool = True) -> tuple[Tile, ...]:
     """The candidates, the default first."""
     if architecture == INTERPRETED:
         return (INTERPRETED_TILE,)
+    if not plain and (kernel, operand.itemsize) in WITH_OPTIONS:
+        return WITH_OPTIONS[kernel, operand.itemsize]
     return OVERRIDES.get((kernel, operand.itemsize, architecture), TABLE[kernel, operand.itemsize])
 
 
 def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     """The table's entries for a batch of this size: with no more rows than its bucket, if there are any."""
-    tiles = table(kernel, key.architecture, key.operand)
+    tiles = table(kernel, key.architecture, key.operand, key.plain)
     smallest = min(tile.n for tile in tiles)
     return tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
 
