@@ -35,9 +35,12 @@ from cosface_kernels.margins import (
     ArcFaceMargin,
     CombinedMargin,
     CosFaceMargin,
+    CurricularFaceMargin,
     GBCosFaceMargin,
+    KappaFaceMargin,
     MagFaceMargin,
     Margin,
+    MVSoftmaxMargin,
     Rows,
     SphereFaceMargin,
     X2SoftmaxMargin,
@@ -82,10 +85,7 @@ def decision_margins() -> Figure:
         norm_1, norm_2 = (2, 1) if name.startswith("Softmax") else (1, 1)
         first = norm_1 * psi(cos_1) - norm_2 * cos_2  # the loss is content where this is positive
         second = norm_2 * psi(cos_2) - norm_1 * cos_1
-        for axes, x, y in (
-            (in_cosine, cos_1, cos_2),
-            (in_angle, theta_1.rad2deg(), theta_2.rad2deg()),
-        ):
+        for axes, x, y in ((in_cosine, cos_1, cos_2), (in_angle, theta_1.rad2deg(), theta_2.rad2deg())):
             axes.set_facecolor("#E4E4E4")
             for decision, color in ((first, SKY), (second, ORANGE)):
                 axes.contourf(x, y, decision, [0, decision.max()], colors=[color], alpha=0.75)
@@ -101,7 +101,10 @@ def decision_margins() -> Figure:
 
 
 def target_logits() -> Figure:
-    """psi over the angle between a sample and its class centre."""
+    """What a loss puts in the place of cos(theta), for the target and for other classes that are too close.
+
+    CurricularFace's target is ArcFace's; MV-Softmax's is CosFace's up to 90 degrees.
+    """
     fixed: dict[str, Margin] = {
         "NSL": CosFaceMargin(0.0),
         "CosFace, $m = 0.35$": CosFaceMargin(0.35),
@@ -112,35 +115,60 @@ def target_logits() -> Figure:
         r"A-Softmax, $m = 4$, $\lambda = 5$": AnnealedSphereFaceMargin(4.0, base=0.0),
         "X2-Softmax": X2SoftmaxMargin(),
     }
-    adaface = AdaFaceMargin(0.4)
+    adaface, kappaface = AdaFaceMargin(0.4), KappaFaceMargin([1, 1])
     adaface.mean.fill_(20.0)
     adaface.std.fill_(5.0)
-    of_norm = [
-        *((rf"AdaFace, {words}", adaface.eval(), norm, RED, line) for words, norm, line in (
-            ("norm 3 deviations below the mean", 5.0, ":"), ("norm at the mean", 20.0, "--"),
-            ("norm 3 deviations above the mean", 35.0, "-"),
-        )),
-        *((f"MagFace, norm {norm}", MagFaceMargin(), float(norm), BLUE, line) for norm, line in (
-            (10, ":"), (60, "--"), (110, "-"),
-        )),
-    ]  # fmt: skip
+    kappaface.weights.copy_(torch.tensor([0.2, 0.8]))
+    of_sample = [
+        ("AdaFace, norm 3 deviations below the mean", adaface, 5.0, 0, RED, ":"),
+        ("AdaFace, norm at the mean", adaface, 20.0, 0, RED, "--"),
+        ("AdaFace, norm 3 deviations above the mean", adaface, 35.0, 0, RED, "-"),
+        ("MagFace, norm 10", MagFaceMargin(), 10.0, 0, BLUE, ":"),
+        ("MagFace, norm 60", MagFaceMargin(), 60.0, 0, BLUE, "--"),
+        ("MagFace, norm 110", MagFaceMargin(), 110.0, 0, BLUE, "-"),
+        ("KappaFace, class of weight 0.2", kappaface, 1.0, 0, GREEN, ":"),
+        ("KappaFace, class of weight 0.8", kappaface, 1.0, 1, GREEN, "-"),
+    ]
+    curricular = {t: CurricularFaceMargin(0.5) for t in (0.3, 0.7)}
+    for t, margin in curricular.items():
+        margin.t.fill_(t)
+    reshaping = [
+        *(
+            (f"CurricularFace, $t = {t}$", margin, color)
+            for (t, margin), color in zip(curricular.items(), (SKY, BLUE), strict=True)
+        ),
+        ("MV-Softmax, $t = 0.2$", MVSoftmaxMargin(), RED),
+        ("inter-class filter, above 0.4", CombinedMargin(filter_above=0.4), GREEN),
+    ]
     theta = torch.linspace(0, math.pi, 1441, dtype=torch.float64)
-    targets = torch.zeros(len(theta), dtype=torch.int64)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(14, 5.2), sharey=True)
+    left, middle, right = panels
     colors = (BLACK, RED, ORANGE, BLUE, PURPLE, GREEN, SKY, "#7F7F7F")
     lines = ("-", "-", "--", "-", "--", "-", "--", "-.")
     for (name, margin), color, line in zip(fixed.items(), colors, lines, strict=True):
         left.plot(theta.rad2deg(), margin.eval()(theta.cos()), line, color=color, label=name)
-    right.plot(theta.rad2deg(), theta.cos(), color=BLACK, label="NSL")
-    for name, margin, norm, color, line in of_norm:
-        rows = Rows(torch.full((len(theta), 1), norm, dtype=torch.float64), targets)
-        right.plot(theta.rad2deg(), margin(theta.cos(), rows), line, color=color, label=name)
-    for axes, title in ((left, "margins of the angle alone"), (right, "margins that follow the embedding's norm")):
+    for axes in (middle, right):
+        axes.plot(theta.rad2deg(), theta.cos(), color=BLACK, label=r"$\cos\,\theta$")
+    for name, margin, norm, label, color, line in of_sample:
+        rows = Rows(torch.full((len(theta), 1), norm, dtype=torch.float64), torch.full((len(theta),), label))
+        middle.plot(theta.rad2deg(), margin.eval()(theta.cos(), rows), line, color=color, label=name)
+    target, row = (theta.new_tensor([0.5]), Rows(theta.new_ones(1, 1), torch.zeros(1, dtype=torch.int64)))
+    for name, margin, color in reshaping:
+        threshold, (q, a, b) = margin.eval().negatives(target, row)
+        hard = theta[theta.cos() > threshold]
+        cos = hard.cos()
+        right.plot(hard.rad2deg(), (q * cos + a) * cos + b, color=color, label=name)
+    titles = (
+        "margins of the angle alone",
+        "margins that follow the norm or the class",
+        "other classes, target at 60°",
+    )
+    for axes, title in zip(panels, titles, strict=True):
         axes.set(title=title, xlabel=r"angle $\theta$ to the class centre (degrees)", xlim=(0, 180))
-        axes.set(ylim=(-3, 1.1), xticks=range(0, 181, 30))
+        axes.set(ylim=(-3, 1.75), xticks=range(0, 181, 30))
         axes.grid(alpha=0.25)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8)
-    left.set_ylabel(r"target logit $\psi(\theta)$, before the scale $s$")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=7.5, columnspacing=1)
+    left.set_ylabel("logit, before the scale $s$")
     return figure
 
 

@@ -61,8 +61,8 @@ def test_decisions_leave_the_margin_to_neither_class():
 
 
 def test_target_logits_are_those_of_the_formulas():
-    left, right = figures.target_logits().axes
-    curves = {line.get_label(): line.get_xydata() for axes in (left, right) for line in axes.lines}
+    *of_target, of_others = figures.target_logits().axes
+    curves = {line.get_label(): line.get_xydata() for axes in of_target for line in axes.lines}
     for name, psi in {
         "NSL": lambda t: math.cos(t),
         "CosFace, $m = 0.35$": lambda t: math.cos(t) - 0.35,
@@ -71,10 +71,20 @@ def test_target_logits_are_those_of_the_formulas():
         "AdaFace, norm at the mean": lambda t: math.cos(t) - 0.4,
         "AdaFace, norm 3 deviations above the mean": lambda t: math.cos(t - 0.4) - 0.8,
         "MagFace, norm 110": lambda t: math.cos(t + 0.8),
+        "KappaFace, class of weight 0.8": lambda t: math.cos(t + 0.64),
     }.items():
         x, y = curves[name][480]  # 60 degrees
         assert x == pytest.approx(60)
         assert y == pytest.approx(psi(math.pi / 3), abs=1e-3)
+    curves = {line.get_label(): line.get_xydata() for line in of_others.lines}
+    for name, threshold, reshaped in (
+        ("CurricularFace, $t = 0.3$", math.cos(math.pi / 3 + 0.5), lambda c: c * (0.3 + c)),
+        ("MV-Softmax, $t = 0.2$", 0.5 - 0.35, lambda c: 1.2 * c + 0.2),
+        ("inter-class filter, above 0.4", 0.4, lambda c: 0),
+    ):
+        x, y = curves[name][240]  # 30 degrees
+        assert y == pytest.approx(reshaped(math.cos(math.radians(x))))
+        assert curves[name][-1, 0] == pytest.approx(math.degrees(math.acos(threshold)), abs=0.2)
 
 
 def test_the_sweep_shows_each_training_and_their_mean(monkeypatch):
