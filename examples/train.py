@@ -122,11 +122,10 @@ class Seeded(Dataset):
         return image, label, index
 
 
-def ignore_signals(_: int) -> None:
-    """A scheduler that signals the whole process group must leave the loader to the training process."""
+def detach_worker(_: int) -> None:
+    """A scheduler or Ctrl-C that signals the process group must leave the loader to the training process."""
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgrp()
 
 
 class Training:
@@ -292,7 +291,7 @@ class Training:
             batch_sampler=batches,
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            worker_init_fn=detach_worker,
         )
 
     def save(self) -> None:

@@ -403,7 +403,9 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
 def launch(settings: config.Config, *launcher: str) -> subprocess.Popen:
     command = [sys.executable, *launcher, str(EXAMPLES / "train.py"), *as_arguments(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
 def test_sigterm_saves_and_exits_with_0(settings):
@@ -413,7 +415,7 @@ def test_sigterm_saves_and_exits_with_0(settings):
     end = time.monotonic() + 120
     while checkpoint.latest(folder) is None and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the loader's workers with it
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     step = int(re.search(r"SIGTERM: saved step (\S+) in ", out)[1].replace(",", ""))
@@ -439,6 +441,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_keys_of_its_batch(settings):
     keys = re.findall(r"train\.rec:\d+", str(stop.value))
     assert len(set(keys)) == 18
     assert "below 1e+30" in str(stop.value)
+
+
+def test_an_error_ends_the_workers_too(settings):
+    process = launch(dataclasses.replace(settings, learning_rate=1e30, warm_up=0, workers=2))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "The loss became" in err
 
 
 def test_a_checkpoint_is_neither_overwritten_nor_taken_for_another_training(settings, without_export):
