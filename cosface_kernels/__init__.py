@@ -17,7 +17,7 @@ from cosface_kernels.family import (
     FusedSphereFaceLoss,
     FusedX2SoftmaxLoss,
 )
-from cosface_kernels.functional import LossStats, cosface_loss, margin_softmax_loss
+from cosface_kernels.functional import LossStats, Sparsity, cosface_loss, margin_softmax_loss
 from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss
 from cosface_kernels.theory import max_margin, min_scale
 
@@ -42,6 +42,7 @@ __all__ = [
     "FusedSphereFaceLoss",
     "FusedX2SoftmaxLoss",
     "LossStats",
+    "Sparsity",
     "__version__",
     "cosface_loss",
     "margin_softmax_loss",

@@ -21,9 +21,36 @@ from cosface_kernels.validation import (
     check_reduction,
     check_rows,
     check_scale,
+    check_tolerance,
 )
 
 LOGITS_CHUNK = 8192  # classes that cosine_logits upcasts at a time: 16 MiB of float32 at embedding_size 512
+
+
+class Sparsity(NamedTuple):
+    """What a backward with a gradient_tolerance leaves out, known before it runs.
+
+    Let p_ij = e^{s_i cos_ij} / sum_{k != y_i} e^{s_i cos_ik}, and dropped_i the sum of p_ij over the negatives
+    left out. With g_i = d loss / d lse_i, |x_i| dx_i lacks s_i g_i sum_{j dropped} p_ij w_j / |w_j|, and
+    |w_j| dw_j lacks s_i g_i p_ij x_i / |x_i| of every i that dropped it, projected, which makes nothing longer. So
+
+        |delta dx_i| <= s_i |g_i| dropped_i / |x_i|    sum_j |w_j| |delta dw_j| <= sum_i s_i |g_i| dropped_i
+
+    and nothing is left out of the target's part of either. |x_i| and |w_j| are clamped at 1e-12.
+
+    Attributes:
+        dropped: (N,) float64, at most the tolerance; 0 for an exact sample.
+        kept: (N,) float64, the share of the negatives that is not left out; 1 for an exact sample, one with so
+            many that dense products are faster.
+    """
+
+    dropped: Tensor
+    kept: Tensor
+
+    @property
+    def exact(self) -> Tensor:
+        """(N,) bool: the samples that take the exact path."""
+        return self.kept == 1
 
 
 class LossStats(NamedTuple):
@@ -34,12 +61,14 @@ class LossStats(NamedTuple):
         target_cos: (N,) cosine between each embedding and its class centre; 0 for an ignored sample.
         max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
         accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin.
+        sparsity: with a gradient_tolerance, and where there will be a gradient.
     """
 
     lse: Tensor
     target_cos: Tensor
     max_negative_cos: Tensor
     accuracy: Tensor
+    sparsity: Sparsity | None = None
 
 
 def cosface_loss(
@@ -54,6 +83,7 @@ def cosface_loss(
     validate_labels: bool | None = None,
     sample_weight: Tensor | None = None,
     backend: str | None = None,
+    gradient_tolerance: float = 0.0,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """CosFace's Large Margin Cosine Loss (LMCL), fused with its normalisation and class matrix product.
@@ -73,6 +103,9 @@ def cosface_loss(
             validated, the loss of such a sample is nan, and it has no gradient.
         sample_weight: (N,) factor a_i of each sample's loss.
         backend: name of a backend, or None for the first that takes these tensors.
+        gradient_tolerance: eps in [0, 1). 0: exact gradients. Else backward may leave out of every sample
+            negatives that hold at most eps of the softmax over its negatives, and takes time in proportion to what
+            remains; the loss stays exact. See `Sparsity`.
         return_stats: also return `LossStats`.
 
     Returns:
@@ -102,6 +135,7 @@ def cosface_loss(
         validate_labels=validate_labels,
         sample_weight=sample_weight,
         backend=backend,
+        gradient_tolerance=gradient_tolerance,
         return_stats=return_stats,
     )
 
@@ -118,6 +152,7 @@ def margin_softmax_loss(
     validate_labels: bool | None = None,
     sample_weight: Tensor | None = None,
     backend: str | None = None,
+    gradient_tolerance: float = 0.0,
     return_stats: bool = False,
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
@@ -149,6 +184,7 @@ def margin_softmax_loss(
         check_reduction(reduction)
         check_name(backend)
         check_scale(scale)
+        check_tolerance(gradient_tolerance, sharded=ranks is not None)
         if not callable(margin):
             check_margin(margin)
         if isinstance(scale, Tensor) and scale.dim():
@@ -177,7 +213,9 @@ def margin_softmax_loss(
             target_cos = ranks.sum(target_cos) if ranks else target_cos
             options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
     lmcl = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl
-    loss, lse, target_cos, max_neg, _ = lmcl(*own, m, backend, **options)  # each (N,)
+    if torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad):
+        options["gradient_tolerance"] = float(gradient_tolerance)
+    loss, lse, target_cos, max_neg, cache = lmcl(*own, m, backend, **options)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
     if isinstance(margin, Margin):
@@ -193,7 +231,8 @@ def margin_softmax_loss(
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
     accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
-    stats = LossStats(lse.detach(), target_cos.detach(), max_neg, accuracy)
+    sparsity = Sparsity(*ops.kept_entries(cache, len(targets))) if options.get("gradient_tolerance") else None
+    stats = LossStats(lse.detach(), target_cos.detach(), max_neg, accuracy, sparsity)
     if ranks:
         reduced = ranks.keep_own(reduced) if reduction == "none" else reduced
         lse, target_cos, max_neg = map(ranks.keep_own, stats[:3])

@@ -13,7 +13,13 @@ from cosface_kernels.distributed import empty_weight
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
-from cosface_kernels.validation import check_margin, check_positive, check_reduction, check_scale
+from cosface_kernels.validation import (
+    check_margin,
+    check_positive,
+    check_reduction,
+    check_scale,
+    check_tolerance,
+)
 
 INIT_STD = 0.01  # as in insightface's partial_fc; the loss does not depend on it, the effective learning rate does
 
@@ -33,6 +39,8 @@ class FusedMarginLoss(nn.Module):
         validate_labels: raise for a label out of range, which waits for the device; None: on the CPU alone. If not
             validated, the loss of such a sample is nan.
         backend: name of a backend, or None for the first that can run; see `python -m cosface_kernels.info`.
+        gradient_tolerance: softmax mass that backward may leave out of every sample, 0 for exact gradients; see
+            `cosface_kernels.functional.Sparsity`.
         process_group: shards the classes over these ranks; see `cosface_kernels.distributed`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
@@ -67,6 +75,7 @@ class FusedMarginLoss(nn.Module):
         ignore_index: int = -100,
         validate_labels: bool | None = None,
         backend: str | None = None,
+        gradient_tolerance: float = 0.0,
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -80,6 +89,7 @@ class FusedMarginLoss(nn.Module):
         check_scale(scale)
         check_reduction(reduction)
         check_name(backend)
+        check_tolerance(gradient_tolerance, sharded=process_group is not None)
         if self.normalize_embeddings and not isinstance(scale, Tensor):
             theory.warn_of_scale(scale, num_classes, stacklevel=2)
         self.num_classes = num_classes
@@ -90,6 +100,7 @@ class FusedMarginLoss(nn.Module):
         self.ignore_index = ignore_index
         self.validate_labels = validate_labels
         self.backend = backend
+        self.gradient_tolerance = gradient_tolerance
         self.to(device)  # the margin's state
         if process_group is None:
             weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
@@ -136,6 +147,7 @@ class FusedMarginLoss(nn.Module):
             ignore_index=self.ignore_index,
             validate_labels=self.validate_labels,
             backend=self.backend,
+            gradient_tolerance=self.gradient_tolerance,
             return_stats=return_stats,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,

@@ -49,6 +49,7 @@ def lmcl(
     backend: str | None,
     classes: Tensor | None = None,
     cache_bytes: int = 0,
+    gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
@@ -57,7 +58,7 @@ def lmcl(
 
     The arguments after `backend` are those of `Options`; the fifth result, uint8, is lmcl_backward's cache.
     """
-    options = Options(classes, cache_bytes, normalize_weight, thresholds, negatives)
+    options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
     if not w.shape[0]:  # a rank that owns no class
         zeros, nothing = (x.new_full((2, x.shape[0]), fill, dtype=compute_dtype(x, w)) for fill in (0, -torch.inf))
         return zeros[0], nothing[0].clone(), zeros[1].clone(), nothing[1].clone(), empty_cache(x)
@@ -68,9 +69,11 @@ def lmcl(
 
 
 @lmcl.register_fake
-def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0, *_):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0, gradient_tolerance=0.0, *_):  # type: ignore[no-untyped-def]
     rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(4))
-    return *rows, x.new_empty(Options(classes, cache_bytes).cache_size(x, w), dtype=torch.uint8)
+    return *rows, x.new_empty(
+        Options(classes, cache_bytes, gradient_tolerance).cache_size(x, w), dtype=torch.uint8
+    )
 
 
 @torch.library.custom_op("cosface::lmcl_backward", mutates_args=())
@@ -88,6 +91,7 @@ def lmcl_backward(
     backend: str | None,
     classes: Tensor | None = None,
     cache_bytes: int = 0,
+    gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
@@ -96,7 +100,7 @@ def lmcl_backward(
 
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
-    options = Options(classes, cache_bytes, normalize_weight, thresholds, negatives)
+    options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
         return dx, dw, torch.zeros_like(lse)
@@ -132,6 +136,7 @@ def lmcl_backward_update_(
     backend: str | None,
     classes: Tensor | None = None,
     cache_bytes: int = 0,
+    gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
@@ -140,7 +145,9 @@ def lmcl_backward_update_(
 
     rule, step, seed and numbers are the fields of `Update`, in order.
     """
-    options = Options(classes, cache_bytes, normalize_weight, thresholds, negatives, updates=True)
+    options = Options(
+        classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives, updates=True
+    )
     update = Update.unflat(rule, step, seed, numbers)
     return cast(UpdatingBackend, select(backend, x, w, options)).backward_update_(
         x,
@@ -179,36 +186,44 @@ def apply_update_(
     cast(UpdatingBackend, select(backend, w, w, Options(updates=True))).apply_update_(w, dw, state, update)
 
 
+def kept_entries(cache: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """dropped and kept, (N,) each, as lmcl with a gradient_tolerance leaves them at the front of its cache."""
+    dropped, kept = cache[: 16 * samples].view(torch.float64).view(2, samples).clone()
+    return dropped, kept
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, w, targets, scale, ctx.margin, ctx.backend, classes, ctx.cache_bytes, ctx.normalize_weight, *reshape = (
-        inputs
-    )
+    x, w, targets, scale, ctx.margin, ctx.backend, classes, *settings, thresholds, negatives = inputs
+    ctx.settings = settings  # the options that are numbers
     _, lse, target_cos, max_neg, cache = output
+    ctx.set_materialize_grads(False)  # that of a cache would be as large
     ctx.mark_non_differentiable(max_neg, cache)
-    ctx.save_for_backward(x, w, targets, scale, lse, target_cos, classes, cache, *reshape)
+    ctx.save_for_backward(x, w, targets, scale, lse, target_cos, classes, cache, thresholds, negatives)
 
 
 def fold_loss(
-    targets: Tensor, scale: Tensor, lse: Tensor, psi: Tensor, g_loss: Tensor, g_lse: Tensor, g_cos: Tensor
+    targets: Tensor, scale: Tensor, lse: Tensor, psi: Tensor, *upstream: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of lse and target_cos with the loss's folded in, and what it adds to dscale; (N,) each.
 
-    loss = softplus(z) with z = lse - s psi, where there is a target; no gradient stays none where z is nan.
+    upstream: the gradients of loss, lse and target_cos, None where there is none. loss = softplus(z) with
+    z = lse - s psi, where there is a target; no gradient stays none where z is nan.
     """
+    g_loss, g_lse, g_cos = (torch.zeros_like(lse) if g is None else g for g in upstream)  # (N,) each
     flows = (targets >= 0) & (g_loss != 0)  # (N,)
     g_z = torch.where(flows, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
     return g_lse + g_z, g_cos - scale * g_z, -g_z * psi
 
 
 def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
-    x, w, targets, scale, lse, target_cos, classes, cache, *reshape = ctx.saved_tensors
+    x, w, targets, scale, lse, target_cos, classes, cache, *negatives = ctx.saved_tensors
     need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
     g_lse, g_cos, dscale_of_psi = fold_loss(
         targets, scale, lse, target_cos - ctx.margin, g_loss, g_lse, g_cos
     )  # (N,) each
     dx, dw, dscale = lmcl_backward(
-        x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes, ctx.cache_bytes,
-        ctx.normalize_weight, *reshape,
+        x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes,
+        *ctx.settings, *negatives,
     )  # fmt: skip
     dscale = dscale + dscale_of_psi  # (N,)
     if need_dw and classes is not None:

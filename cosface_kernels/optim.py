@@ -395,6 +395,7 @@ class _MovesRows(torch.autograd.Function):
         ctx.margin, ctx.backend, ctx.options, ctx.owner, ctx.weight = margin, backend, options, owner, weight
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
         _, lse, target_cos, max_neg, cache = outputs
+        ctx.set_materialize_grads(False)  # that of a cache would be as large
         ctx.mark_non_differentiable(max_neg, cache)
         ctx.save_for_backward(x, w, targets, scale, lse, target_cos, cache)
         return outputs

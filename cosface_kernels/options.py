@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEPT_SHARE, KEPT_MIN = 1 / 8, 2**21  # of the entries of the softmax
+
 
 @dataclass(frozen=True, eq=False)
 class Options:
@@ -21,6 +23,8 @@ class Options:
         classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
             are positions in it, and dw is (S, D). None: all rows.
         cache_bytes: memory that forward may fill for backward with what backward would compute again.
+        gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
+            entries in the cache. 0: backward is exact.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
         thresholds: (N,) tau_i, in the dtype of the results, or None. A hard negative, j != y_i with
             cos_ij > tau_i, enters the softmax as N(cos_ij) = (q cos_ij + a) cos_ij + b. Without a gradient.
@@ -30,18 +34,32 @@ class Options:
 
     classes: Tensor | None = None
     cache_bytes: int = 0
+    gradient_tolerance: float = 0.0
     normalize_weight: bool = True
     thresholds: Tensor | None = None
     negatives: Tensor | None = None
     updates: bool = False
 
-    def flat(self) -> tuple[Tensor | None, int, bool, Tensor | None, Tensor | None]:
+    def flat(self) -> tuple[Any, ...]:
         """The arguments of an op for it; whether it updates is which op it is."""
-        return self.classes, self.cache_bytes, self.normalize_weight, self.thresholds, self.negatives
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "updates")
 
     def cache_size(self, x: Tensor, w: Tensor) -> int:
-        """Bytes that a cache takes: cache_bytes, or fewer if that is more than all the cosines need."""
-        return 0
+        """Bytes that a cache takes: cache_bytes, or fewer if that is more than all the cosines need.
+
+        With a tolerance, cache_bytes 0 means a share of KEPT_SHARE of the entries, each a cosine and 16 bits, and
+        KEPT_MIN more for the first tiles, of which nothing can be left out yet. Only what is filled is touched.
+        """
+        if not self.gradient_tolerance:
+            return 0
+        samples, classes = x.shape[0], (w if self.classes is None else self.classes).shape[0]
+        entry = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32).itemsize + 2
+        all_entries = samples * classes
+        few = torch.sym_min(2 * all_entries, int(KEPT_SHARE * 2**20) * all_entries // 2**20 + KEPT_MIN)
+        if self.cache_bytes:
+            few = torch.sym_min(few, self.cache_bytes // entry)
+        counts = 4 * (classes // 64 + 1) * (samples // 256 + 1)
+        return 16 * samples + counts + entry * few + 4096
 
     def refusal(self, supported: Collection[str] = ()) -> str | None:
         """Why a backend that knows only the `supported` options cannot take these, or None."""

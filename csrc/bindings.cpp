@@ -40,12 +40,18 @@ cosface::Runtime runtime() {
 // cosface_kernels/options.py: the fields that the kernels see.
 struct Options {
   std::optional<Tensor> classes;
+  double gradient_tolerance;
+  std::optional<Tensor> cache;
   bool normalize_weight;
   std::optional<Tensor> thresholds, negatives;
 
   cosface::Options raw() const {
-    if (!classes) return {.normalize_weight = normalize_weight};
-    return {classes->const_data_ptr<int64_t>(), classes->numel(), normalize_weight};
+    cosface::Options options;
+    if (classes) options.classes = classes->const_data_ptr<int64_t>(), options.count = classes->numel();
+    options.normalize_weight = normalize_weight;
+    options.gradient_tolerance = gradient_tolerance;
+    if (cache) options.cache = cache->data_ptr(), options.cache_bytes = cache->numel();
+    return options;
   }
 };
 
@@ -181,12 +187,14 @@ cosface::cuda::Device cuda_device(int index) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "Options")
-      .def(py::init([](std::optional<Tensor> classes, bool normalize_weight, std::optional<Tensor> thresholds,
-                       std::optional<Tensor> negatives) {
-             return Options{std::move(classes), normalize_weight, std::move(thresholds), std::move(negatives)};
+      .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, std::optional<Tensor> cache,
+                       bool normalize_weight, std::optional<Tensor> thresholds, std::optional<Tensor> negatives) {
+             return Options{std::move(classes), gradient_tolerance,    std::move(cache),
+                            normalize_weight,   std::move(thresholds), std::move(negatives)};
            }),
-           py::kw_only(), py::arg("classes") = py::none(), py::arg("normalize_weight") = true,
-           py::arg("thresholds") = py::none(), py::arg("negatives") = py::none());
+           py::kw_only(), py::arg("classes") = py::none(), py::arg("gradient_tolerance") = 0.0,
+           py::arg("cache") = py::none(), py::arg("normalize_weight") = true, py::arg("thresholds") = py::none(),
+           py::arg("negatives") = py::none());
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends.extension import _C, import_error
-from cosface_kernels.options import Options, Update, empty_cache
+from cosface_kernels.options import Options, Update
 
 
 def unavailable() -> str | None:
@@ -23,7 +23,12 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives"})
+    supported = {"classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds", "negatives"}
+    if options.gradient_tolerance:
+        if options.thresholds is not None:
+            return "reshaped negatives with a gradient_tolerance are not on this backend yet."
+        supported.add("cache_bytes")  # the room for entries
+    return options.refusal(supported)
 
 
 def describe() -> str:
@@ -33,17 +38,20 @@ def describe() -> str:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options)), empty_cache(x)
+    cache = x.new_empty(options.cache_size(x, w), dtype=torch.uint8)
+    return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, cache)), cache
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.lmcl_backward(*tensors[:-1], _kernel_options(options), need_dx, need_dw)
+    return _C.lmcl_backward(*tensors[:-1], _kernel_options(options, tensors[-1]), need_dx, need_dw)
 
 
 def backward_update_(
     *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    return _C.lmcl_backward_update(*tensors[:-1], _kernel_options(options), _kernel_update(update), state, need_dx)
+    return _C.lmcl_backward_update(
+        *tensors[:-1], _kernel_options(options, tensors[-1]), _kernel_update(update), state, need_dx
+    )
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
@@ -64,9 +72,11 @@ def _kernel_update(update: Update) -> Any:
     return numbers
 
 
-def _kernel_options(options: Options) -> Any:
+def _kernel_options(options: Options, cache: Tensor) -> Any:
     return _C.Options(
         classes=options.classes,
+        gradient_tolerance=options.gradient_tolerance,
+        cache=cache,
         normalize_weight=options.normalize_weight,
         thresholds=options.thresholds,
         negatives=options.negatives,

@@ -3,6 +3,10 @@
 // because the linker could then keep a copy that an older processor cannot run.
 #include "kernels.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace cosface::COSFACE_ISA {
 namespace {
 
@@ -542,15 +546,164 @@ void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t se
   }
 }
 
+// -- entries that are kept for a sparse backward -----------------------------------------------------------------
+
+#if defined(__AVX512F__)
+// Keeps what is above cut of 16 numbers, whose places are place, place + 1, ...; returns how many that are.
+inline int64_t keep_vector(const float* cos, const float* cut, uint32_t place, float* kept, Place* places) {
+  const __m512 values = _mm512_loadu_ps(cos);
+  const __mmask16 above = _mm512_cmp_ps_mask(values, _mm512_loadu_ps(cut), _CMP_GT_OQ);
+  if (above == 0) return 0;
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i all = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(place)), lanes);
+  const __m512i chosen = _mm512_maskz_compress_epi32(above, all);
+  _mm512_storeu_ps(kept, _mm512_maskz_compress_ps(above, values));
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(places), _mm512_cvtepi32_epi16(chosen));
+  return __builtin_popcount(above);
+}
+#endif
+
 template <typename T>
-constexpr Kernels<T> kTable{kPanel<T>,        matmul<T>,
-                            normalize<T>,     pack_transposed<T>,
-                            inverse_norms<T>, load<T>,
-                            store<T>,         forward_tile<T>,
-                            backward_tile<T>, project<T>,
-                            gradient_norm<T>, sgd<T>,
-                            adamw<T>,         store_stochastic<T>,
-                            finish_dx<T>,     normal};
+inline int64_t keep_vector(const T* cos, const T* cut, uint32_t place, T* kept, Place* places) {
+  int any = 0;
+#pragma omp simd reduction(| : any)
+  for (int l = 0; l < 16; ++l) any |= cos[l] > cut[l];
+  if (any == 0) return 0;
+  int64_t count = 0;
+  for (uint32_t l = 0; l < 16; ++l) {
+    kept[count] = cos[l];
+    places[count] = static_cast<Place>(place + l);
+    count += cos[l] > cut[l];
+  }
+  return count;
+}
+
+template <typename T>
+int64_t keep(const T* cos, int64_t classes, int64_t n, int64_t stride, const T* cut, const T* s, const T* row_max,
+             T* tail_top, double* tail, T* kept, Place* place) {
+  T sum[kTileRows] = {}, above[kTileRows];
+  for (int64_t i = 0; i < kTileRows; ++i) above[i] = i < n ? cut[i] : T(__builtin_inf());
+  const int64_t whole = n / 16 * 16;
+  int64_t count = 0;
+  for (int64_t j = 0; j < classes; ++j) {
+    const T* row = cos + j * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const T e = exp(s[i] * (row[i] - row_max[i]));
+      sum[i] += row[i] > above[i] ? T(0) : e;  // a nan is not above, and enters
+    }
+    const auto first = static_cast<uint32_t>(j << 8);
+    for (int64_t i = 0; i < whole; i += 16) {
+      count += keep_vector(row + i, above + i, first + static_cast<uint32_t>(i), kept + count, place + count);
+    }
+    for (int64_t i = whole; i < n; ++i) {
+      kept[count] = row[i];
+      place[count] = static_cast<Place>((j << 8) + i);
+      count += row[i] > above[i];
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    tail[i] = tail[i] * exp(s[i] * (tail_top[i] - row_max[i])) + sum[i];
+    tail_top[i] = row_max[i];
+  }
+  return count;
+}
+
+template <typename T>
+void tally(const T* kept, const Place* place, int64_t count, const T* s, const T* top, uint32_t* bins) {
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t i = place[k] & 255;
+    const T bin = s[i] * (top[i] - kept[k]) * T(kBinsPerNat);
+    ++bins[i * kBins + (bin < T(kBins - 1) ? static_cast<int64_t>(bin) : kBins - 1)];
+  }
+}
+
+template <typename T>
+int64_t prune(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, const T* top,
+              double* tail, uint32_t* row_count, T* to_kept, Place* to_place) {
+  int64_t left = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const T cos = kept[k];
+    const int64_t i = place[k] & 255;
+    const bool above = cos > cut[i];
+    to_kept[left] = cos;
+    to_place[left] = place[k];
+    left += above;
+    row_count[i] += above;
+    if (!above) tail[i] += exp(s[i] * (cos - top[i]));
+  }
+  return left;
+}
+
+template <typename T>
+int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s, const T* lse,
+                  const T* g_lse, T* col_dot, double* dscale, T* g, uint8_t* classes, uint8_t* samples) {
+  int64_t left = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t i = place[k] & 255, j = place[k] >> 8;
+    if (g_lse[i] == 0) continue;
+    const T cos = kept[k], p = g_lse[i] * exp(s[i] * cos - lse[i]);
+    dscale[i] += p * cos;
+    col_dot[j] += s[i] * p * cos;
+    g[left] = s[i] * p * inv_norm[j];
+    classes[left] = static_cast<uint8_t>(j);
+    samples[left++] = static_cast<uint8_t>(i);
+  }
+  return left;
+}
+
+// kVectors of the sum stay in registers while the rows pass by, the next on its way from L2.
+template <typename T, int kVectors>
+inline void weighted_sum_of(const T* rows, int64_t stride, const uint8_t* index, const T* factor, int64_t count,
+                            T* to, bool accumulate) {
+  Vector<T> sum[kVectors] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    const T* row = rows + index[k] * stride;
+    const T* next = rows + index[k + 1 < count ? k + 1 : k] * stride;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(next + v * kLanes<T>);
+      sum[v] += factor[k] * *reinterpret_cast<const Vector<T>*>(row + v * kLanes<T>);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    auto* out = reinterpret_cast<Vector<T>*>(to + v * kLanes<T>);
+    *out = accumulate ? *out + sum[v] : sum[v];
+  }
+}
+
+template <typename T>
+void weighted_sum(const T* rows, int64_t stride, const uint8_t* index, const T* factor, int64_t count,
+                  int64_t width, T* to, bool accumulate) {
+  constexpr int kMany = kVectorBytes == 64 ? 16 : 8;
+  int64_t k = 0;
+  for (; k + kMany * kLanes<T> <= width; k += kMany * kLanes<T>) {
+    weighted_sum_of<T, kMany>(rows + k, stride, index, factor, count, to + k, accumulate);
+  }
+  for (; k < width; k += kPanel<T>) {
+    weighted_sum_of<T, 2>(rows + k, stride, index, factor, count, to + k, accumulate);
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> kTable{kPanel<T>,
+                            matmul<T>,
+                            normalize<T>,
+                            pack_transposed<T>,
+                            inverse_norms<T>,
+                            load<T>,
+                            store<T>,
+                            forward_tile<T>,
+                            backward_tile<T>,
+                            project<T>,
+                            gradient_norm<T>,
+                            sgd<T>,
+                            adamw<T>,
+                            store_stochastic<T>,
+                            finish_dx<T>,
+                            normal,
+                            {keep<T>, tally<T>, prune<T>, gradients<T>, weighted_sum<T>}};
 
 }  // namespace
 

@@ -70,6 +70,43 @@ struct RowGradient {
   T projection, factor;
 };
 
+// A place in a tile of at most 256 classes and 256 samples: class << 8 | sample.
+using Place = uint16_t;
+constexpr int64_t kPlaceClasses = 256;
+
+// Of the distance s_i (top_i - cos_ij) of an entry from the largest of its row. The last bin has no end.
+constexpr int64_t kBins = 256, kBinsPerNat = 8;
+
+constexpr int64_t kKeepSlack = 64;  // entries that keep() may write beyond those it counts
+
+// The loops over the entries of the softmax that are kept for a sparse backward; see sparse.h.
+template <typename T>
+struct SparseKernels {
+  // Keeps the entries of a tile with cos_ij > cut_i, class by class, and returns how many there are. cos is as
+  // forward_tile leaves it; n, s and row_max too. tail_i, the sum of e^{s_i (cos_ij - tail_top_i)} over what was
+  // not kept, grows by the others, and tail_top_i becomes row_max_i.
+  int64_t (*keep)(const T* cos, int64_t classes, int64_t n, int64_t stride, const T* cut, const T* s,
+                  const T* row_max, T* tail_top, double* tail, T* kept, Place* place);
+
+  // Adds entries to bins (samples, kBins).
+  void (*tally)(const T* kept, const Place* place, int64_t count, const T* s, const T* top, uint32_t* bins);
+
+  // Moves the entries with cos_ij > cut_i to the front of `to`, which may be where they are or before it, and
+  // returns how many there are. Adds e^{s_i (cos_ij - top_i)} of the others to tail_i.
+  int64_t (*prune)(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, const T* top,
+                   double* tail, uint32_t* row_count, T* to_kept, Place* to_place);
+
+  // G_ij / |w_j| of entries, each with its class and sample apart; those of samples with g_lse_i = 0 are left out,
+  // and the number of others is returned. Adds G_ij cos_ij to col_dot_j, and g_lse_i p_ij cos_ij to dscale_i.
+  int64_t (*gradients)(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s,
+                       const T* lse, const T* g_lse, T* col_dot, double* dscale, T* g, uint8_t* classes,
+                       uint8_t* samples);
+
+  // to = sum_k factor_k rows_{index_k}, or to += it; rows have `width` numbers, a multiple of the panel.
+  void (*weighted_sum)(const T* rows, int64_t stride, const uint8_t* index, const T* factor, int64_t count,
+                       int64_t width, T* to, bool accumulate);
+};
+
 template <typename T>
 struct Kernels {
   int64_t panel;  // columns that a matrix product makes at a time
@@ -130,6 +167,8 @@ struct Kernels {
 
   // The elements [256 group, 256 group + n) of the normal stream, n <= 256.
   void (*normal)(uint64_t seed, uint64_t group, int64_t n, float std, float* to);
+
+  SparseKernels<T> sparse;
 };
 
 // The best set that this processor has, or the one named in COSFACE_CPU_ISA; chosen at the first call.

@@ -10,37 +10,15 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "kernels.h"
+#include "partition.h"
+#include "sparse.h"
 
 namespace cosface {
 namespace {
-
-// 504 classes x 256 samples x 4 B = 504 KiB of z and, at D = 512, 1 MiB of class rows stay in an L2 of 2 MiB. 504
-// is a multiple of every kBlockRows, so that the matrix products have no blocks that are partly empty.
-constexpr int64_t kTileClasses = 252;
-constexpr int64_t kClassesStep = 84;
-
-// Uninitialised memory, aligned for the widest registers.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(operator new(sizeof(T) * n, kAlign))) {}
-  operator T*() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Delete {
-    void operator()(T* p) const { operator delete(p, kAlign); }
-  };
-  std::unique_ptr<T, Delete> data_;
-};
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <typename T>
 bool is(DType dtype) {
@@ -48,33 +26,6 @@ bool is(DType dtype) {
 }
 
 int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
-// Runs body(first, last) on even shares of [0, n), one per thread.
-template <typename Body>
-void share(int64_t n, const Runtime& runtime, Body body) {
-  const int64_t parts = std::min<int64_t>(runtime.threads, n);
-  runtime.parallel(parts, [&](int64_t part) { body(n * part / parts, n * (part + 1) / parts); });
-}
-
-// How the class axis is cut: into tiles, and the tiles into one contiguous part per thread.
-struct Partition {
-  int64_t classes, tile, tiles, parts;
-
-  Partition(int64_t classes, const Runtime& runtime) : classes(classes) {
-    const int64_t fair = round_up((classes + runtime.threads - 1) / runtime.threads, kClassesStep);
-    tile = runtime.tile_classes > 0 ? runtime.tile_classes : std::clamp(fair, kClassesStep, kTileClasses);
-    tiles = (classes + tile - 1) / tile;
-    parts = std::min<int64_t>(runtime.threads, tiles);
-  }
-
-  // Calls body(first class, number of classes) for the tiles of one part, in order.
-  template <typename Body>
-  void each_tile(int64_t part, Body body) const {
-    for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
-      body(t * tile, std::min(tile, classes - t * tile));
-    }
-  }
-};
 
 // The normalised embeddings, in the two layouts that the products read.
 template <typename T>
@@ -297,6 +248,81 @@ class RowUpdate {
   Buffer<T> weight_copy_, state_copy_;
 };
 
+// The samples that backward computes densely, one after the other: all, unless there are kept entries.
+template <typename T>
+class ExactSamples {
+ public:
+  ExactSamples(const EntryCache<T>& cache, const Batch<T>& all, const Upstream<T>& up) : batch(all), upstream(up) {
+    if (!cache.empty()) {
+      for (int64_t i = 0; i < all.n; ++i) {
+        if (!cache.exact(i)) continue;
+        index_.push_back(i);
+        x_.insert(x_.end(), all.x + i * all.d, all.x + (i + 1) * all.d);
+        y_.push_back(all.y[i]);
+        s_.push_back(all.s[i]);
+        lse_.push_back(up.lse[i]);
+        g_lse_.push_back(up.g_lse[i]);
+        g_cos_.push_back(up.g_cos[i]);
+      }
+      batch = {x_.data(), y_.data(), s_.data(), static_cast<int64_t>(index_.size()), all.d, {}};
+      upstream = {lse_.data(), g_lse_.data(), g_cos_.data()};
+    } else {
+      s_.assign(all.s, all.s + all.n);
+      lse_.assign(up.lse, up.lse + all.n);
+    }
+    for (int64_t i = 0; i < batch.n; ++i) {
+      if (!active(i)) lse_[i] = s_[i] = 0;
+    }
+  }
+
+  bool active(int64_t i) const { return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0; }
+  int64_t index(int64_t i) const { return index_.empty() ? i : index_[i]; }  // among all samples
+  const T* s(int64_t i) const { return &s_[i]; }                             // 0 without gradient, and so lse
+  const T* lse(int64_t i) const { return &lse_[i]; }
+
+  Batch<T> batch;
+  Upstream<T> upstream;
+
+ private:
+  std::vector<int64_t> index_, y_;
+  std::vector<T> x_, s_, lse_, g_lse_, g_cos_;
+};
+
+// What each thread sums up for each sample.
+template <typename T>
+class Sums {
+ public:
+  Sums(const Embeddings<T>& x, int64_t parts, bool need_dx)
+      : n_(x.n),
+        width_(x.width),
+        parts_(parts),
+        dx_hat_(need_dx ? std::max<int64_t>(parts, 1) * n_ * width_ : 0),
+        row_dot_(parts * n_),
+        dscale_(parts * n_) {}
+
+  T* dx_hat_of(int64_t part, int64_t i) { return dx_hat_.empty() ? nullptr : &dx_hat_[(part * n_ + i) * width_]; }
+  double* row_dot_of(int64_t part, int64_t i) { return row_dot_.data() + part * n_ + i; }
+  double* dscale_of(int64_t part, int64_t i) { return dscale_.data() + part * n_ + i; }
+
+  // Writes the gradients of sample i, whose place among all samples is `to`.
+  void finish(int64_t i, const Embeddings<T>& x, int64_t to, const Gradients<T>& gradients) const {
+    double dot = 0, ds = 0;
+    for (int64_t part = 0; part < parts_; ++part) {
+      dot += row_dot_[part * n_ + i];
+      ds += dscale_[part * n_ + i];
+    }
+    gradients.dscale[to] = static_cast<T>(ds);
+    if (gradients.dx == nullptr) return;
+    kernels<T>().finish_dx(&dx_hat_[i * width_], parts_, n_ * width_, x.rows + i * width_, static_cast<T>(dot),
+                           x.inv_norm[i], x.d, gradients.dx + to * x.d);
+  }
+
+ private:
+  const int64_t n_, width_, parts_;
+  std::vector<T> dx_hat_;                 // (parts, N, width)
+  std::vector<double> row_dot_, dscale_;  // (parts, N)
+};
+
 template <typename T>
 T softplus(T z) {
   return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
@@ -307,8 +333,10 @@ T softplus(T z) {
 template <typename T>
 void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options,
                   const Runtime& runtime, const Results<T>& results) {
-  const int64_t n = batch.n;
-  const Partition partition(options.classes ? options.count : weight.classes, runtime);
+  const int64_t n = batch.n, classes = options.classes ? options.count : weight.classes;
+  const bool keeps = options.gradient_tolerance > 0;
+  const Partition partition(classes, runtime, keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
+  const EntryCache<T> cache(options, n, classes);
   const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest);
@@ -318,6 +346,11 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
   // With s = 0 the left-out target, s (-inf), would be nan; e^{s cos} is 1 for the smallest s as well.
   std::vector<T> s(batch.s, batch.s + n);
   for (T& scale : s) scale = scale == 0 ? std::numeric_limits<T>::min() : scale;
+  std::optional<Keeper<T>> keeper;
+  if (keeps) {
+    cache.lay_out(partition);
+    keeper.emplace(cache, partition, batch, s.data(), row_max.data(), row_sum.data(), options.gradient_tolerance);
+  }
 
   runtime.parallel(partition.parts, [&](int64_t part) {
     ClassRows<T> w(weight, options, x, partition.tile);
@@ -330,9 +363,11 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
                                   batch.negatives.from(i), &row_max[part * n + i],
                                   max_cos.empty() ? nullptr : &max_cos[part * n + i], &row_sum[part * n + i],
                                   results.target_cos + i);
+        if (keeper) keeper->add(part, z, classes, i, rows, x.tile_stride());
       });
     });
   });
+  if (keeper) keeper->finish(runtime);
 
   for (int64_t i = 0; i < n; ++i) {
     const auto largest = [&](const std::vector<T>& running) {
@@ -355,22 +390,32 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
 template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
                    const Options& options, const Runtime& runtime, const Gradients<T>& gradients) {
-  const int64_t n = batch.n, d = batch.d;
-  const Partition partition(options.classes ? options.count : weight.classes, runtime);
-  const auto active = [&](int64_t i) { return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0; };
-  const Embeddings<T> x(batch, runtime, active);
-  std::vector<T> lse(upstream.lse, upstream.lse + n), s(batch.s, batch.s + n);
-  for (int64_t i = 0; i < n; ++i) {
-    if (!active(i)) lse[i] = s[i] = 0;
+  const int64_t d = batch.d, classes = options.classes ? options.count : weight.classes;
+  const EntryCache<T> cache(options, batch.n, classes);
+  const bool sparse = !cache.empty();
+  const Partition partition = sparse ? cache.partition() : Partition(classes, runtime);
+  const ExactSamples<T> exact(cache, batch, upstream);
+  const Embeddings<T> x(exact.batch, runtime, [&](int64_t i) { return exact.active(i); });
+  Sums<T> sums(x, partition.parts, gradients.dx != nullptr);
+  std::optional<SparseGradient<T>> gradient;
+  std::optional<Embeddings<T>> sparse_x;
+  std::optional<Sums<T>> sparse_sums;
+  if (sparse) {
+    gradient.emplace(cache, batch, upstream);
+    sparse_x.emplace(batch, runtime, [&](int64_t i) { return gradient->active(i); });
+    sparse_sums.emplace(*sparse_x, partition.parts, gradients.dx != nullptr);
   }
-  std::vector<T> dx_hat(gradients.dx ? std::max<int64_t>(partition.parts, 1) * n * x.width : 0);
-  std::vector<double> row_dot(partition.parts * n), dscale(partition.parts * n);
 
   runtime.parallel(partition.parts, [&](int64_t part) {
     ClassRows<T> w(weight, options, x, partition.tile);
     GradientRows<T> dw(gradients, weight.dtype, x, partition.tile);
     std::optional<RowUpdate<T>> update;
     if (gradients.update != nullptr) update.emplace(*gradients.update, weight, options, d);
+    std::optional<typename SparseGradient<T>::Walk> walk;
+    if (sparse) {
+      walk.emplace(*gradient, part, sparse_x->rows, x.width, sparse_sums->dx_hat_of(part, 0),
+                   sparse_sums->row_dot_of(part, 0), sparse_sums->dscale_of(part, 0));
+    }
     const int64_t stride = x.tile_stride();
     Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
@@ -379,12 +424,13 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
       x.each_block([&](int64_t i, int64_t rows) {
         w.dot(x, i, classes, g, {});
-        kernels<T>().backward_tile(g, classes, rows, stride, w.inv_norm, batch.y + i, first, &s[i],
-                                   batch.negatives.from(i), &lse[i], upstream.g_lse + i, upstream.g_cos + i,
-                                   col_dot, &row_dot[part * n + i], &dscale[part * n + i]);
+        kernels<T>().backward_tile(g, classes, rows, stride, w.inv_norm, exact.batch.y + i, first, exact.s(i),
+                                   exact.batch.negatives.from(i), exact.lse(i), exact.upstream.g_lse + i,
+                                   exact.upstream.g_cos + i, col_dot, sums.row_dot_of(part, i),
+                                   sums.dscale_of(part, i));
         if (gradients.dx) {
-          kernels<T>().matmul({g, 1, stride}, {w.rows, kernels<T>().panel, w.stride},
-                              &dx_hat[(part * n + i) * x.width], x.width, rows, x.width, classes, true,
+          kernels<T>().matmul({g, 1, stride}, {w.rows, kernels<T>().panel, w.stride}, sums.dx_hat_of(part, i),
+                              x.width, rows, x.width, classes, true,
                               i == 0 && update ? update->ahead(first, classes) : Ahead{});
         }
         if (dw.wanted) {
@@ -393,8 +439,11 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
                               i == 0 ? w.ahead(first + classes, classes) : Ahead{});
         }
       });
+      if (dw.wanted && x.n == 0 && !sparse) std::fill_n(dw.rows, classes * dw.stride, T(0));
+      if (sparse) {
+        walk->tile(first, classes, {w.rows, w.stride, w.inv_norm}, {dw.rows, dw.stride, x.n > 0}, col_dot);
+      }
       if (!dw.wanted) return;
-      if (n == 0) std::fill_n(dw.rows, classes * dw.stride, T(0));
       for (int64_t j = 0; update && j < classes; ++j) {
         const T inv = w.inv_norm[j];
         const bool projects = options.normalize_weight && inv < 1 / T(kEps);
@@ -407,19 +456,16 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       }
       dw.save(first, classes);
     });
+    if (sparse) walk->finish();
   });
 
-  share(n, runtime, [&](int64_t first, int64_t last) {
+  share(exact.batch.n, runtime, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) sums.finish(i, x, exact.index(i), gradients);
+  });
+  if (!sparse) return;
+  share(batch.n, runtime, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      double dot = 0, ds = 0;
-      for (int64_t part = 0; part < partition.parts; ++part) {
-        dot += row_dot[part * n + i];
-        ds += dscale[part * n + i];
-      }
-      gradients.dscale[i] = static_cast<T>(ds);
-      if (!gradients.dx) continue;
-      kernels<T>().finish_dx(&dx_hat[i * x.width], partition.parts, n * x.width, x.rows + i * x.width,
-                             static_cast<T>(dot), x.inv_norm[i], d, gradients.dx + i * d);
+      if (!cache.exact(i)) sparse_sums->finish(i, *sparse_x, i, gradients);
     }
   });
 }

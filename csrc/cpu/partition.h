@@ -1,0 +1,68 @@
+// How the class axis is cut and shared out among threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "lmcl.h"
+
+namespace cosface {
+
+// 504 classes x 256 samples x 4 B = 504 KiB of z and, at D = 512, 1 MiB of class rows stay in an L2 of 2 MiB. 504
+// is a multiple of every kBlockRows, so that the matrix products have no blocks that are partly empty.
+constexpr int64_t kTileClasses = 252;
+constexpr int64_t kClassesStep = 84;
+
+// Uninitialised memory, aligned for the widest registers.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(operator new(sizeof(T) * n, kAlign))) {}
+  operator T*() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Delete {
+    void operator()(T* p) const { operator delete(p, kAlign); }
+  };
+  std::unique_ptr<T, Delete> data_;
+};
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Runs body(first, last) on even shares of [0, n), one per thread.
+template <typename Body>
+void share(int64_t n, const Runtime& runtime, Body body) {
+  const int64_t parts = std::min<int64_t>(runtime.threads, n);
+  runtime.parallel(parts, [&](int64_t part) { body(n * part / parts, n * (part + 1) / parts); });
+}
+
+// How the class axis is cut: into tiles, and the tiles into one contiguous part per thread.
+struct Partition {
+  int64_t classes, tile, tiles, parts;
+
+  Partition(int64_t classes, int64_t tile, int64_t parts)
+      : classes(classes), tile(tile), tiles((classes + tile - 1) / tile), parts(parts) {}
+
+  Partition(int64_t classes, const Runtime& runtime, int64_t most = INT64_MAX) : classes(classes) {
+    const int64_t fair = round_up((classes + runtime.threads - 1) / runtime.threads, kClassesStep);
+    tile = runtime.tile_classes > 0 ? runtime.tile_classes : std::clamp(fair, kClassesStep, kTileClasses);
+    tile = std::min(tile, most);
+    tiles = (classes + tile - 1) / tile;
+    parts = std::min<int64_t>(runtime.threads, tiles);
+  }
+
+  int64_t first_tile(int64_t part) const { return tiles * part / parts; }
+
+  // Calls body(first class, number of classes) for the tiles of one part, in order.
+  template <typename Body>
+  void each_tile(int64_t part, Body body) const {
+    for (int64_t t = first_tile(part); t < first_tile(part + 1); ++t) {
+      body(t * tile, std::min(tile, classes - t * tile));
+    }
+  }
+};
+
+}  // namespace cosface

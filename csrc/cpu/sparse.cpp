@@ -1,0 +1,386 @@
+#include "sparse.h"
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace cosface {
+namespace {
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// While lse is not known, what may be dropped is a share of the tolerance for the classes seen so far: as if their
+// sum were all there is, and the other classes dropped at the same rate. A cut is chosen for the first share and
+// lowered by kNatsPerTile wherever the second is passed: later classes may have larger cosines, and what has been
+// dropped is lost. At the end, the rest covers the rounding of cuts.
+constexpr double kShareOnTheWay = 0.8, kShareTooMuch = 0.95, kShareAtTheEnd = 0.99;
+constexpr double kNatsPerTile = 0.25;
+
+// What is dropped on the way is at most this share of the tolerance each, so that a few entries do not decide.
+constexpr double kShareOfOne = 1.0 / 32;
+
+// More rows than that, and what is left is not worth a second path.
+constexpr double kMostExact = 0.9;
+
+// The bins of one sample from the result on hold at most `budget`, as a sum of e^{-distance}.
+int64_t first_dropped(const uint32_t* bins, double budget) {
+  static const std::array<double, kBins> heaviest = [] {
+    std::array<double, kBins> values;
+    for (int64_t b = 0; b < kBins; ++b) values[b] = std::exp(-static_cast<double>(b) / kBinsPerNat);
+    return values;
+  }();
+  for (int64_t b = kBins; b > 0; --b) {
+    budget -= bins[b - 1] * heaviest[b - 1];
+    if (!(budget >= 0)) return b;
+  }
+  return 0;
+}
+
+// A cosine that lies below all entries of bins before b and above the others but for rounding, which keeps more.
+template <typename T>
+T cut_before(int64_t b, T top, T s) {
+  if (b == kBins) return -kInfinity<T>;
+  const T below = static_cast<T>(b) / kBinsPerNat / s;
+  return top - below - 4 * std::numeric_limits<T>::epsilon() * (std::fabs(top) + below);
+}
+
+}  // namespace
+
+// -- the cache ---------------------------------------------------------------------------------------------------
+
+template <typename T>
+EntryCache<T>::EntryCache(const Options& options, int64_t n, int64_t classes)
+    : classes(classes), n_(n), bytes_(options.cache_bytes) {
+  if (static_cast<int64_t>(2 * n * sizeof(double) + sizeof(Shape)) > bytes_) return;
+  dropped = static_cast<double*>(options.cache);
+  kept = dropped + n;
+  shape = reinterpret_cast<Shape*>(kept + n);
+}
+
+template <typename T>
+void EntryCache<T>::lay_out(const Partition& partition) const {
+  if (dropped == nullptr) return;
+  *shape = {partition.tile, partition.parts, 0};
+  const int64_t entries = reinterpret_cast<char*>(counts(0)) - reinterpret_cast<char*>(dropped);
+  const int64_t left = bytes_ - round_up(entries, 64) - table_bytes(partition.tiles) - 64;
+  const int64_t each =
+      left / static_cast<int64_t>(sizeof(T) + sizeof(Place)) / std::max<int64_t>(partition.parts, 1);
+  const int64_t one_tile = partition.tile * std::min(n_, kTileRows) + kKeepSlack;
+  if (partition.tile <= kPlaceClasses && each >= 2 * one_tile) shape->capacity = each / 64 * 64;
+}
+
+template <typename T>
+void EntryCache<T>::clear() const {
+  std::fill_n(dropped, n_, 0);
+  std::fill_n(kept, n_, 1);
+  shape->capacity = 0;
+}
+
+template <typename T>
+T* EntryCache<T>::cos(int64_t part) const {
+  const int64_t before = reinterpret_cast<char*>(counts(0)) - reinterpret_cast<char*>(dropped);
+  char* entries = reinterpret_cast<char*>(dropped) + round_up(before, 64) + table_bytes(partition().tiles);
+  return reinterpret_cast<T*>(entries) + part * shape->capacity;
+}
+
+template <typename T>
+Place* EntryCache<T>::place(int64_t part) const {
+  return reinterpret_cast<Place*>(cos(shape->parts)) + part * shape->capacity;
+}
+
+// -- forward -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+Keeper<T>::Keeper(const EntryCache<T>& cache, const Partition& partition, const Batch<T>& batch, const T* s,
+                  const T* row_max, const double* row_sum, double tolerance)
+    : cache_(cache),
+      partition_(partition),
+      batch_(batch),
+      s_(s),
+      row_max_(row_max),
+      row_sum_(row_sum),
+      tolerance_(tolerance),
+      parts_(partition.parts),
+      hopeless_(cache.empty()) {
+  for (int64_t part = 0; part < partition.parts; ++part) {
+    parts_[part].first_tile = partition.first_tile(part);
+    parts_[part].cut.assign(batch.n, -kInfinity<T>);
+    parts_[part].tail_top.assign(batch.n, std::numeric_limits<T>::lowest());
+    parts_[part].tail.assign(batch.n, 0);
+    parts_[part].rows.resize(batch.n);
+  }
+}
+
+template <typename T>
+void Keeper<T>::add(int64_t part, const T* cos, int64_t classes, int64_t i, int64_t rows, int64_t stride) {
+  if (hopeless_.load(std::memory_order_relaxed)) return;
+  Part& p = parts_[part];
+  const int64_t capacity = cache_.shape->capacity, most = classes * rows + kKeepSlack;
+  if (p.count + most > capacity) {
+    tighten(part);
+    if (p.count > capacity / 2) give_up_rows(part);
+    if (p.count + most > capacity) hopeless_ = true;
+    if (hopeless_) return;
+  }
+  const int64_t kept = kernels<T>().sparse.keep(cos, classes, rows, stride, &p.cut[i], s_ + i,
+                                                row_max_ + part * batch_.n + i, &p.tail_top[i], &p.tail[i],
+                                                cache_.cos(part) + p.count, cache_.place(part) + p.count);
+  cache_.counts(p.first_tile)[p.segments++] = static_cast<uint32_t>(kept);
+  p.count += kept;
+  if (i + rows == batch_.n) ++p.tiles;
+  const double too_much = kShareTooMuch * allowed(part);
+  for (int64_t r = i; r < i + rows; ++r) {
+    if (p.tail[r] > too_much * row_sum_[part * batch_.n + r]) p.cut[r] -= static_cast<T>(kNatsPerTile) / s_[r];
+  }
+  if (p.tiles == p.tighten_at) {
+    tighten(part);
+    p.tighten_at *= 2;
+  }
+}
+
+// What may have been dropped by now, as a share of the sum by now.
+template <typename T>
+double Keeper<T>::allowed(int64_t part) const {
+  const Part& p = parts_[part];
+  const auto tiles = static_cast<double>(partition_.first_tile(part + 1) - p.first_tile);
+  return tolerance_ * static_cast<double>(p.tiles) / tiles;
+}
+
+// Raises the cuts as far as the entries seen so far allow.
+template <typename T>
+void Keeper<T>::tighten(int64_t part) {
+  Part& p = parts_[part];
+  const T* top = row_max_ + part * batch_.n;
+  tally(part, top);
+  for (int64_t i = 0; i < batch_.n; ++i) {
+    p.tail[i] *= std::exp(s_[i] * (p.tail_top[i] - top[i]));
+    p.tail_top[i] = top[i];
+    const double sum = row_sum_[part * batch_.n + i];
+    const double budget = kShareOnTheWay * allowed(part) * sum - p.tail[i];
+    const T light = top[i] + static_cast<T>(std::log(kShareOfOne * tolerance_ * sum)) / s_[i];
+    const T cut = std::min(light, cut_before(first_dropped(&p.bins[i * kBins], budget), top[i], s_[i]));
+    p.cut[i] = std::max(p.cut[i], cut);
+  }
+  prune(part, p.cut.data(), top, p.tail.data());
+}
+
+// Makes room at the expense of the samples that keep the most.
+template <typename T>
+void Keeper<T>::give_up_rows(int64_t part) {
+  Part& p = parts_[part];
+  std::vector<int64_t> order(batch_.n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.rows[a] > p.rows[b]; });
+  int64_t left = p.count;
+  for (int64_t i : order) {
+    if (left <= cache_.shape->capacity / 2) break;
+    left -= p.rows[i];
+    p.cut[i] = kInfinity<T>;
+    p.tail[i] = kInfinity<double>;
+  }
+  const auto given_up = std::count(p.cut.begin(), p.cut.end(), kInfinity<T>);
+  if (static_cast<double>(given_up) > kMostExact * static_cast<double>(batch_.n)) hopeless_ = true;
+  prune(part, p.cut.data(), row_max_ + part * batch_.n, p.tail.data());
+}
+
+// Calls body(first sample of its block, number of entries) for the segments in order.
+template <typename T>
+template <typename Body>
+void Keeper<T>::each_segment(const Part& part, Body body) const {
+  const int64_t blocks = cache_.blocks();
+  for (int64_t segment = 0; segment < part.segments; ++segment) {
+    body(segment % blocks * kTileRows, cache_.counts(part.first_tile)[segment]);
+  }
+}
+
+template <typename T>
+void Keeper<T>::tally(int64_t part, const T* top) {
+  Part& p = parts_[part];
+  p.bins.assign(batch_.n * kBins, 0);
+  const T* cos = cache_.cos(part);
+  const Place* place = cache_.place(part);
+  each_segment(p, [&](int64_t i, uint32_t& count) {
+    kernels<T>().sparse.tally(cos, place, count, s_ + i, top + i, &p.bins[i * kBins]);
+    cos += count;
+    place += count;
+  });
+}
+
+template <typename T>
+void Keeper<T>::prune(int64_t part, const T* cut, const T* top, double* tail) {
+  Part& p = parts_[part];
+  p.rows.assign(batch_.n, 0);
+  T *cos = cache_.cos(part), *to_cos = cos;
+  Place *place = cache_.place(part), *to_place = place;
+  each_segment(p, [&](int64_t i, uint32_t& count) {
+    const int64_t left = kernels<T>().sparse.prune(cos, place, count, cut + i, s_ + i, top + i, tail + i,
+                                                   &p.rows[i], to_cos, to_place);
+    cos += count;
+    place += count;
+    to_cos += left;
+    to_place += left;
+    count = static_cast<uint32_t>(left);
+  });
+  p.count = to_cos - cache_.cos(part);
+}
+
+template <typename T>
+void Keeper<T>::finish(const Runtime& runtime) {
+  if (cache_.dropped == nullptr) return;
+  if (hopeless_) return cache_.clear();
+  const int64_t n = batch_.n, parts = partition_.parts;
+  std::vector<T> top(n), cut(n);
+  std::vector<double> sum(n), tail(n);
+  for (int64_t i = 0; i < n; ++i) {
+    top[i] = row_max_[i];
+    for (int64_t part = 1; part < parts; ++part) top[i] = std::max(top[i], row_max_[part * n + i]);
+    for (int64_t part = 0; part < parts; ++part) {
+      const Part& p = parts_[part];
+      sum[i] += row_sum_[part * n + i] * std::exp(s_[i] * (row_max_[part * n + i] - top[i]));
+      if (p.tail[i] != 0) tail[i] += p.tail[i] * std::exp(s_[i] * (p.tail_top[i] - top[i]));
+    }
+  }
+  runtime.parallel(parts, [&](int64_t part) { tally(part, top.data()); });
+
+  std::vector<double> wanted(n);  // kept entries, or as many as make a sample as dear as an exact one
+  share(n, runtime, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      uint32_t* bins = &parts_[0].bins[i * kBins];
+      for (int64_t part = 1; part < parts; ++part) {
+        for (int64_t b = 0; b < kBins; ++b) bins[b] += parts_[part].bins[i * kBins + b];
+      }
+      const int64_t end = first_dropped(bins, kShareAtTheEnd * tolerance_ * sum[i] - tail[i]);
+      const double most = kMostKept * static_cast<double>(partition_.classes);
+      wanted[i] = std::accumulate(bins, bins + end, 0.0);
+      const bool exact = !(tail[i] <= tolerance_ * sum[i]) || wanted[i] > most;
+      cut[i] = exact ? kInfinity<T> : cut_before(end, top[i], s_[i]);
+      if (exact) wanted[i] = most;
+    }
+  });
+  const double all = kMostKept * static_cast<double>(partition_.classes) * static_cast<double>(n);
+  if (std::accumulate(wanted.begin(), wanted.end(), 0.0) > kMostExact * all) return cache_.clear();
+
+  std::vector<double> pruned(parts * n);
+  runtime.parallel(parts, [&](int64_t part) { prune(part, cut.data(), top.data(), &pruned[part * n]); });
+  for (int64_t i = 0; i < n; ++i) {
+    double rows = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      tail[i] += pruned[part * n + i];
+      rows += parts_[part].rows[i];
+    }
+    const bool exact = cut[i] == kInfinity<T> || !(tail[i] <= tolerance_ * sum[i]);
+    const double negatives = static_cast<double>(partition_.classes - (batch_.y[i] >= 0));
+    cache_.dropped[i] = exact || tail[i] == 0 ? 0 : tail[i] / sum[i];
+    cache_.kept[i] = exact ? 1 : negatives > 0 ? std::min(rows / negatives, 1 - 1e-12) : 0;
+  }
+}
+
+// -- backward ----------------------------------------------------------------------------------------------------
+
+template <typename T>
+SparseGradient<T>::SparseGradient(const EntryCache<T>& cache, const Batch<T>& batch, const Upstream<T>& upstream)
+    : cache_(cache), batch_(batch), s_(batch.n), lse_(batch.n), g_lse_(batch.n), g_cos_(batch.n) {
+  for (int64_t i = 0; i < batch.n; ++i) {
+    if (cache.exact(i)) continue;
+    s_[i] = batch.s[i];
+    lse_[i] = upstream.lse[i];
+    g_lse_[i] = upstream.g_lse[i];
+    g_cos_[i] = upstream.g_cos[i];
+  }
+}
+
+template <typename T>
+SparseGradient<T>::Walk::Walk(const SparseGradient& of, int64_t part, const T* x_hat, int64_t width, T* dx_hat,
+                              double* row_dot, double* dscale)
+    : of_(of),
+      cos_(of.cache_.cos(part)),
+      place_(of.cache_.place(part)),
+      x_hat_(x_hat),
+      width_(width),
+      dx_hat_(dx_hat),
+      row_dot_(row_dot),
+      dscale_(dscale) {}
+
+template <typename T>
+void SparseGradient<T>::Walk::tile(int64_t first, int64_t classes, TileRows<T> w, DwRows<T> dw, T* col_dot) {
+  std::fill_n(written_, classes, dw.add);
+  const uint32_t* counts = of_.cache_.counts(first / of_.cache_.shape->tile);
+  for (int64_t i = 0; i < of_.batch_.n; i += kTileRows) block(i, *counts++, w, dw, col_dot);
+  for (int64_t i = 0; i < of_.batch_.n; ++i) {
+    const int64_t j = of_.batch_.y[i] - first;
+    if (of_.g_cos_[i] != 0 && of_.batch_.y[i] >= 0 && j >= 0 && j < classes) target(i, j, w, dw, col_dot);
+  }
+  for (int64_t j = 0; dw.data != nullptr && j < classes; ++j) {
+    if (!written_[j]) std::fill_n(dw.data + j * dw.stride, width_, T(0));
+  }
+}
+
+// The kept entries come class by class: dw_j is summed while x_hat of the block stays in L2. Sorted by sample,
+// they give dx_hat_i while the rows of the tile do.
+template <typename T>
+void SparseGradient<T>::Walk::block(int64_t i, int64_t count, TileRows<T> w, DwRows<T> dw, T* col_dot) {
+  const auto& sparse = kernels<T>().sparse;
+  if (static_cast<int64_t>(g_.size()) < count) {
+    for (auto* v : {&g_, &sorted_g_}) v->resize(count);
+    for (auto* v : {&class_, &sorted_class_, &sample_}) v->resize(count);
+  }
+  const int64_t left = sparse.gradients(cos_, place_, count, w.inv_norm, &of_.s_[i], &of_.lse_[i], &of_.g_lse_[i],
+                                        col_dot, dscale_ + i, g_.data(), class_.data(), sample_.data());
+  cos_ += count;
+  place_ += count;
+  for (int64_t k = 0; dw.data != nullptr && k < left;) {
+    const int64_t j = class_[k], begin = k;
+    while (k < left && class_[k] == j) ++k;
+    sparse.weighted_sum(x_hat_ + i * width_, width_, &sample_[begin], &g_[begin], k - begin, width_,
+                        dw.data + j * dw.stride, written_[j]);
+    written_[j] = true;
+  }
+  if (dx_hat_ == nullptr) return;
+  int64_t end[kTileRows] = {};
+  for (int64_t k = 0; k < left; ++k) ++end[sample_[k]];
+  std::exclusive_scan(end, end + kTileRows, end, int64_t{0});
+  for (int64_t k = 0; k < left; ++k) {
+    const int64_t to = end[sample_[k]]++;
+    sorted_g_[to] = g_[k];
+    sorted_class_[to] = class_[k];
+  }
+  for (int64_t r = 0, begin = 0; r < kTileRows; begin = end[r++]) {
+    if (begin == end[r]) continue;
+    sparse.weighted_sum(w.data, w.stride, &sorted_class_[begin], &sorted_g_[begin], end[r] - begin, width_,
+                        dx_hat_ + (i + r) * width_, true);
+  }
+}
+
+template <typename T>
+void SparseGradient<T>::Walk::target(int64_t i, int64_t j, TileRows<T> w, DwRows<T> dw, T* col_dot) {
+  const T *x_hat = x_hat_ + i * width_, *row = w.data + j * w.stride;
+  double dot = 0;
+  for (int64_t k = 0; k < width_; ++k) dot += static_cast<double>(x_hat[k]) * static_cast<double>(row[k]);
+  const T cos = static_cast<T>(dot) * w.inv_norm[j], g = of_.g_cos_[i], factor = g * w.inv_norm[j];
+  const uint8_t only = 0;
+  col_dot[j] += g * cos;
+  row_dot_[i] += g * cos;
+  if (dw.data != nullptr) {
+    kernels<T>().sparse.weighted_sum(x_hat, 0, &only, &factor, 1, width_, dw.data + j * dw.stride, written_[j]);
+    written_[j] = true;
+  }
+  if (dx_hat_ != nullptr) {
+    kernels<T>().sparse.weighted_sum(row, 0, &only, &factor, 1, width_, dx_hat_ + i * width_, true);
+  }
+}
+
+template <typename T>
+void SparseGradient<T>::Walk::finish() {
+  for (int64_t i = 0; i < of_.batch_.n; ++i) row_dot_[i] += of_.s_[i] * dscale_[i];
+}
+
+template class EntryCache<float>;
+template class EntryCache<double>;
+template class Keeper<float>;
+template class Keeper<double>;
+template class SparseGradient<float>;
+template class SparseGradient<double>;
+
+}  // namespace cosface

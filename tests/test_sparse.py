@@ -1,0 +1,413 @@
+"""The backward with a tolerance: never further off than the mass it reports, whatever the distribution."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from support import BF16, F32, F64, Dtypes, run_python
+from torch import Tensor
+
+from cosface_kernels import FusedCosFaceLoss, Sparsity, cosface_loss, ops, reference
+from cosface_kernels.backends import BACKENDS, cpu
+from cosface_kernels.optim import FusedAdamW, FusedSGD
+from cosface_kernels.options import Options
+
+DTYPES = (F32, F64, BF16, Dtypes(torch.float32, torch.bfloat16))
+TOLERANCES = (0.3, 1e-2, 1e-3, 1e-5)
+N, C, SCALE = 6, 3000, 20.0
+
+
+class Inputs(NamedTuple):
+    """Of the op and of its backward."""
+
+    x: Tensor  # (N, D)
+    w: Tensor  # (C, D)
+    targets: Tensor  # (N,)
+    scale: Tensor  # (N,)
+    g_lse: Tensor  # (N,)
+    g_cos: Tensor  # (N,)
+
+
+class Gradients(NamedTuple):
+    dx: Tensor
+    dw: Tensor
+    dscale: Tensor
+
+
+def with_cosines(cos: Tensor, dtypes: Dtypes = F32, dim: int = 40, scale: float = SCALE) -> Inputs:
+    """Embeddings and centres with these (N, C) cosines, which must leave a length below 1 to every centre."""
+    n, classes = cos.shape
+    rest = 1 - cos.square().sum(0)  # (C,)
+    assert n < dim
+    assert bool((rest > 0).all())
+    rng = torch.Generator().manual_seed(0)
+    lengths = [0.5 + torch.rand(rows, 1, generator=rng, dtype=torch.float64) for rows in (n, classes)]
+    x = torch.eye(n, dim, dtype=torch.float64) * lengths[0]
+    w = torch.zeros(classes, dim, dtype=torch.float64)
+    w[:, :n], w[:, n] = cos.T, rest.sqrt()
+    targets = torch.randint(classes, (n,), generator=rng)
+    targets[1] = ops.IGNORED
+    g_lse, g_cos = torch.randn(2, n, generator=rng, dtype=torch.float64)
+    compute = dtypes.compute
+    return Inputs(
+        x.to(dtypes.x),
+        (w * lengths[1]).to(dtypes.w),
+        targets,
+        torch.full((n,), scale, dtype=compute),
+        g_lse.to(compute),
+        g_cos.where(targets >= 0, 0).to(compute),
+    )
+
+
+def cosines(kind: str, n: int = N, classes: int = C) -> Tensor:
+    rng = torch.Generator().manual_seed(1)
+    if kind == "equal":
+        return torch.full((n, classes), 0.1, dtype=torch.float64)
+    if kind == "one heavy":
+        cos = torch.full((n, classes), 0.02, dtype=torch.float64)
+        cos[:, [7, classes // 2, classes - 1]] = torch.tensor([0.39, -0.1, 0.38], dtype=torch.float64)
+        return cos
+    if kind == "heavy tail":  # z is exponential: p falls as a power of the rank
+        z = torch.empty(n, classes, dtype=torch.float64).exponential_(0.7, generator=rng)
+        return (z / SCALE).clamp(max=0.39)
+    if kind == "normal":
+        return (0.1 * torch.randn(n, classes, generator=rng, dtype=torch.float64)).clamp(-0.39, 0.39)
+    if kind == "steps":  # thousands of ties, exactly at the edges of the bins by which a cut is chosen
+        below = torch.randint(1, 60, (n, classes), generator=rng)
+        below[:, classes // 3] = 0
+        return 0.375 - below / (8 * SCALE)
+    if kind == "ascending":
+        return cosines("normal", n, classes).sort(1).values
+    if kind == "descending":
+        return cosines("normal", n, classes).sort(1, descending=True).values
+    if kind == "late flood":  # what was safe to drop at first is most of the mass in the end
+        cos = torch.full((n, classes), 0.2, dtype=torch.float64)
+        cos[:, : classes // 10] = cosines("normal", n, classes // 10) - 0.1
+        cos[:, 0] = 0.36
+        return cos
+    raise ValueError(kind)
+
+
+KINDS = ("equal", "one heavy", "heavy tail", "normal", "steps", "ascending", "descending", "late flood")
+
+
+def lmcl(i: Inputs, tolerance: float, classes: Tensor | None = None, cache_bytes: int = 0) -> tuple[Tensor, ...]:
+    return ops.lmcl(i.x, i.w, i.targets, i.scale, 0.35, "cpu", classes, cache_bytes, tolerance)
+
+
+def backward(i: Inputs, outputs: tuple[Tensor, ...], tolerance: float, classes: Tensor | None = None) -> Gradients:
+    lse, cache = outputs[1], outputs[4]
+    return Gradients(
+        *ops.lmcl_backward(
+            i.x, i.w, i.targets, i.scale, lse, i.g_lse, i.g_cos, cache, True, True, "cpu", classes, 0, tolerance
+        )
+    )
+
+
+def run(i: Inputs, tolerance: float, classes: Tensor | None = None) -> tuple[Gradients, Sparsity]:
+    outputs = lmcl(i, tolerance, classes)
+    return backward(i, outputs, tolerance, classes), Sparsity(*ops.kept_entries(outputs[4], len(i.x)))
+
+
+def oracle(i: Inputs) -> Gradients:
+    x, w, scale, g_lse, g_cos = (t.double() for t in (i.x, i.w, i.scale, i.g_lse, i.g_cos))
+    lse = reference.forward(x, w, i.targets, scale, 0.35)[1]
+    return Gradients(*reference.backward(x, w, i.targets, scale, lse, g_lse, g_cos))
+
+
+def assert_within_bound(got: Gradients, sparsity: Sparsity, tolerance: float, i: Inputs) -> None:
+    """The bounds of `Sparsity`, with what rounding may add to the same sums."""
+    want = oracle(i)
+    assert bool((sparsity.dropped <= tolerance).all())
+    assert bool((sparsity.dropped[sparsity.exact] == 0).all())
+    g, x_norm, w_norm = (i.scale * i.g_lse).abs().double(), i.x.double().norm(dim=1), i.w.double().norm(dim=1)
+    terms = g + i.g_cos.abs()  # (N,), bounds sum_j |G_ij|
+    ulp = float(i.scale.max()) * torch.finfo(i.scale.dtype).eps * 8  # of an e^z, as in support.LOGIT_ULPS
+    rounding = {name: ulp + torch.finfo(getattr(i, name).dtype).eps for name in ("x", "w")}
+    dx_error = (got.dx.double() - want.dx).norm(dim=1) * x_norm  # (N,)
+    assert bool((dx_error <= g * sparsity.dropped + rounding["x"] * terms).all())
+    dw_error = ((got.dw.double() - want.dw).norm(dim=1) * w_norm).sum()
+    assert dw_error <= (g * sparsity.dropped).sum() + rounding["w"] * terms.sum()
+    dscale_error = (got.dscale.double() - want.dscale).abs()
+    assert bool((dscale_error <= i.g_lse.abs() * (sparsity.dropped + ulp)).all())
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("tolerance", TOLERANCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_within_the_bound(kind, tolerance, dtypes):
+    i = with_cosines(cosines(kind), dtypes)
+    assert_within_bound(*run(i, tolerance), tolerance, i)
+
+
+@pytest.mark.parametrize("shape", [(1, 1000), (5, 700), (300, 2000), (513, 300)], ids=str)
+def test_ragged_shapes(shape):
+    n, classes = shape
+    torch.manual_seed(0)
+    x, w = torch.randn(n, 21), torch.randn(classes, 21)
+    targets = torch.randint(-1, classes, (n,))
+    g_cos = torch.randn(n).where(targets >= 0, 0)
+    i = Inputs(x, w, targets, torch.linspace(80, 60, n), torch.randn(n), g_cos)
+    gradients, sparsity = run(i, 1e-2)
+    assert_within_bound(gradients, sparsity, 1e-2, i)
+    assert not sparsity.exact.all()
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3])
+def test_dropped_is_the_mass_that_the_gradient_lacks(tolerance):
+    """All light entries have cosine 0.25, so that what dscale lacks is g_lse x dropped x 0.25."""
+    cos = torch.full((3, C), 0.25, dtype=torch.float64)
+    cos[:, ::40] = torch.tensor([0.5, 0.45, 0.56], dtype=torch.float64)[:, None]
+    i = with_cosines(cos, F64, scale=60.0)
+    got, sparsity = run(i, tolerance)
+    lacks = oracle(i).dscale - got.dscale
+    assert bool((sparsity.dropped > 0).any())
+    assert not bool(sparsity.exact.any())
+    torch.testing.assert_close(lacks, i.g_lse * sparsity.dropped * 0.25, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["heavy tail", "one heavy"])
+def test_keeps_little_more_than_it_must(kind):
+    tolerance = 0.05
+    i = with_cosines(cosines(kind, classes=20_000) * 1.0, scale=60.0)
+    _, sparsity = run(i, tolerance)
+    x, w = (torch.nn.functional.normalize(t.double()) for t in (i.x, i.w))
+    z = 60.0 * x @ w.T
+    z[i.targets >= 0, i.targets[i.targets >= 0]] = -math.inf
+    p = z.softmax(1).sort(1, descending=True).values
+    fewest = (p.cumsum(1) < 1 - tolerance).sum(1) + 1  # (N,)
+    assert not sparsity.exact.any()
+    kept = sparsity.kept * (20_000 - (i.targets >= 0).double())
+    assert bool((kept >= fewest - 1e-6).all()), "fewer than any certificate allows"
+    assert bool((kept <= 1.3 * fewest + 4).all()), f"{kept} of at least {fewest}"
+
+
+def test_loss_and_statistics_stay_exact():
+    i = with_cosines(cosines("heavy tail"))
+    for got, want in zip(lmcl(i, 1e-2)[:4], lmcl(i, 0.0)[:4], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_equal_logits_take_the_exact_path():
+    i = with_cosines(cosines("equal"))
+    got, sparsity = run(i, 1e-2)
+    assert bool(sparsity.exact.all())
+    for mine, exact in zip(got, run_exact(i), strict=True):
+        assert torch.equal(mine, exact)
+
+
+def run_exact(i: Inputs) -> Gradients:
+    return backward(i, lmcl(i, 0.0), 0.0)
+
+
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
+def test_exact_and_sparse_samples_in_one_batch(dtypes):
+    cos = torch.cat([cosines("equal", 3), cosines("one heavy", 4), cosines("equal", 2)]) * 0.8
+    i = with_cosines(cos, dtypes, scale=60.0)
+    got, sparsity = run(i, 1e-2)
+    assert sparsity.exact.tolist() == [True] * 3 + [False] * 4 + [True] * 2
+    assert_within_bound(got, sparsity, 1e-2, i)
+
+
+def test_no_room_is_the_exact_path():
+    i = with_cosines(cosines("heavy tail"))
+    outputs = lmcl(i, 1e-2, None, 1000)
+    assert bool((ops.kept_entries(outputs[4], N)[1] == 1).all())
+    for mine, exact in zip(backward(i, outputs, 1e-2), run_exact(i), strict=True):
+        assert torch.equal(mine, exact)
+
+
+@pytest.mark.parametrize("room", [40_000, 80_000, 160_000])
+def test_little_room_is_within_the_bound(room):
+    """Rows are given up, or all of them, when the buffers of a thread are full."""
+    cos = torch.cat([cosines("equal", 3, 30_000), cosines("heavy tail", 5, 30_000)]) * 0.8
+    i = with_cosines(cos, scale=80.0)
+    outputs = lmcl(i, 1e-2, None, room)
+    sparsity = Sparsity(*ops.kept_entries(outputs[4], 8))
+    assert bool(sparsity.exact[:3].all())
+    assert_within_bound(backward(i, outputs, 1e-2), sparsity, 1e-2, i)
+
+
+def test_bad_samples_do_not_spread():
+    i = with_cosines(cosines("heavy tail", 8))
+    i.x[2, 3], i.x[5] = math.nan, 0
+    i.scale[4] = 0
+    i.g_lse[2] = i.g_cos[2] = 0  # ignored
+    got, sparsity = run(i, 1e-2)
+    clean = i._replace(x=i.x.nan_to_num())
+    assert_within_bound(got, sparsity, 1e-2, clean)
+    assert bool((got.dx[2] == 0).all())
+    i.g_lse[2] = 1
+    got, sparsity = run(i, 1e-2)
+    assert bool(sparsity.exact[2])
+    assert bool(got.dx[2].isnan().all())
+    assert bool(got.dx[[0, 1, 3]].isfinite().all())
+
+
+def test_one_class_has_no_negatives():
+    i = Inputs(*(torch.ones(2, 3), torch.ones(1, 3), torch.zeros(2, dtype=torch.int64)), *torch.ones(3, 2))
+    got, sparsity = run(i, 0.1)
+    assert sparsity.dropped.tolist() == [0, 0]
+    torch.testing.assert_close(got.dx, run_exact(i).dx)
+
+
+@pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
+def test_some_classes(dtypes):
+    i = with_cosines(cosines("heavy tail"), dtypes, scale=60.0)
+    classes = torch.randperm(C)[:1000].sort().values
+    i = i._replace(targets=torch.tensor([0, -1, 999, 5, 6, 7]))
+    i.g_cos[1] = 0
+    got, sparsity = run(i, 1e-2, classes)
+    assert not sparsity.exact.all()
+    assert_within_bound(got, sparsity, 1e-2, i._replace(w=i.w[classes]))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bitwise_the_same_in_every_run(threads, restore_threads):
+    torch.set_num_threads(threads)
+    i = with_cosines(cosines("normal", classes=20_000), scale=60.0)
+    outputs = lmcl(i, 1e-2)
+    first = backward(i, outputs, 1e-2)
+    torch.set_num_threads(3 - threads // 2)  # forward has shared the classes out among threads
+    again, anew = backward(i, outputs, 1e-2), None
+    torch.set_num_threads(threads)
+    anew, sparsity = run(i, 1e-2)
+    assert not sparsity.exact.any()
+    for a, b, c in zip(first, again, anew, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def head_and_batch(**options) -> tuple[FusedCosFaceLoss, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = FusedCosFaceLoss(2000, 24, scale=64.0, backend="cpu", **options)
+    with torch.no_grad():
+        head.weight.mul_(100)
+    labels = torch.randint(2000, (16,))
+    x = head.weight.detach()[labels].float() + 0.5 * torch.randn(16, 24)
+    return head, x, labels
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "rtol"),
+    [(FusedSGD, torch.float32, 1e-5), (FusedAdamW, torch.float32, 1e-4), (FusedSGD, torch.bfloat16, 1e-2)],
+)
+def test_rows_that_move_inside_backward(optimizer, dtype, rtol):
+    """The same steps through a dense dw of the same tolerance; rounding to bfloat16 is stochastic."""
+    heads = []
+    for accumulate in (True, False):
+        head, x, labels = head_and_batch(gradient_tolerance=1e-2, dtype=dtype)
+        step = optimizer(head.parameters(), lr=0.1, weight_decay=0.1, accumulate=accumulate)
+        for _ in range(3):
+            loss, stats = head(x, labels, return_stats=True)
+            assert not stats.sparsity.exact.all()
+            loss.backward()
+            step.step()
+            step.zero_grad()
+        heads.append(head.weight.detach().float())
+    assert float((heads[1] - heads[0]).norm() / heads[0].norm()) < rtol
+
+
+def test_module_returns_what_it_dropped():
+    head, x, labels = head_and_batch(gradient_tolerance=1e-3)
+    loss, stats = head(x.requires_grad_(), labels, return_stats=True)
+    assert stats.sparsity.dropped.shape == stats.sparsity.kept.shape == (16,)
+    assert 0 < float(stats.sparsity.dropped.max()) <= 1e-3
+    loss.backward()
+    sparse = x.grad.clone()
+    exact_head, x, labels = head_and_batch()
+    loss, stats = exact_head(x.requires_grad_(), labels, return_stats=True)
+    assert stats.sparsity is None
+    loss.backward()
+    assert 0 < float((sparse - x.grad).norm() / x.grad.norm()) < 0.1
+
+
+def test_nothing_is_kept_where_there_is_no_gradient():
+    head, x, labels = head_and_batch(gradient_tolerance=1e-3)
+    with torch.no_grad():
+        assert head(x, labels, return_stats=True)[1].sparsity is None
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, 1, math.nan, "0.1"])
+def test_refuses_a_tolerance_out_of_range(tolerance):
+    with pytest.raises(ValueError, match=r"gradient_tolerance must be in \[0, 1\), got"):
+        FusedCosFaceLoss(10, 4, gradient_tolerance=tolerance)
+    with pytest.raises(ValueError, match=r"gradient_tolerance must be in \[0, 1\), got"):
+        cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), gradient_tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS.keys() - {"cpu"}))
+def test_other_backends_refuse(name):
+    refusal = BACKENDS[name].unsupported(torch.ones(1, 2), torch.ones(3, 2), Options(gradient_tolerance=0.1))
+    assert refusal is not None
+    assert "gradient_tolerance" in refusal or "CPU" in refusal or "device" in refusal or "GPU" in refusal
+
+
+def test_refuses_reshaped_negatives():
+    options = Options(gradient_tolerance=0.1, thresholds=torch.ones(1), negatives=torch.ones(3))
+    assert "reshaped negatives with a gradient_tolerance" in cpu.unsupported(
+        torch.ones(1, 2), torch.ones(3, 2), options
+    )
+
+
+def test_weights_that_are_not_normalised():
+    i = with_cosines(cosines("heavy tail"), F64, scale=60.0)
+    outputs = [
+        ops.lmcl(i.x, w, i.targets, i.scale, 0.35, "cpu", None, 0, 1e-2, normalize)
+        for w, normalize in ((torch.nn.functional.normalize(i.w), False), (i.w, True))
+    ]
+    for mine, want in zip(*(ops.kept_entries(o[4], N) for o in outputs), strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+def test_opcheck():
+    i = with_cosines(cosines("heavy tail"))
+    x, w = i.x.requires_grad_(), i.w.requires_grad_()
+    arguments = (x, w, i.targets, i.scale, 0.35, "cpu", None, 0, 1e-2)
+    torch.library.opcheck(torch.ops.cosface.lmcl, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_to_one_graph():
+    head, x, labels = head_and_batch(gradient_tolerance=1e-2)
+    x.requires_grad_()
+    head(x, labels).backward()
+    eager, head.weight.grad, x.grad = (x.grad, head.weight.grad), None, None
+    torch.compile(head, fullgraph=True, backend="aot_eager")(x, labels).backward()
+    assert torch.equal(x.grad, eager[0])
+    assert torch.equal(head.weight.grad, eager[1])
+
+
+MEMORY = """
+import pathlib, sys, torch
+from cosface_kernels import FusedCosFaceLoss
+N, D, C = 256, 16, int(sys.argv[1])
+def status(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+torch.set_num_threads(2)
+for classes in (2000, C):
+    torch.manual_seed(0)
+    head = FusedCosFaceLoss(classes, D, scale=10.0, gradient_tolerance=1e-3)
+    x, labels = torch.randn(N, D, requires_grad=True), torch.randint(classes, (N,))
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    loss, stats = head(x, labels, return_stats=True)
+    loss.backward()
+    print(status("VmHWM") - before, int(stats.sparsity.exact.sum()))
+"""
+
+
+def test_entries_stay_within_their_budget():
+    """Flat logits, of which nearly all entries would be kept: 600 MB at 6 bytes each."""
+    classes = 400_000
+    done = run_python(MEMORY, str(classes), MALLOC_MMAP_THRESHOLD_="65536")
+    assert done.returncode == 0, done.stderr
+    peak, exact = map(int, done.stdout.splitlines()[-1].split())
+    budget = 256 * classes * 6 // 8 + 6 * 2**21
+    assert exact == 256
+    assert peak - classes * 16 * 4 <= budget + 32 * 2**20
+
+
+def test_named_in_what_the_backend_takes():
+    assert cpu.unsupported(torch.ones(1, 2), torch.ones(3, 2), Options(gradient_tolerance=0.1)) is None
