@@ -212,7 +212,7 @@ def margin_softmax_loss(
             target_cos = _target_cosines(*own[:3])  # (N,)
             target_cos = ranks.sum(target_cos) if ranks else target_cos
             options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
-    lmcl = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl
+    lmcl: Any = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl
     if torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad):
         options["gradient_tolerance"] = float(gradient_tolerance)
     loss, lse, target_cos, max_neg, cache = lmcl(*own, m, backend, **options)  # each (N,)

@@ -422,7 +422,8 @@ def owner_of(weight: Tensor) -> RowOptimizer | None:
     return None if owner is None or owner.accumulate else owner
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# torch.compiler.disable, which imports the compiler at its first call, not here
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def lmcl(
     x: Tensor,
     w: Tensor,

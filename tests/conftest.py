@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import cuda_host
 import hypothesis
 import pytest
@@ -29,6 +32,10 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.register_profile("interpreted", hypothesis.settings.get_profile("ci"), max_examples=8)
 hypothesis.settings.load_profile("interpreted" if INTERPRETED else "ci")
+
+
+# A graph in torch's cache of compiled graphs calls the ops with the schema that they had when it was compiled.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -332,6 +332,7 @@ def check_result(got: Result, problem: Problem, upstream: Upstream, operand: tor
     want, plain = evaluate_oracle(problem, upstream), evaluate(plain_forward, problem, upstream)
     natural = natural_norms(problem, upstream)
     scale = float(problem.scale.max()) if len(problem.scale) else 1.0
+    scale += math.log(len(problem.w))  # lse, which is subtracted from a logit, may be this much larger
     for name in Result._fields:
         assert_as_good_as_plain(
             name,
