@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_SHARE, KEPT_MIN = 1 / 8, 2**21  # of the entries of the softmax
+KEPT_SHARE, KEPT_MIN = 1 / 12, 2**20  # of the entries of the softmax
 
 
 @dataclass(frozen=True, eq=False)

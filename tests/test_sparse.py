@@ -404,7 +404,7 @@ def test_entries_stay_within_their_budget():
     done = run_python(MEMORY, str(classes), MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
     peak, exact = map(int, done.stdout.splitlines()[-1].split())
-    budget = 256 * classes * 6 // 8 + 6 * 2**21
+    budget = 256 * classes * 6 // 12 + 6 * 2**20
     assert exact == 256
     assert peak - classes * 16 * 4 <= budget + 32 * 2**20
 

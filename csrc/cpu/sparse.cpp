@@ -21,8 +21,9 @@ constexpr double kNatsPerTile = 0.25;
 // What is dropped on the way is at most this share of the tolerance each, so that a few entries do not decide.
 constexpr double kShareOfOne = 1.0 / 32;
 
-// More rows than that, and what is left is not worth a second path.
-constexpr double kMostExact = 0.9;
+// With more exact rows than that, what is left is not worth a second path: of the work, and of the rows on the
+// way.
+constexpr double kMostExact = 0.9, kMostGivenUp = 0.5;
 
 // The bins of one sample from the result on hold at most `budget`, as a sum of e^{-distance}.
 int64_t first_dropped(const uint32_t* bins, double budget) {
@@ -135,8 +136,9 @@ void Keeper<T>::add(int64_t part, const T* cos, int64_t classes, int64_t i, int6
     if (p.tail[r] > too_much * row_sum_[part * batch_.n + r]) p.cut[r] -= static_cast<T>(kNatsPerTile) / s_[r];
   }
   if (p.tiles == p.tighten_at) {
+    const int64_t before = p.count;
     tighten(part);
-    p.tighten_at *= 2;
+    p.tighten_at *= p.count > before / 2 ? 4 : 2;  // less often where it gains little
   }
 }
 
@@ -166,22 +168,25 @@ void Keeper<T>::tighten(int64_t part) {
   prune(part, p.cut.data(), top, p.tail.data());
 }
 
-// Makes room at the expense of the samples that keep the most.
+// Makes room at the expense of the samples that keep the most: for as many entries as fill it by the last tile.
 template <typename T>
 void Keeper<T>::give_up_rows(int64_t part) {
   Part& p = parts_[part];
   std::vector<int64_t> order(batch_.n);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.rows[a] > p.rows[b]; });
+  const double seen = allowed(part) / tolerance_;
+  const auto room = static_cast<int64_t>(std::min(seen, 0.5) * static_cast<double>(cache_.shape->capacity));
   int64_t left = p.count;
   for (int64_t i : order) {
-    if (left <= cache_.shape->capacity / 2) break;
+    if (left <= room) break;
     left -= p.rows[i];
     p.cut[i] = kInfinity<T>;
     p.tail[i] = kInfinity<double>;
   }
   const auto given_up = std::count(p.cut.begin(), p.cut.end(), kInfinity<T>);
-  if (static_cast<double>(given_up) > kMostExact * static_cast<double>(batch_.n)) hopeless_ = true;
+  if (static_cast<double>(given_up) > kMostGivenUp * static_cast<double>(batch_.n)) hopeless_ = true;
+  if (hopeless_) return;
   prune(part, p.cut.data(), row_max_ + part * batch_.n, p.tail.data());
 }
 

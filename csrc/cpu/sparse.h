@@ -22,8 +22,8 @@
 
 namespace cosface {
 
-// A row of which more than this share of the negatives would be kept is exact. On one core of a Xeon with AVX-512,
-// D = 512, an entry costs 60 ns in a sparse backward and 20 ns in a dense one.
+// A row of which more than this share of the negatives would be kept is exact. An entry costs a sparse
+// backward two to five times what it costs a dense one.
 constexpr double kMostKept = 0.2;
 
 // What forward leaves for backward, in Options::cache:
