@@ -25,6 +25,10 @@ constexpr double kShareOfOne = 1.0 / 32;
 // way.
 constexpr double kMostExact = 0.9, kMostGivenUp = 0.5;
 
+// All is given up when, this share of the classes seen, so many times the entries there is room for are in sight.
+// Fewer may still come down: a sample looks spread until its first heavy class has come.
+constexpr double kEnoughSeen = 1.0 / 32, kTooMany = 3;
+
 // The bins of one sample from the result on hold at most `budget`, as a sum of e^{-distance}.
 int64_t first_dropped(const uint32_t* bins, double budget) {
   static const std::array<double, kBins> heaviest = [] {
@@ -139,6 +143,10 @@ void Keeper<T>::add(int64_t part, const T* cos, int64_t classes, int64_t i, int6
     const int64_t before = p.count;
     tighten(part);
     p.tighten_at *= p.count > before / 2 ? 4 : 2;  // less often where it gains little
+    const double seen = allowed(part) / tolerance_;
+    if (seen > kEnoughSeen && static_cast<double>(p.count) > kTooMany * seen * static_cast<double>(capacity)) {
+      hopeless_ = true;
+    }
   }
 }
 
