@@ -454,6 +454,46 @@ void long_rows() {
   }
 }
 
+// With a tolerance: dx within the bound of what was dropped, the same bits in any order, in caches from too small
+// to ample.
+template <typename T>
+void with_a_tolerance() {
+  const double tolerance = 0.02;
+  for (const Shape shape : {Shape{7, 1100, 17}, Shape{300, 513, 32}, Shape{1, 2000, 20}}) {
+    for (int64_t bytes : {0, 64 * 300, 64 * 20000, 64 * 200000}) {
+      Problem<T> p(shape, DType::kFloat32, shape.d, 128);
+      const auto run = [&](const Runtime& host, Exact<char>& cache, Exact<T>& dx, Exact<char>& dw) {
+        Options options;
+        options.gradient_tolerance = tolerance;
+        options.cache = cache.begin();
+        options.cache_bytes = bytes;
+        Exact<T> loss(shape.n), target_cos(shape.n), max_neg(shape.n), dscale(shape.n);
+        lmcl_forward<T>(p.batch(), p.weights(), p.margin, options, host, {loss, p.lse, target_cos, max_neg});
+        lmcl_backward<T>(p.batch(), p.weights(), {p.lse, p.g_lse, p.g_cos}, options, host, {dx, dw, dscale});
+      };
+      const int64_t dw_bytes = shape.classes * shape.d * size_of(p.dtype);
+      Exact<char> cache(bytes), dw(dw_bytes), other_cache(bytes), other_dw(dw_bytes);
+      Exact<T> dx(shape.n * shape.d), other_dx(shape.n * shape.d);
+      run(runtime(2, 0), cache, dx, dw);
+      run(runtime(2, 0, Order::kReversed), other_cache, other_dx, other_dw);
+      CHECK(dx.same_bits(other_dx) && dw.same_bits(other_dw), shape.n, shape.classes, bytes);
+      const Definition want = define(p);
+      const auto* dropped = reinterpret_cast<const double*>(cache.begin());
+      for (int64_t i = 0; i < shape.n; ++i) {
+        const double mass = bytes == 0 ? 0 : dropped[i];
+        CHECK(mass <= tolerance, shape.n, shape.classes, bytes, i, mass);
+        double error = 0;
+        for (int64_t k = 0; k < shape.d; ++k) {
+          error = std::hypot(error, double{dx[i * shape.d + k]} - want.dx[i * shape.d + k]);
+        }
+        const double lacks = std::fabs(double{p.s[i]} * p.g_lse[i]) * mass / want.x_norm[i];
+        CHECK(error <= lacks + 8 * p.tolerance() * want.dx_size[i], shape.n, shape.classes, bytes, i, error,
+              lacks);
+      }
+    }
+  }
+}
+
 template <typename T>
 void all_of() {
   shapes<T>();
@@ -463,6 +503,7 @@ void all_of() {
   expanded_weight<T>();
   confident<T>();
   bad_samples<T>();
+  with_a_tolerance<T>();
 }
 
 void tests() {
