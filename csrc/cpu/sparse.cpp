@@ -143,6 +143,9 @@ void Keeper<T>::add(int64_t part, const T* cos, int64_t classes, int64_t i, int6
     const int64_t before = p.count;
     tighten(part);
     p.tighten_at *= p.count > before / 2 ? 4 : 2;  // less often where it gains little
+    const int64_t tiles = partition_.first_tile(part + 1) - p.first_tile;
+    const int64_t enough = static_cast<int64_t>(kEnoughSeen * static_cast<double>(tiles)) + 1;
+    if (p.tiles < enough) p.tighten_at = std::min(p.tighten_at, enough);
     const double seen = allowed(part) / tolerance_;
     if (seen > kEnoughSeen && static_cast<double>(p.count) > kTooMany * seen * static_cast<double>(capacity)) {
       hopeless_ = true;
