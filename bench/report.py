@@ -46,8 +46,8 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one problem, with the ratio of each time to that of `fused`."""
-    fused = next((row.median_s for row in rows if row.impl == "fused"), None)
+    """The rows of one problem, with the ratio of each time to that of `fused`, or of `fused+FusedSGD`."""
+    fused = next((row.median_s for row in rows if row.impl in ("fused", "fused+FusedSGD")), None)
     header = ("impl", "median", "min", "/ fused", "extra MiB", "of matmul", "max rel err", "steps", "note")
     lines = [header, *(_cells(row, fused) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -1,14 +1,16 @@
 """`python -m bench step`: forward and backward to dx and dw, no optimizer, against the peers."""
 
 import argparse
+import functools
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +41,19 @@ class Outcome:
         self.note, self.failed, self.turns = str(reason), isinstance(reason, FailedError), []
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """What a command measures: its implementations, the job that checks one, the job that times it, and a note."""
+
+    implementations: Mapping[str, Any]
+    check: Callable[[Case], Any]
+    measure: Callable[[Case], Any]
+    note: Callable[[Case, list[Any]], str | None]
+
+
+STEP = Jobs(IMPLEMENTATIONS, Check, Measure, lambda case, _: IMPLEMENTATIONS[case.impl].note)
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "step",
@@ -46,14 +61,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Times forward and backward of each implementation in a process of its own, in turn.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_options(parser, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATIONS).set_defaults(run=run)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, implementations: Iterable[str], default: str
+) -> argparse.ArgumentParser:
+    """The options of every command that times implementations on problems."""
     parser.add_argument("--batch", type=_counts, default="256", help="numbers of samples, separated by commas")
     parser.add_argument("--dim", type=_count, default=512, help="size of an embedding")
     parser.add_argument("--classes", type=_counts, default="100000", help="numbers of classes, with commas")
     parser.add_argument(
         "--impl",
-        type=_implementations,
-        default=DEFAULT_IMPLEMENTATIONS,
-        help=f"which to run, with commas, of {', '.join(IMPLEMENTATIONS)}",
+        type=functools.partial(_implementations, known=implementations),
+        default=default,
+        help=f"which to run, with commas, of {', '.join(implementations)}",
     )
     parser.add_argument("--dtype", type=_dtype, default="float32", help=f"one of {', '.join(DTYPES)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda is a ROCm GPU too")
@@ -63,10 +85,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--scale", type=_positive, default=64.0, help="s")
     parser.add_argument("--seed", type=int, default=0, help="of embeddings, weight and labels")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="write the rows to this file")
-    parser.set_defaults(run=run)
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, jobs: Jobs = STEP) -> int:
     """Measures, prints and writes; 1 if an implementation failed, 0 if some were merely not available."""
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a CUDA or ROCm GPU, and torch sees none.", file=sys.stderr)
@@ -78,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
     matmul_dtype = args.dtype if args.device == "cuda" else "float32"
     for batch, classes in itertools.product(args.batch, args.classes):
         cases = [Case(impl, batch, args.dim, classes, args.dtype, *common) for impl in args.impl]
-        outcomes, matmul = measure(cases, args.rounds, matmul_dtype)
-        rows += (found := [_row(outcome, matmul, args.rounds) for outcome in outcomes])
+        outcomes, matmul = measure(cases, args.rounds, matmul_dtype, jobs)
+        rows += (found := [_row(outcome, matmul, args.rounds, jobs) for outcome in outcomes])
         failed |= any(outcome.failed for outcome in outcomes)
         print(f"\nbatch {batch}, dim {args.dim}, classes {classes:,}, {args.dtype}, {args.rounds} rounds")
         print(f"{matmul_dtype} matmul, GFLOP/s: " + _describe_matmul(matmul))
@@ -90,12 +112,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(
-    cases: list[Case], rounds: int, matmul_dtype: str = "float32"
+    cases: list[Case], rounds: int, matmul_dtype: str = "float32", jobs: Jobs = STEP
 ) -> tuple[list[Outcome], list[dict[str, float]]]:
     """Checks each case, then gives each its turns, with a turn of the plain matrix product before each."""
     outcomes = [Outcome(case) for case in cases]
     for outcome in outcomes:
-        _check(outcome)
+        _check(outcome, jobs)
     matmul: list[dict[str, float]] = []
     with ExitStack() as stack:
         first = cases[0]
@@ -106,7 +128,7 @@ def measure(
             impl = outcome.case.impl
             matmul.append(multiply.turn())
             if impl not in workers:
-                workers[impl] = stack.enter_context(closing(Worker(Measure, outcome.case)))
+                workers[impl] = stack.enter_context(closing(Worker(jobs.measure, outcome.case)))
             try:
                 turn = workers[impl].turn()
             except (UnavailableError, FailedError) as reason:
@@ -128,10 +150,10 @@ def _turns(outcomes: list[Outcome], rounds: int) -> Iterator[tuple[int, Outcome]
                 yield number, outcome
 
 
-def _check(outcome: Outcome) -> None:
+def _check(outcome: Outcome, jobs: Jobs = STEP) -> None:
     case = outcome.case
     try:
-        with closing(Worker(Check, case)) as worker:
+        with closing(Worker(jobs.check, case)) as worker:
             outcome.error = worker.turn()
         if not outcome.error <= MAX_ERROR[case.dtype]:  # nan is wrong too
             limit = MAX_ERROR[case.dtype]
@@ -145,8 +167,8 @@ def _check(outcome: Outcome) -> None:
         _progress(case, f"output right to {outcome.error:.1e}")
 
 
-def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int) -> report.Row:
-    case, implementation = outcome.case, IMPLEMENTATIONS[outcome.case.impl]
+def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int, jobs: Jobs = STEP) -> report.Row:
+    case, implementation = outcome.case, jobs.implementations[outcome.case.impl]
     shape, gflops = machine.best_shape(matmul)
     seconds = [second for turn in outcome.turns for second in turn.seconds]
     median = statistics.median(seconds) if seconds else None
@@ -175,7 +197,7 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int) -> repor
         scale=case.scale,
         seed=case.seed,
         device=machine.device_name(case.device),
-        note=outcome.note or implementation.note,
+        note=outcome.note or jobs.note(case, outcome.turns),
     )
 
 
@@ -222,13 +244,11 @@ def _positive(text: str) -> float:
     return value
 
 
-def _implementations(text: str) -> list[str]:
+def _implementations(text: str, known: Iterable[str] = IMPLEMENTATIONS) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is not an implementation; there are {', '.join(IMPLEMENTATIONS)}."
-            )
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not an implementation; there are {', '.join(known)}.")
     return names
 
 

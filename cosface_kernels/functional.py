@@ -14,6 +14,7 @@ from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import Exchange
 from cosface_kernels.margins import Margin, Rows
 from cosface_kernels.reference import EPS, compute_dtype, softplus
+from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
     check_labels,
     check_margin,
@@ -156,6 +157,8 @@ def margin_softmax_loss(
     return_stats: bool = False,
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
+    sampler: ClassSampler | None = None,
+    cache_bytes: int = 0,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
 
@@ -169,6 +172,8 @@ def margin_softmax_loss(
             the negatives. Samples that are ignored pass through psi with cosine 0 and their result is dropped.
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
+        sampler: draws the classes that take part; the gradient of the weight is then sparse.
+        cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
 
@@ -204,12 +209,15 @@ def margin_softmax_loss(
         # no kernel: s x = (s |x|) x / |x|; clamped as the kernels clamp, so that x = 0 has its gradient
         s = s * Rows(embeddings, targets).norms().clamp_min(EPS)  # (N,)
 
-    own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
+    classes, positions = sampler(targets) if sampler else (None, targets)  # (S,), (N,)
+    own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, positions, s)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in own)
     rows = Rows(embeddings, targets, weight if ranks is None else None)
-    options: dict[str, Any] = {"normalize_weight": normalize_weight}
+    options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}
+    options["cache_bytes"] = cache_bytes if differentiable else 0
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
-            target_cos = _target_cosines(*own[:3])  # (N,)
+            target_cos = _target_cosines(*own[:2], own[2] if ranks else targets)  # (N,)
             target_cos = ranks.sum(target_cos) if ranks else target_cos
             options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
     lmcl: Any = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl

@@ -13,6 +13,7 @@ from cosface_kernels.distributed import empty_weight
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
+from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
     check_margin,
     check_positive,
@@ -42,6 +43,10 @@ class FusedMarginLoss(nn.Module):
         gradient_tolerance: softmax mass that backward may leave out of every sample, 0 for exact gradients; see
             `cosface_kernels.functional.Sparsity`.
         process_group: shards the classes over these ranks; see `cosface_kernels.distributed`.
+        sample_rate, sample_seed: share of the classes that take part in a training step, the batch's own among
+            them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
+            gradient of the weight is sparse, unless an optimizer of `cosface_kernels.optim` moves the rows.
+        cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
     Attributes:
@@ -77,6 +82,9 @@ class FusedMarginLoss(nn.Module):
         backend: str | None = None,
         gradient_tolerance: float = 0.0,
         process_group: ProcessGroup | None = None,
+        sample_rate: float = 1.0,
+        sample_seed: int = 0,
+        cache_bytes: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,6 +109,10 @@ class FusedMarginLoss(nn.Module):
         self.validate_labels = validate_labels
         self.backend = backend
         self.gradient_tolerance = gradient_tolerance
+        self.cache_bytes = cache_bytes
+        if sample_rate != 1 and process_group is not None:
+            raise ValueError(f"sample_rate must be 1 with a process group, got {sample_rate!r}.")
+        self.sampler = ClassSampler(num_classes, sample_rate, sample_seed) if sample_rate != 1 else None
         self.to(device)  # the margin's state
         if process_group is None:
             weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
@@ -151,6 +163,8 @@ class FusedMarginLoss(nn.Module):
             return_stats=return_stats,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
+            sampler=self.sampler if self.training else None,
+            cache_bytes=self.cache_bytes,
         )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

@@ -207,6 +207,8 @@ class RowOptimizer(Optimizer):
     def _apply(self, weight: Tensor, group: dict[str, Any]) -> None:
         if weight.grad is None:
             return
+        if weight.grad.is_sparse:
+            raise RuntimeError("accumulate=True needs the gradient of all classes, got one of sampled classes.")
         update, state = self._next_update(weight, group)
         self._phases[weight] = MOVING
         with torch.no_grad():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 KEPT_SHARE, KEPT_MIN = 1 / 12, 2**20  # of the entries of the softmax
+CACHE_HEADER = 64  # bytes
+LARGEST_TILE = 252  # classes by which the last tile may pass the end
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,11 @@ class Options:
     Attributes:
         classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
             are positions in it, and dw is (S, D). None: all rows.
-        cache_bytes: memory that forward may fill for backward with what backward would compute again.
+        cache_bytes: memory that forward may fill for backward with cosines that backward would compute again. They
+            are kept in 16-bit fixed point (float64 where an input is), which is off by at most 2^-16: a
+            probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at s = 64. bfloat16
+            exponentials would be off by 2e-3. The loss does not change.
+            With a gradient_tolerance, memory for the entries of the softmax instead; 0 is then as much as they need.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
             entries in the cache. 0: backward is exact.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
@@ -45,21 +51,25 @@ class Options:
         return tuple(getattr(self, field.name) for field in fields(self) if field.name != "updates")
 
     def cache_size(self, x: Tensor, w: Tensor) -> int:
-        """Bytes that a cache takes: cache_bytes, or fewer if that is more than all the cosines need.
+        """Bytes that a cache takes: cache_bytes, or fewer if that is more than all it is for.
 
         With a tolerance, cache_bytes 0 means a share of KEPT_SHARE of the entries, each a cosine and 16 bits, and
         KEPT_MIN more for the first tiles, of which nothing can be left out yet. Only what is filled is touched.
         """
-        if not self.gradient_tolerance:
-            return 0
         samples, classes = x.shape[0], (w if self.classes is None else self.classes).shape[0]
-        entry = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32).itemsize + 2
-        all_entries = samples * classes
-        few = torch.sym_min(2 * all_entries, int(KEPT_SHARE * 2**20) * all_entries // 2**20 + KEPT_MIN)
-        if self.cache_bytes:
-            few = torch.sym_min(few, self.cache_bytes // entry)
-        counts = 4 * (classes // 64 + 1) * (samples // 256 + 1)
-        return 16 * samples + counts + entry * few + 4096
+        number = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+        if self.gradient_tolerance:
+            entry = number.itemsize + 2
+            all_entries = samples * classes
+            few = torch.sym_min(2 * all_entries, int(KEPT_SHARE * 2**20) * all_entries // 2**20 + KEPT_MIN)
+            if self.cache_bytes:
+                few = torch.sym_min(few, self.cache_bytes // entry)
+            counts = 4 * (classes // 64 + 1) * (samples // 256 + 1)
+            return 16 * samples + counts + entry * few + 4096
+        if self.cache_bytes < CACHE_HEADER:
+            return 0
+        itemsize = 8 if number is torch.float64 else 2
+        return torch.sym_min(self.cache_bytes, CACHE_HEADER + itemsize * samples * (classes + LARGEST_TILE))
 
     def refusal(self, supported: Collection[str] = ()) -> str | None:
         """Why a backend that knows only the `supported` options cannot take these, or None."""

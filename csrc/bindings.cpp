@@ -41,16 +41,14 @@ cosface::Runtime runtime() {
 struct Options {
   std::optional<Tensor> classes;
   double gradient_tolerance;
-  std::optional<Tensor> cache;
+  Tensor cache;  // uint8
   bool normalize_weight;
   std::optional<Tensor> thresholds, negatives;
 
   cosface::Options raw() const {
-    cosface::Options options;
+    cosface::Options options{.normalize_weight = normalize_weight, .gradient_tolerance = gradient_tolerance};
     if (classes) options.classes = classes->const_data_ptr<int64_t>(), options.count = classes->numel();
-    options.normalize_weight = normalize_weight;
-    options.gradient_tolerance = gradient_tolerance;
-    if (cache) options.cache = cache->data_ptr(), options.cache_bytes = cache->numel();
+    if (cache.numel() > 0) options.cache = cache.mutable_data_ptr(), options.cache_bytes = cache.numel();
     return options;
   }
 };
@@ -94,17 +92,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   return {loss, lse, target_cos, max_neg};
 }
 
-// Uninitialised memory for dw of so many classes.
-Tensor empty_gradient(const Tensor& w, int64_t classes) {
-  const std::array<int64_t, 2> sizes{classes, w.size(1)};
-  const size_t bytes = classes * w.size(1) * w.element_size();
-  if (bytes < cosface::kManyBytes) return at::empty(sizes, w.options());
+// Uninitialised memory: for gigabytes, the pages of a tensor of the same size that was freed.
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < cosface::kManyBytes) return at::empty(sizes, options);
   if (void* data = cosface::take_pages(bytes)) {
-    return at::from_blob(data, sizes, [bytes](void* pages) { cosface::give_pages(pages, bytes); }, w.options());
+    return at::from_blob(data, sizes, [bytes](void* pages) { cosface::give_pages(pages, bytes); }, options);
   }
-  Tensor dw = at::empty(sizes, w.options());
-  cosface::use_huge_pages(dw.mutable_data_ptr(), bytes);
-  return dw;
+  Tensor fresh = at::empty(sizes, options);
+  cosface::use_huge_pages(fresh.mutable_data_ptr(), bytes);
+  return fresh;
 }
 
 template <typename T>
@@ -114,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   const Arguments<T> arguments(x, w, y, s, options);
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
-  Tensor dw = need_dw ? empty_gradient(w, options.classes ? options.classes->numel() : w.size(0))
+  Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
                       : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
   cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(),
@@ -187,14 +184,13 @@ cosface::cuda::Device cuda_device(int index) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "Options")
-      .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, std::optional<Tensor> cache,
+      .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache,
                        bool normalize_weight, std::optional<Tensor> thresholds, std::optional<Tensor> negatives) {
              return Options{std::move(classes), gradient_tolerance,    std::move(cache),
                             normalize_weight,   std::move(thresholds), std::move(negatives)};
            }),
-           py::kw_only(), py::arg("classes") = py::none(), py::arg("gradient_tolerance") = 0.0,
-           py::arg("cache") = py::none(), py::arg("normalize_weight") = true, py::arg("thresholds") = py::none(),
-           py::arg("negatives") = py::none());
+           py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
+           py::arg("normalize_weight"), py::arg("thresholds"), py::arg("negatives"));
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
@@ -239,6 +235,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                     : backward_update<float>)(x, w, y, s, lse, g_lse, g_cos, options, update, state, need_dx);
       },
       no_gil);
+  m.def("empty_bytes", [](int64_t bytes) { return empty({bytes}, at::kByte); });
   m.def("apply_update", apply_update, no_gil);
   m.def("normal_", normal_, no_gil);
   m.def("use_huge_pages",

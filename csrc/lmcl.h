@@ -54,8 +54,11 @@ struct Options {
   int64_t count = 0;                 // S
   bool normalize_weight = true;      // if not, <x_i, w_j> / |x_i| takes the place of cos_ij
   double gradient_tolerance = 0;     // mass of the softmax that backward may leave out of every sample
-  void* cache = nullptr;             // what forward leaves for backward with a tolerance, aligned to 64 bytes
-  int64_t cache_bytes = 0;           // with too few, backward is exact
+  // What forward leaves for backward, aligned to 64 bytes. With a tolerance the entries that matter, or nothing if
+  // they do not fit. Else cosines of as many tiles as fit, which are not computed again: 16-bit fixed point, off
+  // by at most 2^-16, where T is float, else double.
+  void* cache = nullptr;
+  int64_t cache_bytes = 0;
 };
 
 // lse_i = log sum_{j != y_i} e^{z_ij};  loss_i = softplus(lse_i - s_i (target_cos_i - m));  max_neg_i = max cos_ij

@@ -23,11 +23,13 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    supported = {"classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds", "negatives"}
+    supported = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
     if options.gradient_tolerance:
         if options.thresholds is not None:
             return "reshaped negatives with a gradient_tolerance are not on this backend yet."
-        supported.add("cache_bytes")  # the room for entries
+        supported.add("gradient_tolerance")
+    elif options.cache_bytes and not options.normalize_weight:
+        return "it caches cosines alone, so that cache_bytes must be 0 without normalize_weight."
     return options.refusal(supported)
 
 
@@ -38,7 +40,7 @@ def describe() -> str:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    cache = x.new_empty(options.cache_size(x, w), dtype=torch.uint8)
+    cache = _C.empty_bytes(options.cache_size(x, w))
     return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, cache)), cache
 
 
@@ -49,9 +51,8 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 def backward_update_(
     *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    return _C.lmcl_backward_update(
-        *tensors[:-1], _kernel_options(options, tensors[-1]), _kernel_update(update), state, need_dx
-    )
+    numbers = _kernel_update(update)
+    return _C.lmcl_backward_update(*tensors[:-1], _kernel_options(options, tensors[-1]), numbers, state, need_dx)
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:

@@ -354,6 +354,52 @@ void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T*
   }
 }
 
+constexpr float kCosineStep = 1.0f / 32767;
+constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
+
+inline void keep_row(const float* z, int64_t n, float inv_norm, int16_t* kept) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float shifted = z[i] * inv_norm * 32767.0f + kRoundToInteger;
+    kept[i] = static_cast<int16_t>(bit_cast<uint32_t>(shifted));
+  }
+}
+inline void recall_row(const int16_t* kept, int64_t n, float inv_norm, float* z) {
+  const float step = kCosineStep / inv_norm;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) z[i] = static_cast<float>(kept[i]) * step;
+}
+inline void keep_row(const double* z, int64_t n, double, double* kept) {
+  for (int64_t i = 0; i < n; ++i) kept[i] = z[i];
+}
+inline void recall_row(const double* kept, int64_t n, double, double* z) {
+  for (int64_t i = 0; i < n; ++i) z[i] = kept[i];
+}
+
+template <typename T>
+struct KeptOf {
+  typedef T type;
+};
+template <>
+struct KeptOf<float> {
+  typedef int16_t type;
+};
+template <typename T>
+using Kept = typename KeptOf<T>::type;
+
+template <typename T>
+void keep_cosines(const T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, void* kept) {
+  for (int64_t j = 0; j < classes; ++j)
+    keep_row(z + j * stride, n, inv_norm[j], static_cast<Kept<T>*>(kept) + j * n);
+}
+
+template <typename T>
+void recall_cosines(const void* kept, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, T* z) {
+  for (int64_t j = 0; j < classes; ++j) {
+    recall_row(static_cast<const Kept<T>*>(kept) + j * n, n, inv_norm[j], z + j * stride);
+  }
+}
+
 template <typename T>
 void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                    int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse, const T* g_lse,
@@ -696,6 +742,8 @@ constexpr Kernels<T> kTable{kPanel<T>,
                             store<T>,
                             forward_tile<T>,
                             backward_tile<T>,
+                            keep_cosines<T>,
+                            recall_cosines<T>,
                             project<T>,
                             gradient_norm<T>,
                             sgd<T>,

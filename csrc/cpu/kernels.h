@@ -146,6 +146,11 @@ struct Kernels {
                         int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse,
                         const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale);
 
+  // Cosines <w_j, x_hat_i> / |w_j| of one tile to a cache, class by class, in fixed point of 16 bits for float;
+  // and back to z (classes, n), as forward_tile takes it.
+  void (*keep_cosines)(const T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, void* kept);
+  void (*recall_cosines)(const void* kept, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, T* z);
+
   // dw_j -= col_dot_j w_j / |w_j|^2, the projection; none for a row whose norm was clamped.
   void (*project)(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t rows, int64_t d,
                   const T* inv_norm, const T* col_dot);

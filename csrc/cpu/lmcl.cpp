@@ -27,6 +27,47 @@ bool is(DType dtype) {
 
 int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
+// The tiles whose cosines are kept from forward to backward: spread evenly, so that every thread has its share.
+template <typename T>
+class CosineCache {
+ public:
+  static bool wanted(const Options& options) {
+    return options.cache != nullptr && options.gradient_tolerance == 0;
+  }
+
+  // Forward says how it cut the classes; backward must do so too, whatever the number of threads is by now.
+  static void begin(const Options& options, const Partition& partition) {
+    if (wanted(options)) *static_cast<int64_t*>(options.cache) = partition.tile;
+  }
+  static Partition partition(const Options& options, int64_t classes, const Runtime& runtime) {
+    if (!wanted(options)) return {classes, runtime};
+    const int64_t tile = *static_cast<const int64_t*>(options.cache);
+    return {classes, tile, std::min<int64_t>(runtime.threads, (classes + tile - 1) / tile)};
+  }
+
+  CosineCache(const Options& options, const Partition& partition, int64_t n)
+      : partition_(partition),
+        first_(wanted(options) ? static_cast<char*>(options.cache) + kHeader : nullptr),
+        slot_bytes_(partition.tile * n * kElement),
+        kept_(!wanted(options) || slot_bytes_ == 0
+                  ? 0
+                  : std::min(partition.tiles, (options.cache_bytes - kHeader) / slot_bytes_)) {}
+
+  // Where the block of samples from row i on of the tile from class `first` on is kept, or null.
+  void* at(int64_t first, int64_t i) const {
+    const int64_t t = first / partition_.tile, slot = t * kept_ / partition_.tiles;
+    if ((t + 1) * kept_ / partition_.tiles == slot) return nullptr;
+    return first_ + slot * slot_bytes_ + i * partition_.tile * kElement;
+  }
+
+ private:
+  static constexpr int64_t kHeader = 64, kElement = sizeof(T) == 8 ? 8 : 2;
+
+  const Partition& partition_;
+  char* const first_;
+  const int64_t slot_bytes_, kept_;
+};
+
 // The normalised embeddings, in the two layouts that the products read.
 template <typename T>
 struct Embeddings {
@@ -337,6 +378,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
   const bool keeps = options.gradient_tolerance > 0;
   const Partition partition(classes, runtime, keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
   const EntryCache<T> cache(options, n, classes);
+  CosineCache<T>::begin(options, partition);
   const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest);
@@ -354,11 +396,15 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
 
   runtime.parallel(partition.parts, [&](int64_t part) {
     ClassRows<T> w(weight, options, x, partition.tile);
+    const CosineCache<T> cosines(options, partition, n);
     Buffer<T> z(partition.tile * x.tile_stride());
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
       x.each_block([&](int64_t i, int64_t rows) {
         w.dot(x, i, classes, z, i == 0 ? w.ahead(first + classes, classes) : Ahead{});
+        if (void* kept = cosines.at(first, i)) {
+          kernels<T>().keep_cosines(z, classes, rows, x.tile_stride(), w.inv_norm, kept);
+        }
         kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
                                   batch.negatives.from(i), &row_max[part * n + i],
                                   max_cos.empty() ? nullptr : &max_cos[part * n + i], &row_sum[part * n + i],
@@ -393,7 +439,7 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
   const int64_t d = batch.d, classes = options.classes ? options.count : weight.classes;
   const EntryCache<T> cache(options, batch.n, classes);
   const bool sparse = !cache.empty();
-  const Partition partition = sparse ? cache.partition() : Partition(classes, runtime);
+  const Partition partition = sparse ? cache.partition() : CosineCache<T>::partition(options, classes, runtime);
   const ExactSamples<T> exact(cache, batch, upstream);
   const Embeddings<T> x(exact.batch, runtime, [&](int64_t i) { return exact.active(i); });
   Sums<T> sums(x, partition.parts, gradients.dx != nullptr);
@@ -416,6 +462,7 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       walk.emplace(*gradient, part, sparse_x->rows, x.width, sparse_sums->dx_hat_of(part, 0),
                    sparse_sums->row_dot_of(part, 0), sparse_sums->dscale_of(part, 0));
     }
+    const CosineCache<T> cosines(options, partition, batch.n);
     const int64_t stride = x.tile_stride();
     Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
@@ -423,7 +470,11 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       if (dw.wanted) dw.begin(first);
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
       x.each_block([&](int64_t i, int64_t rows) {
-        w.dot(x, i, classes, g, {});
+        if (const void* kept = cosines.at(first, i)) {
+          kernels<T>().recall_cosines(kept, classes, rows, stride, w.inv_norm, g);
+        } else {
+          w.dot(x, i, classes, g, {});
+        }
         kernels<T>().backward_tile(g, classes, rows, stride, w.inv_norm, exact.batch.y + i, first, exact.s(i),
                                    exact.batch.negatives.from(i), exact.lse(i), exact.upstream.g_lse + i,
                                    exact.upstream.g_cos + i, col_dot, sums.row_dot_of(part, i),

@@ -57,7 +57,7 @@ T cut_before(int64_t b, T top, T s) {
 
 template <typename T>
 EntryCache<T>::EntryCache(const Options& options, int64_t n, int64_t classes)
-    : classes(classes), n_(n), bytes_(options.cache_bytes) {
+    : classes(classes), n_(n), bytes_(options.gradient_tolerance > 0 ? options.cache_bytes : 0) {
   if (static_cast<int64_t>(2 * n * sizeof(double) + sizeof(Shape)) > bytes_) return;
   dropped = static_cast<double*>(options.cache);
   kept = dropped + n;

@@ -1,0 +1,154 @@
+"""Class sampling: which classes take part, how often, and what happens to the others."""
+
+import math
+
+import pytest
+import torch
+from support import evaluate, make_problem, random_upstream, relative_error
+
+from cosface_kernels import FusedCosFaceLoss, cosface_loss
+from cosface_kernels.optim import FusedAdamW, FusedSGD
+from cosface_kernels.sampling import ClassSampler
+
+C, D = 400, 16
+
+
+def make_head(rate: float, **options) -> FusedCosFaceLoss:
+    torch.manual_seed(0)
+    return FusedCosFaceLoss(C, D, scale=16.0, sample_rate=rate, backend="cpu", **options)
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("samples", [0, 1, 60])
+def test_all_positives_and_distinct_negatives(rate, samples):
+    sampler = ClassSampler(C, rate)
+    for _ in range(5):
+        targets = torch.randint(C, (samples,))
+        targets[1::7] = -1
+        targets[2::7] = -2
+        classes, positions = sampler(targets)
+        assert len(classes) == max(math.ceil(rate * C), targets[targets >= 0].unique().numel())
+        assert bool((classes.diff() > 0).all())
+        assert 0 <= int(classes.min()) <= int(classes.max()) < C
+        real = targets >= 0
+        assert torch.equal(classes[positions[real]], targets[real])
+        assert torch.equal(positions[~real], targets[~real])
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])  # both ways to draw
+def test_every_negative_is_as_likely_and_sums_are_unbiased(rate):
+    """Counts within 5 standard deviations, and sum_j e^{z_j} / q within 4 standard errors of the full sum."""
+    draws, targets = 3000, torch.tensor([0, 7, 7, 399])
+    sampler = ClassSampler(C, rate, seed=1)
+    z = torch.randn(C, dtype=torch.float64).exp()
+    negative = torch.ones(C, dtype=torch.bool)
+    negative[targets] = False
+    counts, sums = torch.zeros(C, dtype=torch.float64), []
+    q = (math.ceil(rate * C) - 3) / (C - 3)
+    for _ in range(draws):
+        classes, _ = sampler(targets)
+        counts[classes] += 1
+        sums.append(float(z[classes][negative[classes]].sum()) / q)
+    assert bool((counts[~negative] == draws).all())
+    deviation = math.sqrt(draws * q * (1 - q))
+    assert float((counts[negative] - draws * q).abs().max()) < 5 * deviation
+    estimates = torch.tensor(sums)
+    error = float(estimates.mean()) - float(z[negative].sum())
+    assert abs(error) < 4 * float(estimates.std()) / math.sqrt(draws)
+
+
+def test_equals_the_full_loss_at_rate_1():
+    problem = make_problem(9, 300, 24)
+    sampler = ClassSampler(300, 1.0)
+    classes, positions = sampler(problem.targets)
+    assert torch.equal(classes, torch.arange(300))
+    assert torch.equal(positions, problem.targets)
+    upstream = random_upstream(problem, "loss")
+
+    def sampled(x, w, targets, scale, margin):
+        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu", classes)[:4]
+
+    def full(x, w, targets, scale, margin):
+        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu")[:4]
+
+    got, want = evaluate(sampled, problem, upstream), evaluate(full, problem, upstream)
+    assert relative_error(got.loss, want.loss) < 1e-6
+    assert relative_error(got.dx, want.dx) < 1e-6
+    assert relative_error(got.dw.to_dense(), want.dw) < 1e-6
+    assert make_head(1.0).sampler is None
+
+
+@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
+def test_rows_and_state_of_other_classes_stay(fused):
+    head = make_head(0.1)
+    optimizer = fused(
+        head.parameters(), lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if fused is FusedSGD else {})
+    )
+    seen = torch.zeros(C, dtype=torch.bool)
+    for _ in range(4):
+        x, labels = torch.randn(8, D), torch.randint(C, (8,))
+        sampler = ClassSampler(C, 0.1)
+        sampler.load_state_dict(head.sampler.state_dict())
+        classes, positions = sampler(labels)
+        weight = head.weight.detach().clone()
+        state = {k: v.clone() for k, v in optimizer.state[head.weight].items() if v.dim()}
+        loss = head(x, labels)
+        expected = cosface_loss(x, weight[classes], positions, scale=16.0, backend="cpu")
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        optimizer.step()
+        others = torch.ones(C, dtype=torch.bool)
+        others[classes] = False
+        seen |= ~others
+        assert torch.equal(head.weight[others], weight[others])
+        assert not bool((head.weight[classes] == weight[classes]).all(1).any())
+        for name, before in state.items():
+            assert torch.equal(optimizer.state[head.weight][name][others], before[others])
+    assert not bool(optimizer.state[head.weight][optimizer.state_names[0]][~seen].any())
+
+
+def test_sparse_gradient_trains_with_torch():
+    head = make_head(0.2)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    x, labels = torch.randn(8, D), torch.randint(C, (8,))
+    before = head.weight.detach().clone()
+    head(x, labels).backward()
+    assert head.weight.grad.is_sparse
+    assert head.weight.grad._nnz() == 80
+    optimizer.step()
+    moved = (head.weight != before).any(1).nonzero()[:, 0]
+    assert torch.equal(moved, head.weight.grad._indices()[0])
+
+
+def test_draws_differ_between_steps_and_resume():
+    first, second = ClassSampler(C, 0.1, seed=3), ClassSampler(C, 0.1, seed=3)
+    targets = torch.tensor([5])
+    drawn = [first(targets)[0] for _ in range(4)]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], ClassSampler(C, 0.1, seed=4)(targets)[0])
+    for _ in range(2):
+        second(targets)
+    resumed = ClassSampler(C, 0.1, seed=3)
+    resumed.load_state_dict(second.state_dict())
+    assert torch.equal(resumed(targets)[0], drawn[2])
+
+
+def test_evaluation_takes_all_classes():
+    head = make_head(0.1).eval()
+    x, labels = torch.randn(8, D), torch.randint(C, (8,))
+    assert torch.equal(head(x, labels), cosface_loss(x, head.weight, labels, scale=16.0, backend="cpu"))
+    assert int(head.sampler.draws) == 0
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, 1.1, math.nan, "half"])
+def test_refuses_a_rate(rate):
+    with pytest.raises(ValueError, match=rf"sample_rate must be in \(0, 1\], got {rate!r}"):
+        make_head(rate)
+
+
+def test_accumulation_of_sampled_classes_is_refused():
+    head = make_head(0.1)
+    optimizer = FusedSGD(head.parameters(), lr=0.1, accumulate=True)
+    head(torch.randn(8, D), torch.randint(C, (8,))).backward()
+    with pytest.raises(RuntimeError, match="got one of sampled classes"):
+        optimizer.step()

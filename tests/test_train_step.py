@@ -1,0 +1,60 @@
+"""`python -m bench train-step` at tiny sizes: every implementation is right and learns; no timings."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.report import Row
+from bench.step import MAX_ERROR
+from bench.train_step import IMPLEMENTATIONS, Check, Measure, Training
+from bench.worker import Case
+
+CASE = Case("fused+FusedSGD", 8, 16, 300, "float32", margin=0.35, scale=64.0, seed=0, threads=1)
+QUICK = [name for name in IMPLEMENTATIONS if name != "compile+SGD"]
+
+
+def test_command_writes_the_rows_of_step(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    tiny = ["--batch", "8", "--dim", "16", "--classes", "300", "--threads", "1", "--rounds", "1"]
+    assert main(["train-step", *tiny, "--impl", "fused+FusedSGD,fused+SGD", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [row["impl"] for row in rows] == ["fused+FusedSGD", "fused+SGD"]
+    for row in rows:
+        assert set(row) == set(Row.__dataclass_fields__)
+        assert row["median_s"] > 0
+        assert "PyTorch needs at least" in row["note"]
+        assert "(computed)" in row["note"]
+    assert "fused+FusedSGD" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("impl", QUICK)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moves_the_weight_as_float64_does_and_learns(impl, dtype):
+    case = Case(impl, 8, 16, 300, dtype, margin=0.35, scale=64.0, seed=0, threads=torch.get_num_threads())
+    assert Check(case).turn() <= MAX_ERROR[dtype]
+    turn = Measure(case).turn()
+    assert turn.losses[1] < turn.losses[0]
+    assert len(turn.seconds) == 3
+
+
+def test_check_finds_a_weight_that_moves_otherwise(monkeypatch):
+    step = Training.step
+    monkeypatch.setattr(Training, "step", lambda self: (step(self), self.parameter.data.mul_(1.01)))
+    assert Check(CASE).turn() > 10 * MAX_ERROR["float32"]
+
+
+def test_gradient_of_the_weight_never_exists():
+    training = Training(CASE)
+    training.step()
+    assert training.parameter.grad is None
+    assert training.state_bytes() == 300 * 16 * 4 + 4
+    assert math.isfinite(training.step())
+
+
+def test_too_large_a_problem_is_refused(monkeypatch):
+    monkeypatch.setattr("bench.machine.available_bytes", lambda device: 30_000)
+    with pytest.raises(RuntimeError, match=r"Weight, momentum and cache take .* are available"):
+        Training(CASE)
