@@ -129,7 +129,7 @@ def evaluate(batch: Batch, case: Case, weight: Tensor, rows: slice) -> Result:
     else:
         loss.backward()
     dw = weight.grad.to_local() if isinstance(weight, DTensor) else weight.grad
-    return Result(loss.detach(), x.grad, dw, getattr(scale, "grad", None), *stats)
+    return Result(loss.detach(), x.grad, dw, getattr(scale, "grad", None), *stats[:4])
 
 
 def on_rank(rank, group, case: Case) -> Result:
