@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,9 +26,8 @@ IMAGES_PER_IDENTITY = 2  # in a batch, so that the losses of pairs and triplets 
 FARS = (1e-3, 1e-4)
 NICENESS = 10  # of a training's process
 
-MakeHead = Callable[
-    ..., nn.Module
-]  # (num_classes, embedding_size, **setting) -> a module (embeddings, labels) -> loss
+# (num_classes, embedding_size, **setting) -> a module (embeddings, labels) -> loss
+MakeHead = Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,14 @@ def run_all(trials: Sequence[Trial], path: Path, processes: int = 2) -> list[dic
     stored = json.loads(path.read_text()) if path.exists() else {}
     missing = [trial for trial in trials if stored.get(trial.key, {}).get("schedule") != trial.schedule]
     if missing:
-        os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the processes that start now
         pool = ProcessPoolExecutor(
             processes,
             multiprocessing.get_context("spawn"),
             initializer=be_modest,
             max_tasks_per_child=1,
         )
-        with pool, tqdm(total=len(missing), unit="trial", disable=None) as bar:
+        modest = environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+        with modest, pool, tqdm(total=len(missing), unit="trial", disable=None) as bar:
             running = {pool.submit(trial.run): trial for trial in missing}
             for done in as_completed(running):
                 trial = running[done]
@@ -174,6 +174,18 @@ def run_all(trials: Sequence[Trial], path: Path, processes: int = 2) -> list[dic
                 write(path, stored)
                 bar.update()
     return [stored[trial.key]["rates"] for trial in trials]
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Variables of the processes that start meanwhile, which read them as they import."""
+    before = os.environ.copy()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def be_modest() -> None:
