@@ -211,18 +211,17 @@ def margin_softmax_loss(
 
     classes, positions = sampler(targets) if sampler else (None, targets)  # (S,), (N,)
     own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, positions, s)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in own)
+    differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     rows = Rows(embeddings, targets, weight if ranks is None else None)
     options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}
-    options["cache_bytes"] = cache_bytes if differentiable else 0
+    if differentiable:
+        options |= {"cache_bytes": cache_bytes, "gradient_tolerance": float(gradient_tolerance)}
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
             target_cos = _target_cosines(*own[:2], own[2] if ranks else targets)  # (N,)
             target_cos = ranks.sum(target_cos) if ranks else target_cos
             options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
     lmcl: Any = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl
-    if torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad):
-        options["gradient_tolerance"] = float(gradient_tolerance)
     loss, lse, target_cos, max_neg, cache = lmcl(*own, m, backend, **options)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
