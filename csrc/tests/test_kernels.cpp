@@ -500,6 +500,36 @@ void test_project() {
   }
 }
 
+// A product z comes back as a cosine's nearest step of 1/32767 (float), or as it was (double).
+template <typename T>
+void test_cosine_cache() {
+  constexpr bool kRounds = sizeof(T) == 4;
+  for (int64_t classes : {1, 3}) {
+    for (int64_t n : kSizes) {
+      const int64_t stride = n + 5;
+      Exact<T> z(extent(classes, n, stride)), back(extent(classes, n, stride)), inv_norm(classes);
+      Exact<char> kept(classes * n * (kRounds ? 2 : 8));
+      const double norms[] = {1, 1e-9, 1e9};
+      for (int64_t j = 0; j < classes; ++j) {
+        inv_norm[j] = static_cast<T>(1 / norms[j]);
+        for (int64_t i = 0; i < n; ++i) {
+          const double cos = i == 0 ? 1 : i == 1 ? -1 : i == 2 ? 0 : uniform(-1, 1);
+          z[j * stride + i] = static_cast<T>(cos * norms[j]);
+        }
+      }
+      kernels<T>().keep_cosines(z, classes, n, stride, inv_norm, kept);
+      kernels<T>().recall_cosines(kept, classes, n, stride, inv_norm, back);
+      check_padding(back, classes, n, stride);
+      for (int64_t j = 0; j < classes; ++j) {
+        for (int64_t i = 0; i < n; ++i) {
+          const double want = z[j * stride + i] / norms[j], got = back[j * stride + i] / norms[j];
+          CHECK(close(got, want, kRounds ? 0.5 / 32767 + 4 * kUlp<T> : 0), classes, n, j, i, got, want);
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 void test_finish_dx() {
   for (int64_t d : kSizes) {
@@ -540,6 +570,7 @@ void all_of() {
   test_backward_isolates<T>();
   test_exp<T>();
   test_project<T>();
+  test_cosine_cache<T>();
   test_finish_dx<T>();
 }
 

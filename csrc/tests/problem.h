@@ -1,0 +1,94 @@
+// A host for the driver, and batches with weights to run on it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "formats.h"
+
+namespace cosface::test {
+
+template <typename T>
+constexpr double kUlp = std::numeric_limits<T>::epsilon();
+
+inline std::mt19937_64 engine(35);
+
+inline double normal() { return std::normal_distribution<double>()(engine); }
+
+inline bool close(double got, double want, double tolerance) {
+  return std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
+}
+
+struct Shape {
+  int64_t n, classes, d;
+};
+
+enum class Order { kThreads, kReversed };
+
+// The plainest host there can be: a thread per part, or all parts on this thread from last to first.
+inline Runtime runtime(int threads, int64_t tile_classes, Order order = Order::kThreads) {
+  return {threads,
+          [order](int64_t parts, const std::function<void(int64_t)>& body) {
+            if (order == Order::kReversed) {
+              for (int64_t part = parts; part-- > 0;) body(part);
+              return;
+            }
+            std::vector<std::thread> workers;
+            for (int64_t part = 0; part < parts; ++part) workers.emplace_back(body, part);
+            for (auto& worker : workers) worker.join();
+          },
+          tile_classes};
+}
+
+template <typename T>
+struct Problem {
+  Shape shape;
+  DType dtype;
+  int64_t row_stride;
+  Exact<T> x, s, lse, g_lse, g_cos;
+  Exact<char> w;
+  Exact<int64_t> y;
+  T margin = T(0.35);
+
+  Problem(Shape shape, DType dtype, int64_t row_stride, double scale)
+      : shape(shape),
+        dtype(dtype),
+        row_stride(row_stride),
+        x(shape.n * shape.d),
+        s(shape.n),
+        lse(shape.n),
+        g_lse(shape.n),
+        g_cos(shape.n),
+        w(shape.classes ? ((shape.classes - 1) * row_stride + shape.d) * size_of(dtype) : 0),
+        y(shape.n) {
+    for (T& v : x) v = static_cast<T>(normal());
+    for (int64_t k = 0; k < w.size() / size_of(dtype); ++k) put(normal(), w, dtype, k);
+    for (int64_t i = 0; i < shape.n; ++i) {
+      s[i] = static_cast<T>(scale * (1 - 0.001 * static_cast<double>(i % 50)));
+      // the edges of the classes and of the tiles, the middle, and no target
+      const int64_t targets[] = {0, shape.classes - 1, -1, 83, 84, 251, 252, shape.classes / 2, i};
+      y[i] = std::min(targets[i % 9], shape.classes - 1);
+      g_lse[i] = static_cast<T>(normal());
+      g_cos[i] = static_cast<T>(y[i] < 0 ? 0 : normal());
+    }
+  }
+
+  double weight(int64_t j, int64_t k) const { return get(w, dtype, j * row_stride + k); }
+  Batch<T> batch() const { return {x, y, s, shape.n, shape.d}; }
+  Weight weights() const { return {w, dtype, shape.classes, row_stride}; }
+  bool active(int64_t i) const { return g_lse[i] != 0 || g_cos[i] != 0; }
+  // What roundings do to e^z, relatively: those of D products, which are then multiplied by s, and those of a sum
+  // over the classes, which may all go the same way.
+  double tolerance() const {
+    double s_max = 1;
+    for (T v : s) s_max = std::max(s_max, double{v});
+    return kUlp<T> *
+           (8 + 4 * s_max + std::sqrt(static_cast<double>(shape.d)) + static_cast<double>(shape.classes) / 4);
+  }
+};
+
+}  // namespace cosface::test
