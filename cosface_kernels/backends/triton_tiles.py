@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 TIMED_RUNS = 3
+MOVED, MOVED_COLUMNS = 2048, 1024  # elements and most columns of a block of rows to move: 16 a thread
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     tiles = table(kernel, key.architecture, key.operand, key.plain)
     smallest = min(tile.n for tile in tiles)
     return tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
+
+
+def row_block(dim: int) -> tuple[int, int]:
+    """Classes and columns of a block of the kernels that move rows, powers of two: a whole row, if it is short."""
+    columns = min(max(1 << (dim - 1).bit_length(), 16), MOVED_COLUMNS)
+    return MOVED // columns, columns
 
 
 _chosen: dict[tuple[str, Key], Tile] = {}
