@@ -726,8 +726,8 @@ def adamw_rows(
 ):
     """Rows of w and of their running means, moved in place by dw (chunk, D); a program owns whole rows.
 
-    w = kept w - step_size m / (sqrt(q) / root_correction + eps) with m += fresh1 (g - m), q = beta2 q + fresh2 g^2,
-    and with AMSGRAD the largest q so far in its place.
+    w = kept w - step_size m / (sqrt(q) / root_correction + eps) with m += fresh1 (g - m) and
+    q = beta2 q + fresh2 g^2, with AMSGRAD the largest q so far.
     """
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_class = (columns < chunk) & (first_class + columns < C)
