@@ -265,7 +265,7 @@ def test_row_that_is_too_long_by_far_and_a_row_without_gradient(backend):
 @updates
 def test_rounding_to_bfloat16_keeps_the_expected_value(backend):
     """A step far below an ulp moves the mean of many rows by as much; rounding to nearest would move none."""
-    rows, lr = 1000, 2.0**-13
+    rows, lr = 250, 2.0**-13
     w = torch.ones(rows, 64, dtype=torch.bfloat16, device=backend.device)
     g = torch.ones_like(w)
     for step in range(1, 17):
@@ -324,9 +324,8 @@ def test_rounding_differs_between_steps_with_any_seed(backend, seed):
 
 @pytest.mark.option("updates", "classes")
 def test_rounding_depends_on_the_place_in_the_weight(backend):
-    """Rows that are chosen are rounded as they are among all rows."""
-    if backend.name == "reference":
-        pytest.skip("the specification draws for a tensor, whatever its rows are")
+    """Rows that are chosen are rounded as they are among all; the reference draws for those that it moves."""
+    tolerance = 2**-7 if backend.name == "reference" else 0
     w, state = _draw("adamw", torch.bfloat16, 700, backend.device)
     x, y, scale, lse, g_lse, g_cos = _upstream(w, 4)
     upstream = [x, y, scale, lse, g_lse * 0, g_cos * 0]  # only decay, of which every row has its own
@@ -334,7 +333,7 @@ def test_rounding_depends_on_the_place_in_the_weight(backend):
     everywhere = _move(backend.name, w, state, UPDATES["adamw"], upstream)[2:]
     chosen = _move(backend.name, w, state, UPDATES["adamw"], upstream, classes)[2:]
     for all_rows, some in zip(everywhere, chosen, strict=True):
-        assert torch.equal(all_rows[classes], some[classes])
+        torch.testing.assert_close(all_rows[classes], some[classes], rtol=tolerance, atol=tolerance)
 
 
 @updates
@@ -353,38 +352,42 @@ def test_rounding_keeps_what_is_not_finite(backend, value):
 @pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
 def test_dtypes_of_weight_and_state_may_differ(backend, dtypes, state_dtype):
     problem = make_problem(6, 90, 16, dtypes, scale=8.0).to(backend.device)
-    moved = {}
-    for name in (backend.name, "reference"):
-        w = problem.w.clone().requires_grad_()
-        optimizer = FusedAdamW([w], lr=0.05, eps=0.1, state_dtype=state_dtype)
-        for _ in range(2):
-            optim.lmcl(problem.x, w, problem.targets, problem.scale, 0.3, name)[0].sum().backward()
-            optimizer.step()
-        moved[name] = (w.detach(), *(optimizer.state[w][key] for key in ("exp_avg", "exp_avg_sq")))
-    assert moved[backend.name][1].dtype == state_dtype
-    for mine, want in zip(*moved.values(), strict=True):
-        assert mine.dtype == want.dtype
-        assert relative_error(mine, want) < (2**-6 if torch.bfloat16 in (dtypes.w, state_dtype) else 1e-4)
+    w = problem.w.clone().requires_grad_()
+    exact = problem.w.double().requires_grad_()
+    optimizer = FusedAdamW([w], lr=0.05, eps=0.1, state_dtype=state_dtype)
+    theirs = torch.optim.AdamW([exact], lr=0.05, eps=0.1)
+    for _ in range(2):
+        upstream = random_upstream(problem, "loss")
+        loss = optim.lmcl(problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
+        loss.backward(upstream.loss)
+        exact.grad = evaluate_oracle(replace(problem, w=exact.detach()), upstream).dw
+        optimizer.step(), theirs.step()
+    state = optimizer.state[w]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == state_dtype
+    tolerance = 2**-6 if torch.bfloat16 in (dtypes.w, state_dtype) else 1e-4
+    assert relative_error(w, exact) < tolerance
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert relative_error(state[name], theirs.state[exact][name]) < 4 * tolerance, name
 
 
 # -- backend triton ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.triton_only
-@pytest.mark.parametrize("classes", [None, torch.arange(1, 700)], ids=["all", "chosen"])
-@pytest.mark.parametrize("rule", UPDATES)
+@pytest.mark.parametrize(
+    ("rule", "classes"), [("sgd", None), ("adamw", torch.arange(1, 530))], ids=["sgd-all", "adamw-chosen"]
+)
 def test_chunk_of_classes_changes_no_bit_of_a_step(backend, rule, classes, monkeypatch):
-    w, state = _draw(rule, torch.bfloat16, 700, backend.device)
+    w, state = _draw(rule, torch.bfloat16, 530, backend.device)
     classes = None if classes is None else classes.to(backend.device)
-    upstream = _upstream(w, 600)
+    upstream = _upstream(w, 500)
     moved = []
-    for chunk in ("256", "512", "1000000"):
+    for chunk in ("256", "1000000"):
         monkeypatch.setenv("COSFACE_TRITON_CHUNK", chunk)
         moved.append(_move(backend.name, w, state, UPDATES[rule], upstream, classes))
-    for other in moved[1:]:
-        assert relative_error(other[0], moved[0][0]) < 1e-5
-        for mine, want in zip(other[2:], moved[0][2:], strict=True):
-            assert torch.equal(mine, want)
+    assert relative_error(moved[0][0], moved[1][0]) < 1e-5
+    for one, other in zip(moved[0][2:], moved[1][2:], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.triton_only
