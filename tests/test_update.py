@@ -339,12 +339,21 @@ def test_rounding_depends_on_the_place_in_the_weight(backend):
 @updates
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.3895e38], ids=str)
 def test_rounding_keeps_what_is_not_finite(backend, value):
-    """Values of any noise; a nan whose bits overflow would become a zero."""
     w = torch.full((50, 33), 1.0, dtype=torch.bfloat16, device=backend.device)
     g = torch.full_like(w, -value)
     ops.apply_update_(w, g, [], *Update("sgd", 1, 0, 1.0, math.inf, 1.0, 0.0).flat(), backend.name)
     assert torch.equal(w.isnan(), g.isnan())
     assert g.isnan().all() or torch.equal(w, -g)
+
+
+@updates
+def test_rounding_keeps_a_nan_of_any_bits(backend):
+    """Also of those that a GPU makes, all ones, to which nothing can be added."""
+    w = torch.ones(50, 33, dtype=torch.bfloat16, device=backend.device)
+    momentum = torch.full(w.shape, 0x7FFFFFFF, dtype=torch.int32, device=backend.device).view(torch.float32)
+    update = Update("sgd", 2, 0, 1.0, math.inf, 0.1, 0.0, momentum=0.9)
+    ops.apply_update_(w, torch.ones_like(w), [momentum], *update.flat(), backend.name)
+    assert w.isnan().all()
 
 
 @updates
