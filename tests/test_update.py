@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cosface_kernels import ops, optim, reference
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.backends import triton as backend_triton
+from cosface_kernels.backends import triton_tiles
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options, Update
 
@@ -412,6 +413,27 @@ def test_rows_of_any_length(backend, dim):
         moved.append((v, m))
     for mine, want in zip(*moved, strict=True):
         torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("classes", [None, torch.arange(1, 430)], ids=["all", "chosen"])
+def test_choosing_tiles_moves_nothing(backend, classes, monkeypatch):
+    """Kernels are timed on a sample of the classes, which may leave targets outside."""
+    w, state = _draw("sgd", torch.float32, 430, backend.device)
+    upstream = _upstream(w, 429)
+    classes = None if classes is None else classes.to(backend.device)
+    want = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
+    (tile,), timed = triton_tiles.table("weight_gradients", triton_tiles.INTERPRETED, torch.float32), []
+    monkeypatch.setattr(triton_tiles, "candidates", lambda *_: (tile, replace(tile, n=16)))
+    monkeypatch.setattr(triton_tiles, "_chosen", {})
+    monkeypatch.setattr(triton_tiles, "_may_time", lambda: True)
+    monkeypatch.setattr(triton_tiles, "_seconds", lambda run: timed.append(run()) or len(timed))
+    monkeypatch.setattr(backend_triton, "TUNING_CLASSES", 100)
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
+    got = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
+    assert len(timed) == 6
+    for mine, other in zip(got[2:], want[2:], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 class _Allocations(TorchDispatchMode):

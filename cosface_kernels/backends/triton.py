@@ -177,9 +177,11 @@ def _tuned_backward(
         key, (some_w, some_options) = _key(x, w, options), _tuning_sample(w, options)
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
 
+        stay = move and (lambda first, dw: None)  # nothing moves while it is timed
+
         def choose(kernel: str) -> Tile:
             def run(tile: Tile) -> object:
-                return _backward(x, some_w, per_row, some_options, need_dx, need_dw, {**tiles, kernel: tile})
+                return _backward(x, some_w, per_row, some_options, need_dx, need_dw, {**tiles, kernel: tile}, stay)
 
             return triton_tiles.choose(kernel, key, run)
 
@@ -193,7 +195,7 @@ def _backward_of_nothing(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without samples the gradient is zero; momentum and weight decay still move the rows."""
     C, dw = _count(w, options), w.new_empty(0)
-    if move is not None:
+    if move:
         chunk = _chunk_classes(x, w, updates=True)
         zeros = w.new_zeros(min(chunk, C), w.shape[1])
         for first in range(0, C, chunk):
@@ -225,7 +227,7 @@ def _backward(
     (N, D), C, half = x.shape, _count(w, options), operand_dtype(x.dtype, w.dtype)
     targets, scale, lse, g_lse, g_cos = per_row
     of_g, of_dx, of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
-    chunk = min(_chunk_classes(x, w, updates=move is not None), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
+    chunk = min(_chunk_classes(x, w, updates=bool(move)), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
     row_blocks, class_tiles = triton.cdiv(N, of_g.n), triton.cdiv(chunk, of_g.c)
 
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
@@ -247,7 +249,7 @@ def _backward(
     splits = triton.cdiv(chunk_tiles, tiles_per_split)
     dx_hat = float32(splits, N, D).zero_() if need_dx else float32(0)
     dw = w.new_empty((C, D) if need_dw and move is None else 0)
-    dw_of_chunk = float32(0 if move is None else chunk, D)
+    dw_of_chunk = float32(chunk if move else 0, D)
     for first in range(0, C, chunk):
         kernels.logit_gradients[row_blocks, class_tiles](
             x, w, chosen, targets, scale, lse, g_lse, g_cos, *_polynomial(options, scale), x_norm, unit, g, w_norm,
@@ -260,13 +262,13 @@ def _backward(
                 **_blocks(of_dx, x, w), CHOSEN=is_chosen,
             )  # fmt: skip
         if need_dw:
-            dw_of_chunk = dw[first:] if move is None else dw_of_chunk
+            rows = dw_of_chunk if move else dw[first:]
             kernels.weight_gradients[triton.cdiv(D, of_dw.d), triton.cdiv(chunk, of_dw.c)](
-                g, x_hat, w, chosen, w_norm, class_dot, largest_unit, dw_of_chunk, N, C, first, chunk, row_blocks,
+                g, x_hat, w, chosen, w_norm, class_dot, largest_unit, rows, N, C, first, chunk, row_blocks,
                 **_blocks(of_dw, x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
             )  # fmt: skip
-        if move is not None:
-            move(first, dw_of_chunk)
+            if move:
+                move(first, rows)
 
     dx, dscale = x.new_empty((N, D) if need_dx else 0), float32(N)
     kernels.finish_embedding_gradients[triton.cdiv(N, ROWS), triton.cdiv(D, COLUMNS) if need_dx else 1](

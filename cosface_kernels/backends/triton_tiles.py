@@ -29,7 +29,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Key:
-    """What the best tile depends on. `bucket` is the power of two that holds N; `plain`: without options."""
+    """What the best tile depends on.
+
+    `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates.
+    """
 
     architecture: str
     dim: int
