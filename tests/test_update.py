@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels import ops, optim, reference
-from cosface_kernels.backends import BACKENDS
+from cosface_kernels.backends import BACKENDS, triton_tiles
 from cosface_kernels.backends import triton as backend_triton
-from cosface_kernels.backends import triton_tiles
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options, Update
 
