@@ -628,8 +628,8 @@ def _noise(
 ):
     """32 random bits for each element (row, first + k), (BLOCK_C, BLOCK_D), that depend on its place alone.
 
-    Philox4x32-10 makes 128 bits at a time, which four neighbours share: a call for each of them would take longer
-    than the memory that is moved.
+    Philox4x32-10 makes 128 bits at a time, which four neighbours share: ten rounds for each element would be most
+    of the arithmetic of a step.
     """
     group = _offsets(rows, first // 4 + tl.arange(0, BLOCK_D // 4), (D + 3) // 4, 1)
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
