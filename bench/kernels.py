@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cosface_kernels.backends.triton import operand_dtype
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile, table
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile, row_block, table
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
@@ -32,8 +32,13 @@ DTYPES = (
 )
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
-POINTERS = {"targets": "i64", "x": "x", "dx": "x", "w": "w", "dw": "w", "g": "operand", "x_hat": "operand"}
+POINTERS = {"targets": "i64", "chosen": "i64", "x": "x", "dx": "x", "w": "w", "g": "operand", "x_hat": "operand"}
+# In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
+POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
 INTEGERS = {"N", "C", "splits", "tiles", "tiles_per_split", "first_class", "chunk", "row_blocks", "dot_blocks"}
+INTEGERS |= {"seed", "step"}
+NUMBERS = {"margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient"}
+NUMBERS |= {"of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps"}
 ALIGNED = {"C", "first_class", "chunk", "x_row_stride"}  # to 16, as Triton specialises them at run time
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -47,7 +52,10 @@ class Case:
     w: torch.dtype
     tf32: bool
     dim: int
-    variant: str = "plain"  # or "reshape": of negatives; or "raw": a weight that is not normalised
+    variant: str = "plain"  # or words of VARIANTS
+
+    def has(self, word: str) -> bool:
+        return word in self.variant.split()
 
     @property
     def operand(self) -> torch.dtype:
@@ -95,36 +103,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
-    import cosface_kernels.backends.triton_kernels as kernels
-
-    others = [name for name in vars(kernels) if name in OTHER_TILES]
     for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
         for kernel in GEMM_KERNELS:
             for variant in VARIANTS.get(kernel, ("plain",)):
-                for tile in table(kernel, arch, operand_dtype(x, w), variant == "plain"):
+                words = set(variant.split())
+                if tf32 and "chosen" in words:  # three products in its place need more registers
+                    continue
+                for tile in table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"})):
                     yield Case(kernel, arch, tile, x, w, tf32, dim, variant)
         if not tf32:
-            for kernel in others:
+            for kernel, tile in other_tiles(dim).items():
                 for variant in VARIANTS.get(kernel, ("plain",)):
-                    yield Case(kernel, arch, OTHER_TILES[kernel], x, w, False, dim, variant)
+                    yield Case(kernel, arch, tile, x, w, False, dim, variant)
 
 
-# Kernels that options change. What is raw computes less, so that it need not be crossed with "reshape".
+# Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
+# "moved" rows, whose gradient is float32. What is raw computes less, so that it need not be crossed with the rest.
 VARIANTS = {
-    "class_statistics": ("plain", "reshape", "raw"),
-    "merge_statistics": ("plain", "reshape", "raw"),
-    "normalize_embeddings": ("plain", "raw"),
-    "logit_gradients": ("plain", "reshape", "raw"),
-    "weight_gradients": ("plain", "raw"),
+    "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape"),
+    "merge_statistics": ("plain", "reshape", "raw", "chosen reshape"),
+    "normalize_embeddings": ("plain", "raw", "chosen"),
+    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape"),
+    "embedding_gradients": ("plain", "chosen"),
+    "weight_gradients": ("plain", "raw", "chosen moved"),
     "finish_embedding_gradients": ("plain", "reshape"),
+    "sgd_rows": ("plain", "chosen moved"),
+    "adamw_rows": ("plain", "chosen moved"),
 }
 
-# Of kernels without a matrix product; `triton.py` has their block sizes.
-OTHER_TILES = {
-    "merge_statistics": Tile(16, 0, 64, 4, 3),
-    "normalize_embeddings": Tile(16, 0, 64, 4, 3),
-    "finish_embedding_gradients": Tile(16, 0, 64, 4, 3),
-}
+
+def other_tiles(dim: int) -> dict[str, Tile]:
+    """Of kernels without a matrix product; `triton.py` has their block sizes."""
+    samples, rows = Tile(16, 0, 64, 4, 3), Tile(0, *row_block(dim), 4, 3)
+    return {
+        "merge_statistics": samples,
+        "normalize_embeddings": samples,
+        "finish_embedding_gradients": samples,
+        "sgd_rows": rows,
+        "adamw_rows": rows,
+    }
 
 
 def examine(case: Case) -> tuple[dict, list[str]]:
@@ -158,6 +175,7 @@ def compile_case(case: Case):
 
     function = getattr(kernels, case.kernel)
     dtypes = {"x": SHORT[case.x], "w": SHORT[case.w], "operand": SHORT[case.operand]}
+    pointers = {**POINTERS, "dw": "fp32" if case.has("moved") else "w"}
     constants = {
         "x_column_stride": 1,
         "D": case.dim,
@@ -167,8 +185,12 @@ def compile_case(case: Case):
         "OPERAND": getattr(triton.language, str(case.operand).removeprefix("torch.")),
         "PRECISION": case.precision,
         "NEED_DX": True,
-        "NORMALIZE": case.variant != "raw",
-        "RESHAPE": case.variant == "reshape",
+        "NORMALIZE": not case.has("raw"),
+        "RESHAPE": case.has("reshape"),
+        "CHOSEN": case.has("chosen"),
+        "CLIP": True,
+        "MOMENTUM": True,
+        "AMSGRAD": True,
         "BLOCK_SPLITS": 64,
     }
     signature, attributes = {}, {}
@@ -177,10 +199,10 @@ def compile_case(case: Case):
             signature[name] = "constexpr"
         elif name in INTEGERS or name.endswith("_stride"):
             signature[name] = "i32"
-        elif name == "margin":
+        elif name in NUMBERS:
             signature[name] = "fp32"
         else:
-            kind = POINTERS.get(name, "fp32")
+            kind = pointers.get(name, "fp32")
             signature[name] = "*" + dtypes.get(kind, kind)
         if name in ALIGNED or signature[name].startswith("*"):
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -233,7 +255,7 @@ def _read_amd(compiled) -> dict:
 def _line(row: dict) -> str:
     tile = row["config"]
     return (
-        f"{row['arch']:7} {row['kernel']:27} {row['variant']:7} {row['dtype']:19} "
+        f"{row['arch']:7} {row['kernel']:27} {row['variant']:14} {row['dtype']:19} "
         f"{tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
         f"warps {tile['warps']} stages {tile['stages']}  registers {row['registers']:3}  "
         f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}"

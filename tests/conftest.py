@@ -15,16 +15,22 @@ import cosface_kernels.backends
 
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 WITHOUT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
+CPU_ALONE = ("cache_bytes", "gradient_tolerance")
+CUDA_LACKS = ("classes", "updates", *CPU_ALONE)
 # All of these must run here: none is skipped, so a backend that was not built fails. Under TRITON_INTERPRET=1, for
 # which `make test` has a run of its own, only the Triton kernels are under test, on CPU tensors.
 BACKENDS = (
-    (Backend("triton", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, interpreted=True),)
+    (Backend("triton", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, interpreted=True, lacks=CPU_ALONE),)
     if INTERPRETED
-    else (Backend("cpu"), Backend("reference"), Backend("cuda_host", interpreted=True))
+    else (
+        Backend("cpu"),
+        Backend("reference", lacks=CPU_ALONE),
+        Backend("cuda_host", interpreted=True, lacks=CUDA_LACKS),
+    )
 )
 GPU_BACKENDS = (
-    Backend("triton", device="cuda", dtypes=WITHOUT_FLOAT64, contiguous_weight=True),
-    Backend("cuda", device="cuda"),
+    Backend("triton", device="cuda", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, lacks=CPU_ALONE),
+    Backend("cuda", device="cuda", lacks=CUDA_LACKS),
 )
 cosface_kernels.backends.BACKENDS["cuda_host"] = cuda_host
 
@@ -42,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "heavy: too much arithmetic for a backend that runs in an interpreter")
     config.addinivalue_line("markers", "float64: computes in float64, which not every backend does")
     config.addinivalue_line("markers", "strided_weight: has a weight that is not contiguous")
+    config.addinivalue_line("markers", "option(*names): has options of the op, which not every backend takes")
     config.addinivalue_line("markers", "triton_only: tests something that no other backend has")
     config.addinivalue_line("markers", "gpu: runs on a CUDA or ROCm device")
 
@@ -87,6 +94,8 @@ def _supported(item: pytest.Item, asked_for_gpu: bool) -> bool:
         return False
     params = item.callspec.params
     if item.get_closest_marker("triton_only") and backend.name != "triton":
+        return False
+    if any(name in backend.lacks for mark in item.iter_markers("option") for name in mark.args):
         return False
     dtypes = {*params.get("dtypes", ()), *filter(None, [params.get("dtype")])} & FLOATS
     if item.get_closest_marker("float64"):

@@ -32,6 +32,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     contiguous_weight: bool = False  # takes no other
     interpreted: bool = False  # too slow for tests marked `heavy`
+    lacks: tuple[str, ...] = ()  # options of the op that it refuses
 
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"

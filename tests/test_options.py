@@ -145,13 +145,13 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
-@pytest.mark.parametrize("name", ["cpu", "reference"])  # which move rows inside backward
-def test_rows_that_move_inside_backward_move_by_the_same_gradient(name, normalize_weight):
-    problem = make_problem(6, 90, 16, scale=8.0)
+@pytest.mark.option("updates")
+def test_rows_that_move_inside_backward_move_by_the_same_gradient(backend, normalize_weight):
+    problem = make_problem(6, 90, 16, scale=8.0).to(backend.device)
     options = _options(problem, "all", normalize_weight)
     moved, plain = (problem.w.clone().requires_grad_() for _ in range(2))
     optimizer = FusedSGD([moved], lr=0.5)
     for w, lmcl in ((moved, optim.lmcl), (plain, torch.ops.cosface.lmcl)):
-        lmcl(problem.x, w, problem.targets, problem.scale, 0.3, name, **options)[0].sum().backward()
+        lmcl(problem.x, w, problem.targets, problem.scale, 0.3, backend.name, **options)[0].sum().backward()
     optimizer.step()
     torch.testing.assert_close(moved, plain - 0.5 * plain.grad)

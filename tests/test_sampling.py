@@ -1,5 +1,6 @@
 """Class sampling: which classes take part, how often, and what happens to the others."""
 
+import functools
 import math
 
 import pytest
@@ -13,9 +14,9 @@ from cosface_kernels.sampling import ClassSampler
 C, D = 400, 16
 
 
-def make_head(rate: float, **options) -> FusedCosFaceLoss:
+def make_head(rate: float, backend: str = "cpu", **options) -> FusedCosFaceLoss:
     torch.manual_seed(0)
-    return FusedCosFaceLoss(C, D, scale=16.0, sample_rate=rate, backend="cpu", **options)
+    return FusedCosFaceLoss(C, D, scale=16.0, sample_rate=rate, backend=backend, **options)
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.9, 1.0])
@@ -57,47 +58,45 @@ def test_every_negative_is_as_likely_and_sums_are_unbiased(rate):
     assert abs(error) < 4 * float(estimates.std()) / math.sqrt(draws)
 
 
-def test_equals_the_full_loss_at_rate_1():
-    problem = make_problem(9, 300, 24)
+@pytest.mark.option("classes")
+def test_equals_the_full_loss_at_rate_1(backend):
+    problem = make_problem(9, 300, 24).to(backend.device)
     sampler = ClassSampler(300, 1.0)
     classes, positions = sampler(problem.targets)
-    assert torch.equal(classes, torch.arange(300))
+    assert torch.equal(classes, torch.arange(300, device=backend.device))
     assert torch.equal(positions, problem.targets)
     upstream = random_upstream(problem, "loss")
 
-    def sampled(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu", classes)[:4]
-
-    def full(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu")[:4]
-
-    got, want = evaluate(sampled, problem, upstream), evaluate(full, problem, upstream)
+    sampled = functools.partial(backend.lmcl, classes=classes)
+    got, want = evaluate(sampled, problem, upstream), evaluate(backend.lmcl, problem, upstream)
     assert relative_error(got.loss, want.loss) < 1e-6
     assert relative_error(got.dx, want.dx) < 1e-6
     assert relative_error(got.dw.to_dense(), want.dw) < 1e-6
     assert make_head(1.0).sampler is None
 
 
+@pytest.mark.option("updates", "classes")
 @pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
-def test_rows_and_state_of_other_classes_stay(fused):
-    head = make_head(0.1)
+def test_rows_and_state_of_other_classes_stay(backend, fused):
+    head = make_head(0.1, backend.name, device=backend.device)
     optimizer = fused(
         head.parameters(), lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if fused is FusedSGD else {})
     )
-    seen = torch.zeros(C, dtype=torch.bool)
+    seen = torch.zeros(C, dtype=torch.bool, device=backend.device)
     for _ in range(4):
-        x, labels = torch.randn(8, D), torch.randint(C, (8,))
+        x = torch.randn(8, D, device=backend.device)
+        labels = torch.randint(C, (8,), device=backend.device)
         sampler = ClassSampler(C, 0.1)
         sampler.load_state_dict(head.sampler.state_dict())
         classes, positions = sampler(labels)
         weight = head.weight.detach().clone()
         state = {k: v.clone() for k, v in optimizer.state[head.weight].items() if v.dim()}
         loss = head(x, labels)
-        expected = cosface_loss(x, weight[classes], positions, scale=16.0, backend="cpu")
+        expected = cosface_loss(x, weight[classes], positions, scale=16.0, backend=backend.name)
         torch.testing.assert_close(loss, expected)
         loss.backward()
         optimizer.step()
-        others = torch.ones(C, dtype=torch.bool)
+        others = torch.ones(C, dtype=torch.bool, device=backend.device)
         others[classes] = False
         seen |= ~others
         assert torch.equal(head.weight[others], weight[others])
@@ -107,10 +106,11 @@ def test_rows_and_state_of_other_classes_stay(fused):
     assert not bool(optimizer.state[head.weight][optimizer.state_names[0]][~seen].any())
 
 
-def test_sparse_gradient_trains_with_torch():
-    head = make_head(0.2)
+@pytest.mark.option("classes")
+def test_sparse_gradient_trains_with_torch(backend):
+    head = make_head(0.2, backend.name, device=backend.device)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
-    x, labels = torch.randn(8, D), torch.randint(C, (8,))
+    x, labels = torch.randn(8, D, device=backend.device), torch.randint(C, (8,), device=backend.device)
     before = head.weight.detach().clone()
     head(x, labels).backward()
     assert head.weight.grad.is_sparse

@@ -5,7 +5,10 @@ Under TRITON_INTERPRET=1 they run on CPU tensors, slowly.
 
 import functools
 import importlib
+import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from cosface_kernels.backends import triton_tiles
 from cosface_kernels.backends.triton_tiles import Key, Tile
-from cosface_kernels.options import PLAIN, Options, empty_cache
+from cosface_kernels.options import PLAIN, Options, Update, empty_cache
 
 MIN_VERSION = (3, 2)
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
@@ -69,7 +72,7 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
-    return options.refusal({"normalize_weight", "thresholds", "negatives"})
+    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives"})
 
 
 def describe() -> str:
@@ -83,11 +86,11 @@ def forward(
     if len(x) == 0:
         return *_four_rows(x), empty_cache(x)
     with torch.cuda.device_of(x):
-        sample = w[:TUNING_CLASSES]
+        some_w, some_options = _tuning_sample(w, options)
         tile = triton_tiles.choose(
             "class_statistics",
             _key(x, w, options),
-            lambda tile: _forward(x, sample, targets, scale, margin, options, tile),
+            lambda tile: _forward(x, some_w, targets, scale, margin, some_options, tile),
         )
         return *_forward(x, w, targets, scale, margin, options, tile), empty_cache(x)
 
@@ -95,23 +98,40 @@ def forward(
 def _forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, D), C = x.shape, len(w)
+    (N, D), C = x.shape, _count(w, options)
     scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
     row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
     tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
     splits = triton.cdiv(tiles, tiles_per_split)
     parts = x.new_empty(3, splits, N, dtype=torch.float32)  # top, max_cos, sum_exp
-    variant = {"NORMALIZE": options.normalize_weight, "RESHAPE": options.thresholds is not None}
+    chosen, is_chosen = _chosen(targets, options)
+    reshape, normalize = options.thresholds is not None, options.normalize_weight
+    variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen}
     kernels.class_statistics[row_blocks, splits](
-        x, w, targets, scale, *_polynomial(options, scale), *parts, N, C, *x.stride(), tiles_per_split,
+        x, w, chosen, targets, scale, *_polynomial(options, scale), *parts, N, C, *x.stride(), tiles_per_split,
         **_blocks(tile, x, w), **variant,
     )  # fmt: skip
     results = _four_rows(x)  # loss, lse, target_cos, max_neg
     kernels.merge_statistics[(triton.cdiv(N, ROWS),)](
-        *parts, x, w, targets, scale, *results, N, C, splits, margin, *x.stride(),
+        *parts, x, w, chosen, targets, scale, *results, N, C, splits, margin, *x.stride(),
         BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D, OPERAND=_operand(x, w), **variant,
     )  # fmt: skip
     return results
+
+
+def _tuning_sample(w: Tensor, options: Options) -> tuple[Tensor, Options]:
+    if options.classes is None:
+        return w[:TUNING_CLASSES], options
+    return w, replace(options, classes=options.classes[:TUNING_CLASSES])
+
+
+def _count(w: Tensor, options: Options) -> int:
+    return len(w if options.classes is None else options.classes)
+
+
+def _chosen(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
+    """The chosen rows as the kernels read them, or what stands in for them where none are read."""
+    return (unused, False) if options.classes is None else (options.classes.contiguous(), True)
 
 
 def _polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,24 +147,62 @@ def _four_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _tuned_backward(tensors, options, need_dx, need_dw)
+
+
+def backward_update_(
+    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    move = functools.partial(_move_rows, tensors[1], state, update, options)
+    dx, _, dscale = _tuned_backward(tensors, options, need_dx, True, move)
+    return dx, dscale
+
+
+def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
+    with torch.cuda.device_of(w):
+        _move_rows(w, state, update, PLAIN, 0, dw.contiguous())
+
+
+Move = Callable[[int, Tensor], None]  # by the number of the first class and the gradient of it and those after it
+
+
+def _tuned_backward(
+    tensors: tuple[Tensor, ...], options: Options, need_dx: bool, need_dw: bool, move: Move | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     x, w, *per_row, _ = tensors
-    if len(x) == 0:
-        dw = torch.zeros_like(w) if need_dw else w.new_empty(0)
-        return torch.empty_like(x) if need_dx else x.new_empty(0), dw, x.new_empty(0, dtype=torch.float32)
-    per_row = [values.contiguous() for values in per_row]  # targets, scale, lse, g_lse, g_cos: (N,)
     with torch.cuda.device_of(x):
-        key, sample = _key(x, w, options), w[:TUNING_CLASSES]
+        if len(x) == 0:
+            return _backward_of_nothing(x, w, options, need_dx, need_dw, move)
+        per_row = [values.contiguous() for values in per_row]  # targets, scale, lse, g_lse, g_cos: (N,)
+        key, (some_w, some_options) = _key(x, w, options), _tuning_sample(w, options)
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
+
+        stay = move and (lambda first, dw: None)  # nothing moves while it is timed
 
         def choose(kernel: str) -> Tile:
             def run(tile: Tile) -> object:
-                return _backward(x, sample, per_row, options, need_dx, need_dw, {**tiles, kernel: tile})
+                return _backward(x, some_w, per_row, some_options, need_dx, need_dw, {**tiles, kernel: tile}, stay)
 
             return triton_tiles.choose(kernel, key, run)
 
         for kernel in tiles:
             tiles[kernel] = choose(kernel)
-        return _backward(x, w, per_row, options, need_dx, need_dw, tiles)
+        return _backward(x, w, per_row, options, need_dx, need_dw, tiles, move)
+
+
+def _backward_of_nothing(
+    x: Tensor, w: Tensor, options: Options, need_dx: bool, need_dw: bool, move: Move | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Without samples the gradient is zero; momentum and weight decay still move the rows."""
+    C, dw = _count(w, options), w.new_empty(0)
+    if move:
+        chunk = _chunk_classes(x, w, updates=True)
+        zeros = w.new_zeros(min(chunk, C), w.shape[1])
+        for first in range(0, C, chunk):
+            move(first, zeros)
+    elif need_dw:
+        dw = w.new_zeros(C, w.shape[1])
+    return torch.empty_like(x) if need_dx else x.new_empty(0), dw, x.new_empty(0, dtype=torch.float32)
 
 
 def _backward(
@@ -155,17 +213,21 @@ def _backward(
     need_dx: bool,
     need_dw: bool,
     tiles: dict[str, Tile],
+    move: Move | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunk by chunk of classes: G, then what it adds to dx, then dw of these classes.
+    """Chunk by chunk of classes: G, then what it adds to dx, then dw of these classes, which `move` may consume.
+
+    Rows move when nothing reads them any more: the targets' cosines are taken before the first chunk, and whatever
+    else reads a row belongs to its own chunk.
 
     Both products are Triton kernels and no torch.mm: a library product would need G's classes scaled by 1/|w|
     before it (which float16 cannot hold for a vanishing row), a second pass over dw for the projection, and one
     over dx to add. Which is faster has not been measured.
     """
-    (N, D), C, half = x.shape, len(w), operand_dtype(x.dtype, w.dtype)
+    (N, D), C, half = x.shape, _count(w, options), operand_dtype(x.dtype, w.dtype)
     targets, scale, lse, g_lse, g_cos = per_row
     of_g, of_dx, of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
-    chunk = min(_chunk_classes(x, half), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
+    chunk = min(_chunk_classes(x, w, updates=bool(move)), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
     row_blocks, class_tiles = triton.cdiv(N, of_g.n), triton.cdiv(chunk, of_g.c)
 
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
@@ -174,34 +236,39 @@ def _backward(
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     scale_dot = torch.zeros_like(negative_dot) if reshape else negative_dot
     g, x_hat = x.new_empty(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
+    chosen, is_chosen = _chosen(targets, options)
     unit = _units(scale, g_lse, g_cos)  # (N,)
     largest_unit = unit.amax()
     kernels.normalize_embeddings[(triton.cdiv(N, ROWS),)](
-        x, w, targets, g_lse, g_cos, unit, largest_unit, x_hat, x_norm, target_dot, N, C, *x.stride(),
-        D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=_operand(x, w), NORMALIZE=normalize,
+        x, w, chosen, targets, g_lse, g_cos, unit, largest_unit, x_hat, x_norm, target_dot, N, C, *x.stride(),
+        D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=_operand(x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
     )  # fmt: skip
 
     dx_blocks, chunk_tiles = triton.cdiv(N, of_dx.n) * triton.cdiv(D, of_dx.d), triton.cdiv(chunk, of_dx.c)
     tiles_per_split = triton.cdiv(chunk_tiles, _splits(dx_blocks, x))
     splits = triton.cdiv(chunk_tiles, tiles_per_split)
     dx_hat = float32(splits, N, D).zero_() if need_dx else float32(0)
-    dw = torch.empty_like(w) if need_dw else w.new_empty(0)
+    dw = w.new_empty((C, D) if need_dw and move is None else 0)
+    dw_of_chunk = float32(chunk if move else 0, D)
     for first in range(0, C, chunk):
         kernels.logit_gradients[row_blocks, class_tiles](
-            x, w, targets, scale, lse, g_lse, g_cos, *_polynomial(options, scale), x_norm, unit, g, w_norm,
+            x, w, chosen, targets, scale, lse, g_lse, g_cos, *_polynomial(options, scale), x_norm, unit, g, w_norm,
             negative_dot, scale_dot, class_dot, N, C, first, chunk, *x.stride(), **_blocks(of_g, x, w),
-            NORMALIZE=normalize, RESHAPE=reshape,
+            NORMALIZE=normalize, RESHAPE=reshape, CHOSEN=is_chosen,
         )  # fmt: skip
         if need_dx:
             kernels.embedding_gradients[dx_blocks, splits](
-                g, w, w_norm, dx_hat, N, C, first, chunk, triton.cdiv(N, of_dx.n), tiles_per_split,
-                **_blocks(of_dx, x, w),
+                g, w, chosen, w_norm, dx_hat, N, C, first, chunk, triton.cdiv(N, of_dx.n), tiles_per_split,
+                **_blocks(of_dx, x, w), CHOSEN=is_chosen,
             )  # fmt: skip
         if need_dw:
+            rows = dw_of_chunk if move else dw[first:]
             kernels.weight_gradients[triton.cdiv(D, of_dw.d), triton.cdiv(chunk, of_dw.c)](
-                g, x_hat, w, w_norm, class_dot, largest_unit, dw, N, C, first, chunk, row_blocks,
-                **_blocks(of_dw, x, w), NORMALIZE=normalize,
+                g, x_hat, w, chosen, w_norm, class_dot, largest_unit, rows, N, C, first, chunk, row_blocks,
+                **_blocks(of_dw, x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
             )  # fmt: skip
+            if move:
+                move(first, rows)
 
     dx, dscale = x.new_empty((N, D) if need_dx else 0), float32(N)
     kernels.finish_embedding_gradients[triton.cdiv(N, ROWS), triton.cdiv(D, COLUMNS) if need_dx else 1](
@@ -209,6 +276,33 @@ def _backward(
         class_tiles, *x.stride(), D=D, NEED_DX=need_dx, RESHAPE=reshape, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
     )  # fmt: skip
     return dx, dw, dscale
+
+
+def _move_rows(w: Tensor, state: list[Tensor], update: Update, options: Options, first: int, dw: Tensor) -> None:
+    """Moves the classes from the first on by dw (chunk, D), which is contiguous and may pass the last class."""
+    chunk, D = dw.shape
+    block_c, block_d = triton_tiles.row_block(D)
+    chosen, is_chosen = _chosen(w, options)
+    common = (
+        chosen, _count(w, options), first, chunk, update.seed, update.step, update.gradient_factor,
+        update.max_row_norm,
+    )  # fmt: skip
+    blocks = {"D": D, "BLOCK_C": block_c, "BLOCK_D": block_d, "CLIP": update.max_row_norm < math.inf}
+    grid = (triton.cdiv(chunk, block_c),)
+    if update.rule == "sgd":
+        fresh = 1.0 if update.step == 1 else 1 - update.dampening
+        of_gradient, of_momentum = (1.0, update.momentum) if update.nesterov else (0.0, 1.0)
+        kernels.sgd_rows[grid](
+            dw, w, *(state or [w]), *common, update.lr, update.weight_decay, update.momentum, fresh, of_gradient,
+            of_momentum, **blocks, MOMENTUM=bool(state), CHOSEN=is_chosen,
+        )  # fmt: skip
+    else:
+        amsgrad = len(state) == 3
+        kernels.adamw_rows[grid](
+            dw, w, *(state if amsgrad else [*state, w]), *common, update.lr / (1 - update.beta1**update.step),
+            1 - update.lr * update.weight_decay, 1 - update.beta1, update.beta2, 1 - update.beta2,
+            math.sqrt(1 - update.beta2**update.step), update.eps, **blocks, AMSGRAD=amsgrad, CHOSEN=is_chosen,
+        )  # fmt: skip
 
 
 def operand_dtype(x: torch.dtype, w: torch.dtype) -> torch.dtype:
@@ -250,13 +344,15 @@ def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
 
 
-def _chunk_classes(x: Tensor, half: torch.dtype) -> int:
+def _chunk_classes(x: Tensor, w: Tensor, *, updates: bool) -> int:
     """Classes per chunk of backward: G and the class rows that it meets fill half of the L2 cache.
 
-    COSFACE_TRITON_CHUNK overrides it. Rounded up to CHUNK_STEP.
+    With updates, so does the gradient of these rows in float32. COSFACE_TRITON_CHUNK overrides it. Rounded up to
+    CHUNK_STEP.
     """
     N, D = x.shape
-    classes = _l2_bytes(x.device) // 2 // ((N + D) * half.itemsize)
+    class_bytes = (N + D) * operand_dtype(x.dtype, w.dtype).itemsize + (4 * D if updates else 0)
+    classes = _l2_bytes(x.device) // 2 // class_bytes
     if override := os.environ.get("COSFACE_TRITON_CHUNK"):
         if not override.isdecimal() or int(override) == 0:
             raise ValueError(f"COSFACE_TRITON_CHUNK must be a positive number of classes, got {override!r}.")

@@ -2,7 +2,8 @@
 
 Letters as in `cosface_kernels.reference`: x (N, D), w (C, D), s (N,), cos_ij, z_ij = s_i cos_ij and
 p_ij = e^{z_ij - lse_i}. Products accumulate in float32, logits never leave the chip, offsets are 64-bit, and no
-result is made by atomics: what several programs contribute to goes into a slot each, summed in order.
+result is made by atomics: what several programs contribute to goes into a slot each, summed in order. Where
+classes are chosen, class j is row chosen_j of w, read and moved in place.
 
 FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has been measured.
 
@@ -12,6 +13,7 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 | logit_gradients | 2 N C D | b C D |
 | embedding_gradients | 2 N C D | b C D, or from L2 |
 | weight_gradients | 2 N C D | 2 b C D: reads w for the projection, or finds it in L2; writes dw |
+| sgd_rows, adamw_rows | 10 C D | 2 b C D for w, or half of it from L2; 2 C D numbers of each state; dw is in L2 |
 
 Predicted floor of a step in bfloat16, D = 512, from the makers' dense rates (A100 312 TFLOP/s and 2.0 TB/s, H100
 SXM 989 and 3.35, B200 2,250 and 8): the larger of 8 N C D / rate and 3 b C D / bandwidth, where w is read once
@@ -25,6 +27,9 @@ forward, once backward (its chunk staying in L2) and dw written once. Times are 
 | 10M | 256 | 34 | 11 | 4.7 | tensor cores (memory: 15, 9, 4) |
 | 10M | 1024 | 134 | 42 | 19 | tensor cores |
 | 10M | 4096 | 538 | 170 | 75 | tensor cores |
+
+Where rows move inside backward, dw of a chunk stays in L2, and w is written in its place: the same bytes and, for
+each state, 2 C D numbers more.
 
 The 2 N C exponentials, at 16 a clock and multiprocessor, take a twentieth of the tensor cores' time at D = 512 on
 an A100 and an eighth on an H100, partly hidden under other programs' products.
@@ -50,6 +55,12 @@ def _offsets(rows, columns, row_stride, column_stride):
 
 
 @triton.jit
+def _weight_rows(chosen, classes, is_class, CHOSEN: tl.constexpr):
+    """Where these classes are in w."""
+    return tl.load(chosen + classes, mask=is_class, other=0) if CHOSEN else classes
+
+
+@triton.jit
 def _norms(
     x, rows, is_row, row_stride, column_stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -69,7 +80,7 @@ def _dot_tile(
     x,
     w,
     rows,
-    classes,
+    w_rows,
     is_row,
     is_class,
     row_stride,
@@ -92,7 +103,7 @@ def _dot_tile(
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
-        w_tile = tl.load(w + _offsets(classes, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
         dot = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile.to(OPERAND)), dot, input_precision=PRECISION)
         if NORMALIZE:
             w_full = w_tile.to(OPERAND).to(tl.float32)
@@ -125,6 +136,7 @@ def _shrink(factor, old_max, new_max):
 def class_statistics(
     x,
     w,
+    chosen,
     targets,
     scale,
     thresholds,
@@ -145,6 +157,7 @@ def class_statistics(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
     """Of one split of the classes, for each row: max N(cos) and sum e^{z - s max} over the negatives, and max cos.
 
@@ -174,7 +187,7 @@ def class_statistics(
             x,
             w,
             rows,
-            classes,
+            _weight_rows(chosen, classes, is_class, CHOSEN),
             is_row,
             is_class,
             x_row_stride,
@@ -217,6 +230,7 @@ def _log1p(y):
 def _target_cos(
     x,
     w,
+    chosen,
     target,
     rows,
     is_row,
@@ -228,9 +242,11 @@ def _target_cos(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
     """cos of each row with its target, 0 where it has none, and |x_i|; operands rounded as for the product."""
     has_target = is_row & (target >= 0) & (target < C)
+    w_rows = _weight_rows(chosen, target, has_target, CHOSEN)
     dot = tl.zeros((BLOCK_N,), tl.float32)
     x_squares = tl.zeros((BLOCK_N,), tl.float32)
     w_squares = tl.zeros((BLOCK_N,), tl.float32)
@@ -238,7 +254,7 @@ def _target_cos(
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
-        w_tile = tl.load(w + _offsets(target, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
         w_tile = w_tile.to(OPERAND).to(tl.float32)
         dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile, 1)
         x_tile = x_tile.to(tl.float32)
@@ -258,6 +274,7 @@ def merge_statistics(
     sum_exp,
     x,
     w,
+    chosen,
     targets,
     scale,
     loss,
@@ -277,6 +294,7 @@ def merge_statistics(
     OPERAND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
     """The splits' statistics in their order, then LMCL: loss, lse, target_cos and max_neg, (N,) each."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -305,7 +323,8 @@ def merge_statistics(
     lse_row = tl.where(is_empty, -float("inf"), lse_row)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos, _ = _target_cos(
-        x, w, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE
+        x, w, chosen, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
+        NORMALIZE, CHOSEN,
     )  # fmt: skip
     z = lse_row - s * (cos - margin)
     softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
@@ -325,6 +344,7 @@ def _is_active(g_lse, g_cos):
 def normalize_embeddings(
     x,
     w,
+    chosen,
     targets,
     g_lse,
     g_cos,
@@ -342,6 +362,7 @@ def normalize_embeddings(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
     """x_hat (N, D) = X_LIFT unit_i / max unit * x_i / |x_i|, the right-hand side of dw; x_norm (N,).
 
@@ -354,7 +375,8 @@ def normalize_embeddings(
     active = is_row & _is_active(row_g_lse, row_g_cos)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos, norm = _target_cos(
-        x, w, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE
+        x, w, chosen, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
+        NORMALIZE, CHOSEN,
     )  # fmt: skip
     tl.store(x_norm + rows, norm, mask=is_row)
     tl.store(target_dot + rows, row_g_cos * cos, mask=is_row)
@@ -376,6 +398,7 @@ def normalize_embeddings(
 def logit_gradients(
     x,
     w,
+    chosen,
     targets,
     scale,
     lse,
@@ -404,6 +427,7 @@ def logit_gradients(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
@@ -434,7 +458,7 @@ def logit_gradients(
         x,
         w,
         rows,
-        classes,
+        _weight_rows(chosen, classes, is_class, CHOSEN),
         active,
         is_class,
         x_row_stride,
@@ -474,6 +498,7 @@ def logit_gradients(
 def embedding_gradients(
     g,
     w,
+    chosen,
     w_norm,
     dx_hat,
     N,
@@ -488,6 +513,7 @@ def embedding_gradients(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
     """dx_hat (splits, N, D) += G w_hat of one chunk, each split of its classes into a slot of its own.
 
@@ -506,7 +532,8 @@ def embedding_gradients(
         g_tile = tl.load(
             g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None] & is_class[None, :], other=0.0
         )
-        w_tile = tl.load(w + _offsets(first_class + columns, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        w_rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
         inverse = 1 / tl.maximum(tl.load(w_norm + columns, mask=is_class, other=1.0), EPS)
         w_hat = (w_tile.to(tl.float32) * inverse[:, None]).to(g.dtype.element_ty)
         sums = tl.dot(g_tile.to(OPERAND), w_hat.to(OPERAND), sums, input_precision=PRECISION)
@@ -520,6 +547,7 @@ def weight_gradients(
     g,
     x_hat,
     w,
+    chosen,
     w_norm,
     class_dot,
     largest_unit,
@@ -536,8 +564,9 @@ def weight_gradients(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
-    """dw of one chunk, written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
+    """dw (chunk, D), written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
 
     Grid (column blocks, class tiles of the chunk).
     """
@@ -560,16 +589,168 @@ def weight_gradients(
     for _ in range(0, dot_blocks):
         dot += tl.load(class_dot + slots, mask=is_class, other=0.0)
         slots += chunk
-    out = _offsets(first_class + columns, d, D, 1)
     mask = is_class[:, None] & is_d
     gradient = sums * (tl.load(largest_unit) / (G_LIFT * X_LIFT))
     if NORMALIZE:
         norm = tl.load(w_norm + columns, mask=is_class, other=1.0)
         inverse = 1 / tl.maximum(norm, EPS)
-        w_hat = tl.load(w + out, mask=mask, other=0.0).to(OPERAND).to(tl.float32) * inverse[:, None]
+        w_rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
+        w_hat = w_tile.to(OPERAND).to(tl.float32) * inverse[:, None]
         projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
         gradient = (gradient - projection) * inverse[:, None]
-    tl.store(dw + out, gradient.to(dw.dtype.element_ty), mask=mask)
+    tl.store(dw + _offsets(columns, d, D, 1), gradient.to(dw.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_factor(
+    dw,
+    columns,
+    is_class,
+    gradient_factor,
+    max_row_norm,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """What each row of the gradient is multiplied by, (BLOCK_C,)."""
+    factor = tl.zeros((BLOCK_C,), tl.float32) + gradient_factor
+    if CLIP:
+        norm = tl.abs(gradient_factor) * _norms(dw, columns, is_class, D, 1, D, BLOCK_C, BLOCK_D)
+        factor *= tl.where(norm > max_row_norm, max_row_norm / norm, 1.0)
+    return factor
+
+
+@triton.jit
+def _noise(
+    seed, step, stream: tl.constexpr, rows, first, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """32 random bits for each element (row, first + k), (BLOCK_C, BLOCK_D), that depend on its place alone.
+
+    Philox4x32-10 makes 128 bits at a time, which four neighbours share: ten rounds for each element would be most
+    of the arithmetic of a step.
+    """
+    group = _offsets(rows, first // 4 + tl.arange(0, BLOCK_D // 4), (D + 3) // 4, 1)
+    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, low * 0 + step, low * 0 + stream)
+    return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK_C, BLOCK_D))
+
+
+@triton.jit
+def _store_moved(to, v, noise, mask):
+    """v, rounded to bfloat16 up or down by the lower 16 bits of the noise, so that the expected value is kept."""
+    if to.dtype.element_ty == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)
+        v = tl.where(v == v, (bits & -0x10000).to(tl.float32, bitcast=True), v)
+    tl.store(to, v.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "step"])
+def sgd_rows(
+    dw,
+    w,
+    momentum_buffer,
+    chosen,
+    C,
+    first_class,
+    chunk,
+    seed,
+    step,
+    gradient_factor,
+    max_row_norm,
+    lr,
+    weight_decay,
+    momentum,
+    fresh,
+    of_gradient,
+    of_momentum,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CLIP: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """Rows of w and of their momentum, moved in place by dw (chunk, D); a program owns whole rows.
+
+    w -= lr (of_gradient g + of_momentum b) with b = momentum b + fresh g, where there is momentum.
+    """
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_class = (columns < chunk) & (first_class + columns < C)
+    rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
+    factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        mask = is_class[:, None] & (d < D)[None, :]
+        place = _offsets(rows, d, D, 1)
+        noise = _noise(seed, step, 0, rows, first, D, BLOCK_C, BLOCK_D)
+        v = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dw + _offsets(columns, d, D, 1), mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        g += weight_decay * v
+        if MOMENTUM:
+            b = momentum * tl.load(momentum_buffer + place, mask=mask, other=0.0).to(tl.float32) + fresh * g
+            _store_moved(momentum_buffer + place, b, noise >> 16, mask)
+            g = of_gradient * g + of_momentum * b
+        _store_moved(w + place, v - lr * g, noise, mask)
+
+
+@triton.jit(do_not_specialize=["seed", "step"])
+def adamw_rows(
+    dw,
+    w,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    chosen,
+    C,
+    first_class,
+    chunk,
+    seed,
+    step,
+    gradient_factor,
+    max_row_norm,
+    step_size,
+    kept,
+    fresh1,
+    beta2,
+    fresh2,
+    root_correction,
+    eps,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CLIP: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """Rows of w and of their running means, moved in place by dw (chunk, D); a program owns whole rows.
+
+    w = kept w - step_size m / (sqrt(q) / root_correction + eps) with m += fresh1 (g - m) and
+    q = beta2 q + fresh2 g^2, with AMSGRAD the largest q so far.
+    """
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_class = (columns < chunk) & (first_class + columns < C)
+    rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
+    factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        mask = is_class[:, None] & (d < D)[None, :]
+        place = _offsets(rows, d, D, 1)
+        noise = _noise(seed, step, 0, rows, first, D, BLOCK_C, BLOCK_D)
+        more_noise = _noise(seed, step, 1, rows, first, D, BLOCK_C, BLOCK_D)
+        v = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dw + _offsets(columns, d, D, 1), mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        m = tl.load(exp_avg + place, mask=mask, other=0.0).to(tl.float32)
+        m += fresh1 * (g - m)
+        q = beta2 * tl.load(exp_avg_sq + place, mask=mask, other=0.0).to(tl.float32) + fresh2 * g * g
+        _store_moved(exp_avg + place, m, noise >> 16, mask)
+        _store_moved(exp_avg_sq + place, q, more_noise, mask)
+        if AMSGRAD:
+            largest = tl.load(max_exp_avg_sq + place, mask=mask, other=0.0).to(tl.float32)
+            q = tl.maximum(q, largest, propagate_nan=tl.PropagateNan.ALL)
+            _store_moved(max_exp_avg_sq + place, q, more_noise >> 16, mask)
+        _store_moved(w + place, kept * v - step_size * m / (tl.sqrt(q) / root_correction + eps), noise, mask)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 TIMED_RUNS = 3
+MOVED, MOVED_COLUMNS = 2048, 1024  # elements and most columns of a block of rows to move: 16 a thread
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Key:
-    """What the best tile depends on. `bucket` is the power of two that holds N; `plain`: without options."""
+    """What the best tile depends on.
+
+    `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates.
+    """
 
     architecture: str
     dim: int
@@ -55,8 +59,10 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 16, 64, 4, 2), Tile(32, 32, 32, 4, 2)),
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
 }
-# Where an architecture holds more: warp-group products read both operands from shared memory.
+# Where an architecture holds more: warp-group products read both operands from shared memory. Or less: the small
+# block spills with chosen classes, unless it keeps one load less in flight.
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
+    ("class_statistics", 2, "sm_100"): (*TABLE["class_statistics", 2][:2], Tile(16, 64, 32, 4, 2)),
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
 }
 # With options: reshaped negatives need registers, and without the norms the compiler keeps more loads in flight.
@@ -83,6 +89,12 @@ def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     tiles = table(kernel, key.architecture, key.operand, key.plain)
     smallest = min(tile.n for tile in tiles)
     return tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
+
+
+def row_block(dim: int) -> tuple[int, int]:
+    """Classes and columns of a block of the kernels that move rows, powers of two: a whole row, if it is short."""
+    columns = min(max(1 << (dim - 1).bit_length(), 16), MOVED_COLUMNS)
+    return MOVED // columns, columns
 
 
 _chosen: dict[tuple[str, Key], Tile] = {}
