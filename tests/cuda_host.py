@@ -1,4 +1,4 @@
-"""Backend `cuda_host`, for tests alone: backend `cuda`, unchanged but for its kernels' device, the host's SIMT shim."""
+"""Backend `cuda_host`, for tests alone: backend `cuda` whose driver and kernels run on the host's SIMT shim."""
 
 import importlib.util
 from pathlib import Path

@@ -14,7 +14,9 @@ from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options, Update
 
 C, D, N = 301, 20, 9  # a ragged tile, a width that fills no panel
-BACKEND_NAMES = ("cpu", "reference")
+BACKEND_NAMES = ("cpu", "reference", "cuda_host")
+# With the steps that each can take in a second: the CUDA kernels run one thread after the other.
+STEPS = [pytest.param("cpu", 100, id="cpu"), pytest.param("cuda_host", 5, id="cuda_host")]
 SGD = {
     "plain": {},
     "momentum": {"momentum": 0.9},
@@ -66,12 +68,14 @@ def relative_error(got, want) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
-def test_equals_torch_on_the_same_gradients(fused, torchs, options, dtype):
-    """100 steps, element by element, in ulps of the largest value that the element has had."""
+@pytest.mark.parametrize(("backend", "steps"), STEPS)
+def test_equals_torch_on_the_same_gradients(backend, steps, fused, torchs, options, dtype, monkeypatch):
+    """Many steps, element by element, in ulps of the largest value that the element has had."""
+    monkeypatch.setenv("COSFACE_BACKEND", backend)
     heads = make_head(dtype), make_head(dtype)
     optimizers = fused([heads[0].weight], accumulate=True, **options), torchs([heads[1].weight], **options)
     largest = heads[0].weight.detach().abs()
-    for _ in range(100):
+    for _ in range(steps):
         gradient = torch.randn(C, D, dtype=dtype)
         for head, optimizer in zip(heads, optimizers, strict=True):
             head.weight.grad = gradient.clone()
@@ -88,11 +92,12 @@ def test_equals_torch_on_the_same_gradients(fused, torchs, options, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
-def test_training_is_torchs_for_100_steps(fused, torchs, options, dtype):
+@pytest.mark.parametrize(("backend", "steps"), STEPS)
+def test_training_is_torchs(backend, steps, fused, torchs, options, dtype):
     """Weights and the gradients of the embeddings, which see the weight before it moves."""
-    head, other = make_head(dtype), make_head(dtype)
-    dx = train(head, fused(head.parameters(), **options), 100, dtype)
-    want = train(other, torchs(other.parameters(), **options), 100, dtype)
+    head, other = make_head(dtype, backend), make_head(dtype, backend)
+    dx = train(head, fused(head.parameters(), **options), steps, dtype)
+    want = train(other, torchs(other.parameters(), **options), steps, dtype)
     assert relative_error(head.weight.detach(), other.weight.detach()) < 100 * torch.finfo(dtype).eps
     assert relative_error(dx, want) < 1000 * torch.finfo(dtype).eps
 
@@ -151,7 +156,7 @@ def test_frozen_embeddings_and_learned_scale():
 @pytest.mark.parametrize("classes", [None, torch.tensor([2, 3, 40, 299])], ids=["all", "some"])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_op_is_the_reference_and_moves_nothing_else(rule, classes, dtype):
-    """Both backends from one state, in the middle of training."""
+    """All backends from one state, in the middle of training."""
     count = 1 if rule == "sgd" else 3
     weight = torch.randn(C, D, dtype=torch.float64).to(dtype)
     state = [torch.rand(C, D, dtype=torch.float64).to(dtype) for _ in range(count)]
@@ -171,12 +176,14 @@ def test_op_is_the_reference_and_moves_nothing_else(rule, classes, dtype):
         )
         moved[backend] = (*outputs, w, *s)
     tolerance = 2**-7 if dtype == torch.bfloat16 else 1e3 * torch.finfo(dtype).eps
-    for mine, want in zip(moved["cpu"], moved["reference"], strict=True):
-        torch.testing.assert_close(mine, want, rtol=tolerance, atol=tolerance)
-    if classes is not None:
+    want = moved.pop("reference")
+    for got in moved.values():
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        if classes is None:
+            continue
         others = torch.ones(C, dtype=torch.bool)
         others[classes] = False
-        for mine, before in zip(moved["cpu"][2:], (weight, *state), strict=True):
+        for mine, before in zip(got[2:], (weight, *state), strict=True):
             assert torch.equal(mine[others], before[others])
             assert not torch.equal(mine[classes], before[classes])
 
@@ -350,11 +357,11 @@ except RuntimeError:
 
 
 def test_a_refused_call_moves_nothing():
-    head = make_head(backend="cuda_host")
+    head = make_head(backend="cuda_host", cache_bytes=1000)
     FusedSGD(head.parameters(), lr=0.1)
     optimizer = FusedSGD(head.parameters(), lr=0.1)
     ((x, labels),) = batches(1)
-    with pytest.raises(RuntimeError, match="option 'updates' is not on this backend yet"):
+    with pytest.raises(RuntimeError, match="option 'cache_bytes' is not on this backend yet"):
         head(x, labels)
     optimizer.step()
 
@@ -493,11 +500,10 @@ def test_compiled_model_moves_the_rows():
 
 def test_rounding_to_bfloat16_keeps_the_expected_value():
     """A step far below an ulp moves the mean of many rows by as much; rounding to nearest would move none."""
-    rows, lr = 4000, 2.0**-13
-    w = torch.ones(rows, 64, dtype=torch.bfloat16)
-    g = torch.ones(rows, 64, dtype=torch.bfloat16)
+    lr = 2.0**-13
     for backend in BACKEND_NAMES:
-        v = w.clone()
+        v = torch.ones(200 if backend == "cuda_host" else 4000, 64, dtype=torch.bfloat16)
+        g = torch.ones_like(v)
         for step in range(1, 17):
             ops.apply_update_(v, g, [], *Update("sgd", step, 9, 1.0, math.inf, lr, 0.0).flat(), backend)
         moved = 1 - v.double()

@@ -11,11 +11,12 @@ from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.sampling import ClassSampler
 
 C, D = 400, 16
+BACKEND_NAMES = ("cpu", "cuda_host")
 
 
-def make_head(rate: float, **options) -> FusedCosFaceLoss:
+def make_head(rate: float, backend="cpu", **options) -> FusedCosFaceLoss:
     torch.manual_seed(0)
-    return FusedCosFaceLoss(C, D, scale=16.0, sample_rate=rate, backend="cpu", **options)
+    return FusedCosFaceLoss(C, D, scale=16.0, sample_rate=rate, backend=backend, **options)
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.9, 1.0])
@@ -57,7 +58,8 @@ def test_every_negative_is_as_likely_and_sums_are_unbiased(rate):
     assert abs(error) < 4 * float(estimates.std()) / math.sqrt(draws)
 
 
-def test_equals_the_full_loss_at_rate_1():
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_equals_the_full_loss_at_rate_1(backend):
     problem = make_problem(9, 300, 24)
     sampler = ClassSampler(300, 1.0)
     classes, positions = sampler(problem.targets)
@@ -66,10 +68,10 @@ def test_equals_the_full_loss_at_rate_1():
     upstream = random_upstream(problem, "loss")
 
     def sampled(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu", classes)[:4]
+        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, backend, classes)[:4]
 
     def full(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu")[:4]
+        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, backend)[:4]
 
     got, want = evaluate(sampled, problem, upstream), evaluate(full, problem, upstream)
     assert relative_error(got.loss, want.loss) < 1e-6
@@ -78,9 +80,10 @@ def test_equals_the_full_loss_at_rate_1():
     assert make_head(1.0).sampler is None
 
 
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
-def test_rows_and_state_of_other_classes_stay(fused):
-    head = make_head(0.1)
+def test_rows_and_state_of_other_classes_stay(fused, backend):
+    head = make_head(0.1, backend)
     optimizer = fused(
         head.parameters(), lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if fused is FusedSGD else {})
     )
@@ -93,7 +96,7 @@ def test_rows_and_state_of_other_classes_stay(fused):
         weight = head.weight.detach().clone()
         state = {k: v.clone() for k, v in optimizer.state[head.weight].items() if v.dim()}
         loss = head(x, labels)
-        expected = cosface_loss(x, weight[classes], positions, scale=16.0, backend="cpu")
+        expected = cosface_loss(x, weight[classes], positions, scale=16.0, backend=backend)
         torch.testing.assert_close(loss, expected)
         loss.backward()
         optimizer.step()

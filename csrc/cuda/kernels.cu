@@ -481,6 +481,28 @@ bool rows_are_aligned(const Rows& v) {
   return v.columns % kVector<V> == 0 && v.stride % kVector<V> == 0 && is_aligned(v.data, kWidestLoad);
 }
 
+template <typename T, typename Step>
+void move_rows_by(const Step& step, const T* g, int64_t n, int64_t columns, const Weight& w, const int64_t* index,
+                  int64_t first_row, const Update& update, Stream stream) {
+  constexpr int kPair = 2;
+  bool aligned = columns % kPair == 0 && is_aligned(g, kPair * sizeof(T));
+  const auto moving = [&](void* data, DType dtype, int64_t stride, int tensor) {
+    if (dtype == DType::kFloat16) throw std::logic_error("Rows in float16 do not move.");
+    const size_t bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    aligned &= stride % kPair == 0 && is_aligned(data, kPair * bytes);
+    return Moving{data, dtype, stride, rounding_stream(update.step, tensor)};
+  };
+  const auto factor = static_cast<T>(update.gradient_factor), longest = static_cast<T>(update.max_row_norm);
+  const Moving weight = moving(update.weight, w.dtype, w.row_stride, kWeightTensor);
+  Movement<T, Step> move{step, factor, longest, update.seed, weight, {}};
+  for (int t = 0; t < Step::kStates; ++t) move.state[t] = moving(update.state[t], update.state_dtype, columns, t);
+  with_shape<kPair, kOctet / kPair>(columns, aligned, [&](auto shape) {
+    using S = decltype(shape);
+    launch("move_rows", move_rows_kernel<T, Step, S::kThreads, S::kPack>, S::grid(n, 1), S::block(), stream, g, n,
+           columns, index, first_row, move);
+  });
+}
+
 constexpr int kChunkPack = 4;  // numbers of a chunk's row that a thread takes at once
 
 template <typename T, typename Body>
@@ -555,26 +577,11 @@ void unnormalize_rows(const T* g_hat, const Rows& v, const T* inv_norm, const T*
 template <typename T>
 void move_rows(const T* g, int64_t n, int64_t columns, const Weight& w, const int64_t* index, int64_t first_row,
                const Update& update, Stream stream) {
-  constexpr int kPair = 2;
-  bool aligned = columns % kPair == 0 && is_aligned(g, kPair * sizeof(T));
-  const auto moving = [&](void* data, DType dtype, int64_t stride, int tensor) {
-    if (dtype == DType::kFloat16) throw std::logic_error("Rows in float16 do not move.");
-    const size_t bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-    aligned &= stride % kPair == 0 && is_aligned(data, kPair * bytes);
-    return Moving{data, dtype, stride, rounding_stream(update.step, tensor)};
-  };
-  const auto run = [&](auto step) {
-    Movement<T, decltype(step)> move{step, static_cast<T>(update.gradient_factor),
-                                     static_cast<T>(update.max_row_norm), update.seed,
-                                     moving(update.weight, w.dtype, w.row_stride, kWeightTensor)};
-    for (int t = 0; t < step.kStates; ++t) move.state[t] = moving(update.state[t], update.state_dtype, columns, t);
-    with_shape<kPair, kOctet / kPair>(columns, aligned, [&](auto shape) {
-      using S = decltype(shape);
-      launch("move_rows", move_rows_kernel<T, decltype(step), S::kThreads, S::kPack>, S::grid(n, 1), S::block(),
-             stream, g, n, columns, index, first_row, move);
-    });
-  };
-  update.rule == Update::Rule::kSgd ? run(SgdStep<T>(update)) : run(AdamWStep<T>(update));
+  if (update.rule == Update::Rule::kSgd) {
+    move_rows_by(SgdStep<T>(update), g, n, columns, w, index, first_row, update, stream);
+  } else {
+    move_rows_by(AdamWStep<T>(update), g, n, columns, w, index, first_row, update, stream);
+  }
 }
 
 #define COSFACE_INSTANTIATE(T)                                                                                 \

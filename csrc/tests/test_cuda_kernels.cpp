@@ -373,7 +373,7 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
   Update update = variant.update;
   update.weight = w.memory;
   update.state_dtype = state_dtype;
-  for (size_t t = 0; t < 3; ++t) update.state[t] = t < states.size() ? states[t].memory : nullptr;
+  for (size_t t = 0; t < 3; ++t) update.state[t] = t < states.size() ? states[t].memory.begin() : nullptr;
   cuda::move_rows<T>(g, kMoved, columns, {w.memory, w.dtype, w.n, w.stride}, chosen ? index.begin() : nullptr,
                      first_row, update, nullptr);
 
