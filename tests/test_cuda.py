@@ -33,7 +33,7 @@ ADAMW = Update("adamw", 2, 7, 0.5, 0.01, lr=0.5, weight_decay=0.1, beta1=0.5, be
 
 
 def _step(problem, update, state_dtype=None, classes=None, **options):
-    """The rows of w and state after a step on `cuda_host`, and what the reference makes of them with backward's dw."""
+    """Rows of w and state after a step on `cuda_host`, and what the reference makes of them with backward's dw."""
     rng = torch.Generator().manual_seed(2)
     state_dtype = state_dtype or problem.w.dtype
     state = [
