@@ -1,4 +1,4 @@
-// The pybind11 module cosface_kernels._C: the only file that includes torch's extension header.
+// The pybind11 module cosface_kernels._C.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
@@ -17,7 +17,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
-#include "cuda/driver.h"
+#include "cuda/bindings.h"
 #endif
 
 namespace {
@@ -77,7 +77,7 @@ struct Arguments {
             x.size(1),
             negatives};
   }
-  cosface::Weight weight() const { return {w.const_data_ptr(), cosface::dtype_of(w), w.size(0), w.stride(0)}; }
+  cosface::Weight weight() const { return cosface::weight_of(w); }
 };
 
 template <typename T>
@@ -122,14 +122,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   return {dx.to(x.scalar_type()), dw, dscale};
 }
 
-// An update in progress: cosface_kernels/options.py's Update, the weight and the optimizer's state.
-cosface::Update bound(cosface::Update update, const Tensor& w, const std::vector<Tensor>& state) {
-  update.weight = w.mutable_data_ptr();
-  update.state_dtype = state.empty() ? cosface::dtype_of(w) : cosface::dtype_of(state[0]);
-  for (size_t k = 0; k < 3; ++k) update.state[k] = k < state.size() ? state[k].mutable_data_ptr() : nullptr;
-  return update;
-}
-
 template <typename T>
 std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
@@ -139,7 +131,7 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dscale = at::empty_like(up[0]);
-  const cosface::Update update = bound(numbers, w, state);
+  const cosface::Update update = cosface::bound(numbers, w, state);
   cosface::lmcl_backward<T>(
       arguments.batch(), arguments.weight(),
       {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()}, options.raw(), runtime(),
@@ -149,9 +141,9 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
 
 void apply_update(const Tensor& w, const Tensor& dw, const cosface::Update& numbers,
                   const std::vector<Tensor>& state) {
-  const cosface::Weight weight{w.const_data_ptr(), cosface::dtype_of(w), w.size(0), w.stride(0)};
   const auto apply = w.scalar_type() == at::kDouble ? cosface::apply_update<double> : cosface::apply_update<float>;
-  apply(weight, dw.contiguous().const_data_ptr(), w.size(1), bound(numbers, w, state), runtime());
+  apply(cosface::weight_of(w), dw.contiguous().const_data_ptr(), w.size(1), cosface::bound(numbers, w, state),
+        runtime());
 }
 
 // How many threads a call is spread over: fewer than torch has, if this module was built without OpenMP.
@@ -243,25 +235,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);
 #ifdef COSFACE_CUDA
-  m.def(
-      "cuda_forward",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin, bool normalize_weight,
-         const std::optional<Tensor>& thresholds, const std::optional<Tensor>& negatives) {
-        const c10::cuda::CUDAGuard guard(x.device());
-        return cosface::cuda::forward(x, w, y, s, margin, {normalize_weight, thresholds, negatives},
-                                      cuda_device(x.get_device()));
-      },
-      no_gil);
-  m.def(
-      "cuda_backward",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-         const Tensor& g_lse, const Tensor& g_cos, bool need_dx, bool need_dw, bool normalize_weight,
-         const std::optional<Tensor>& thresholds, const std::optional<Tensor>& negatives) {
-        const c10::cuda::CUDAGuard guard(x.device());
-        return cosface::cuda::backward(x, w, y, s, lse, g_lse, g_cos, {normalize_weight, thresholds, negatives},
-                                       need_dx, need_dw, cuda_device(x.get_device()));
-      },
-      no_gil);
+  cosface::cuda::define(m, [](const Tensor& tensor, auto body) {
+    const c10::cuda::CUDAGuard guard(tensor.device());
+    return body(cuda_device(tensor.get_device()));
+  });
   m.attr("cuda_version") = CUDART_VERSION;
 #endif
 }

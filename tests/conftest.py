@@ -16,7 +16,6 @@ import cosface_kernels.backends
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 WITHOUT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 CPU_ALONE = ("cache_bytes", "gradient_tolerance")
-CUDA_LACKS = ("classes", "updates", *CPU_ALONE)
 # All of these must run here: none is skipped, so a backend that was not built fails. Under TRITON_INTERPRET=1, for
 # which `make test` has a run of its own, only the Triton kernels are under test, on CPU tensors.
 BACKENDS = (
@@ -25,12 +24,12 @@ BACKENDS = (
     else (
         Backend("cpu"),
         Backend("reference", lacks=CPU_ALONE),
-        Backend("cuda_host", interpreted=True, lacks=CUDA_LACKS),
+        Backend("cuda_host", interpreted=True, lacks=CPU_ALONE),
     )
 )
 GPU_BACKENDS = (
     Backend("triton", device="cuda", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, lacks=CPU_ALONE),
-    Backend("cuda", device="cuda", lacks=CUDA_LACKS),
+    Backend("cuda", device="cuda", lacks=CPU_ALONE),
 )
 cosface_kernels.backends.BACKENDS["cuda_host"] = cuda_host
 

@@ -1,6 +1,8 @@
 """Backend `cuda` beyond the op's suite, which runs on `cuda_host`: chunks, refusals, the compiler's report."""
 
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from support import BF16, F16, F32, F64, Backend, Dtypes, check_backend, evaluat
 
 from bench import cuda_kernels
 from bench.__main__ import main
-from cosface_kernels import cosface_loss
+from cosface_kernels import cosface_loss, ops, reference
 from cosface_kernels.backends import cuda
+from cosface_kernels.options import Update
 
 HOST = Backend("cuda_host", interpreted=True)
 CHUNK = "COSFACE_CUDA_CHUNK"
@@ -23,6 +26,110 @@ def test_any_number_of_chunks(dtypes, num_classes, monkeypatch):
     check_backend(HOST, problem)
     monkeypatch.setenv(CHUNK, "100000")
     check_backend(HOST, problem)
+
+
+SGD = Update("sgd", 2, 7, 0.5, math.inf, lr=20.0, weight_decay=0.1, momentum=0.5, dampening=0.1)
+ADAMW = Update("adamw", 2, 7, 0.5, 0.01, lr=0.5, weight_decay=0.1, beta1=0.5, beta2=0.9, eps=1e-3)
+
+
+def _step(problem, update, state_dtype=None, classes=None, **options):
+    """Rows of w and state after a step on `cuda_host`, and what the reference makes of them with backward's dw."""
+    rng = torch.Generator().manual_seed(2)
+    state_dtype = state_dtype or problem.w.dtype
+    state = [
+        torch.rand(problem.w.shape, generator=rng, dtype=torch.float64).to(state_dtype)
+        for _ in range(1 if update.rule == "sgd" else 3)
+    ]
+    inputs = (problem.x, problem.w, problem.targets, problem.scale)
+    _, lse, *_, cache = ops.lmcl(*inputs, 0.35, "cuda_host", classes, **options)
+    g_lse, g_cos = (torch.randn(len(lse), generator=rng, dtype=torch.float64).to(lse.dtype) for _ in range(2))
+    upstream = (lse, g_lse, g_cos, cache)
+    want_dx, dw, want_dscale = ops.lmcl_backward(*inputs, *upstream, True, True, "cuda_host", classes, **options)
+    w, moved = problem.w.clone(), [values.clone() for values in state]
+    inputs = (problem.x, w, *inputs[2:])
+    dx, dscale = ops.lmcl_backward_update_(
+        *inputs, *upstream, moved, *update.flat(), True, "cuda_host", classes, **options
+    )
+    assert torch.equal(dx, want_dx)  # no later chunk has seen a row that moved
+    assert torch.equal(dscale, want_dscale)
+    rows = torch.arange(len(w)) if classes is None else classes
+    want = [values[rows].double() for values in (problem.w, *state)]
+    reference.move_rows(want[0], dw.double(), want[1:], update)
+    others = torch.ones(len(w), dtype=torch.bool)
+    others[rows] = False
+    for mine, before in zip((w, *moved), (problem.w, *state), strict=True):
+        assert torch.equal(mine[others], before[others])
+    return [values[rows] for values in (w, *moved)], want
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("update", [SGD, ADAMW], ids=lambda update: update.rule)
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16, Dtypes(torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("dim", [24, 31])
+def test_rows_move_by_any_number_of_chunks(dim, dtypes, update, some, monkeypatch):
+    problem = make_problem(5, 600, dim, dtypes)
+    classes = torch.randperm(600)[:300].sort().values if some else None
+    if some:
+        problem = replace(problem, targets=torch.randint(-1, 300, (5,)))
+    # dw is rounded to its dtype where it exists, and weight and state at random between two neighbours
+    eps = torch.finfo(dtypes.w).eps
+    for chunk in ("1", "100000"):
+        monkeypatch.setenv(CHUNK, chunk)
+        for got, want in zip(*_step(problem, update, classes=classes), strict=True):
+            assert float((got.double() - want).norm()) <= 4 * eps * float(want.norm())
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtypes", [F32, BF16, Dtypes(torch.float64, torch.bfloat16)], ids=str)
+def test_any_dtype_of_state(dtypes, state_dtype):
+    problem = make_problem(5, 40, 24, dtypes)
+    eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, state_dtype))
+    for got, want in zip(*_step(problem, ADAMW, state_dtype), strict=True):
+        assert float((got.double() - want).norm()) <= 4 * eps * float(want.norm())
+
+
+def test_rows_move_where_the_weight_is_not_normalized_and_negatives_are_reshaped():
+    problem = make_problem(5, 300, 24, F64, scale=4.0)
+    problem = replace(problem, w=problem.w / problem.w.norm(dim=1, keepdim=True))
+    tau, negatives = torch.full((5,), 0.1, dtype=torch.float64), torch.tensor([0.5, 1.0, 0.1], dtype=torch.float64)
+    for options in ({"normalize_weight": False}, {"thresholds": tau, "negatives": negatives}):
+        for got, want in zip(*_step(problem, SGD, **options), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_without_samples_rows_decay():
+    problem = make_problem(0, 300, 24, F64)
+    for got, want in zip(*_step(problem, SGD), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("width", [24, 33, 1026])
+def test_rounding_depends_on_seed_step_and_place_alone(width, monkeypatch):
+    """On numbers whose step is exact, also the same as on the CPU."""
+    w, g = torch.randint(-128, 128, (2, 300, width)) / 64
+    momentum = torch.randint(-128, 128, (300, width)) / 32
+    w, g, momentum = w.bfloat16(), g.bfloat16() / 256, momentum.bfloat16()
+
+    def moved(backend="cuda_host", seed=1, step=2):
+        update = Update("sgd", step, seed, 1.0, math.inf, lr=1.0, weight_decay=0.0, momentum=0.5)
+        v, m = w.clone(), momentum.clone()
+        ops.apply_update_(v, g, [m], *update.flat(), backend)
+        return torch.stack([v, m])
+
+    first = moved()
+    assert torch.equal(first, moved("cpu"))
+    assert not torch.equal(first, moved(seed=2))
+    assert not torch.equal(first, moved(step=3))
+    monkeypatch.setenv(CHUNK, "1")
+    assert torch.equal(first, moved())
+
+
+@pytest.mark.parametrize("option", [{"cache_bytes": 1000}, {"gradient_tolerance": 0.1}], ids=str)
+def test_says_which_option_it_lacks(option):
+    problem = make_problem(2, 5, 3)
+    (name,) = option
+    with pytest.raises(RuntimeError, match=f"'cuda_host' cannot run: option '{name}' is not on this backend yet"):
+        HOST.lmcl(problem.x, problem.w, problem.targets, problem.scale, 0.35, **option)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])

@@ -1,12 +1,11 @@
 """Backend `cpu`: the C++ kernels of csrc/cpu, for any CPU."""
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends.extension import _C, import_error
+from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import Options, Update
 
 
@@ -51,12 +50,12 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 def backward_update_(
     *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    numbers = _kernel_update(update)
+    numbers = kernel_update(update)
     return _C.lmcl_backward_update(*tensors[:-1], _kernel_options(options, tensors[-1]), numbers, state, need_dx)
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
-    _C.apply_update(w, dw, _kernel_update(update), state)
+    _C.apply_update(w, dw, kernel_update(update), state)
 
 
 def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,13 +63,6 @@ def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
     zeros = torch.zeros(w.shape, dtype=dtype)
     _C.use_huge_pages(zeros)
     return zeros
-
-
-def _kernel_update(update: Update) -> Any:
-    numbers = _C.Update()
-    for field in fields(update):
-        setattr(numbers, field.name, getattr(update, field.name))
-    return numbers
 
 
 def _kernel_options(options: Options, cache: Tensor) -> Any:

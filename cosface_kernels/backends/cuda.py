@@ -1,13 +1,19 @@
 """Backend `cuda`: the CUDA kernels of csrc/cuda between library matrix products.
 
 For NVIDIA GPUs where Triton is missing or not wanted: Windows, old drivers, builds ahead of time; and for float64.
+Neither the gradient of a weight that an optimizer moves nor the rows of sampled classes exist as a whole, but a
+chunk of them at a time.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends.extension import _C, import_error
-from cosface_kernels.options import Options, empty_cache
+from cosface_kernels.backends.extension import _C, import_error, kernel_update
+from cosface_kernels.options import Options, Update, empty_cache
+
+OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives"}
 
 
 def unavailable() -> str | None:
@@ -26,7 +32,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cuda":
         return f"it takes tensors on device 'cuda', got them on {str(x.device)!r}."
-    return options.refusal({"normalize_weight", "thresholds", "negatives"})
+    return options.refusal(OPTIONS)
 
 
 def describe() -> str:
@@ -37,12 +43,28 @@ def describe() -> str:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    return *_C.cuda_forward(x, w, targets, scale, margin, *_extras(options)), empty_cache(x)
+    return *_C.cuda_forward(x, w, targets, scale, margin, _kernel_options(options)), empty_cache(x)
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.cuda_backward(*tensors[:-1], need_dx, need_dw, *_extras(options))
+    return _C.cuda_backward(*tensors[:-1], _kernel_options(options), need_dx, need_dw)
 
 
-def _extras(options: Options) -> tuple[bool, Tensor | None, Tensor | None]:
-    return options.normalize_weight, options.thresholds, options.negatives
+def backward_update_(
+    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    numbers = kernel_update(update)
+    return _C.cuda_backward_update(*tensors[:-1], _kernel_options(options), numbers, state, need_dx)
+
+
+def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
+    _C.cuda_apply_update(w, dw, kernel_update(update), state)
+
+
+def _kernel_options(options: Options) -> Any:
+    return _C.CudaOptions(
+        classes=options.classes,
+        normalize_weight=options.normalize_weight,
+        thresholds=options.thresholds,
+        negatives=options.negatives,
+    )

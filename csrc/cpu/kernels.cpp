@@ -3,6 +3,8 @@
 // because the linker could then keep a copy that an older processor cannot run.
 #include "kernels.h"
 
+#include "philox.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -518,15 +520,12 @@ inline void sin_cos(uint32_t bits, float* sine, float* cosine) {
   *cosine = ((quadrant + 1) & 2) ? -co : co;
 }
 
-constexpr int64_t kCounters = 64;  // per group: enough to fill the widest registers
-
 // The four words of each counter.
 struct Words {
   uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
 };
 
-// Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC11) on the counters
-// (64 group ... 64 group + 63, stream), key = seed.
+// Philox on a group of counters, key = seed.
 inline void philox(uint64_t seed, uint64_t group, uint64_t stream, Words* words) {
   uint32_t *c0 = words->c0, *c1 = words->c1, *c2 = words->c2, *c3 = words->c3;
   for (int64_t l = 0; l < kCounters; ++l) {
@@ -537,15 +536,9 @@ inline void philox(uint64_t seed, uint64_t group, uint64_t stream, Words* words)
     c3[l] = static_cast<uint32_t>(stream >> 32);
   }
   auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxStep0, k1 += kPhiloxStep1) {
 #pragma omp simd
-    for (int64_t l = 0; l < kCounters; ++l) {
-      uint64_t p0 = uint64_t{0xD2511F53u} * c0[l], p1 = uint64_t{0xCD9E8D57u} * c2[l];
-      c0[l] = static_cast<uint32_t>(p1 >> 32) ^ c1[l] ^ k0;
-      c1[l] = static_cast<uint32_t>(p1);
-      c2[l] = static_cast<uint32_t>(p0 >> 32) ^ c3[l] ^ k1;
-      c3[l] = static_cast<uint32_t>(p0);
-    }
+    for (int64_t l = 0; l < kCounters; ++l) philox_round(c0[l], c1[l], c2[l], c3[l], k0, k1);
   }
 }
 
@@ -571,10 +564,8 @@ void normal(uint64_t seed, uint64_t group, int64_t n, float std, float* to) {
   __builtin_memcpy(to, out, sizeof(float) * static_cast<size_t>(n < 4 * kCounters ? n : 4 * kCounters));
 }
 
-// A group of Philox makes noise for 512 elements: 16 bits each, added below the bits that are kept.
 template <typename T>
 void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t seed, uint64_t stream, int64_t row) {
-  constexpr int64_t kNoise = sizeof(Words) / sizeof(uint16_t);
   auto* __restrict out = static_cast<uint16_t*>(to);
   const int64_t groups = (d + kNoise - 1) / kNoise;
   for (int64_t group = 0; group < groups; ++group) {
@@ -585,9 +576,7 @@ void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t se
     const int64_t first = group * kNoise, count = d - first < kNoise ? d - first : kNoise;
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) {
-      const float v = static_cast<float>(from[first + k]);
-      const uint32_t rounded = (bit_cast<uint32_t>(v) + noise[k]) >> 16;
-      out[first + k] = static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
+      out[first + k] = round_stochastically(static_cast<float>(from[first + k]), noise[k]);
     }
   }
 }

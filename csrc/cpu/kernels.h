@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "lmcl.h"
+#include "update.h"
 
 namespace cosface {
 
@@ -30,37 +31,6 @@ struct Right {
 // Addresses of memory that will be read soon; empty for none.
 struct Ahead {
   uintptr_t first = 0, last = 0;
-};
-
-// The numbers of Update in T, as one step needs them.
-template <typename T>
-struct SgdStep {
-  T lr, weight_decay, momentum;
-  T fresh;              // share of g in the momentum: 1 - dampening, and 1 in the first step
-  T from_g, from_mean;  // what w moves along: g + momentum x mean with nesterov, else the mean
-
-  explicit SgdStep(const Update& u)
-      : lr(static_cast<T>(u.lr)),
-        weight_decay(static_cast<T>(u.weight_decay)),
-        momentum(static_cast<T>(u.momentum)),
-        fresh(static_cast<T>(u.step == 1 ? 1 : 1 - u.dampening)),
-        from_g(u.nesterov ? 1 : 0),
-        from_mean(u.nesterov ? momentum : 1) {}
-};
-
-template <typename T>
-struct AdamWStep {
-  T kept, fresh1, beta2, fresh2;  // kept: of w by the decay
-  T step_size, root_correction, eps;
-
-  AdamWStep(const Update& u, double correction1, double root_correction2)
-      : kept(static_cast<T>(1 - u.lr * u.weight_decay)),
-        fresh1(static_cast<T>(1 - u.beta1)),
-        beta2(static_cast<T>(u.beta2)),
-        fresh2(static_cast<T>(1 - u.beta2)),
-        step_size(static_cast<T>(u.lr / correction1)),
-        root_correction(static_cast<T>(root_correction2)),
-        eps(static_cast<T>(u.eps)) {}
 };
 
 // A row's gradient before the projection is taken off it: g = factor (dw - projection w).

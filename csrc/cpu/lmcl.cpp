@@ -222,8 +222,7 @@ class RowUpdate {
         chosen_(options.classes),
         d_(d),
         sgd_(update),
-        adamw_(update, 1 - std::pow(update.beta1, update.step),
-               std::sqrt(1 - std::pow(update.beta2, update.step))),
+        adamw_(update),
         weight_copy_(is<T>(weight.dtype) ? 0 : d),
         state_copy_(is<T>(update.state_dtype) ? 0 : 3 * d) {}
 
@@ -245,7 +244,7 @@ class RowUpdate {
     } else {
       kernels<T>().adamw(g, moved, state[0], state[1], state[2], d_, adamw_);
     }
-    if (!is<T>(weight_.dtype)) save(moved, stored, weight_.dtype, 3, row);
+    if (!is<T>(weight_.dtype)) save(moved, stored, weight_.dtype, kWeightTensor, row);
     if (is<T>(update_.state_dtype)) return;
     for (int64_t k = 0; k < 3; ++k) {
       if (state[k] != nullptr) save(state[k], stored_state(k, row), update_.state_dtype, k, row);
@@ -273,8 +272,7 @@ class RowUpdate {
 
   void save(const T* from, void* to, DType dtype, int64_t tensor, int64_t row) const {
     if (dtype == DType::kBFloat16) {
-      const auto stream = static_cast<uint64_t>(4 * update_.step + tensor);  // > 0
-      kernels<T>().store_stochastic(from, d_, to, update_.seed, stream, row);
+      kernels<T>().store_stochastic(from, d_, to, update_.seed, rounding_stream(update_.step, tensor), row);
     } else {
       kernels<T>().store(from, d_, to, dtype);
     }

@@ -86,7 +86,8 @@ class Step {
         s(s.contiguous()),
         n(x.size(0)),
         d(x.size(1)),
-        chunk(chunk_classes(n, d, w.size(0), this->x.element_size(), device)),
+        classes(options.classes ? options.classes->numel() : w.size(0)),
+        chunk(chunk_classes(n, d, classes, this->x.element_size(), device)),
         segments(std::clamp<int64_t>(kBlocksPerProcessor * device.processors / std::max<int64_t>(n, 1), 1,
                                      chunk / kChunkStep)),
         x_inv_norm(at::empty({n}, sums)),
@@ -94,25 +95,27 @@ class Step {
         tau_(options.thresholds ? options.thresholds->to(sums.dtype()).contiguous() : Tensor()),
         polynomial_(options.negatives ? options.negatives->to(sums.dtype()).contiguous() : Tensor()),
         w_(with_adjacent_elements(w)),
+        chosen_(options.classes ? options.classes->contiguous() : Tensor()),
+        w_chosen_(chosen_.defined() ? at::empty({chunk, d}, w.options()) : Tensor()),
         w_operands_(w.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, this->x.options())),
         dot_(at::empty({n * chunk}, sums)) {}
 
   // Calls body(part) for the chunks in order. w_hat: (chunk, D) operands, to be filled, or undefined.
   template <typename Body>
   void each_part(const Tensor& w_hat, Body body) const {
-    for (int64_t first = 0; first < w_.size(0); first += chunk) {
-      const int64_t classes = std::min(chunk, w_.size(0) - first);
-      const Tensor raw = w_.narrow(0, first, classes);
-      const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, classes).copy_(raw) : raw;
-      Tensor hat = w_hat.defined() ? w_hat.narrow(0, 0, classes) : w_hat;
+    for (int64_t first = 0; first < classes; first += chunk) {
+      const int64_t count = std::min(chunk, classes - first);
+      const Tensor raw = raw_rows(first, count);
+      const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, count).copy_(raw) : raw;
+      Tensor hat = w_hat.defined() ? w_hat.narrow(0, 0, count) : w_hat;
       if (normalize_weight) {
         normalize_rows<T>(rows_of(rows), nullptr, data<T>(w_inv_norm), any_data(hat), device.stream);
       } else {
         hat = rows;
       }
-      const Tensor dot = dot_.narrow(0, 0, n * classes).view({n, classes});
+      const Tensor dot = dot_.narrow(0, 0, n * count).view({n, count});
       multiply(dot, x, rows.t(), false);
-      body(Part{{data<T>(dot), n, classes, first, data<T>(x_inv_norm), data<T>(w_inv_norm), data<int64_t>(y),
+      body(Part{{data<T>(dot), n, count, first, data<T>(x_inv_norm), data<T>(w_inv_norm), data<int64_t>(y),
                  data<T>(s), segments, data<T>(tau_), data<T>(polynomial_)},
                 dot,
                 rows,
@@ -120,17 +123,30 @@ class Step {
     }
   }
 
+  // The rows of the weight that are chosen classes from `first` on; null where all rows take part in order.
+  const int64_t* chosen(int64_t first) const {
+    return chosen_.defined() ? chosen_.const_data_ptr<int64_t>() + first : nullptr;
+  }
+
   const Device& device;
   const bool normalize_weight;
   const at::ScalarType operand;
-  const at::TensorOptions sums;         // dtype T
-  const Tensor x, y, s;                 // (N, D) operands, (N), (N)
-  const int64_t n, d, chunk, segments;  // segments: blocks that share a row of a chunk
-  const Tensor x_inv_norm, w_inv_norm;  // (N), which the caller fills; (chunk)
+  const at::TensorOptions sums;                  // dtype T
+  const Tensor x, y, s;                          // (N, D) operands, (N), (N)
+  const int64_t n, d, classes, chunk, segments;  // segments: blocks that share a row of a chunk
+  const Tensor x_inv_norm, w_inv_norm;           // (N), which the caller fills; (chunk)
 
  private:
-  const Tensor tau_, polynomial_;      // (N) and q, a, b; undefined where negatives are not reshaped
-  const Tensor w_, w_operands_, dot_;  // w_operands_: (chunk, D), if w has another dtype
+  Tensor raw_rows(int64_t first, int64_t count) const {
+    if (!chosen_.defined()) return w_.narrow(0, first, count);
+    Tensor rows = w_chosen_.narrow(0, 0, count);
+    return at::index_select_out(rows, w_, 0, chosen_.narrow(0, first, count));
+  }
+
+  const Tensor tau_, polynomial_;  // (N) and q, a, b; undefined where negatives are not reshaped
+  const Tensor w_, chosen_;        // chosen_: (S), undefined where all rows take part
+  const Tensor w_chosen_;          // (chunk, D), if there are chosen classes
+  const Tensor w_operands_, dot_;  // w_operands_: (chunk, D), if w has another dtype
 };
 
 template <typename T>
@@ -175,21 +191,21 @@ void unnormalize(const Tensor& g_hat, const Tensor& v, const Tensor& inv_norm, c
   if (!direct) out.copy_(result);
 }
 
+// dx, dw and dscale; with an update the rows of w move by dw, of which no more than a chunk exists.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                                const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
                                                const Options& options, bool need_dx, bool need_dw,
-                                               const Device& device) {
+                                               const Update* update, const Device& device) {
   const Step<T> step(x, w, y, s, options, device);
   const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
   const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  const Tensor dw = need_dw ? at::empty(w.sizes(), w.options()) : at::empty({0}, w.options());
-  if (step.n == 0) return {dx, dw.zero_(), at::empty_like(up[0])};
+  const Tensor dw = need_dw ? at::empty({step.classes, step.d}, w.options()) : at::empty({0}, w.options());
 
   // Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
   const Tensor active = up[1].ne(0).logical_or(up[2].ne(0)), unit = units(step.s, up[1], up[2]);
-  const Tensor largest_unit = unit.amax();
+  const Tensor largest_unit = step.n > 0 ? unit.amax() : at::ones({}, step.sums);
   const Tensor to_x_hat = unit / largest_unit * kEmbeddingLift * active,
                from_dx_hat = unit / kGradientLift * active;
   const Tensor from_dw_hat = largest_unit / (kGradientLift * kEmbeddingLift);
@@ -199,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
   const Tensor w_hat = need_dx && step.normalize_weight ? at::empty({step.chunk, step.d}, operands) : Tensor();
   const Tensor g_apart = step.operand == step.sums.dtype() ? Tensor() : at::empty({step.n * step.chunk}, operands);
   const Tensor dx_hat = need_dx ? at::zeros({step.n, step.d}, step.sums) : Tensor();
-  const Tensor dw_hat = need_dw ? at::empty({step.chunk, step.d}, step.sums) : Tensor();
+  const Tensor dw_hat = need_dw || update ? at::empty({step.chunk, step.d}, step.sums) : Tensor();
   const Tensor negative_dot = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
   normalize_rows<T>(rows_of(step.x), data<T>(to_x_hat), data<T>(step.x_inv_norm), any_data(x_hat), device.stream);
   step.each_part(w_hat, [&](const auto& part) {
@@ -207,19 +223,33 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
     logit_gradients(part.chunk, upstream, data<T>(unit), any_data(g), dtype_of(g), data<double>(negative_dot),
                     device.stream);
     if (need_dx) multiply(dx_hat, g, part.w_hat, true);
-    if (need_dw) {
-      const Tensor rows = dw_hat.narrow(0, 0, part.chunk.classes);
-      multiply(rows, g.t(), x_hat, false);
-      const Tensor out = dw.narrow(0, part.chunk.first_class, part.chunk.classes);
-      if (step.normalize_weight) {
-        unnormalize<T>(rows, part.w, step.w_inv_norm, from_dw_hat, out, device.stream);
-      } else {
-        out.copy_(rows * from_dw_hat);
-      }
+    if (!dw_hat.defined()) return;
+    const int64_t first = part.chunk.first_class, count = part.chunk.classes;
+    const Tensor rows = dw_hat.narrow(0, 0, count);
+    multiply(rows, g.t(), x_hat, false);
+    Tensor out = update ? rows : dw.narrow(0, first, count);
+    if (step.normalize_weight) {
+      unnormalize<T>(rows, part.w, step.w_inv_norm, from_dw_hat, out, device.stream);
+    } else {
+      at::mul_out(out, rows, from_dw_hat);
+    }
+    if (update) {  // nothing after this reads these rows
+      move_rows<T>(data<T>(rows), count, step.d, weight_of(w), step.chosen(first), first, *update, device.stream);
     }
   });
   if (need_dx) unnormalize<T>(dx_hat, step.x, step.x_inv_norm, from_dx_hat, dx, device.stream);
   return {dx, dw, negative_dot.sum(0).to(step.sums.dtype())};
+}
+
+template <typename T>
+void apply_in(const Tensor& w, const Tensor& dw, const Update& update, const Device& device) {
+  const int64_t classes = w.size(0), d = w.size(1);
+  const int64_t chunk = chunk_classes(0, d, classes, w.element_size(), device);
+  for (int64_t first = 0; first < classes; first += chunk) {
+    const int64_t count = std::min(chunk, classes - first);
+    const Tensor g = dw.narrow(0, first, count).to(c10::CppTypeToScalarType<T>::value).contiguous();
+    move_rows<T>(data<T>(g), count, d, weight_of(w), nullptr, first, update, device.stream);
+  }
 }
 
 }  // namespace
@@ -235,7 +265,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
                                             const Options& options, bool need_dx, bool need_dw,
                                             const Device& device) {
   return (in_double(x, w) ? backward_in<double> : backward_in<float>)(x, w, y, s, lse, g_lse, g_cos, options,
-                                                                      need_dx, need_dw, device);
+                                                                      need_dx, need_dw, nullptr, device);
+}
+
+std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
+                                           const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
+                                           const Options& options, const Update& numbers,
+                                           const std::vector<Tensor>& state, bool need_dx, const Device& device) {
+  const Update update = bound(numbers, w, state);
+  const auto run = in_double(x, w) ? backward_in<double> : backward_in<float>;
+  const auto [dx, dw, dscale] = run(x, w, y, s, lse, g_lse, g_cos, options, need_dx, false, &update, device);
+  return {dx, dscale};
+}
+
+void apply_update(const Tensor& w, const Tensor& dw, const Update& numbers, const std::vector<Tensor>& state,
+                  const Device& device) {
+  (in_double(w, w) ? apply_in<double> : apply_in<float>)(w, dw, bound(numbers, w, state), device);
 }
 
 }  // namespace cosface::cuda

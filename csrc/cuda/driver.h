@@ -1,10 +1,13 @@
-// The op on a device: library matrix products and the kernels of kernels.h, chunk by chunk of the classes.
+// The op on a device: library matrix products and the kernels of kernels.h, chunk by chunk of the classes. With
+// chosen classes, their rows of one chunk at a time are copied, because a library's product cannot read rows that
+// lie apart.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cuda/kernels.h"
 
@@ -18,6 +21,7 @@ struct Device {
 
 // As in cosface_kernels/options.py.
 struct Options {
+  std::optional<at::Tensor> classes;
   bool normalize_weight = true;
   std::optional<at::Tensor> thresholds, negatives;
 };
@@ -34,5 +38,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& x, con
                                                         const at::Tensor& lse, const at::Tensor& g_lse,
                                                         const at::Tensor& g_cos, const Options& options,
                                                         bool need_dx, bool need_dw, const Device& device);
+
+// dx and dscale; the rows of w that take part move, chunk by chunk, and so does their state. No dw exists.
+// `numbers`: as cosface_kernels/options.py's Update has them.
+std::tuple<at::Tensor, at::Tensor> backward_update(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                                                   const at::Tensor& s, const at::Tensor& lse,
+                                                   const at::Tensor& g_lse, const at::Tensor& g_cos,
+                                                   const Options& options, const Update& numbers,
+                                                   const std::vector<at::Tensor>& state, bool need_dx,
+                                                   const Device& device);
+
+// Moves all rows of w by dw.
+void apply_update(const at::Tensor& w, const at::Tensor& dw, const Update& numbers,
+                  const std::vector<at::Tensor>& state, const Device& device);
 
 }  // namespace cosface::cuda

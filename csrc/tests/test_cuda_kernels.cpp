@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "formats.h"
 
@@ -302,6 +303,213 @@ void logit_gradients(DType dtype, bool reshaped) {
   });
 }
 
+// One number as torch.optim.SGD and AdamW move it, in double; `state` holds what there is of it.
+double moved(const Update& u, double g, double w, std::vector<double>& state) {
+  if (u.rule == Update::Rule::kSgd) {
+    g += u.weight_decay * w;
+    if (state.empty()) return w - u.lr * g;
+    state[0] = u.momentum * state[0] + (u.step == 1 ? 1 : 1 - u.dampening) * g;
+    return w - u.lr * (u.nesterov ? g + u.momentum * state[0] : state[0]);
+  }
+  state[0] = u.beta1 * state[0] + (1 - u.beta1) * g;
+  state[1] = u.beta2 * state[1] + (1 - u.beta2) * g * g;
+  if (state.size() == 3) state[2] = std::max(state[2], state[1]);
+  const double step = static_cast<double>(u.step);
+  const double mean = state[0] / (1 - std::pow(u.beta1, step)),
+               square = state.back() / (1 - std::pow(u.beta2, step));
+  return w * (1 - u.lr * u.weight_decay) - u.lr * mean / (std::sqrt(square) + u.eps);
+}
+
+struct Variant {
+  Update update;
+  size_t states;
+};
+
+std::vector<Variant> variants() {
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  Update sgd{};
+  sgd.rule = Update::Rule::kSgd;
+  sgd.step = 3, sgd.seed = uint64_t{1} << 40 | 7, sgd.gradient_factor = 1, sgd.max_row_norm = kNone, sgd.lr = 0.1;
+  Update decayed = sgd, first = sgd, nesterov = sgd, clipped = sgd, stopped = sgd;
+  decayed.weight_decay = 0.2, decayed.gradient_factor = -0.5;
+  first.step = 1, first.momentum = 0.9, first.dampening = 0.3;
+  nesterov.momentum = 0.9, nesterov.nesterov = true, nesterov.weight_decay = 0.1;
+  clipped.momentum = 0.8, clipped.dampening = 0.3, clipped.gradient_factor = 0.5, clipped.max_row_norm = 0.7;
+  stopped.max_row_norm = 0;
+  Update adamw = sgd;
+  adamw.rule = Update::Rule::kAdamW;
+  adamw.beta1 = 0.9, adamw.beta2 = 0.99, adamw.eps = 1e-3, adamw.weight_decay = 0.1;
+  Update start = adamw, amsgrad = adamw;
+  start.step = 1, start.weight_decay = 0;
+  amsgrad.gradient_factor = -2, amsgrad.max_row_norm = 1.5;
+  return {{sgd, 0},     {decayed, 0}, {first, 1}, {nesterov, 1}, {clipped, 1},
+          {stopped, 0}, {adamw, 2},   {start, 2}, {amsgrad, 3}};
+}
+
+// What a dtype makes of an exact value: near it, or in bfloat16 one of its two neighbours.
+bool is_rounded(double got, double want, double size, DType dtype, DType computed) {
+  const double steps = dtype == DType::kBFloat16 ? 2 : 1;
+  return close(got, want, steps * rounding(dtype) * std::fabs(want) + 16 * rounding(computed) * size);
+}
+
+template <typename T>
+void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtype, bool chosen) {
+  constexpr int64_t kMoved = 6;  // rows; one block of warps is ragged
+  const int64_t columns = before.columns, first_row = chosen ? 0 : 2;
+  Exact<int64_t> index(kMoved);
+  for (int64_t j = 0; j < kMoved; ++j) index[j] = chosen ? (before.n - 1) * j / (kMoved - 1) : first_row + j;
+  const Matrix w = before;
+  std::vector<Matrix> states_before;
+  for (size_t t = 0; t < variant.states; ++t) {
+    states_before.emplace_back(before.n, columns, columns, state_dtype);
+    for (int64_t k = 0; t > 0 && k < before.n * columns; ++k) {
+      put(0.1 + std::fabs(get(states_before[t].memory, state_dtype, k)), states_before[t].memory, state_dtype, k);
+    }
+  }
+  const std::vector<Matrix> states = states_before;
+  Exact<T> g(kMoved * columns);
+  for (int64_t k = 0; k < g.size(); ++k)
+    g[k] = static_cast<T>(k < columns ? 0 : normal());  // the first row has none
+  Update update = variant.update;
+  update.weight = w.memory;
+  update.state_dtype = state_dtype;
+  for (size_t t = 0; t < 3; ++t) update.state[t] = t < states.size() ? states[t].memory.begin() : nullptr;
+  cuda::move_rows<T>(g, kMoved, columns, {w.memory, w.dtype, w.n, w.stride}, chosen ? index.begin() : nullptr,
+                     first_row, update, nullptr);
+
+  std::vector<bool> moves(before.n);
+  for (int64_t j = 0; j < kMoved; ++j) {
+    moves[index[j]] = true;
+    double norm = 0;
+    for (int64_t k = 0; k < columns; ++k) norm += std::pow(update.gradient_factor * g[j * columns + k], 2);
+    norm = std::sqrt(norm);
+    const double factor = update.gradient_factor * (norm > update.max_row_norm ? update.max_row_norm / norm : 1);
+    for (int64_t k = 0; k < columns; ++k) {
+      std::vector<double> state;
+      for (const Matrix& values : states_before) state.push_back(values(index[j], k));
+      const std::vector<double> old = state;
+      const double v = before(index[j], k), gradient = factor * g[j * columns + k];
+      const double want = moved(update, gradient, v, state), size = std::fabs(v) + std::fabs(gradient) + 1;
+      CHECK(is_rounded(w(index[j], k), want, size, w.dtype, kDTypeOf<T>), j, k, columns, w.stride, v, gradient,
+            w(index[j], k), want, name_of(w.dtype), name_of(state_dtype), variant.states);
+      for (size_t t = 0; t < states.size(); ++t) {
+        const double got = states[t](index[j], k);
+        CHECK(is_rounded(got, state[t], std::fabs(old[t]) + gradient * gradient + size, state_dtype, kDTypeOf<T>),
+              j, k, t, columns, got, state[t], name_of(w.dtype), name_of(state_dtype));
+      }
+    }
+  }
+  const auto stays = [&](const Matrix& now, const Matrix& then, int64_t row) {
+    const int64_t bytes = size_of(now.dtype), offset = row * now.stride * bytes;
+    return std::memcmp(now.memory + offset, then.memory + offset, columns * bytes) == 0;
+  };
+  for (int64_t row = 0; row < before.n; ++row) {
+    if (moves[row]) continue;
+    CHECK(stays(w, before, row), row, columns);
+    for (size_t t = 0; t < states.size(); ++t) CHECK(stays(states[t], states_before[t], row), row, t, columns);
+  }
+}
+
+template <typename T>
+std::vector<DType> movable() {
+  if (sizeof(T) == 8) return {DType::kFloat64, DType::kFloat32, DType::kBFloat16};
+  return {DType::kFloat32, DType::kBFloat16};
+}
+
+template <typename T>
+void move_rows() {
+  for (DType dtype : movable<T>()) {
+    for (DType state_dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
+      for (int64_t columns : kWidths) {
+        for (int64_t gap : {0, 3}) {
+          const Matrix w(9, columns, columns + gap, dtype);
+          bool chosen = false;
+          for (const Variant& variant : variants()) {
+            move_rows_of<T>(variant, w, state_dtype, chosen);
+            chosen = !chosen;
+          }
+        }
+      }
+    }
+  }
+}
+
+// On numbers whose step is exact, momentum and weight have the bits that backend `cpu` gives them.
+template <typename T>
+void rounding_is_the_cpus() {
+  constexpr int64_t kRows = 5, kFirst = 3;
+  const auto number = [](int range, int exponent) {
+    return std::ldexp(static_cast<int>(engine() % (2 * range)) - range, exponent);
+  };
+  for (int64_t columns : {1, 3, 130, 515, 1028, 1031, 2112}) {
+    Matrix w(kFirst + kRows, columns, columns, DType::kBFloat16), momentum = w;
+    Exact<T> g(kRows * columns);
+    for (T& v : g) v = static_cast<T>(number(1 << 15, -12));
+    for (int64_t k = 0; k < w.n * columns; ++k) {
+      put(number(128, -5), w.memory, w.dtype, k);
+      put(number(128, -6), momentum.memory, w.dtype, k);
+    }
+    Update update{};
+    update.rule = Update::Rule::kSgd;
+    update.weight = w.memory, update.state[0] = momentum.memory, update.state_dtype = w.dtype;
+    update.step = 5, update.seed = uint64_t{9} << 33 | 1, update.gradient_factor = update.lr = 1;
+    update.max_row_norm = std::numeric_limits<double>::infinity(), update.momentum = 0.5;
+    std::vector<T> want_w, want_momentum;
+    for (int64_t j = 0; j < kRows; ++j) {
+      for (int64_t k = 0; k < columns; ++k) {
+        want_momentum.push_back(static_cast<T>(0.5 * momentum(kFirst + j, k) + g[j * columns + k]));
+        want_w.push_back(static_cast<T>(w(kFirst + j, k) - want_momentum.back()));
+      }
+    }
+    cuda::move_rows<T>(g, kRows, columns, {w.memory, w.dtype, w.n, w.stride}, nullptr, kFirst, update, nullptr);
+    for (int64_t j = 0; j < kRows; ++j) {
+      const auto is_the_cpus = [&](const std::vector<T>& exact, const Matrix& got, int tensor) {
+        Exact<uint16_t> want(columns);
+        kernels<T>().store_stochastic(&exact[j * columns], columns, want, update.seed,
+                                      rounding_stream(update.step, tensor), kFirst + j);
+        return std::memcmp(want, got.memory + 2 * (kFirst + j) * columns, 2 * columns) == 0;
+      };
+      CHECK(is_the_cpus(want_w, w, kWeightTensor), j, columns);
+      CHECK(is_the_cpus(want_momentum, momentum, 0), j, columns);
+    }
+  }
+}
+
+// Steps of 1/32 of the distance to the next number are lost in rounding to nearest; here a 32nd of the numbers
+// move.
+template <typename T>
+void rounding_keeps_the_mean() {
+  constexpr int64_t kRows = 40, kColumns = 512;
+  const double distance = std::ldexp(1, -8), size = kRows * kColumns;
+  Exact<uint16_t> w(kRows * kColumns, kBrain.encode(1));
+  Exact<T> g(kRows * kColumns, static_cast<T>(distance / 32));
+  Update update{};
+  update.rule = Update::Rule::kSgd;
+  update.weight = w, update.step = 1, update.gradient_factor = update.lr = 1;
+  update.max_row_norm = std::numeric_limits<double>::infinity();
+  cuda::move_rows<T>(g, kRows, kColumns, {w, DType::kBFloat16, kRows, kColumns}, nullptr, 0, update, nullptr);
+  int64_t count = 0;
+  for (uint16_t bits : w) {
+    CHECK(bits == kBrain.encode(1) || bits == kBrain.encode(1 - distance), bits);
+    count += bits != kBrain.encode(1);
+  }
+  CHECK(close(count / size, 1.0 / 32, 4 * std::sqrt(1.0 / 32 * 31 / 32 / size)), count);
+}
+
+void float16_is_refused() {
+  Exact<float> g(1, 0.0f);
+  Exact<uint16_t> w(1, kHalf.encode(1));
+  Update update{};
+  update.weight = w;
+  bool refused = false;
+  try {
+    cuda::move_rows<float>(g, 1, 1, {w, DType::kFloat16, 1, 1}, nullptr, 0, update, nullptr);
+  } catch (const std::logic_error&) {
+    refused = true;
+  }
+  CHECK(refused);
+}
+
 template <typename T>
 void all() {
   for (DType dtype : operands<T>()) {
@@ -310,6 +518,9 @@ void all() {
     for (bool reshaped : {false, true}) logit_gradients<T>(dtype, reshaped);
   }
   for (bool reshaped : {false, true}) statistics<T>(reshaped);
+  move_rows<T>();
+  rounding_is_the_cpus<T>();
+  rounding_keeps_the_mean<T>();
 }
 
 }  // namespace
@@ -319,6 +530,7 @@ int main() {
   using namespace cosface::test;
   all<float>();
   all<double>();
+  float16_is_refused();
   std::cout << checks << " checks, " << failures << " failures\n";
   return failures || !checks;
 }
