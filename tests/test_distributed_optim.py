@@ -14,7 +14,8 @@ from ranks import LARGEST_WORLD
 from support import F32, F64, Dtypes, make_problem
 from test_distributed import assert_as_good_as_one
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import (
@@ -417,6 +418,42 @@ def test_rounding_is_a_stream_of_each_shard(ranks):
     moved = 1 - torch.cat(found).double()
     standard_error = float(moved.std()) / math.sqrt(moved.numel())
     assert abs(float(moved.mean()) - 2 * 2.0**-10) < 4 * standard_error
+
+
+def _twice(rank, group, classes):
+    """What is said of a second backward before `step()`, and of one whose forward saw the weight before it."""
+    case = Case("twice", classes=classes, steps=2)
+    head = make_head(case, group)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    losses = [head(x, labels) for x, labels in batches(case, rank, group)]
+    losses[0].backward()
+    moved = own_rows(head.weight).clone()
+    messages = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as refusal:
+            losses[1].backward(retain_graph=True)
+        messages.append(str(refusal.value))
+        optimizer.step()
+    assert torch.equal(own_rows(head.weight), moved)
+    return messages
+
+
+@pytest.mark.parametrize("classes", [103, 1], ids=["all ranks", "one rank"])
+def test_two_backwards_before_a_step_raise_and_change_nothing(ranks, classes):
+    for twice, stale in ranks.results(2, _twice, classes):
+        assert "backward ran twice" in twice
+        assert "modified by an inplace operation" in stale
+
+
+def _on_other_meshes(rank, group):
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 6), DeviceMesh.from_group(group, "cpu"), [Shard(1)]))
+    with pytest.raises(ValueError, match="must be sharded on dimension 0") as refusal:
+        FusedSGD([weight], lr=0.1)
+    return str(refusal.value)
+
+
+def test_weights_that_are_sharded_otherwise_are_refused(ranks):
+    assert all("Shard(dim=1)" in message for message in ranks.results(2, _on_other_meshes))
 
 
 def _compiled(rank, group):
