@@ -450,7 +450,7 @@ def progress(weight: Tensor) -> str:
     owner = owner_of(weight)
     if owner is None:
         return "one that moves no rows in backward"
-    return f"step {int(owner.state[weight].get('step', 0))}, {owner._phases[weight]}"
+    return f"step {int(owner.state.get(weight, {}).get('step', 0))}, {owner._phases[weight]}"
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
