@@ -628,6 +628,18 @@ def test_sampled_shards_are_the_loss_over_what_they_drew(ranks, world, margin, c
         assert draws == 2
 
 
+def _draw(rank, group):
+    sampler = FusedCosFaceLoss(120, DIM, process_group=group, sample_rate=0.2, sample_seed=5).sampler
+    return sampler(torch.tensor([-1]))[0]
+
+
+def test_each_shard_draws_its_own_stream(ranks):
+    first, *others = ranks.results(4, _draw)
+    assert len(first) == 6
+    assert not any(torch.equal(first, other) for other in others)
+    assert torch.equal(*ranks.results(1, _draw), _draw(0, None))
+
+
 def _at_rate_1(rank, group):
     case = Case("rate 1", steps=1)
     found = []
