@@ -305,8 +305,9 @@ def losses(output: str) -> list[tuple[int, float]]:
 
 def everything(output: str) -> dict[str, torch.Tensor]:
     """The tensors of the last checkpoint: weights, statistics, momentum."""
-    (file,) = checkpoint.latest(Path(output) / train.CHECKPOINTS).glob("*.safetensors")
-    return {name: tensor for name, tensor in load_file(file).items() if name != checkpoint.STRUCTURE}
+    path = checkpoint.latest(Path(output) / train.CHECKPOINTS)
+    names = {name for file in path.glob("*.safetensors") for name in load_file(file)} - {checkpoint.STRUCTURE}
+    return {name: checkpoint.load_tensor(path, name) for name in names}
 
 
 def assert_same_training(a: str, b: str) -> None:
