@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -172,7 +173,8 @@ def margin_softmax_loss(
             the negatives. Samples that are ignored pass through psi with cosine 0 and their result is dropped.
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
-        sampler: draws the classes that take part; the gradient of the weight is then sparse.
+        sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
+            weight is then sparse, except of a sharded one.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
@@ -183,7 +185,13 @@ def margin_softmax_loss(
     tensor(1.6890)
     """
     ranks = Exchange(weight) if isinstance(weight, DTensor) else None
-    with ranks.agreement(embeddings, sample_weight, reduction=reduction) if ranks else nullcontext():
+    moves = getattr(weight, optim.MARK, False)
+    facts: dict[str, Any] = {"reduction": reduction, "sample_rate": sampler.rate if sampler else 1}
+    if ranks and moves:
+        facts["optimizer"] = optim.progress(weight)
+    with ranks.agreement(embeddings, sample_weight, **facts) if ranks else nullcontext():
+        if moves:
+            optim.check_whole(weight)
         check_rows(embeddings, weight)
         check_labels(labels, embeddings)
         check_reduction(reduction)
@@ -209,8 +217,9 @@ def margin_softmax_loss(
         # no kernel: s x = (s |x|) x / |x|; clamped as the kernels clamp, so that x = 0 has its gradient
         s = s * Rows(embeddings, targets).norms().clamp_min(EPS)  # (N,)
 
-    classes, positions = sampler(targets) if sampler else (None, targets)  # (S,), (N,)
-    own = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, positions, s)
+    # x (N, D), w (C, D), and of the classes of w: targets (N,), which take part (S,), targets among those (N,)
+    x, w, own_targets, own_s = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
+    classes, positions = sampler(own_targets) if sampler else (None, own_targets)
     differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     rows = Rows(embeddings, targets, weight if ranks is None else None)
     options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}
@@ -218,11 +227,11 @@ def margin_softmax_loss(
         options |= {"cache_bytes": cache_bytes, "gradient_tolerance": float(gradient_tolerance)}
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
-            target_cos = _target_cosines(*own[:2], own[2] if ranks else targets)  # (N,)
+            target_cos = _target_cosines(x, w, own_targets)  # (N,)
             target_cos = ranks.sum(target_cos) if ranks else target_cos
             options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
-    lmcl: Any = optim.lmcl if getattr(weight, optim.MARK, False) else ops.lmcl
-    loss, lse, target_cos, max_neg, cache = lmcl(*own, m, backend, **options)  # each (N,)
+    lmcl: Any = partial(optim.lmcl, weight) if moves else ops.lmcl
+    loss, lse, target_cos, max_neg, cache = lmcl(x, w, positions, own_s, m, backend, **options)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
     if isinstance(margin, Margin):

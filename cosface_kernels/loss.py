@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from cosface_kernels import theory
 from cosface_kernels.backends import check_name
-from cosface_kernels.distributed import empty_weight
+from cosface_kernels.distributed import empty_weight, own_classes
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
@@ -45,7 +45,8 @@ class FusedMarginLoss(nn.Module):
         process_group: shards the classes over these ranks; see `cosface_kernels.distributed`.
         sample_rate, sample_seed: share of the classes that take part in a training step, the batch's own among
             them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
-            gradient of the weight is sparse, unless an optimizer of `cosface_kernels.optim` moves the rows.
+            gradient of the weight is sparse, unless it is sharded or an optimizer of `cosface_kernels.optim` moves
+            the rows.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
@@ -110,14 +111,13 @@ class FusedMarginLoss(nn.Module):
         self.backend = backend
         self.gradient_tolerance = gradient_tolerance
         self.cache_bytes = cache_bytes
-        if sample_rate != 1 and process_group is not None:
-            raise ValueError(f"sample_rate must be 1 with a process group, got {sample_rate!r}.")
-        self.sampler = ClassSampler(num_classes, sample_rate, sample_seed) if sample_rate != 1 else None
-        self.to(device)  # the margin's state
         if process_group is None:
             weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
         else:
             weight = empty_weight(num_classes, embedding_size, process_group, device, dtype)
+        own = own_classes(weight)
+        self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start) if sample_rate != 1 else None
+        self.to(device)  # the margin's state
         self.weight = nn.Parameter(weight)
         self.reset_parameters()
 

@@ -148,6 +148,8 @@ def lmcl_backward_update_(
     options = Options(
         classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives, updates=True
     )
+    if not w.shape[0]:
+        return x.new_zeros(x.shape if need_dx else 0), torch.zeros_like(lse)
     update = Update.unflat(rule, step, seed, numbers)
     return cast(UpdatingBackend, select(backend, x, w, options)).backward_update_(
         x,
@@ -182,6 +184,8 @@ def apply_update_(
     backend: str | None,
 ) -> None:
     """One step with a gradient (C, D) that exists, as `reference.move_rows` defines it."""
+    if not w.shape[0]:
+        return
     update = Update.unflat(rule, step, seed, numbers)
     cast(UpdatingBackend, select(backend, w, w, Options(updates=True))).apply_update_(w, dw, state, update)
 

@@ -13,6 +13,9 @@ of torch.compile.
 Between backward and `step()` there is no gradient to work on: learning rate, clipping and the scale of the loss
 must be known before backward. A step that was interrupted leaves some rows moved and others not; the weight then
 is unusable, and the next forward, `step()` or `state_dict()` says so.
+
+Of a weight that is sharded over ranks, each moves its own rows; the state is sharded like the weight. Forward
+raises on every rank if a step has ended on some of them alone.
 """
 
 import math
@@ -29,6 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cosface_kernels import ops
 from cosface_kernels.backends import cpu, select
+from cosface_kernels.distributed import Exchange, agreed, own_classes, own_rows, shard_like
 from cosface_kernels.options import Options, Update
 
 MARK = "_moves_in_backward"  # attribute of a weight that has or had an owner, which torch.compile can look at
@@ -38,7 +42,8 @@ IDLE, MOVING, MOVED, SKIPPED = "idle", "moving", "moved", "skipped"
 
 
 class RowOptimizer(Optimizer):
-    """What FusedSGD and FusedAdamW share. A weight is a contiguous (C, D) float64, float32 or bfloat16 parameter.
+    """What FusedSGD and FusedAdamW share. A weight is a contiguous (C, D) float64, float32 or bfloat16 parameter,
+    or a DTensor that is sharded by classes.
 
     Args:
         params: weights of heads, or param groups of them.
@@ -47,8 +52,8 @@ class RowOptimizer(Optimizer):
             labels gives the same mean without that memory.
         state_dtype: of the optimizer's state; None: the weight's. bfloat16 is rounded stochastically.
         grad_scaler: a `torch.amp.GradScaler` by which the loss is scaled; backward divides by its scale, and a
-            gradient that is not finite moves nothing.
-        seed: of the stochastic rounding of bfloat16.
+            gradient that is not finite, on any rank, moves nothing.
+        seed: of the stochastic rounding of bfloat16; a shard adds the number of its first class.
 
     Options of each group, which may change between steps:
         gradient_factor: multiplies the gradient before anything else: clipping by a norm known beforehand.
@@ -134,6 +139,11 @@ class RowOptimizer(Optimizer):
 
     def _loaded(self, weight: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
         dtype = self.state_dtype or weight.dtype
+        for name in self.state_names:
+            if name in saved and _layout(saved[name]) != _layout(weight):
+                raise ValueError(
+                    f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(saved[name])}."
+                )
         moments = {name: saved[name].to(weight.device, dtype) for name in self.state_names if name in saved}
         if "step" in saved:
             return {"step": saved["step"].clone(), **moments}
@@ -174,14 +184,14 @@ class RowOptimizer(Optimizer):
         update = Update(
             rule=self.rule,
             step=int(state["step"]),
-            seed=self.seed,
+            seed=self.seed + own_classes(weight).start,
             gradient_factor=factor,
             max_row_norm=float(group["max_row_norm"]),
             lr=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
             **self.numbers(group),
         )
-        return update, [state[name] for name in self.state_names_of(group)]
+        return update, [own_rows(state[name]) for name in self.state_names_of(group)]
 
     def state_names_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
@@ -191,8 +201,9 @@ class RowOptimizer(Optimizer):
         """dx and dscale of lmcl_backward's arguments, having moved the rows."""
         x, *_, lse, g_lse, g_cos, _ = tensors
         finite = True
-        if self.grad_scaler is not None:
-            finite = all(bool(values.isfinite().all()) for values in (x, lse, g_lse, g_cos))
+        if self.grad_scaler is not None:  # lse is -inf without negatives
+            rows = (x.isfinite(), lse < math.inf, g_lse.isfinite(), g_cos.isfinite())
+            finite = agreed(weight, all(bool(values.all()) for values in rows))
         weight.grad = ConsumedGradient(weight, finite, self.grad_scaler)
         if not finite:
             self._phases[weight] = SKIPPED
@@ -212,7 +223,7 @@ class RowOptimizer(Optimizer):
         update, state = self._next_update(weight, group)
         self._phases[weight] = MOVING
         with torch.no_grad():
-            ops.apply_update_(weight, weight.grad, state, *update.flat(), None)
+            ops.apply_update_(own_rows(weight), own_rows(weight.grad), state, *update.flat(), None)
 
 
 class FusedSGD(RowOptimizer):
@@ -426,7 +437,25 @@ def owner_of(weight: Tensor) -> RowOptimizer | None:
 
 # torch.compiler.disable, which imports the compiler at its first call, not here
 @torch._disable_dynamo  # type: ignore[attr-defined]
+def check_whole(weight: Tensor) -> None:
+    """Raises RuntimeError if the weight is half-way through a step that was interrupted."""
+    owner = owner_of(weight)
+    if owner is not None:
+        owner._check_whole(weight)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def progress(weight: Tensor) -> str:
+    """Where the weight's owner is, for ranks to compare."""
+    owner = owner_of(weight)
+    if owner is None:
+        return "one that moves no rows in backward"
+    return f"step {int(owner.state.get(weight, {}).get('step', 0))}, {owner._phases[weight]}"
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def lmcl(
+    weight: Tensor,
     x: Tensor,
     w: Tensor,
     targets: Tensor,
@@ -435,32 +464,27 @@ def lmcl(
     backend: str | None,
     **fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ops.lmcl`, whose backward moves the rows of w if an optimizer of this module owns it.
+    """`ops.lmcl`, whose backward moves w, the weight's rows that are here, if an optimizer of this module owns it.
 
     Raises:
-        RuntimeError: w is half-way through a step that was interrupted, or the backend cannot move rows.
+        RuntimeError: the backend cannot move rows.
     """
-    owner, options = owner_of(w), Options(**fields)
-    if owner is not None:
-        owner._check_whole(w)
-        if torch.is_grad_enabled() and w.requires_grad:
-            select(backend, x, w, replace(options, updates=True))
-            return _MovesRows.apply(x, w, targets, scale, margin, backend, options, owner, w)  # type: ignore[no-untyped-call]
+    owner, options = owner_of(weight), Options(**fields)
+    if owner is not None and torch.is_grad_enabled() and weight.requires_grad:
+        select(backend, x, w, replace(options, updates=True))
+        return _MovesRows.apply(x, w.detach(), targets, scale, margin, backend, options, owner, weight)  # type: ignore[no-untyped-call]
     return ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
 
 
 def _check_weight(weight: Tensor) -> None:
-    if isinstance(weight, DTensor):
-        raise ValueError(
-            f"A weight that is sharded over ranks cannot be moved inside backward yet, got {weight.placements}."
-        )
+    rows = Exchange(weight).weight if isinstance(weight, DTensor) else weight
     if weight.dim() != 2 or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16):
         raise ValueError(
             "A head's weight must have shape (C, D) and dtype float64, float32 or bfloat16, got shape "
             f"{tuple(weight.shape)} and {weight.dtype}; give other parameters to another optimizer."
         )
-    if not weight.is_contiguous():
-        raise ValueError(f"A weight must be contiguous to be moved in place, got strides {weight.stride()}.")
+    if not rows.is_contiguous():
+        raise ValueError(f"A weight must be contiguous to be moved in place, got strides {rows.stride()}.")
 
 
 def _check_not_negative(**values: float) -> None:
@@ -469,7 +493,13 @@ def _check_not_negative(**values: float) -> None:
             raise ValueError(f"{name} must not be negative, got {value}.")
 
 
+def _layout(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}{f' as {tensor.placements}' if isinstance(tensor, DTensor) else ''}"
+
+
 def _zeros_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, DTensor):
+        return shard_like(weight, _zeros_like(own_rows(weight), dtype))
     if weight.device.type == "cpu" and not cpu.unavailable():
         return cpu.zeros_like(weight, dtype)
     return torch.zeros_like(weight, dtype=dtype)

@@ -16,8 +16,12 @@ class ClassSampler(nn.Module):
     in Partial FC: over the sampled classes alone it is smaller than the full one, and its gradients push the
     sampled negatives harder. At rate 1 it is the full loss.
 
+    Where the classes are sharded over ranks, each draws from its own, so that C, P and S are those of the rank,
+    with a seed that is larger by the number of its first class. A run that resumes on as many ranks goes on as if
+    it had not stopped; on another number of ranks, with other draws of the same kind.
+
     Args:
-        num_classes: C.
+        num_classes: C; 0 on a rank that owns no class.
         rate: share of the classes that take part, in (0, 1]; S = ceil(rate C), or P where that is more.
         seed: of the draws. The number of draws so far is a buffer, so that a run that resumes from a state_dict
             goes on as if it had not stopped.

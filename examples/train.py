@@ -66,7 +66,7 @@ def make_optimizers(
         "weight_decay": config.weight_decay,
     }
     backbone_sgd = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], **options)
-    if next(head.parameters()).device.type == "cpu" and not dist.is_initialized():
+    if next(head.parameters()).device.type == "cpu":
         head_sgd = FusedSGD(head.parameters(), **options, grad_scaler=scaler if scaler.is_enabled() else None)
     else:
         head_sgd = torch.optim.SGD(head.parameters(), **options)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,8 +305,9 @@ def losses(output: str) -> list[tuple[int, float]]:
 
 def everything(output: str) -> dict[str, torch.Tensor]:
     """The tensors of the last checkpoint: weights, statistics, momentum."""
-    (file,) = checkpoint.latest(Path(output) / train.CHECKPOINTS).glob("*.safetensors")
-    return {name: tensor for name, tensor in load_file(file).items() if name != checkpoint.STRUCTURE}
+    path = checkpoint.latest(Path(output) / train.CHECKPOINTS)
+    names = {name for file in path.glob("*.safetensors") for name in load_file(file)} - {checkpoint.STRUCTURE}
+    return {name: checkpoint.load_tensor(path, name) for name in names}
 
 
 def assert_same_training(a: str, b: str) -> None:
@@ -423,15 +425,26 @@ def test_sigterm_saves_and_exits_with_0(settings):
     assert not (Path(settings.output) / export.ONNX).exists()
 
 
-def test_two_processes_train_as_one_program(settings):
-    settings = dataclasses.replace(settings, epochs=3)
+def launch_two(settings: config.Config) -> str:
     process = launch(settings, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
+    return out
+
+
+def test_two_processes_train_as_one_program(settings, tmp_path):
+    """And go on from a checkpoint as if they had not stopped, bit for bit."""
+    settings = dataclasses.replace(settings, epochs=3)
+    out = launch_two(settings)
     assert out.count("72 images of 12 identities") == 1
     assert [step for step, _ in losses(settings.output)] == list(range(1, 13))
     assert losses(settings.output)[-1][1] < losses(settings.output)[0][1]
     assert export.load(Path(settings.output))[1].threshold is not None
+    stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"), resume=True)
+    shutil.copytree(settings.output, stopped.output)
+    shutil.rmtree(checkpoint.latest(tmp_path / "stopped" / train.CHECKPOINTS))
+    assert "steps 8 to 12" in launch_two(stopped)
+    assert_same_training(settings.output, stopped.output)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_keys_of_its_batch(settings):
