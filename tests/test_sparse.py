@@ -123,7 +123,8 @@ def assert_within_bound(got: Gradients, sparsity: Sparsity, tolerance: float, i:
     assert bool((sparsity.dropped[sparsity.exact] == 0).all())
     g, x_norm, w_norm = (i.scale * i.g_lse).abs().double(), i.x.double().norm(dim=1), i.w.double().norm(dim=1)
     terms = g + i.g_cos.abs()  # (N,), bounds sum_j |G_ij|
-    ulp = float(i.scale.max()) * torch.finfo(i.scale.dtype).eps * 8  # of an e^z, as in support.LOGIT_ULPS
+    # of an e^z, as in support.LOGIT_ULPS, and of sums of C terms, whose roundings add up where terms are equal
+    ulp = torch.finfo(i.scale.dtype).eps * (8 * float(i.scale.max()) + 8 * len(i.w) ** 0.5)
     rounding = {name: ulp + torch.finfo(getattr(i, name).dtype).eps for name in ("x", "w")}
     dx_error = (got.dx.double() - want.dx).norm(dim=1) * x_norm  # (N,)
     assert bool((dx_error <= g * sparsity.dropped + rounding["x"] * terms).all())
@@ -404,7 +405,7 @@ def test_entries_stay_within_their_budget():
     done = run_python(MEMORY, str(classes), MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
     peak, exact = map(int, done.stdout.splitlines()[-1].split())
-    budget = 256 * classes * 6 // 12 + 6 * 2**20
+    budget = 256 * classes * 6 // 6 + 6 * 2**20
     assert exact == 256
     assert peak - classes * 16 * 4 <= budget + 32 * 2**20
 
