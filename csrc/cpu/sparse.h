@@ -22,8 +22,10 @@
 
 namespace cosface {
 
-// A row of which more than this share of the negatives would be kept is exact. An entry costs a sparse
-// backward two to five times what it costs a dense one.
+// A row of which more than this share of the negatives would be kept is exact. Measured on one core of an EPYC (Zen 4,
+// AVX-512), 256 samples: of what an exact step takes, one that keeps a share x takes 0.30 + 1.29 x at D = 512 and
+// 0.52 + 1.13 x at D = 128. An entry costs two sums over rows out of L2 in place of a share in three products, and
+// forward stores it. So the two are even at 0.54 and 0.42.
 constexpr double kMostKept = 0.4;
 
 // What forward leaves for backward, in Options::cache:
