@@ -184,6 +184,18 @@ def test_keeps_little_more_than_it_must(kind):
     assert bool((kept <= 1.3 * fewest + 4).all()), f"{kept} of at least {fewest}"
 
 
+@pytest.mark.parametrize(("spread", "least", "most"), [(5.0, 0.003, 0.03), (3.8, 0.04, 0.15), (2.0, 1, 1)])
+@pytest.mark.parametrize("n", [32, 4])
+def test_path_follows_density(n, spread, least, most):
+    """Logits of this deviation: where most of the entries matter, the exact path."""
+    rng = torch.Generator().manual_seed(0)
+    cos = 0.05 * torch.randn(n, 20_000, generator=rng, dtype=torch.float64)
+    i = with_cosines(cos, scale=spread / 0.05)
+    got, sparsity = run(i, 1e-2)
+    assert least <= float(sparsity.kept.mean()) <= most
+    assert_within_bound(got, sparsity, 1e-2, i)
+
+
 def test_loss_and_statistics_stay_exact():
     i = with_cosines(cosines("heavy tail"))
     for got, want in zip(lmcl(i, 1e-2)[:4], lmcl(i, 0.0)[:4], strict=True):

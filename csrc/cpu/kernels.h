@@ -82,8 +82,8 @@ constexpr int64_t kKeepSlack = 64;  // entries that forward_and_keep() may write
 // The loops over the entries of the softmax that are kept for a sparse backward; see sparse.h.
 template <typename T>
 struct SparseKernels {
-  // As Kernels::forward_tile, and keeps the entries with cos_ij > cut_i, class by class; returns how many there are.
-  // tail_i is the running sum of e^{s_i (cos_ij - row_max_i)} over the others.
+  // As Kernels::forward_tile, and keeps the entries with cos_ij > cut_i, class by class; returns how many there
+  // are. tail_i is the running sum of e^{s_i (cos_ij - row_max_i)} over the others.
   int64_t (*forward_and_keep)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm,
                               const int64_t* y, int64_t first_class, const T* s, T* row_max, double* row_sum,
                               T* target_cos, const T* cut, double* tail, T* kept, Place* place);
@@ -92,7 +92,8 @@ struct SparseKernels {
   void (*tally)(const T* kept, const Place* place, int64_t count, const T* s, const T* top, uint32_t* bins);
 
   // Moves the entries with cos_ij > cut_i to the front of `to`, which may be where they are or before it, and
-  // returns how many there are. Adds e^{s_i (cos_ij - top_i)} of the others to tail_i, and takes them off row_count_i.
+  // returns how many there are. Adds e^{s_i (cos_ij - top_i)} of the others to tail_i, and takes them off
+  // row_count_i.
   int64_t (*prune)(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, const T* top,
                    double* tail, uint32_t* row_count, T* to_kept, Place* to_place);
 

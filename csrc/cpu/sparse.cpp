@@ -24,9 +24,9 @@ constexpr double kShareOfOne = 1.0 / 32;
 // With more exact rows than that, what is left is not worth a second path.
 constexpr double kMostExact = 0.85;
 
-// A row looks spread until its first heavy class has come; if it has but one in a thread's classes, that is among the
-// share f of them seen so far with probability f. So all is given up if fewer than 1 - kMostExact of the share f of
-// the rows do not look spread, once that is a share of kRowsExpected rows.
+// A row looks spread until its first heavy class has come; if it has but one in a thread's classes, that is among
+// the share f of them seen so far with probability f. So all is given up if fewer than 1 - kMostExact of the share
+// f of the rows do not look spread, once that is a share of kRowsExpected rows.
 constexpr double kRowsExpected = 8;
 
 // A row looks spread if it would keep more than the dense products are worth, or than there is room for, of the

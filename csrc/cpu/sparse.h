@@ -22,10 +22,10 @@
 
 namespace cosface {
 
-// A row of which more than this share of the negatives would be kept is exact. Measured on one core of an EPYC (Zen 4,
-// AVX-512), 256 samples: of what an exact step takes, one that keeps a share x takes 0.30 + 1.29 x at D = 512 and
-// 0.52 + 1.13 x at D = 128. An entry costs two sums over rows out of L2 in place of a share in three products, and
-// forward stores it. So the two are even at 0.54 and 0.42.
+// A row of which more than this share of the negatives would be kept is exact. Measured on one core of an EPYC
+// (Zen 4, AVX-512) with 256 samples: of what an exact step takes, one that keeps a share x takes 0.30 + 1.29 x at
+// D = 512 and 0.52 + 1.13 x at D = 128, since forward stores an entry, and backward adds up two rows out of L2 for
+// it in place of its part of three products. So they are even at 0.54 and 0.42.
 constexpr double kMostKept = 0.4;
 
 // What forward leaves for backward, in Options::cache:
@@ -77,7 +77,8 @@ class Keeper {
   Keeper(const EntryCache<T>& cache, const Partition& partition, const Batch<T>& batch, const T* s, T* row_max,
          double* row_sum, T* target_cos, double tolerance);
 
-  // Kernels::forward_tile for the block of samples from i on of the part's next tile, whose first class is `first`.
+  // Kernels::forward_tile for the block of samples from i on of the part's next tile, which begins at class
+  // `first`.
   void forward_tile(int64_t part, T* z, int64_t first, int64_t classes, int64_t i, int64_t rows, int64_t stride,
                     const T* inv_norm);
 
