@@ -1,10 +1,11 @@
-"""`python -m bench tolerance`: a training step of the head with a gradient_tolerance, against the exact one.
+"""`python -m bench train-step --state`: a training step with a gradient_tolerance, against the exact one.
 
-Speed follows how peaked the softmax is, so that is what `--state` sets: a random head, a controlled spread of the
+Speed follows how peaked the softmax is, so that is what a state sets: a random head, a controlled spread of the
 cosines, or a trained head with embeddings.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -17,15 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from bench import machine, step
+from bench.worker import DTYPES
 from cosface_kernels import margin_softmax_loss
 from cosface_kernels.functional import LossStats
 from cosface_kernels.init import normal_
 from cosface_kernels.optim import FusedSGD
 
-MARGIN, MOMENTUM = 0.35, 0.9
+MOMENTUM = 0.9
 LEARNING_RATE = 1e-9  # the state stays what it is
 CHUNK = 16_384  # rows of dw that are compared at a time
-SETUPS = ("embeddings", "weight", "labels")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step starts from: embeddings (N, D), weight (C, D), labels (N,), and the head's scale and margin."""
+
+    embeddings: Tensor
+    weight: Tensor
+    labels: Tensor
+    scale: float
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,11 @@ class Row:
     batch: int
     dim: int
     classes: int
+    dtype: str
     scale: float
+    margin: float
     tolerance: float
+    path: str  # "exact", "sparse", or "both" where that differs between samples
     median_s: float
     min_s: float
     speedup: float  # of the medians, over tolerance 0
@@ -49,65 +64,53 @@ class Row:
     dw_error: float
     threads: int
     rounds: int
+    cache_bytes: int  # for the entries; 0: as many as the head takes by itself
     device: str
     torch: str
     commit: str | None
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "tolerance",
-        help="training steps with a gradient_tolerance",
-        description="Times forward, backward and FusedSGD with momentum at each tolerance, in turn, on the CPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "steps with a gradient_tolerance, which take the place of --impl, on the CPU"
     )
-    parser.add_argument(
+    group.add_argument(
         "--state",
         type=_states,
-        default="random,spread:0.08,spread:0.12,spread:0.17",
-        help="with commas: random; spread:S, cosines with standard deviation S; trained:PATH, a file of "
-        "torch.save with embeddings (N, D), weight (C, D) and labels (N,)",
+        help="with commas: random; spread:S, cosines with standard deviation S; or a file that "
+        "examples/head_state.py wrote, whose sizes, scale and margin then count",
     )
-    parser.add_argument("--tolerance", type=_tolerances, default="1e-2,1e-3,1e-4", help="with commas; 0 is added")
-    parser.add_argument("--batch", type=step._count, default=256, help="number of samples")
-    parser.add_argument("--dim", type=step._count, default=512, help="size of an embedding")
-    parser.add_argument("--classes", type=step._count, default=100_000, help="number of classes")
-    parser.add_argument("--scale", type=step._positive, default=64.0, help="s")
-    parser.add_argument("--rounds", type=step._count, default=5, help="steps at each tolerance")
-    parser.add_argument("--threads", type=step._count, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--seed", type=int, default=0, help="of embeddings, weight and labels")
-    parser.add_argument("--json", type=step._writable, metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--figure", type=step._writable, metavar="FILE", help="draw speed against the share kept")
-    parser.set_defaults(run=run)
+    group.add_argument("--tolerance", type=_tolerances, default="1e-2,1e-3,1e-4", help="with commas; 0 is added")
+    group.add_argument("--cache-mib", type=int, default=0, help="memory for the entries; 0: the head's default")
 
 
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     print(f"{machine.device_name('cpu')}, {args.threads} threads, torch {torch.__version__}")
     rows: list[Row] = []
-    for state in args.state:
-        rows += (found := measure(state, args))
+    for state, batch, classes in itertools.product(args.state, args.batch, args.classes):
+        rows += (found := measure(state, batch, classes, args))
         for row in found:
             print(
-                f"{row.state}  C {row.classes:,}  tolerance {row.tolerance:g}: {1e3 * row.median_s:.1f} ms, "
-                f"x {row.speedup:.2f}, kept {row.kept:.3%}, exact samples {row.exact:.0%}, dropped at most "
-                f"{row.dropped_max:.1e}, error dx {row.dx_error:.1e}, dw {row.dw_error:.1e}",
+                f"{row.state}  N {row.batch}  C {row.classes:,}  tolerance {row.tolerance:g}: {row.path}, "
+                f"{1e3 * row.median_s:.1f} ms, x {row.speedup:.2f}, kept {row.kept:.3%}, exact samples "
+                f"{row.exact:.0%}, dropped at most {row.dropped_max:.1e}, error dx {row.dx_error:.1e}, "
+                f"dw {row.dw_error:.1e}",
                 flush=True,
             )
         if args.json:
             args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    if args.figure:
-        draw(rows, args.figure)
     return 0
 
 
-def measure(state: str, args: argparse.Namespace) -> list[Row]:
-    x, w, y = make_state(state, args)
-    weight = nn.Parameter(w)
+def measure(name: str, batch: int, classes: int, args: argparse.Namespace) -> list[Row]:
+    state = make_state(name, batch, classes, args)
+    x, weight = state.embeddings.requires_grad_(), nn.Parameter(state.weight)
 
     def loss_at(tolerance: float) -> tuple[Tensor, LossStats]:
         return margin_softmax_loss(  # type: ignore[return-value]
-            x, weight, y, margin=MARGIN, scale=args.scale, backend="cpu", gradient_tolerance=tolerance,
+            x, weight, state.labels, margin=state.margin, scale=state.scale, backend="cpu",
+            gradient_tolerance=tolerance, cache_bytes=(args.cache_mib << 20) if tolerance else 0,
             return_stats=True,
         )  # fmt: skip
 
@@ -129,25 +132,30 @@ def measure(state: str, args: argparse.Namespace) -> list[Row]:
     for tolerance in tolerances:
         median, sparsity = statistics.median(seconds[tolerance]), stats[tolerance].sparsity
         dropped, kept = sparsity or (torch.zeros(1), torch.ones(1))
+        exact = float((kept == 1).double().mean())
         rows.append(
             Row(
-                state=state,
+                state=name,
                 batch=len(x),
                 dim=x.shape[1],
-                classes=len(w),
-                scale=args.scale,
+                classes=len(weight),
+                dtype=str(weight.dtype).removeprefix("torch."),
+                scale=state.scale,
+                margin=state.margin,
                 tolerance=tolerance,
+                path={0.0: "sparse", 1.0: "exact"}.get(exact, "both"),
                 median_s=median,
                 min_s=min(seconds[tolerance]),
                 speedup=statistics.median(seconds[0.0]) / median,
                 kept=float(kept.mean()),
                 dropped_max=float(dropped.max()),
                 dropped_mean=float(dropped.mean()),
-                exact=float((kept == 1).double().mean()),
+                exact=exact,
                 dx_error=errors[tolerance][0],
                 dw_error=errors[tolerance][1],
                 threads=args.threads,
                 rounds=args.rounds,
+                cache_bytes=args.cache_mib << 20,
                 device=machine.device_name("cpu"),
                 torch=torch.__version__,
                 commit=machine.commit(),
@@ -156,21 +164,18 @@ def measure(state: str, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def make_state(state: str, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (N, D), weight (C, D) and labels (N,)."""
-    kind, _, value = state.partition(":")
-    if kind == "trained":
-        saved = torch.load(value, weights_only=True)
-        x, w, y = (saved[name] for name in SETUPS)
-        return x.float().requires_grad_(), w, y
+def make_state(name: str, batch: int, classes: int, args: argparse.Namespace) -> State:
+    kind, _, value = name.partition(":")
+    if kind not in ("random", "spread"):
+        return State(**torch.load(name, weights_only=True))
     # the cosine of two random directions of k dimensions has standard deviation 1 / sqrt(k)
     width = args.dim if kind == "random" else min(args.dim, max(1, round(float(value) ** -2)))
     torch.manual_seed(args.seed)
-    x, w = torch.zeros(args.batch, args.dim), torch.zeros(args.classes, args.dim)
-    x[:, :width] = torch.randn(args.batch, width)
+    x, w = torch.zeros(batch, args.dim), torch.zeros(classes, args.dim, dtype=DTYPES[args.dtype])
+    x[:, :width] = torch.randn(batch, width)
     normal_(w, 1.0)
     w[:, width:] = 0
-    return x.requires_grad_(), w, torch.randint(args.classes, (args.batch,))
+    return State(x, w, torch.randint(classes, (batch,)), args.scale, args.margin)
 
 
 def gradient_errors(
@@ -193,36 +198,16 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return math.sqrt(error / sum(float(b.float().norm()) ** 2 for _, b in pairs))
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Speed-up against the share kept, on the states in which some sample is not exact."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for tolerance in sorted({row.tolerance for row in rows} - {0.0}, reverse=True):
-        found = sorted((row.kept, row.speedup) for row in rows if row.tolerance == tolerance)
-        axes.plot(
-            [100 * kept for kept, _ in found], [speedup for _, speedup in found], "o-", label=f"{tolerance:g}"
-        )
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="entries kept, %", ylabel="steps of the exact head in the same time")
-    axes.legend(title="tolerance", frameon=False)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-
-
 def _states(text: str) -> list[str]:
     for state in text.split(","):
         kind, _, value = state.partition(":")
         try:
-            right = value != "" if kind == "trained" else kind == "spread" and 0 < float(value) <= 1
+            right = state == "random" or (kind == "spread" and 0 < float(value) <= 1) or Path(state).is_file()
         except ValueError:
             right = False
-        if not right and state != "random":
+        if not right:
             raise argparse.ArgumentTypeError(
-                f"{state!r} is not random, spread:S with 0 < S <= 1, or trained:PATH."
+                f"{state!r} is not random, spread:S with 0 < S <= 1, or a file that is there."
             )
     return text.split(",")
 

@@ -1,6 +1,7 @@
 """`python -m bench train-step`: forward, backward and update of the weight, against peers under torch's SGD.
 
-Each step sees new noisy views of the same N classes, so that the loss falls if the weight learns.
+Each step sees new noisy views of the same N classes, so that the loss falls if the weight learns. With `--state`,
+steps with a gradient_tolerance are timed instead (tolerance.py).
 """
 
 import argparse
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench import machine, step
+from bench import machine, step, tolerance
 from bench.implementations import Problem, UnavailableError, build
 from bench.worker import CHECK_CLASSES, DTYPES, WARM_UP_BATCH, WARM_UP_CLASSES, Case, Turn
 from cosface_kernels import reference
@@ -56,21 +57,21 @@ IMPLEMENTATIONS = {
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    step.add_options(
-        commands.add_parser(
-            "train-step",
-            help="forward, backward and update of the head's weight",
-            description="Times whole training steps of the head under SGD with momentum, each implementation in a "
-            "process of its own, in turn.",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        ),
-        IMPLEMENTATIONS,
-        DEFAULT_IMPLEMENTATIONS,
-    ).set_defaults(run=run)
+    parser = commands.add_parser(
+        "train-step",
+        help="forward, backward and update of the head's weight",
+        description="Times whole training steps of the head under SGD with momentum, each implementation in a "
+        "process of its own, in turn.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    step.add_options(parser, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATIONS).set_defaults(run=run)
+    tolerance.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """As `bench step`; a row's note has the loss, the memory at the peak, and what PyTorch would need."""
+    if args.state:
+        return tolerance.run(args)
     return step.run(args, step.Jobs(IMPLEMENTATIONS, Check, Measure, _note))
 
 

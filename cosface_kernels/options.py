@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_SHARE, KEPT_MIN = 1 / 12, 2**20  # of the entries of the softmax
+KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
 LARGEST_TILE = 252  # classes by which the last tile may pass the end
 

@@ -4,6 +4,7 @@
     python examples/figures.py target-logits       # what each loss puts in the place of cos(theta); a second
     python examples/figures.py toy                 # CosFace's Fig. 4: 8 identities in 2 dimensions; ten seconds
     python examples/figures.py margin-sweep        # verification by m, from 0 to 0.45; half an hour
+    python examples/figures.py sparse-density      # time of a step by the entries it keeps, from rows of the bench
 
 Each writes a PNG to docs/figures.
 """
@@ -11,6 +12,7 @@ Each writes a PNG to docs/figures.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +49,7 @@ from cosface_kernels.margins import (
 )
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+DENSITY = Path(__file__).parents[1] / "bench" / "results" / "sparse-density.json"
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -278,11 +281,52 @@ def margin_sweep(seeds: int = 3, processes: int = 2, results: Path = RESULTS) ->
     return figure
 
 
+def sparse_density(results: Path = DENSITY) -> Figure:
+    """Time of a training step by the share of the softmax's entries that backward visits.
+
+    Of rows of `python -m bench train-step --state` at one size: those that took the sparse path, the line a + b x
+    share through them (least squares, relative), and the exact step; dense wins beyond where the two meet.
+    """
+    rows = json.loads(results.read_text())
+    classes = max(row["classes"] for row in rows)
+    rows = [row for row in rows if row["classes"] == classes]
+    sparse = [row for row in rows if row["path"] == "sparse"]
+    exact = torch.tensor([row["median_s"] for row in rows if row["tolerance"] == 0]).median()
+    kept, seconds = torch.tensor([(row["kept"], row["median_s"]) for row in sparse], dtype=torch.float64).T
+    powers = torch.stack([torch.ones_like(kept), kept], 1) / seconds[:, None]
+    (a,), (b,) = torch.linalg.lstsq(powers, torch.ones_like(kept)[:, None]).solution.tolist()
+    even = (float(exact) - a) / b
+    figure, axes = plt.subplots(figsize=(6, 3.8))
+    share = torch.logspace(math.log10(float(kept.min()) / 2), math.log10(max(1.5 * even, 1.0)), 200)
+    axes.plot(100 * share, a + b * share, color="#7F7F7F", linewidth=1)
+    for tolerance, color in zip(
+        sorted({row["tolerance"] for row in sparse}, reverse=True),
+        (ORANGE, BLUE, GREEN, RED, PURPLE),
+        strict=False,
+    ):
+        points = [(100 * row["kept"], row["median_s"]) for row in sparse if row["tolerance"] == tolerance]
+        axes.plot(*zip(*points, strict=True), "o", color=color, label=f"tolerance {tolerance:g}")
+    axes.axhline(float(exact), color=BLACK, linewidth=1, linestyle="--", label="exact")
+    axes.axvline(100 * even, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.annotate(
+        f"dense wins\nbeyond {100 * even:.0f} %", (100 * even, 0), (-4, 4), ha="right", textcoords="offset points"
+    )
+    axes.set(xscale="log", xlim=(float(100 * share[0]), 100), ylim=(0, 1.3 * float(exact)))
+    axes.set(xlabel="entries kept (%)", ylabel="time of a training step (s)")
+    axes.set_title(f"{classes:,} classes, {rows[0]['batch']} samples, D = {rows[0]['dim']}")
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.25)
+    return figure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["decision-margins", "target-logits", "toy", "margin-sweep"])
+    parser.add_argument(
+        "name", choices=["decision-margins", "target-logits", "toy", "margin-sweep", "sparse-density"]
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="default: docs/figures")
     parser.add_argument("--seeds", type=int, default=3, help="of margin-sweep (default: 3)")
+    parser.add_argument("--rows", type=Path, default=DENSITY, metavar="JSON", help="of sparse-density")
     args = parser.parse_args(argv)
     with matplotlib.rc_context(STYLE):
         if args.name == "toy":
@@ -291,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{head}: {gap_text(each)}".replace("\n", ", "))
         elif args.name == "margin-sweep":
             figure = margin_sweep(args.seeds)
+        elif args.name == "sparse-density":
+            figure = sparse_density(args.rows)
         else:
             figure = {"decision-margins": decision_margins, "target-logits": target_logits}[args.name]()
         args.output.mkdir(parents=True, exist_ok=True)

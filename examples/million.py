@@ -21,6 +21,7 @@ from cosface_kernels import FusedCosFaceLoss
 from cosface_kernels.optim import FusedSGD
 
 LATENT, VIEW = 48, 256
+MARGIN, SCALE = 0.1, 32.0
 NOISE = 0.3  # of a sample, relative to the latent vector
 TEST_SAMPLES = 1024
 TEST_SEED = 1 << 40  # of samples that no step of training has seen
@@ -45,15 +46,20 @@ def views(labels: Tensor, seed: int) -> Tensor:
     return torch.tanh(2 * z @ projection)
 
 
+def make_network(dim: int) -> nn.Module:
+    """(N, VIEW) samples to (N, dim) embeddings."""
+    return nn.Sequential(nn.Linear(VIEW, 512), nn.ReLU(), nn.Linear(512, dim))
+
+
 class Training:
     """Network, head, their optimizers and the number of steps done: what a checkpoint holds."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.args = args
-        self.network = nn.Sequential(nn.Linear(VIEW, 512), nn.ReLU(), nn.Linear(512, args.dim))
+        self.network = make_network(args.dim)
         self.head = FusedCosFaceLoss(
-            args.classes, args.dim, margin=0.1, scale=32.0, dtype=getattr(torch, args.dtype),
+            args.classes, args.dim, margin=MARGIN, scale=SCALE, dtype=getattr(torch, args.dtype),
             sample_rate=args.sample_rate, sample_seed=args.seed, cache_bytes=args.cache_mib << 20,
         )  # fmt: skip
         self.rows = FusedSGD(self.head.parameters(), lr=args.lr, momentum=args.momentum, seed=args.seed)

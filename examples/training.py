@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,19 @@ def shuffled(labels: Tensor, batch_size: int, random: torch.Generator) -> list[T
     return [rows for rows in batches if len(rows) > 1]
 
 
+def one_sgd(recipe: Recipe, network: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD([*network.parameters(), *head.parameters()], **sgd_options(recipe))]
+
+
+def sgd_options(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "lr": recipe.learning_rate,
+        "momentum": 0.9,
+        "weight_decay": recipe.weight_decay,
+        "nesterov": True,
+    }
+
+
 def train(
     recipe: Recipe,
     images: Images,
@@ -75,6 +89,7 @@ def train(
     name: str,
     bar_position: int = 0,
     make_batches: Callable[[Tensor, int, torch.Generator], list[Tensor]] = shuffled,
+    make_optimizers: Callable[[Recipe, nn.Module, nn.Module], list[torch.optim.Optimizer]] = one_sgd,
 ) -> tuple[EmbeddingNet, float]:
     """Train a network from scratch.
 
@@ -84,6 +99,7 @@ def train(
         bar_position: lines between the cursor and the progress bar.
         make_batches: from labels, batch size and generator to the rows of each batch of an epoch; of every epoch
             as many.
+        make_optimizers: of network and head.
 
     Returns:
         The network, and the seconds spent in the head, forward and backward.
@@ -91,15 +107,12 @@ def train(
     network = make_network(recipe, images)
     head = make_head()
     random = torch.Generator().manual_seed(recipe.seed)
-    optimizer = torch.optim.SGD(
-        [*network.parameters(), *head.parameters()],
-        lr=recipe.learning_rate,
-        momentum=0.9,
-        weight_decay=recipe.weight_decay,
-        nesterov=True,
-    )
+    optimizers = make_optimizers(recipe, network, head)
     steps = recipe.epochs * len(make_batches(images.labels, recipe.batch_size, torch.Generator()))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+        for optimizer in optimizers
+    ]
     head_seconds = 0.0
     with tqdm(total=steps, desc=f"{name:13}", unit="step", position=bar_position, mininterval=0.5) as bar:
         for _ in range(recipe.epochs):
@@ -112,9 +125,10 @@ def train(
                 loss.backward()
                 head_seconds += time.perf_counter() - start
                 embeddings.backward(features.grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
                 value = loss.item()
                 if not math.isfinite(value):
                     raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,11 @@ import torch
 from evaluation import compare_all
 from glyphs import HANGUL, load_glyphs
 from images import Images
+from network import EmbeddingNet
 from protocols import cross_validate, pair_distances
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Recipe, train
+from training import Recipe, one_sgd, train
 
 HELD_OUT = ("BM YEONSUNG", "NanumPen", "NanumSquare", "Noto Serif CJK")  # font families of the trials that choose
 SYLLABLES_HELD_OUT = 4  # every fourth
@@ -28,6 +30,7 @@ NICENESS = 10  # of a training's process
 
 # (num_classes, embedding_size, **setting) -> a module (embeddings, labels) -> loss
 MakeHead = Callable[..., nn.Module]
+MakeOptimizers = Callable[[Recipe, nn.Module, nn.Module], list[torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,34 @@ class Trial:
 
     def run(self) -> dict[str, float]:
         """The rates of `measure`, or none if the loss became infinite or nan."""
-        training, test = (limit(images, self.max_identities) for images in load(self.held_out))
+        network, _, _ = self.train(self.make_head)
+        return self.measure(network) if network else {}
+
+    def train(
+        self, make_head: MakeHead, make_optimizers: MakeOptimizers = one_sgd
+    ) -> tuple[EmbeddingNet | None, float, int]:
+        """The network, or None if the loss became infinite or nan; the seconds in the head; steps."""
+        training = limit(load(self.held_out)[0], self.max_identities)
         setting = dict(self.setting)
         recipe = replace(self.recipe, learning_rate=setting.pop("learning_rate", self.recipe.learning_rate))
+        steps = recipe.epochs * len(pairs(training.labels, recipe.batch_size, torch.Generator()))
         try:
-            network, _ = train(
+            network, seconds = train(
                 recipe,
                 training,
-                lambda: self.make_head(len(training.identities), recipe.embedding_size, **setting),
+                lambda: make_head(len(training.identities), recipe.embedding_size, **setting),
                 self.key,
                 make_batches=pairs,
+                make_optimizers=make_optimizers,
             )
         except ValueError as error:
             if "The loss of" not in str(error):
                 raise
-            return {}
+            return None, math.nan, steps
+        return network, seconds, steps
+
+    def measure(self, network: EmbeddingNet) -> dict[str, float]:
+        test = limit(load(self.held_out)[1], self.max_identities)
         return measure(network.embed(test.pixels), test.labels)
 
 

@@ -1,6 +1,7 @@
-"""`python -m bench tolerance`: its states, its rows, its figure. No timings."""
+"""`python -m bench train-step --state`: its states and its rows. No timings."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,33 +25,48 @@ TINY = [
 
 
 def test_every_state_gives_a_row_a_tolerance(tmp_path, capsys):
-    saved = {"embeddings": torch.randn(8, 16), "weight": torch.randn(300, 16), "labels": torch.arange(8)}
-    torch.save(saved, tmp_path / "trained.pt")
-    states = ["random", "spread:0.3", f"trained:{tmp_path / 'trained.pt'}"]
-    out, figure = tmp_path / "rows.json", tmp_path / "kept.png"
-    assert (
-        main(["tolerance", "--state", ",".join(states), "--json", str(out), "--figure", str(figure), *TINY]) == 0
-    )
+    trained = tmp_path / "trained.pt"
+    tensors = {"embeddings": torch.randn(5, 24), "weight": torch.randn(300, 24), "labels": torch.arange(5)}
+    torch.save({**tensors, "scale": 20.0, "margin": 0.1}, trained)
+    states, out = ["random", "spread:0.3", str(trained)], tmp_path / "rows.json"
+    assert main(["train-step", "--state", ",".join(states), "--json", str(out), *TINY]) == 0
     rows = json.loads(out.read_text())
     assert [(row["state"], row["tolerance"]) for row in rows] == [(s, t) for s in states for t in (0, 1e-2, 1e-4)]
     for row in rows:
         assert row["dropped_mean"] <= row["dropped_max"] <= row["tolerance"]
-        assert (row["dx_error"] == 0) == (row["exact"] == 1)
+        assert (row["dx_error"] == 0) == (row["exact"] == 1) == (row["path"] == "exact")
         assert row["dx_error"] < max(1e-6, 10 * row["tolerance"])
+        assert row["median_s"] >= row["min_s"] > 0
     peaked = rows[4]
     assert 0 < peaked["kept"] < 0.5
-    assert figure.stat().st_size > 0
+    assert peaked["path"] == "sparse"
+    assert [rows[6][name] for name in ("batch", "classes", "dim", "scale", "margin")] == [5, 300, 24, 20.0, 0.1]
     assert "x 1.00" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("state", ["flat", "spread:", "spread:2", "trained:", "random:1"])
+def test_loads_what_the_examples_write(tmp_path, monkeypatch):
+    """A checkpoint of million.py, through head_state.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import head_state
+    import million
+
+    checkpoint, state, out = (tmp_path / name for name in ("million.pt", "state.pt", "rows.json"))
+    options = "--classes 400 --dim 32 --batch 50 --steps 20 --every 20 --sample-rate 0.5 --checkpoint"
+    million.main([*options.split(), str(checkpoint)])
+    head_state.main([str(checkpoint), str(state), "--batch", "9"])
+    assert main(["train-step", "--state", str(state), "--json", str(out), *TINY]) == 0
+    row = json.loads(out.read_text())[0]
+    assert [row[name] for name in ("batch", "classes", "dim", "scale")] == [9, 400, 32, million.SCALE]
+
+
+@pytest.mark.parametrize("state", ["flat", "spread:", "spread:2", "missing.pt", "random:1"])
 def test_refuses_a_state(state, capsys):
     with pytest.raises(SystemExit):
-        main(["tolerance", "--state", state])
+        main(["train-step", "--state", state])
     assert "is not random, spread:S" in capsys.readouterr().err
 
 
 def test_refuses_a_tolerance(capsys):
     with pytest.raises(SystemExit):
-        main(["tolerance", "--tolerance", "1"])
+        main(["train-step", "--tolerance", "1"])
     assert "is not a tolerance in [0, 1)" in capsys.readouterr().err

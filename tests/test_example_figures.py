@@ -1,5 +1,6 @@
 """The figures: gaps grow with the margin, curves are those of the margins, nothing covers the data."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -130,3 +131,18 @@ def test_the_command_writes_a_png(tmp_path, capsys):
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width >= 2000
+
+
+def test_density_has_the_share_where_dense_wins(tmp_path):
+    """Steps of 0.5 + 2 x share seconds against one of 1.5: even at a half."""
+    size = {"classes": 1000, "batch": 8, "dim": 16}
+    rows = [{**size, "path": "exact", "tolerance": 0.0, "kept": 1.0, "median_s": 1.5}]
+    rows += [
+        {**size, "path": "sparse", "tolerance": 10 * kept, "kept": kept, "median_s": 0.5 + 2 * kept}
+        for kept in (1e-3, 1e-2, 0.1)
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    (axes,) = figures.sparse_density(file).axes
+    assert [text.get_text() for text in axes.texts] == ["dense wins\nbeyond 50 %"]
+    assert "exact" in [text.get_text() for text in axes.get_legend().get_texts()]

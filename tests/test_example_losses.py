@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import compare_gradients
 import compare_losses
 import pytest
 import torch
@@ -223,3 +224,31 @@ def test_the_table_has_the_setting_that_was_best_held_out(monkeypatch, capsys):
         "| LMCL (CosFace) | margin 0.35, scale 12 | 50.0 ± 0.0 | 35.0 ± 10.0 | 75.0 ± 0.0 | n/a |",
         "| GB-CosFace | margin 0.2, scale 12 | diverged | diverged | diverged | diverged |",
     ]
+
+
+# Gradients
+
+
+@pytest.mark.filterwarnings("ignore:scale")
+def test_gradients_within_a_tolerance_train_as_the_exact_one_does(tmp_path, monkeypatch, capsys):
+    """At a scale at which half of 40 classes are dropped; sampling half of them is another training."""
+    tolerance, half = {"gradient_tolerance": 1e-6}, {"sample_rate": 0.5}
+    monkeypatch.setattr(compare_gradients, "GRADIENTS", {"exact": {}, "sparse": tolerance, "sampled": half})
+    monkeypatch.setattr(compare_gradients, "run_all", lambda chosen, *_: [trial.run() for trial in chosen])
+    options = ["--seeds", "1", "--epochs", "1", "--identities", "40", "--scale", "64"]
+    rates = []
+    monkeypatch.setattr(compare_gradients, "table", lambda found: rates.append(found) or "")
+    compare_gradients.main([*options, "--results", str(tmp_path / "gradients.json")])
+    exact, sparse, sampled = (runs[0] for runs in rates[0].values())
+    assert exact["kept"] == 1
+    assert sparse["kept"] < 0.9
+    assert sampled["kept"] == 0.5
+    assert abs(sparse["accuracy"] - exact["accuracy"]) < 0.05
+    assert min(run["head"] for run in (exact, sparse, sampled)) > 0
+
+
+def test_table_of_gradients():
+    rates = dict.fromkeys(compare_losses.COLUMNS, 0.5) | {"kept": 0.25, "head": 0.001, "step": 0.02}
+    lines = compare_gradients.table({"exact": [rates, rates], "sampled": [{}]}).splitlines()
+    assert lines[2] == f"| exact |{' 50.0 ± 0.0 |' * 4} 25.0 | 1.0 | 20.0 |"
+    assert lines[3].count("diverged") == 4

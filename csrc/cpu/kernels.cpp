@@ -273,11 +273,12 @@ void targets_in_tile(const int64_t* y, int64_t n, int64_t first_class, int64_t c
   }
 }
 
+// The first half of a tile's logsumexp: z becomes cos, or N(cos), and top its running maximum.
 template <typename T, bool kReshaped>
-void forward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                     int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
-                     double* row_sum, T* target_cos) {
-  T target[kTileRows], top[kTileRows], sum[kTileRows] = {};
+inline void cosines_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                       int64_t first_class, const Negatives<T>& negatives, const T* row_max, T* max_cos,
+                       T* target_cos, T* top) {
+  T target[kTileRows];
   const T *tau = negatives.tau, q = negatives.q, a = negatives.a, b = negatives.b;
   targets_in_tile(y, n, first_class, classes, target);
   for (int64_t i = 0; i < n; ++i) {
@@ -299,6 +300,15 @@ void forward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* 
       top[i] = cos > top[i] ? cos : top[i];  // a nan is passed over here and enters through the sum
     }
   }
+}
+
+template <typename T, bool kReshaped>
+void forward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                     int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
+                     double* row_sum, T* target_cos) {
+  T top[kTileRows], sum[kTileRows] = {};
+  cosines_of<T, kReshaped>(z, classes, n, stride, inv_norm, y, first_class, negatives, row_max, max_cos,
+                           target_cos, top);
   for (int64_t j = 0; j < classes; ++j) {
     const T* cos = z + j * stride;
 #pragma omp simd
@@ -584,17 +594,26 @@ void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t se
 // -- entries that are kept for a sparse backward -----------------------------------------------------------------
 
 #if defined(__AVX512F__)
-// Keeps what is above cut of 16 numbers, whose places are place, place + 1, ...; returns how many that are.
-inline int64_t keep_vector(const float* cos, const float* cut, uint32_t place, float* kept, Place* places) {
+// Keeps what is above cut of 16 numbers; returns how many that are.
+inline int64_t keep_vector(const float* cos, const float* cut, __m512i places, float* kept, Place* to) {
   const __m512 values = _mm512_loadu_ps(cos);
   const __mmask16 above = _mm512_cmp_ps_mask(values, _mm512_loadu_ps(cut), _CMP_GT_OQ);
   if (above == 0) return 0;
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i all = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(place)), lanes);
-  const __m512i chosen = _mm512_maskz_compress_epi32(above, all);
+  const __m512i chosen = _mm512_maskz_compress_epi32(above, places);
   _mm512_storeu_ps(kept, _mm512_maskz_compress_ps(above, values));
-  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(places), _mm512_cvtepi32_epi16(chosen));
+  _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, chosen));
   return __builtin_popcount(above);
+}
+
+// Their places are place, place + 1, ...
+inline int64_t keep_vector(const float* cos, const float* cut, uint32_t place, float* kept, Place* to) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return keep_vector(cos, cut, _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(place)), lanes), kept, to);
+}
+
+inline int64_t keep_vector(const float* cos, const float* cut, const Place* places, float* kept, Place* to) {
+  const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(places));
+  return keep_vector(cos, cut, _mm512_maskz_cvtepu16_epi32(0xffff, own), kept, to);
 }
 #endif
 
@@ -614,58 +633,106 @@ inline int64_t keep_vector(const T* cos, const T* cut, uint32_t place, T* kept, 
 }
 
 template <typename T>
-int64_t keep(const T* cos, int64_t classes, int64_t n, int64_t stride, const T* cut, const T* s, const T* row_max,
-             T* tail_top, double* tail, T* kept, Place* place) {
-  T sum[kTileRows] = {}, above[kTileRows];
-  for (int64_t i = 0; i < kTileRows; ++i) above[i] = i < n ? cut[i] : T(__builtin_inf());
-  const int64_t whole = n / 16 * 16;
+inline int64_t keep_vector(const T* cos, const T* cut, const Place* places, T* kept, Place* to) {
   int64_t count = 0;
-  for (int64_t j = 0; j < classes; ++j) {
-    const T* row = cos + j * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const T e = exp(s[i] * (row[i] - row_max[i]));
-      sum[i] += row[i] > above[i] ? T(0) : e;  // a nan is not above, and enters
-    }
-    const auto first = static_cast<uint32_t>(j << 8);
-    for (int64_t i = 0; i < whole; i += 16) {
-      count += keep_vector(row + i, above + i, first + static_cast<uint32_t>(i), kept + count, place + count);
-    }
-    for (int64_t i = whole; i < n; ++i) {
-      kept[count] = row[i];
-      place[count] = static_cast<Place>((j << 8) + i);
-      count += row[i] > above[i];
-    }
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    tail[i] = tail[i] * exp(s[i] * (tail_top[i] - row_max[i])) + sum[i];
-    tail_top[i] = row_max[i];
+  for (int64_t l = 0; l < 16; ++l) {  // `to` may be where the places are
+    const T value = cos[l];
+    const Place place = places[l];
+    kept[count] = value;
+    to[count] = place;
+    count += value > cut[l];
   }
   return count;
 }
 
 template <typename T>
+int64_t forward_and_keep(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                         int64_t first_class, const T* s, T* row_max, double* row_sum, T* target_cos, const T* cut,
+                         double* tail, T* kept, Place* place) {
+  T top[kTileRows], sum[kTileRows] = {}, dropped[kTileRows] = {}, above[kTileRows];
+  for (int64_t i = 0; i < kTileRows; ++i) above[i] = i < n ? cut[i] : T(__builtin_inf());
+  cosines_of<T, false>(z, classes, n, stride, inv_norm, y, first_class, {}, row_max, nullptr, target_cos, top);
+  const int64_t whole = n / 16 * 16;
+  int64_t count = 0;
+  for (int64_t j = 0; j < classes; ++j) {
+    const T* cos = z + j * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const T e = exp(s[i] * (cos[i] - top[i]));
+      sum[i] += e;
+      dropped[i] += cos[i] > above[i] ? T(0) : e;  // a nan is not above, and enters
+    }
+    const auto first = static_cast<uint32_t>(j << 8);
+    for (int64_t i = 0; i < whole; i += 16) {
+      count += keep_vector(cos + i, above + i, first + static_cast<uint32_t>(i), kept + count, place + count);
+    }
+    for (int64_t i = whole; i < n; ++i) {
+      kept[count] = cos[i];
+      place[count] = static_cast<Place>((j << 8) + i);
+      count += cos[i] > above[i];
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T shrink = exp(s[i] * (row_max[i] - top[i]));
+    row_sum[i] = row_sum[i] * shrink + sum[i];
+    tail[i] = tail[i] * shrink + dropped[i];
+    row_max[i] = top[i];
+  }
+  return count;
+}
+
+// The loops over entries compute kBatch of them with vectors, which read the samples' numbers by index, and then
+// add up one after the other.
+constexpr int64_t kBatch = 64;
+
+template <typename T>
 void tally(const T* kept, const Place* place, int64_t count, const T* s, const T* top, uint32_t* bins) {
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t i = place[k] & 255;
-    const T bin = s[i] * (top[i] - kept[k]) * T(kBinsPerNat);
-    ++bins[i * kBins + (bin < T(kBins - 1) ? static_cast<int64_t>(bin) : kBins - 1)];
+  int32_t bin[kBatch];
+  for (int64_t first = 0; first < count; first += kBatch) {
+    const int64_t some = count - first < kBatch ? count - first : kBatch;
+#pragma omp simd
+    for (int64_t k = 0; k < some; ++k) {
+      const int32_t i = place[first + k] & 255;
+      const T distance = s[i] * (top[i] - kept[first + k]) * T(kBinsPerNat);
+      bin[k] = i * static_cast<int32_t>(kBins) +
+               static_cast<int32_t>(distance < T(kBins - 1) ? distance : T(kBins - 1));  // so that nan is far
+    }
+    for (int64_t k = 0; k < some; ++k) ++bins[bin[k]];
   }
 }
 
 template <typename T>
 int64_t prune(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, const T* top,
               double* tail, uint32_t* row_count, T* to_kept, Place* to_place) {
+  T limit[kBatch], e[kBatch];
+  int32_t below[kBatch];
   int64_t left = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const T cos = kept[k];
-    const int64_t i = place[k] & 255;
-    const bool above = cos > cut[i];
-    to_kept[left] = cos;
-    to_place[left] = place[k];
-    left += above;
-    row_count[i] += above;
-    if (!above) tail[i] += exp(s[i] * (cos - top[i]));
+  for (int64_t first = 0; first < count; first += kBatch) {
+    const int64_t some = count - first < kBatch ? count - first : kBatch;
+    int32_t any = 0;
+#pragma omp simd reduction(+ : any)
+    for (int64_t k = 0; k < some; ++k) {
+      const int32_t i = place[first + k] & 255;
+      const T cos = kept[first + k], least = cut[i], mass = exp(s[i] * (cos - top[i]));
+      limit[k] = least;
+      e[k] = cos > least ? T(0) : mass;
+      below[k] = cos > least ? 0 : 1;
+      any += cos > least ? 0 : 1;
+    }
+    for (int64_t k = 0; any != 0 && k < some; ++k) {
+      const int64_t i = place[first + k] & 255;
+      tail[i] += e[k];
+      row_count[i] -= static_cast<uint32_t>(below[k]);
+    }
+    int64_t k = 0;
+    for (; k + 16 <= some; k += 16) {
+      left += keep_vector(kept + first + k, limit + k, place + first + k, to_kept + left, to_place + left);
+    }
+    for (; k < some; ++k) {
+      to_kept[left] = kept[first + k];
+      to_place[left] = place[first + k];
+      left += kept[first + k] > limit[k];
+    }
   }
   return left;
 }
@@ -673,16 +740,25 @@ int64_t prune(const T* kept, const Place* place, int64_t count, const T* cut, co
 template <typename T>
 int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s, const T* lse,
                   const T* g_lse, T* col_dot, double* dscale, T* g, uint8_t* classes, uint8_t* samples) {
+  T p[kBatch];
   int64_t left = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t i = place[k] & 255, j = place[k] >> 8;
-    if (g_lse[i] == 0) continue;
-    const T cos = kept[k], p = g_lse[i] * exp(s[i] * cos - lse[i]);
-    dscale[i] += p * cos;
-    col_dot[j] += s[i] * p * cos;
-    g[left] = s[i] * p * inv_norm[j];
-    classes[left] = static_cast<uint8_t>(j);
-    samples[left++] = static_cast<uint8_t>(i);
+  for (int64_t first = 0; first < count; first += kBatch) {
+    const int64_t some = count - first < kBatch ? count - first : kBatch;
+#pragma omp simd
+    for (int64_t k = 0; k < some; ++k) {
+      const int32_t i = place[first + k] & 255;
+      p[k] = g_lse[i] * exp(s[i] * kept[first + k] - lse[i]);
+    }
+    for (int64_t k = 0; k < some; ++k) {
+      const int64_t i = place[first + k] & 255, j = place[first + k] >> 8;
+      if (g_lse[i] == 0) continue;
+      const T along = p[k] * kept[first + k];
+      dscale[i] += along;
+      col_dot[j] += s[i] * along;
+      g[left] = s[i] * p[k] * inv_norm[j];
+      classes[left] = static_cast<uint8_t>(j);
+      samples[left++] = static_cast<uint8_t>(i);
+    }
   }
   return left;
 }
@@ -740,7 +816,7 @@ constexpr Kernels<T> kTable{kPanel<T>,
                             store_stochastic<T>,
                             finish_dx<T>,
                             normal,
-                            {keep<T>, tally<T>, prune<T>, gradients<T>, weighted_sum<T>}};
+                            {forward_and_keep<T>, tally<T>, prune<T>, gradients<T>, weighted_sum<T>}};
 
 }  // namespace
 

@@ -47,22 +47,23 @@ constexpr int64_t kPlaceClasses = 256;
 // Of the distance s_i (top_i - cos_ij) of an entry from the largest of its row. The last bin has no end.
 constexpr int64_t kBins = 256, kBinsPerNat = 8;
 
-constexpr int64_t kKeepSlack = 64;  // entries that keep() may write beyond those it counts
+constexpr int64_t kKeepSlack = 64;  // entries that forward_and_keep() may write beyond those it counts
 
 // The loops over the entries of the softmax that are kept for a sparse backward; see sparse.h.
 template <typename T>
 struct SparseKernels {
-  // Keeps the entries of a tile with cos_ij > cut_i, class by class, and returns how many there are. cos is as
-  // forward_tile leaves it; n, s and row_max too. tail_i, the sum of e^{s_i (cos_ij - tail_top_i)} over what was
-  // not kept, grows by the others, and tail_top_i becomes row_max_i.
-  int64_t (*keep)(const T* cos, int64_t classes, int64_t n, int64_t stride, const T* cut, const T* s,
-                  const T* row_max, T* tail_top, double* tail, T* kept, Place* place);
+  // As Kernels::forward_tile, and keeps the entries with cos_ij > cut_i, class by class; returns how many there
+  // are. tail_i is the running sum of e^{s_i (cos_ij - row_max_i)} over the others.
+  int64_t (*forward_and_keep)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm,
+                              const int64_t* y, int64_t first_class, const T* s, T* row_max, double* row_sum,
+                              T* target_cos, const T* cut, double* tail, T* kept, Place* place);
 
   // Adds entries to bins (samples, kBins).
   void (*tally)(const T* kept, const Place* place, int64_t count, const T* s, const T* top, uint32_t* bins);
 
   // Moves the entries with cos_ij > cut_i to the front of `to`, which may be where they are or before it, and
-  // returns how many there are. Adds e^{s_i (cos_ij - top_i)} of the others to tail_i.
+  // returns how many there are. Adds e^{s_i (cos_ij - top_i)} of the others to tail_i, and takes them off
+  // row_count_i.
   int64_t (*prune)(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, const T* top,
                    double* tail, uint32_t* row_count, T* to_kept, Place* to_place);
 

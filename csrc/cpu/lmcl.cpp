@@ -389,7 +389,8 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
   std::optional<Keeper<T>> keeper;
   if (keeps) {
     cache.lay_out(partition);
-    keeper.emplace(cache, partition, batch, s.data(), row_max.data(), row_sum.data(), options.gradient_tolerance);
+    keeper.emplace(cache, partition, batch, s.data(), row_max.data(), row_sum.data(), results.target_cos,
+                   options.gradient_tolerance);
   }
 
   runtime.parallel(partition.parts, [&](int64_t part) {
@@ -403,11 +404,14 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
         if (void* kept = cosines.at(first, i)) {
           kernels<T>().keep_cosines(z, classes, rows, x.tile_stride(), w.inv_norm, kept);
         }
+        if (keeper) {
+          keeper->forward_tile(part, z, first, classes, i, rows, x.tile_stride(), w.inv_norm);
+          return;
+        }
         kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
                                   batch.negatives.from(i), &row_max[part * n + i],
                                   max_cos.empty() ? nullptr : &max_cos[part * n + i], &row_sum[part * n + i],
                                   results.target_cos + i);
-        if (keeper) keeper->add(part, z, classes, i, rows, x.tile_stride());
       });
     });
   });

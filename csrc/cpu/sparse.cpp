@@ -21,13 +21,20 @@ constexpr double kNatsPerTile = 0.25;
 // What is dropped on the way is at most this share of the tolerance each, so that a few entries do not decide.
 constexpr double kShareOfOne = 1.0 / 32;
 
-// With more exact rows than that, what is left is not worth a second path: of the work, and of the rows on the
-// way.
-constexpr double kMostExact = 0.9, kMostGivenUp = 0.5;
+// With more exact rows than that, what is left is not worth a second path.
+constexpr double kMostExact = 0.85;
 
-// All is given up when, this share of the classes seen, so many times the entries there is room for are in sight.
-// Fewer may still come down: a sample looks spread until its first heavy class has come.
-constexpr double kEnoughSeen = 1.0 / 32, kTooMany = 3;
+// A row looks spread until its first heavy class has come; if it has but one in a thread's classes, that is among
+// the share f of them seen so far with probability f. So all is given up if fewer than 1 - kMostExact of the share
+// f of the rows do not look spread, once that is a share of kRowsExpected rows.
+constexpr double kRowsExpected = 8;
+
+// A row looks spread if it would keep more than the dense products are worth, or than there is room for, of the
+// classes seen so far and of this share of all: the largest of a normal distribution are yet to come.
+constexpr double kSlack = 1.0 / 32;
+
+// Full buffers are emptied to this share at most, so that they are not full again a tile later.
+constexpr double kMostFull = 0.875;
 
 // The bins of one sample from the result on hold at most `budget`, as a sum of e^{-distance}.
 int64_t first_dropped(const uint32_t* bins, double budget) {
@@ -99,82 +106,98 @@ Place* EntryCache<T>::place(int64_t part) const {
 
 template <typename T>
 Keeper<T>::Keeper(const EntryCache<T>& cache, const Partition& partition, const Batch<T>& batch, const T* s,
-                  const T* row_max, const double* row_sum, double tolerance)
+                  T* row_max, double* row_sum, T* target_cos, double tolerance)
     : cache_(cache),
       partition_(partition),
       batch_(batch),
       s_(s),
       row_max_(row_max),
       row_sum_(row_sum),
+      target_cos_(target_cos),
       tolerance_(tolerance),
       parts_(partition.parts),
       hopeless_(cache.empty()) {
   for (int64_t part = 0; part < partition.parts; ++part) {
     parts_[part].first_tile = partition.first_tile(part);
     parts_[part].cut.assign(batch.n, -kInfinity<T>);
-    parts_[part].tail_top.assign(batch.n, std::numeric_limits<T>::lowest());
     parts_[part].tail.assign(batch.n, 0);
     parts_[part].rows.resize(batch.n);
   }
 }
 
 template <typename T>
-void Keeper<T>::add(int64_t part, const T* cos, int64_t classes, int64_t i, int64_t rows, int64_t stride) {
-  if (hopeless_.load(std::memory_order_relaxed)) return;
-  Part& p = parts_[part];
-  const int64_t capacity = cache_.shape->capacity, most = classes * rows + kKeepSlack;
-  if (p.count + most > capacity) {
-    tighten(part);
-    if (p.count > capacity / 2) give_up_rows(part);
-    if (p.count + most > capacity) hopeless_ = true;
-    if (hopeless_) return;
+void Keeper<T>::forward_tile(int64_t part, T* z, int64_t first, int64_t classes, int64_t i, int64_t rows,
+                             int64_t stride, const T* inv_norm) {
+  const int64_t at = part * batch_.n + i;
+  if (!has_room(part, classes * rows + kKeepSlack)) {
+    kernels<T>().forward_tile(z, classes, rows, stride, inv_norm, batch_.y + i, first, s_ + i, {}, row_max_ + at,
+                              nullptr, row_sum_ + at, target_cos_ + i);
+    return;
   }
-  const int64_t kept = kernels<T>().sparse.keep(cos, classes, rows, stride, &p.cut[i], s_ + i,
-                                                row_max_ + part * batch_.n + i, &p.tail_top[i], &p.tail[i],
-                                                cache_.cos(part) + p.count, cache_.place(part) + p.count);
+  Part& p = parts_[part];
+  const int64_t kept = kernels<T>().sparse.forward_and_keep(
+      z, classes, rows, stride, inv_norm, batch_.y + i, first, s_ + i, row_max_ + at, row_sum_ + at,
+      target_cos_ + i, &p.cut[i], &p.tail[i], cache_.cos(part) + p.count, cache_.place(part) + p.count);
   cache_.counts(p.first_tile)[p.segments++] = static_cast<uint32_t>(kept);
   p.count += kept;
   if (i + rows == batch_.n) ++p.tiles;
-  const double too_much = kShareTooMuch * allowed(part);
-  for (int64_t r = i; r < i + rows; ++r) {
-    if (p.tail[r] > too_much * row_sum_[part * batch_.n + r]) p.cut[r] -= static_cast<T>(kNatsPerTile) / s_[r];
+  const double too_much = kShareTooMuch * tolerance_ * seen(part);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (p.tail[i + r] > too_much * row_sum_[at + r]) p.cut[i + r] -= static_cast<T>(kNatsPerTile) / s_[i + r];
   }
-  if (p.tiles == p.tighten_at) {
-    const int64_t before = p.count;
-    tighten(part);
-    p.tighten_at *= p.count > before / 2 ? 4 : 2;  // less often where it gains little
-    const int64_t tiles = partition_.first_tile(part + 1) - p.first_tile;
-    const int64_t enough = static_cast<int64_t>(kEnoughSeen * static_cast<double>(tiles)) + 1;
-    if (p.tiles < enough) p.tighten_at = std::min(p.tighten_at, enough);
-    const double seen = allowed(part) / tolerance_;
-    if (seen > kEnoughSeen && static_cast<double>(p.count) > kTooMany * seen * static_cast<double>(capacity)) {
-      hopeless_ = true;
-    }
-  }
-}
-
-// What may have been dropped by now, as a share of the sum by now.
-template <typename T>
-double Keeper<T>::allowed(int64_t part) const {
-  const Part& p = parts_[part];
+  if (p.tiles < p.tighten_at) return;
+  const int64_t before = p.count;
+  tighten(part);
+  p.tighten_at *= p.count > before / 2 ? 4 : 2;  // less often where it gains little
   const auto tiles = static_cast<double>(partition_.first_tile(part + 1) - p.first_tile);
-  return tolerance_ * static_cast<double>(p.tiles) / tiles;
+  const auto enough = static_cast<int64_t>(std::ceil(kRowsExpected / static_cast<double>(batch_.n) * tiles));
+  if (p.tiles < enough) p.tighten_at = std::min(p.tighten_at, enough);
 }
 
-// Raises the cuts as far as the entries seen so far allow.
+// Whether the part's buffer holds so many entries more, if need be at the expense of others.
+template <typename T>
+bool Keeper<T>::has_room(int64_t part, int64_t entries) {
+  const int64_t capacity = cache_.empty() ? 0 : cache_.shape->capacity;
+  if (hopeless_.load(std::memory_order_relaxed)) return false;
+  if (parts_[part].count + entries <= capacity) return true;
+  tighten(part);
+  give_up_rows(part);
+  if (parts_[part].count + entries > capacity) hopeless_ = true;
+  return !hopeless_;
+}
+
+// The share of the part's classes that has been seen.
+template <typename T>
+double Keeper<T>::seen(int64_t part) const {
+  const Part& p = parts_[part];
+  return static_cast<double>(p.tiles) / static_cast<double>(partition_.first_tile(part + 1) - p.first_tile);
+}
+
+// Raises the cuts as far as the entries seen so far allow, and gives up if too many rows look spread.
 template <typename T>
 void Keeper<T>::tighten(int64_t part) {
   Part& p = parts_[part];
   const T* top = row_max_ + part * batch_.n;
   tally(part, top);
+  const auto n = static_cast<double>(batch_.n);
+  const auto classes = static_cast<double>((partition_.first_tile(part + 1) - p.first_tile) * partition_.tile);
+  const double room = static_cast<double>(cache_.shape->capacity) / n;
+  const double most = std::min(kMostKept * classes, room) * (seen(part) + kSlack);
+  int64_t peaked = 0;
   for (int64_t i = 0; i < batch_.n; ++i) {
-    p.tail[i] *= std::exp(s_[i] * (p.tail_top[i] - top[i]));
-    p.tail_top[i] = top[i];
-    const double sum = row_sum_[part * batch_.n + i];
-    const double budget = kShareOnTheWay * allowed(part) * sum - p.tail[i];
-    const T light = top[i] + static_cast<T>(std::log(kShareOfOne * tolerance_ * sum)) / s_[i];
-    const T cut = std::min(light, cut_before(first_dropped(&p.bins[i * kBins], budget), top[i], s_[i]));
+    const uint32_t* bins = &p.bins[i * kBins];
+    const double sum = row_sum_[part * batch_.n + i], all = tolerance_ * sum;
+    const double budget = kShareOnTheWay * seen(part) * all - p.tail[i];
+    const T light = top[i] + static_cast<T>(std::log(kShareOfOne * all)) / s_[i];
+    const T cut = std::min(light, cut_before(first_dropped(bins, budget), top[i], s_[i]));
     p.cut[i] = std::max(p.cut[i], cut);
+    const bool given_up = p.cut[i] == kInfinity<T>;
+    peaked += !given_up && std::accumulate(bins, bins + first_dropped(bins, all), 0.0) <= most;
+  }
+  const double met = seen(part) * n;  // rows that have met their only heavy class
+  if (met >= kRowsExpected && static_cast<double>(peaked) < (1 - kMostExact) * met) {
+    hopeless_ = true;
+    return;
   }
   prune(part, p.cut.data(), top, p.tail.data());
 }
@@ -183,11 +206,12 @@ void Keeper<T>::tighten(int64_t part) {
 template <typename T>
 void Keeper<T>::give_up_rows(int64_t part) {
   Part& p = parts_[part];
+  const double full = std::min(seen(part), kMostFull) * static_cast<double>(cache_.shape->capacity);
+  const auto room = static_cast<int64_t>(full);
+  if (hopeless_ || p.count <= room) return;
   std::vector<int64_t> order(batch_.n);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.rows[a] > p.rows[b]; });
-  const double seen = allowed(part) / tolerance_;
-  const auto room = static_cast<int64_t>(std::min(seen, 0.5) * static_cast<double>(cache_.shape->capacity));
   int64_t left = p.count;
   for (int64_t i : order) {
     if (left <= room) break;
@@ -196,9 +220,10 @@ void Keeper<T>::give_up_rows(int64_t part) {
     p.tail[i] = kInfinity<double>;
   }
   const auto given_up = std::count(p.cut.begin(), p.cut.end(), kInfinity<T>);
-  if (static_cast<double>(given_up) > kMostGivenUp * static_cast<double>(batch_.n)) hopeless_ = true;
+  if (static_cast<double>(given_up) > kMostExact * static_cast<double>(batch_.n)) hopeless_ = true;
   if (hopeless_) return;
-  prune(part, p.cut.data(), row_max_ + part * batch_.n, p.tail.data());
+  std::vector<double> given(batch_.n);  // what is dropped of rows that are given up does not count
+  prune(part, p.cut.data(), row_max_ + part * batch_.n, given.data());
 }
 
 // Calls body(first sample of its block, number of entries) for the segments in order.
@@ -222,12 +247,14 @@ void Keeper<T>::tally(int64_t part, const T* top) {
     cos += count;
     place += count;
   });
+  for (int64_t i = 0; i < batch_.n; ++i) {
+    p.rows[i] = std::accumulate(&p.bins[i * kBins], &p.bins[i * kBins] + kBins, uint32_t{0});
+  }
 }
 
 template <typename T>
 void Keeper<T>::prune(int64_t part, const T* cut, const T* top, double* tail) {
   Part& p = parts_[part];
-  p.rows.assign(batch_.n, 0);
   T *cos = cache_.cos(part), *to_cos = cos;
   Place *place = cache_.place(part), *to_place = place;
   each_segment(p, [&](int64_t i, uint32_t& count) {
@@ -255,7 +282,7 @@ void Keeper<T>::finish(const Runtime& runtime) {
     for (int64_t part = 0; part < parts; ++part) {
       const Part& p = parts_[part];
       sum[i] += row_sum_[part * n + i] * std::exp(s_[i] * (row_max_[part * n + i] - top[i]));
-      if (p.tail[i] != 0) tail[i] += p.tail[i] * std::exp(s_[i] * (p.tail_top[i] - top[i]));
+      if (p.tail[i] != 0) tail[i] += p.tail[i] * std::exp(s_[i] * (row_max_[part * n + i] - top[i]));
     }
   }
   runtime.parallel(parts, [&](int64_t part) { tally(part, top.data()); });
