@@ -108,7 +108,7 @@ def test_training_is_torchs_on_the_specifications_gradients(backend, fused, torc
     for problem in problems:
         problem = problem.to(backend.device)
         upstream = random_upstream(problem, "loss")
-        loss = optim.lmcl(problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
+        loss = optim.lmcl(w, problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
         loss.backward(upstream.loss)
         optimizer.step()
     errors = [(v.detach().cpu().double() - want).norm() for v in (w, plain)]
@@ -367,7 +367,7 @@ def test_dtypes_of_weight_and_state_may_differ(backend, dtypes, state_dtype):
     theirs = torch.optim.AdamW([exact], lr=0.05, eps=0.1)
     for _ in range(2):
         upstream = random_upstream(problem, "loss")
-        loss = optim.lmcl(problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
+        loss = optim.lmcl(w, problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
         loss.backward(upstream.loss)
         exact.grad = evaluate_oracle(replace(problem, w=exact.detach()), upstream).dw
         optimizer.step(), theirs.step()
