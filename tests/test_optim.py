@@ -68,10 +68,10 @@ def relative_error(got, want) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
-@pytest.mark.parametrize(("backend", "steps"), STEPS)
-def test_equals_torch_on_the_same_gradients(backend, steps, fused, torchs, options, dtype, monkeypatch):
+@pytest.mark.parametrize(("backend_name", "steps"), STEPS)
+def test_equals_torch_on_the_same_gradients(backend_name, steps, fused, torchs, options, dtype, monkeypatch):
     """Many steps, element by element, in ulps of the largest value that the element has had."""
-    monkeypatch.setenv("COSFACE_BACKEND", backend)
+    monkeypatch.setenv("COSFACE_BACKEND", backend_name)
     heads = make_head(dtype), make_head(dtype)
     optimizers = fused([heads[0].weight], accumulate=True, **options), torchs([heads[1].weight], **options)
     largest = heads[0].weight.detach().abs()
@@ -92,10 +92,10 @@ def test_equals_torch_on_the_same_gradients(backend, steps, fused, torchs, optio
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
-@pytest.mark.parametrize(("backend", "steps"), STEPS)
-def test_training_is_torchs(backend, steps, fused, torchs, options, dtype):
+@pytest.mark.parametrize(("backend_name", "steps"), STEPS)
+def test_training_is_torchs(backend_name, steps, fused, torchs, options, dtype):
     """Weights and the gradients of the embeddings, which see the weight before it moves."""
-    head, other = make_head(dtype, backend), make_head(dtype, backend)
+    head, other = make_head(dtype, backend_name), make_head(dtype, backend_name)
     dx = train(head, fused(head.parameters(), **options), steps, dtype)
     want = train(other, torchs(other.parameters(), **options), steps, dtype)
     assert relative_error(head.weight.detach(), other.weight.detach()) < 100 * torch.finfo(dtype).eps

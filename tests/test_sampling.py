@@ -58,8 +58,8 @@ def test_every_negative_is_as_likely_and_sums_are_unbiased(rate):
     assert abs(error) < 4 * float(estimates.std()) / math.sqrt(draws)
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_equals_the_full_loss_at_rate_1(backend):
+@pytest.mark.parametrize("backend_name", BACKEND_NAMES)
+def test_equals_the_full_loss_at_rate_1(backend_name):
     problem = make_problem(9, 300, 24)
     sampler = ClassSampler(300, 1.0)
     classes, positions = sampler(problem.targets)
@@ -68,10 +68,10 @@ def test_equals_the_full_loss_at_rate_1(backend):
     upstream = random_upstream(problem, "loss")
 
     def sampled(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, backend, classes)[:4]
+        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, backend_name, classes)[:4]
 
     def full(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, backend)[:4]
+        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, backend_name)[:4]
 
     got, want = evaluate(sampled, problem, upstream), evaluate(full, problem, upstream)
     assert relative_error(got.loss, want.loss) < 1e-6
@@ -80,10 +80,10 @@ def test_equals_the_full_loss_at_rate_1(backend):
     assert make_head(1.0).sampler is None
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("backend_name", BACKEND_NAMES)
 @pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
-def test_rows_and_state_of_other_classes_stay(fused, backend):
-    head = make_head(0.1, backend)
+def test_rows_and_state_of_other_classes_stay(fused, backend_name):
+    head = make_head(0.1, backend_name)
     optimizer = fused(
         head.parameters(), lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if fused is FusedSGD else {})
     )
@@ -96,7 +96,7 @@ def test_rows_and_state_of_other_classes_stay(fused, backend):
         weight = head.weight.detach().clone()
         state = {k: v.clone() for k, v in optimizer.state[head.weight].items() if v.dim()}
         loss = head(x, labels)
-        expected = cosface_loss(x, weight[classes], positions, scale=16.0, backend=backend)
+        expected = cosface_loss(x, weight[classes], positions, scale=16.0, backend=backend_name)
         torch.testing.assert_close(loss, expected)
         loss.backward()
         optimizer.step()
