@@ -230,20 +230,21 @@ def test_the_table_has_the_setting_that_was_best_held_out(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:scale")
-def test_gradients_within_a_tolerance_train_as_the_exact_one_does(tmp_path, monkeypatch, capsys):
-    """At a scale at which half of 40 classes are dropped; sampling half of them is another training."""
-    tolerance, half = {"gradient_tolerance": 1e-6}, {"sample_rate": 0.5}
+def test_gradients_within_a_tolerance_train_as_the_exact_one_does(tmp_path, monkeypatch, restore_threads):
+    """At a scale at which most of 100 classes are dropped; on one thread, as run_all has it."""
+    torch.set_num_threads(1)
+    tolerance, half = {"gradient_tolerance": 1e-2}, {"sample_rate": 0.5}
     monkeypatch.setattr(compare_gradients, "GRADIENTS", {"exact": {}, "sparse": tolerance, "sampled": half})
     monkeypatch.setattr(compare_gradients, "run_all", lambda chosen, *_: [trial.run() for trial in chosen])
-    options = ["--seeds", "1", "--epochs", "1", "--identities", "40", "--scale", "64"]
+    options = ["--seeds", "1", "--epochs", "1", "--identities", "100", "--scale", "64"]
     rates = []
     monkeypatch.setattr(compare_gradients, "table", lambda found: rates.append(found) or "")
     compare_gradients.main([*options, "--results", str(tmp_path / "gradients.json")])
     exact, sparse, sampled = (runs[0] for runs in rates[0].values())
     assert exact["kept"] == 1
-    assert sparse["kept"] < 0.9
+    assert sparse["kept"] < 0.7
     assert sampled["kept"] == 0.5
-    assert abs(sparse["accuracy"] - exact["accuracy"]) < 0.05
+    assert abs(sparse["accuracy"] - exact["accuracy"]) < 0.1
     assert min(run["head"] for run in (exact, sparse, sampled)) > 0
 
 

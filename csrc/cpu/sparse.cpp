@@ -79,7 +79,7 @@ void EntryCache<T>::lay_out(const Partition& partition) const {
   const int64_t left = bytes_ - round_up(entries, 64) - table_bytes(partition.tiles) - 64;
   const int64_t each =
       left / static_cast<int64_t>(sizeof(T) + sizeof(Place)) / std::max<int64_t>(partition.parts, 1);
-  const int64_t one_tile = partition.tile * std::min(n_, kTileRows) + kKeepSlack;
+  const int64_t one_tile = std::min(partition.tile, classes) * std::min(n_, kTileRows) + kKeepSlack;
   if (partition.tile <= kPlaceClasses && each >= 2 * one_tile) shape->capacity = each / 64 * 64;
 }
 
