@@ -314,7 +314,7 @@ def sparse_density(results: Path = DENSITY) -> Figure:
     axes.set(xscale="log", xlim=(float(100 * share[0]), 100), ylim=(0, 1.3 * float(exact)))
     axes.set(xlabel="entries kept (%)", ylabel="time of a training step (s)")
     axes.set_title(f"{classes:,} classes, {rows[0]['batch']} samples, D = {rows[0]['dim']}")
-    axes.legend(loc="upper left")
+    axes.legend(loc="center left")
     axes.grid(alpha=0.25)
     return figure
 
