@@ -151,7 +151,7 @@ def test_rows_that_move_inside_backward_move_by_the_same_gradient(backend, norma
     options = _options(problem, "all", normalize_weight)
     moved, plain = (problem.w.clone().requires_grad_() for _ in range(2))
     optimizer = FusedSGD([moved], lr=0.5)
-    for w, lmcl in ((moved, optim.lmcl), (plain, torch.ops.cosface.lmcl)):
+    for w, lmcl in ((moved, partial(optim.lmcl, moved)), (plain, torch.ops.cosface.lmcl)):
         lmcl(problem.x, w, problem.targets, problem.scale, 0.3, backend.name, **options)[0].sum().backward()
     optimizer.step()
     torch.testing.assert_close(moved, plain - 0.5 * plain.grad)
