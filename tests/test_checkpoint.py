@@ -18,6 +18,8 @@ CLASSES, DIM = 7, 6
 class Run:
     """A small training run, on a group or alone."""
 
+    parts = ("backbone", "head", "optimizer")
+
     def __init__(self, group=None, optimizer="sgd", classes=CLASSES, seed=0):
         torch.manual_seed(seed)
         self.group = group
@@ -47,33 +49,36 @@ class Run:
     def train(self, steps: int) -> list[float]:
         losses = []
         for _ in range(steps):
-            data = torch.randn(5, 4, generator=self.data, dtype=torch.float64)
-            labels = torch.randint(self.classes, (5,), generator=self.data)
             self.optimizer.zero_grad()
-            loss = self.head(self.ddp(data), labels)
+            loss = self.loss()
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
             losses.append(loss.item())
         return losses
 
+    def loss(self) -> torch.Tensor:
+        data = torch.randn(5, 4, generator=self.data, dtype=torch.float64)
+        labels = torch.randint(self.classes, (5,), generator=self.data)
+        return self.head(self.ddp(data), labels)
+
     def everything(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state, whole."""
         tensors: dict[str, torch.Tensor] = {}
-        for name in ("backbone", "head", "optimizer"):
+        for name in self.parts:
             checkpoint._encode(getattr(self, name).state_dict(), name, tensors)
         return {k: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for k, t in tensors.items()}
 
 
-def _save(rank, group, folder, optimizer):
-    run = Run(group, optimizer)
+def save(rank, group, folder, optimizer, kind=Run):
+    run = kind(group, optimizer)
     run.train(3)
     checkpoint.save(folder, 3, **run.objects)
     return run.everything(), run.train(3)
 
 
-def _load(rank, group, folder, optimizer):
-    run = Run(group, optimizer, seed=9)
+def load(rank, group, folder, optimizer, kind=Run):
+    run = kind(group, optimizer, seed=9)
     run.train(1)
     step = checkpoint.load(folder, **run.objects)
     return step, run.everything(), run.schedule.last_epoch, run.train(3)
@@ -83,10 +88,10 @@ def _load(rank, group, folder, optimizer):
 def test_loads_on_any_number_of_ranks(ranks, tmp_path, optimizer):
     """Weights, optimizer state and schedule are the same on 1, 2, 3 and 4 ranks, and with none at all; on as many
     ranks as saved it, the losses go on to the bit."""
-    saved = ranks.results(3, _save, tmp_path, optimizer)
+    saved = ranks.results(3, save, tmp_path, optimizer)
     want, _ = saved[0]
     for world in range(1, LARGEST_WORLD + 1):
-        for rank, (step, got, epoch, after) in enumerate(ranks.results(world, _load, tmp_path, optimizer)):
+        for rank, (step, got, epoch, after) in enumerate(ranks.results(world, load, tmp_path, optimizer)):
             assert (step, epoch) == (3, 3)
             assert got.keys() == want.keys()
             for key, tensor in want.items():

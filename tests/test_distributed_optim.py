@@ -9,13 +9,14 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
+import test_checkpoint
 import torch
 from ranks import LARGEST_WORLD
 from support import F32, F64, Dtypes, make_problem
 from test_distributed import assert_as_good_as_one
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import (
@@ -474,8 +475,10 @@ def test_under_torch_compile(ranks):
         assert all(torch.equal(got, want) for got, want in zip(compiled, plain, strict=True))
 
 
-class Run:
+class Run(test_checkpoint.Run):
     """A head that samples its classes, its optimizer and its schedule, on a group or alone."""
+
+    parts = ("head", "optimizer")
 
     def __init__(self, group, optimizer: type, seed: int = 0):
         torch.manual_seed(seed)
@@ -496,50 +499,24 @@ class Run:
             "generators": {"data": self.data},
         }
 
-    def train(self, steps: int) -> list[float]:
-        losses = []
-        for _ in range(steps):
-            x = torch.randn(3, 6, generator=self.data, dtype=torch.float64)
-            loss = self.head(x, torch.randint(23, (3,), generator=self.data))
-            loss.backward()
-            self.optimizer.step()
-            self.schedule.step()
-            losses.append(loss.item())
-        return losses
-
-    def everything(self) -> dict[str, Tensor]:
-        """Every tensor of the state, whole."""
-        tensors: dict[str, Tensor] = {}
-        for name in ("head", "optimizer"):
-            checkpoint._encode(getattr(self, name).state_dict(), name, tensors)
-        return {k: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for k, t in tensors.items()}
-
-
-def _save(rank, group, folder, optimizer):
-    run = Run(group, optimizer)
-    run.train(3)
-    checkpoint.save(folder, 3, **run.objects)
-    return run.everything(), run.train(3)
-
-
-def _load(rank, group, folder, optimizer):
-    run = Run(group, optimizer, seed=9)
-    run.train(1)
-    step = checkpoint.load(folder, **run.objects)
-    return step, run.everything(), run.schedule.last_epoch, run.train(3)
+    def loss(self) -> Tensor:
+        x = torch.randn(3, 6, generator=self.data, dtype=torch.float64)
+        return self.head(x, torch.randint(23, (3,), generator=self.data))
 
 
 @pytest.mark.parametrize("optimizer", [FusedSGD, FusedAdamW])
 def test_checkpoints_load_on_any_number_of_ranks(ranks, tmp_path, optimizer):
     """Weight, state, draws and schedule are the same on 1, 2, 3 and 4 ranks, and with none at all; on as many
     ranks as saved it, the losses go on to the bit."""
-    saved = ranks.results(3, _save, tmp_path, optimizer)
+    saved = ranks.results(3, test_checkpoint.save, tmp_path, optimizer, Run)
     want, _ = saved[0]
     assert int(want["head/sampler.draws"]) == 3
     assert {t.dtype for key, t in want.items() if "optimizer/state/0/" in key and t.dim()} == {torch.float32}
     assert all(bool(want[key].any()) for key in want)
     for world in WORLDS:
-        for rank, (step, got, epoch, after) in enumerate(ranks.results(world, _load, tmp_path, optimizer)):
+        for rank, (step, got, epoch, after) in enumerate(
+            ranks.results(world, test_checkpoint.load, tmp_path, optimizer, Run)
+        ):
             assert (step, epoch) == (3, 3)
             assert got.keys() == want.keys()
             for key, tensor in want.items():
