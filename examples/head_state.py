@@ -3,8 +3,8 @@
     python examples/head_state.py build/runs/hangul state.pt      # of the output folder of train.py
     python examples/head_state.py million.pt state.pt             # of a checkpoint of million.py
 
-The file has embeddings, their labels, the weight, s and m: of the batch that would come next in train.py's training,
-or of new samples of random identities of million.py.
+The file has embeddings, their labels, the weight, s and m: of the batch that would come next in train.py's
+training, or of new samples of random identities of million.py.
 """
 
 from __future__ import annotations
