@@ -69,11 +69,11 @@ def lmcl(
 
 
 @lmcl.register_fake
-def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0, gradient_tolerance=0.0, *_):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0, gradient_tolerance=0.0, *rest):  # type: ignore[no-untyped-def]
     rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(4))
-    return *rows, x.new_empty(
-        Options(classes, cache_bytes, gradient_tolerance).cache_size(x, w), dtype=torch.uint8
-    )
+    options = Options(classes, cache_bytes, gradient_tolerance, *rest)
+    size = select(backend, x, w, options).cache_size(x, w, options) if w.shape[0] else 0
+    return *rows, x.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op("cosface::lmcl_backward", mutates_args=())

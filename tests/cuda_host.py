@@ -28,7 +28,7 @@ def _backend():
 
 
 _cuda = _backend()
-forward, backward = _cuda.forward, _cuda.backward
+cache_size, forward, backward = _cuda.cache_size, _cuda.forward, _cuda.backward
 backward_update_, apply_update_ = _cuda.backward_update_, _cuda.apply_update_
 
 

@@ -6,8 +6,9 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
     unavailable()                None if it can run on this machine, else the reason
     unsupported(x, w, options)   None if it takes these tensors and `Options`, else the reason
     describe()                   how it runs on this machine
+    cache_size(x, w, options)    bytes that forward leaves for backward, also of tensors without memory
     forward(x, w, targets, scale, margin, options)
-        -> loss, lse, target_cos, max_neg, each (N,), and cache, bytes for backward, empty unless asked for
+        -> loss, lse, target_cos, max_neg, each (N,), and cache, uint8
     backward(x, w, targets, scale, lse, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
         -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
     backward_update_(..., state=..., update=..., options=..., need_dx=...), the same tensors
@@ -31,6 +32,8 @@ class Backend(Protocol):
     def unsupported(self, x: Tensor, w: Tensor, options: Options) -> str | None: ...
 
     def describe(self) -> str: ...
+
+    def cache_size(self, x: Tensor, w: Tensor, options: Options) -> int: ...
 
     def forward(
         self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
@@ -70,7 +73,10 @@ def select(name: str | None, x: Tensor, w: Tensor, options: Options = PLAIN) -> 
     reasons: list[str] = []
     for candidate in [name] if name else BACKENDS:
         backend = BACKENDS[candidate]
-        reason = backend.unavailable() or backend.unsupported(x, w, options)
+        if name:
+            reason = backend.unavailable() or backend.unsupported(x, w, options)
+        else:  # the other way around: tensors on a CPU must not start a GPU and a compiler
+            reason = backend.unsupported(x, w, options) or backend.unavailable()
         if reason is None:
             if reasons and backend is reference:
                 warnings.warn(

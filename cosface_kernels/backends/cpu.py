@@ -36,10 +36,14 @@ def describe() -> str:
     return f"instruction set {_C.instruction_set()}, {_C.threads()} threads"
 
 
+def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
+    return options.cache_size(x, w)
+
+
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    cache = _C.empty_bytes(options.cache_size(x, w))
+    cache = _C.empty_bytes(cache_size(x, w, options))
     return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, cache)), cache
 
 

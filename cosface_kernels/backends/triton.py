@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cosface_kernels.backends import triton_tiles
 from cosface_kernels.backends.triton_tiles import Key, Tile
-from cosface_kernels.options import PLAIN, Options, Update, empty_cache
+from cosface_kernels.options import PLAIN, Options, Update
 
 MIN_VERSION = (3, 2)
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
@@ -58,7 +58,7 @@ def _compile_failure() -> str | None:
     """Why a kernel cannot be compiled or launched here (no C compiler, too old a driver), or None."""
     one = torch.ones(1, 1, device="cuda")
     try:
-        _forward(one, one, one.new_zeros(1, dtype=torch.int64), one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
+        _forward(one, one, one[0], one.new_zeros(1, dtype=torch.int64), one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
     except (RuntimeError, OSError, triton.errors.TritonError) as error:
         return f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
     return None
@@ -83,37 +83,64 @@ def describe() -> str:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    if len(x) == 0:
-        return *_four_rows(x), empty_cache(x)
     with torch.cuda.device_of(x):
+        w_norm = _class_norms(x, w, options)
+        if len(x) == 0:
+            return *_four_rows(x), w_norm.view(torch.uint8)
         some_w, some_options = _tuning_sample(w, options)
         tile = triton_tiles.choose(
             "class_statistics",
             _key(x, w, options),
-            lambda tile: _forward(x, some_w, targets, scale, margin, some_options, tile),
+            lambda tile: _forward(x, some_w, w_norm, targets, scale, margin, some_options, tile),
         )
-        return *_forward(x, w, targets, scale, margin, options, tile), empty_cache(x)
+        return *_forward(x, w, w_norm, targets, scale, margin, options, tile), w_norm.view(torch.uint8)
+
+
+def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
+    """Of the norms of the classes."""
+    return torch.float32.itemsize * _count(w, options) if options.normalize_weight else 0
+
+
+def _class_norms(x: Tensor, w: Tensor, options: Options) -> Tensor:
+    """|w_j| of the classes, (C,) float32; nothing without normalize_weight."""
+    C = _count(w, options)
+    w_norm = x.new_empty(C if options.normalize_weight else 0, dtype=torch.float32)
+    if options.normalize_weight:
+        block_c, block_d = triton_tiles.row_block(w.shape[1])
+        chosen, is_chosen = _chosen(w, options)
+        kernels.class_norms[(triton.cdiv(C, block_c),)](
+            w, chosen, w_norm, C,
+            D=w.shape[1], BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=is_chosen,
+        )  # fmt: skip
+    return w_norm
 
 
 def _forward(
-    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options, tile: Tile
+    x: Tensor,
+    w: Tensor,
+    w_norm: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    margin: float,
+    options: Options,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (N, D), C = x.shape, _count(w, options)
     scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
     row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
     tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
     splits = triton.cdiv(tiles, tiles_per_split)
-    parts = x.new_empty(3, splits, N, dtype=torch.float32)  # top, max_cos, sum_exp
+    top, max_cos, sum_exp = (x.new_empty(splits, N, dtype=torch.float32) for _ in range(3))
     chosen, is_chosen = _chosen(targets, options)
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen}
     kernels.class_statistics[row_blocks, splits](
-        x, w, chosen, targets, scale, *_polynomial(options, scale), *parts, N, C, *x.stride(), tiles_per_split,
-        **_blocks(tile, x, w), **variant,
+        x, w, chosen, w_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, N, C, *x.stride(),
+        tiles_per_split, **_blocks(tile, x, w), **variant,
     )  # fmt: skip
     results = _four_rows(x)  # loss, lse, target_cos, max_neg
     kernels.merge_statistics[(triton.cdiv(N, ROWS),)](
-        *parts, x, w, chosen, targets, scale, *results, N, C, splits, margin, *x.stride(),
+        top, max_cos, sum_exp, x, w, chosen, targets, scale, *results, N, C, splits, margin, *x.stride(),
         BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D, OPERAND=_operand(x, w), **variant,
     )  # fmt: skip
     return results
@@ -126,7 +153,7 @@ def _tuning_sample(w: Tensor, options: Options) -> tuple[Tensor, Options]:
 
 
 def _count(w: Tensor, options: Options) -> int:
-    return len(w if options.classes is None else options.classes)
+    return (w if options.classes is None else options.classes).shape[0]
 
 
 def _chosen(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
@@ -169,11 +196,12 @@ Move = Callable[[int, Tensor], None]  # by the number of the first class and the
 def _tuned_backward(
     tensors: tuple[Tensor, ...], options: Options, need_dx: bool, need_dw: bool, move: Move | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, w, *per_row, _ = tensors
+    x, w, *per_row, cache = tensors
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return _backward_of_nothing(x, w, options, need_dx, need_dw, move)
         per_row = [values.contiguous() for values in per_row]  # targets, scale, lse, g_lse, g_cos: (N,)
+        w_norm = cache.view(torch.float32) if len(cache) else _class_norms(x, w, options)
         key, (some_w, some_options) = _key(x, w, options), _tuning_sample(w, options)
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
 
@@ -181,13 +209,14 @@ def _tuned_backward(
 
         def choose(kernel: str) -> Tile:
             def run(tile: Tile) -> object:
-                return _backward(x, some_w, per_row, some_options, need_dx, need_dw, {**tiles, kernel: tile}, stay)
+                candidate = {**tiles, kernel: tile}
+                return _backward(x, some_w, w_norm, per_row, some_options, need_dx, need_dw, candidate, stay)
 
             return triton_tiles.choose(kernel, key, run)
 
         for kernel in tiles:
             tiles[kernel] = choose(kernel)
-        return _backward(x, w, per_row, options, need_dx, need_dw, tiles, move)
+        return _backward(x, w, w_norm, per_row, options, need_dx, need_dw, tiles, move)
 
 
 def _backward_of_nothing(
@@ -208,6 +237,7 @@ def _backward_of_nothing(
 def _backward(
     x: Tensor,
     w: Tensor,
+    w_norm: Tensor,
     per_row: list[Tensor],
     options: Options,
     need_dx: bool,
@@ -231,7 +261,7 @@ def _backward(
     row_blocks, class_tiles = triton.cdiv(N, of_g.n), triton.cdiv(chunk, of_g.c)
 
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
-    x_norm, w_norm, class_dot = float32(N), float32(chunk), float32(row_blocks, chunk)
+    x_norm, class_dot = float32(N), float32(row_blocks, chunk)
     negative_dot, target_dot = float32(class_tiles, N).zero_(), float32(N)
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     scale_dot = torch.zeros_like(negative_dot) if reshape else negative_dot
@@ -251,19 +281,19 @@ def _backward(
     dw = w.new_empty((C, D) if need_dw and move is None else 0)
     dw_of_chunk = float32(chunk if move else 0, D)
     for first in range(0, C, chunk):
-        kernels.logit_gradients[row_blocks, class_tiles](
-            x, w, chosen, targets, scale, lse, g_lse, g_cos, *_polynomial(options, scale), x_norm, unit, g, w_norm,
-            negative_dot, scale_dot, class_dot, N, C, first, chunk, *x.stride(), **_blocks(of_g, x, w),
+        kernels.logit_gradients[(row_blocks * class_tiles,)](
+            x, w, chosen, w_norm, targets, scale, lse, g_lse, g_cos, *_polynomial(options, scale), x_norm, unit, g,
+            negative_dot, scale_dot, class_dot, N, C, first, chunk, row_blocks, *x.stride(), **_blocks(of_g, x, w),
             NORMALIZE=normalize, RESHAPE=reshape, CHOSEN=is_chosen,
         )  # fmt: skip
         if need_dx:
             kernels.embedding_gradients[dx_blocks, splits](
                 g, w, chosen, w_norm, dx_hat, N, C, first, chunk, triton.cdiv(N, of_dx.n), tiles_per_split,
-                **_blocks(of_dx, x, w), CHOSEN=is_chosen,
+                **_blocks(of_dx, x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
             )  # fmt: skip
         if need_dw:
             rows = dw_of_chunk if move else dw[first:]
-            kernels.weight_gradients[triton.cdiv(D, of_dw.d), triton.cdiv(chunk, of_dw.c)](
+            kernels.weight_gradients[(triton.cdiv(D, of_dw.d) * triton.cdiv(chunk, of_dw.c),)](
                 g, x_hat, w, chosen, w_norm, class_dot, largest_unit, rows, N, C, first, chunk, row_blocks,
                 **_blocks(of_dw, x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
             )  # fmt: skip
@@ -331,7 +361,8 @@ def precision(operand: torch.dtype) -> str:
     """
     if operand != torch.float32 or INTERPRETED or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # Not `allow_tf32`, which raises once a user has set `fp32_precision`; this one follows either.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:

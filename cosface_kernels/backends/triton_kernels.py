@@ -9,6 +9,7 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 
 | kernel | FLOPs | bytes of w and dw from memory |
 |---|---|---|
+| class_norms | 2 C D | b C D |
 | class_statistics | 2 N C D | b C D |
 | logit_gradients | 2 N C D | b C D |
 | embedding_gradients | 2 N C D | b C D, or from L2 |
@@ -16,15 +17,15 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 | sgd_rows, adamw_rows | 10 C D | 2 b C D for w, or half of it from L2; 2 C D numbers of each state; dw is in L2 |
 
 Predicted floor of a step in bfloat16, D = 512, from the makers' dense rates (A100 312 TFLOP/s and 2.0 TB/s, H100
-SXM 989 and 3.35, B200 2,250 and 8): the larger of 8 N C D / rate and 3 b C D / bandwidth, where w is read once
-forward, once backward (its chunk staying in L2) and dw written once. Times are in ms.
+SXM 989 and 3.35, B200 2,250 and 8): the larger of 8 N C D / rate and 4 b C D / bandwidth, where w is read once for
+its norms, once forward, once backward (its chunk staying in L2) and dw written once. Times are in ms.
 
 | C | N | A100 | H100 | B200 | bound by |
 |---|---|---|---|---|---|
-| 1M | 256 | 3.4 | 1.1 | 0.5 | tensor cores (memory: 1.5, 0.9, 0.4) |
+| 1M | 256 | 3.4 | 1.2 | 0.5 | memory, but for the A100 (tensor cores: 3.4, 1.1, 0.5) |
 | 1M | 1024 | 13 | 4.2 | 1.9 | tensor cores |
 | 1M | 4096 | 54 | 17 | 7.5 | tensor cores |
-| 10M | 256 | 34 | 11 | 4.7 | tensor cores (memory: 15, 9, 4) |
+| 10M | 256 | 34 | 12 | 5.1 | memory, but for the A100 (tensor cores: 34, 11, 4.7) |
 | 10M | 1024 | 134 | 42 | 19 | tensor cores |
 | 10M | 4096 | 538 | 170 | 75 | tensor cores |
 
@@ -62,15 +63,24 @@ def _weight_rows(chosen, classes, is_class, CHOSEN: tl.constexpr):
 
 @triton.jit
 def _norms(
-    x, rows, is_row, row_stride, column_stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    rows,
+    is_row,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr = tl.float32,
 ):
-    """|x_i| of a block of rows."""
+    """|x_i| of a block of rows, rounded to operands."""
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         tile = tl.load(
             x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & (d < D)[None, :], other=0.0
-        ).to(tl.float32)
+        )
+        tile = tile.to(OPERAND).to(tl.float32)
         squares += tl.sum(tile * tile, 1)
     return tl.sqrt(squares)
 
@@ -91,24 +101,51 @@ def _dot_tile(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    NORMALIZE: tl.constexpr,
 ):
-    """<x_i, w_j> (BLOCK_N, BLOCK_C), and |w_j| from the same loads; both see the weight rounded to operands.
+    """<x_i, w_j> (BLOCK_N, BLOCK_C).
 
-    Without NORMALIZE, 1 takes the place of |w_j|.
+    The product is the one user of its tiles: of a tile that something else reads too (a norm, say), Triton's
+    pipeliner keeps one copy too few, and a load overwrites what a pending product of Hopper still reads.
     """
     dot = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    squares = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
         dot = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile.to(OPERAND)), dot, input_precision=PRECISION)
-        if NORMALIZE:
-            w_full = w_tile.to(OPERAND).to(tl.float32)
-            squares += tl.sum(w_full * w_full, 1)
-    return dot, tl.sqrt(squares) if NORMALIZE else squares + 1.0
+    return dot
+
+
+@triton.jit
+def _inverse_norm(w_norm, classes, is_class, NORMALIZE: tl.constexpr):
+    """1 / |w_j| of a block of classes, 1 without NORMALIZE."""
+    norm = (
+        tl.load(w_norm + classes, mask=is_class, other=1.0)
+        if NORMALIZE
+        else tl.full(classes.shape, 1.0, tl.float32)
+    )
+    return 1 / tl.maximum(norm, EPS)
+
+
+@triton.jit(do_not_specialize=["C"])
+def class_norms(
+    w,
+    chosen,
+    w_norm,
+    C,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """w_norm (C,), |w_j| of every class, its weight rounded to operands as the products see it."""
+    classes = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_class = classes < C
+    rows = _weight_rows(chosen, classes, is_class, CHOSEN)
+    norm = _norms(w, rows, is_class, D, 1, D, BLOCK_C, BLOCK_D, OPERAND)
+    tl.store(w_norm + classes, norm, mask=is_class)
 
 
 @triton.jit
@@ -132,11 +169,12 @@ def _shrink(factor, old_max, new_max):
     return tl.exp2(factor * tl.where(old_max == -float("inf"), 0.0, old_max - new_max))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "tiles_per_split"])
 def class_statistics(
     x,
     w,
     chosen,
+    w_norm,
     targets,
     scale,
     thresholds,
@@ -162,6 +200,7 @@ def class_statistics(
     """Of one split of the classes, for each row: max N(cos) and sum e^{z - s max} over the negatives, and max cos.
 
     Grid (row blocks, splits): the row blocks of a split run side by side and share its class rows in L2.
+    w_norm: (C,); not read without NORMALIZE.
     top, max_cos, sum_exp: (splits, N); without RESHAPE, N(c) = c, and max_cos is not written.
     """
     split = tl.program_id(1)
@@ -183,7 +222,7 @@ def class_statistics(
     for tile in range(split * tiles_per_split, last_tile):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         is_class = classes < C
-        dot, w_norm = _dot_tile(
+        dot = _dot_tile(
             x,
             w,
             rows,
@@ -198,10 +237,10 @@ def class_statistics(
             BLOCK_D,
             OPERAND,
             PRECISION,
-            NORMALIZE,
         )
+        w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
         is_negative = is_class[None, :] & (classes[None, :] != target[:, None])
-        u = tl.where(is_negative, dot * (1 / tl.maximum(w_norm, EPS))[None, :], -float("inf"))
+        u = tl.where(is_negative, dot * w_inverse[None, :], -float("inf"))
         if RESHAPE:
             cos = u * x_inverse[:, None]
             running_cos = tl.maximum(running_cos, tl.max(cos, 1))
@@ -267,7 +306,7 @@ def _target_cos(
     return tl.where(has_target, cos, 0.0), x_norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "splits"])
 def merge_statistics(
     top,
     max_cos,
@@ -340,7 +379,7 @@ def _is_active(g_lse, g_cos):
     return (g_lse != 0.0) | (g_cos != 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C"])
 def normalize_embeddings(
     x,
     w,
@@ -394,11 +433,12 @@ def normalize_embeddings(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "row_blocks"])
 def logit_gradients(
     x,
     w,
     chosen,
+    w_norm,
     targets,
     scale,
     lse,
@@ -409,7 +449,6 @@ def logit_gradients(
     x_norm,
     unit,
     g,
-    w_norm,
     negative_dot,
     scale_dot,
     class_dot,
@@ -417,6 +456,7 @@ def logit_gradients(
     C,
     first_class,
     chunk,
+    row_blocks,
     x_row_stride,
     x_column_stride,
     D: tl.constexpr,
@@ -431,17 +471,19 @@ def logit_gradients(
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
-    Grid (row blocks, class tiles of the chunk). g: (N, chunk), scaled by G_LIFT / unit_i. w_norm: (chunk,).
+    Grid (row blocks x class tiles of the chunk), the row blocks of a tile side by side; not two axes, because one
+    of many tiles may be longer than all but the first can be. g: (N, chunk), scaled by G_LIFT / unit_i, 0 where
+    there is no class, so that who reads it need not ask. w_norm: (C,); not read without NORMALIZE.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
     """
-    row_block, tile = tl.program_id(0), tl.program_id(1)
+    row_block, tile = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     classes = first_class + columns
     is_row = rows < N
-    is_class = (columns < chunk) & (classes < C)
+    is_class = classes < C
     row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
     row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
     active = is_row & _is_active(row_g_lse, row_g_cos)
@@ -454,7 +496,7 @@ def logit_gradients(
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
     lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)
 
-    dot, norm = _dot_tile(
+    dot = _dot_tile(
         x,
         w,
         rows,
@@ -469,9 +511,8 @@ def logit_gradients(
         BLOCK_D,
         OPERAND,
         PRECISION,
-        NORMALIZE,
     )
-    cos = dot * x_inverse[:, None] * (1 / tl.maximum(norm, EPS))[None, :]
+    cos = dot * x_inverse[:, None] * _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
     is_target = classes[None, :] == target[:, None]
     shaped = cos
     if RESHAPE:
@@ -484,17 +525,16 @@ def logit_gradients(
         tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
         p *= slope
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
+    gradient = tl.where(is_class[None, :], gradient, 0.0)
 
-    mask = is_row[:, None] & is_class[None, :]
-    tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
+    place = g + _offsets(rows, columns, chunk, 1)
+    tl.store(place, (gradient * lift[:, None]).to(g.dtype.element_ty), mask=is_row[:, None])
     so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
     tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
-    tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0), mask=is_class)
-    if row_block == 0:
-        tl.store(w_norm + columns, norm, mask=is_class)
+    tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "row_blocks", "tiles_per_split"])
 def embedding_gradients(
     g,
     w,
@@ -513,6 +553,7 @@ def embedding_gradients(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
     """dx_hat (splits, N, D) += G w_hat of one chunk, each split of its classes into a slot of its own.
@@ -528,13 +569,12 @@ def embedding_gradients(
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(tl.minimum(chunk, C - first_class), BLOCK_C))
     for tile in range(split * tiles_per_split, last_tile):
         columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-        is_class = (columns < chunk) & (first_class + columns < C)
-        g_tile = tl.load(
-            g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None] & is_class[None, :], other=0.0
-        )
-        w_rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
+        classes = first_class + columns
+        is_class = classes < C
+        g_tile = tl.load(g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None], other=0.0)
+        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
-        inverse = 1 / tl.maximum(tl.load(w_norm + columns, mask=is_class, other=1.0), EPS)
+        inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
         w_hat = (w_tile.to(tl.float32) * inverse[:, None]).to(g.dtype.element_ty)
         sums = tl.dot(g_tile.to(OPERAND), w_hat.to(OPERAND), sums, input_precision=PRECISION)
     out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D, 1)
@@ -542,7 +582,7 @@ def embedding_gradients(
     tl.store(out, tl.load(out, mask=mask, other=0.0) + sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "dot_blocks"])
 def weight_gradients(
     g,
     x_hat,
@@ -568,33 +608,33 @@ def weight_gradients(
 ):
     """dw (chunk, D), written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
 
-    Grid (column blocks, class tiles of the chunk).
+    Grid (column blocks x class tiles of the chunk), the column blocks of a tile side by side.
     """
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    is_class = (columns < chunk) & (first_class + columns < C)
+    column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    columns = tl.program_id(0) // column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    classes = first_class + columns
+    is_class = classes < C
     is_d = (d < D)[None, :]
     sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     for first in range(0, N, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         is_row = rows < N
-        g_tile = tl.load(
-            g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None] & is_class[None, :], other=0.0
-        )
+        g_tile = tl.load(g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None], other=0.0)
         x_tile = tl.load(x_hat + _offsets(rows, d, D, 1), mask=is_row[:, None] & is_d, other=0.0)
         sums = tl.dot(tl.trans(g_tile.to(OPERAND)), x_tile.to(OPERAND), sums, input_precision=PRECISION)
 
     dot = tl.zeros((BLOCK_C,), tl.float32)
     slots = columns.to(tl.int64)
     for _ in range(0, dot_blocks):
-        dot += tl.load(class_dot + slots, mask=is_class, other=0.0)
+        dot += tl.load(class_dot + slots)
         slots += chunk
     mask = is_class[:, None] & is_d
     gradient = sums * (tl.load(largest_unit) / (G_LIFT * X_LIFT))
     if NORMALIZE:
-        norm = tl.load(w_norm + columns, mask=is_class, other=1.0)
+        norm = tl.load(w_norm + classes, mask=is_class, other=1.0)
         inverse = 1 / tl.maximum(norm, EPS)
-        w_rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
+        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
         w_hat = w_tile.to(OPERAND).to(tl.float32) * inverse[:, None]
         projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
@@ -646,7 +686,7 @@ def _store_moved(to, v, noise, mask):
     tl.store(to, v.to(to.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "step"])
+@triton.jit(do_not_specialize=["C", "seed", "step"])
 def sgd_rows(
     dw,
     w,
@@ -695,7 +735,7 @@ def sgd_rows(
         _store_moved(w + place, v - lr * g, noise, mask)
 
 
-@triton.jit(do_not_specialize=["seed", "step"])
+@triton.jit(do_not_specialize=["C", "seed", "step"])
 def adamw_rows(
     dw,
     w,
@@ -753,7 +793,7 @@ def adamw_rows(
         _store_moved(w + place, kept * v - step_size * m / (tl.sqrt(q) / root_correction + eps), noise, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])
 def finish_embedding_gradients(
     dx_hat,
     negative_dot,
