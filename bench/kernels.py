@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench.hazards import hazards
 from cosface_kernels.backends.triton import operand_dtype
 from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile, row_block, table
 
@@ -32,14 +33,13 @@ DTYPES = (
 )
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
-POINTERS = {"targets": "i64", "chosen": "i64", "x": "x", "dx": "x", "w": "w", "g": "operand", "x_hat": "operand"}
+POINTERS = {"targets": torch.int64, "chosen": torch.int64, "dx": "x", "g": "operand", "x_hat": "operand"}
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
-INTEGERS = {"N", "C", "splits", "tiles", "tiles_per_split", "first_class", "chunk", "row_blocks", "dot_blocks"}
-INTEGERS |= {"seed", "step"}
-NUMBERS = {"margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient"}
-NUMBERS |= {"of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps"}
-ALIGNED = {"C", "first_class", "chunk", "x_row_stride"}  # to 16, as Triton specialises them at run time
+INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "dot_blocks", "seed", "step")
+SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
+NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
+NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -120,6 +120,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
 # "moved" rows, whose gradient is float32. What is raw computes less, so that it need not be crossed with the rest.
 VARIANTS = {
+    "class_norms": ("plain", "chosen"),
     "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape"),
     "merge_statistics": ("plain", "reshape", "raw", "chosen reshape"),
     "normalize_embeddings": ("plain", "raw", "chosen"),
@@ -136,6 +137,7 @@ def other_tiles(dim: int) -> dict[str, Tile]:
     """Of kernels without a matrix product; `triton.py` has their block sizes."""
     samples, rows = Tile(16, 0, 64, 4, 3), Tile(0, *row_block(dim), 4, 3)
     return {
+        "class_norms": rows,
         "merge_statistics": samples,
         "normalize_embeddings": samples,
         "finish_embedding_gradients": samples,
@@ -163,21 +165,27 @@ def examine(case: Case) -> tuple[dict, list[str]]:
         complaints.append(f"needs {row['shared_bytes']} bytes of shared memory, {case.arch} has {limit}.")
     if case.kernel in GEMM_KERNELS and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
+    complaints += hazards(compiled.asm["ttgir"])
     return row, complaints
 
 
 def compile_case(case: Case):
+    """The kernel, specialised and compiled as a launch would do it, for a GPU that need not be there."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     import cosface_kernels.backends.triton_kernels as kernels
 
+    triton.runtime.driver.set_active(StandIn(case.arch))
     function = getattr(kernels, case.kernel)
-    dtypes = {"x": SHORT[case.x], "w": SHORT[case.w], "operand": SHORT[case.operand]}
-    pointers = {**POINTERS, "dw": "fp32" if case.has("moved") else "w"}
-    constants = {
-        "x_column_stride": 1,
+    dtypes = {
+        "x": case.x,
+        "w": case.w,
+        "operand": case.operand,
+        "dw": torch.float32 if case.has("moved") else case.w,
+    }
+    numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
+    numbers |= {"first_class": 0, "chunk": 256, "x_row_stride": case.dim, "x_column_stride": 1}
+    options = {
         "D": case.dim,
         "BLOCK_N": case.tile.n,
         "BLOCK_C": case.tile.c,
@@ -193,24 +201,34 @@ def compile_case(case: Case):
         "AMSGRAD": True,
         "BLOCK_SPLITS": 64,
     }
-    signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in INTEGERS or name.endswith("_stride"):
-            signature[name] = "i32"
-        elif name in NUMBERS:
-            signature[name] = "fp32"
-        else:
-            kind = pointers.get(name, "fp32")
-            signature[name] = "*" + dtypes.get(kind, kind)
-        if name in ALIGNED or signature[name].startswith("*"):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    amd = case.arch.startswith("gfx")
-    target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch[3:]), 32)
-    source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target, {"num_warps": case.tile.warps, "num_stages": case.tile.stages})
+    arguments = []  # all that precede the options
+    for name in function.arg_names:
+        if name not in options:
+            pointer = POINTERS.get(name, torch.float32)  # a dtype stands for its tensor
+            arguments.append(numbers.get(name, dtypes.get(name, dtypes.get(pointer, pointer))))
+    options = {name: value for name, value in options.items() if name in function.arg_names}
+    return function.warmup(
+        *arguments, grid=(1,), **options, num_warps=case.tile.warps, num_stages=case.tile.stages
+    )
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What a launch asks Triton's driver before it compiles."""
+
+    arch: str
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        amd = self.arch.startswith("gfx")
+        return GPUTarget("hip", self.arch, 64) if amd else GPUTarget("cuda", int(self.arch[3:]), 32)
+
+    def get_current_device(self) -> int:
+        return ARCHITECTURES.index(self.arch)  # a kernel keeps one compiler for each device
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
 
 
 def _read_nvidia(compiled) -> dict:

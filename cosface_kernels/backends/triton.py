@@ -265,7 +265,9 @@ def _backward(
     negative_dot, target_dot = float32(class_tiles, N).zero_(), float32(N)
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     scale_dot = torch.zeros_like(negative_dot) if reshape else negative_dot
-    g, x_hat = x.new_empty(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
+    # Products read G also where a ragged last chunk has no class. What they find must be a number: zeros of w and
+    # rows of dw that are not stored take it away.
+    g, x_hat = x.new_zeros(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
     chosen, is_chosen = _chosen(targets, options)
     unit = _units(scale, g_lse, g_cos)  # (N,)
     largest_unit = unit.amax()

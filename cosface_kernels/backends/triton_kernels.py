@@ -472,8 +472,8 @@ def logit_gradients(
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
     Grid (row blocks x class tiles of the chunk), the row blocks of a tile side by side; not two axes, because one
-    of many tiles may be longer than all but the first can be. g: (N, chunk), scaled by G_LIFT / unit_i, 0 where
-    there is no class, so that who reads it need not ask. w_norm: (C,); not read without NORMALIZE.
+    of many tiles may be longer than all but the first can be. g: (N, chunk), scaled by G_LIFT / unit_i; where there
+    is no class it keeps what it was. w_norm: (C,); not read without NORMALIZE.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
@@ -525,10 +525,9 @@ def logit_gradients(
         tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
         p *= slope
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
-    gradient = tl.where(is_class[None, :], gradient, 0.0)
 
-    place = g + _offsets(rows, columns, chunk, 1)
-    tl.store(place, (gradient * lift[:, None]).to(g.dtype.element_ty), mask=is_row[:, None])
+    mask = is_row[:, None] & is_class[None, :]
+    tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
     so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
     tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
