@@ -46,14 +46,9 @@ def hazards(ttgir: str) -> list[str]:
     """A sentence for each load that may overwrite what a pending product reads."""
     machine = _Machine()
     machine.run(_parse(ttgir))
+    if PRODUCT.search(ttgir) and not machine.products:
+        return ["no product was reached."]
     return sorted(machine.found)
-
-
-def slots(ttgir: str) -> dict[str, int]:
-    """How many slots each ring that loads write to has."""
-    sizes = re.findall(rf"({NAME}) = \S*\.local_alloc\s+: \(\) -> \S*memdesc<(\d+)x\d+x", ttgir)
-    loaded = set(re.findall(rf"memdesc_(?:index|subview) ({NAME})\[", ttgir))
-    return {name: int(count) for name, count in sizes if name in loaded}
 
 
 def _parse(text: str) -> list[Op]:
@@ -73,6 +68,7 @@ class _Machine:
     def __init__(self) -> None:
         self.values: dict[str, object] = {}  # names that are known: integers, truths, slots
         self.pending: list[tuple[Slot, ...]] = []  # the operands of products, the oldest first
+        self.products = 0  # that were issued, of any kind
         self.found: set[str] = set()
 
     def run(self, ops: list[Op]) -> list[str]:
@@ -126,6 +122,7 @@ class _Machine:
         elif found := re.search(rf"(?:async_copy_global_to_local|local_store) {NAME}, ({NAME}) ", text):
             self._write(values.get(found[1]))
         elif found := PRODUCT.search(text):
+            self.products += 1
             if "isAsync = true" in text or "is_async" in text:
                 in_memory = found.groups()[" : tensor<" in text :]  # the first may be in registers
                 operands = [values.get(name) for name in in_memory]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
@@ -19,10 +20,12 @@ from support import (
     run_python,
 )
 
+from bench.hazards import hazards
 from cosface_kernels import cosface_loss
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends import triton_tiles
 from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Key
+from cosface_kernels.options import PLAIN
 
 KEY = Key("sm_90", 512, torch.bfloat16, torch.bfloat16, torch.bfloat16, 256)
 
@@ -150,6 +153,26 @@ def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended
         cosface_loss(x, x, torch.tensor([0, 1]), backend="triton")
 
 
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("pass", "tf32x3"),
+        ("matmul.allow_tf32 = True", "tf32"),
+        ("matmul.fp32_precision = 'tf32'", "tf32"),
+        ("matmul.fp32_precision = 'ieee'", "tf32x3"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ],
+)
+def test_precision_of_float32_products_is_torchs_by_any_of_its_settings(setting, wanted):
+    done = run_python(
+        f"import torch\nmatmul = torch.backends.cuda.matmul\n{setting}\n"
+        "from cosface_kernels.backends.triton import precision\nprint(precision(torch.float32))",
+        TRITON_INTERPRET="0",
+    )
+    assert done.stdout.strip() == wanted, done.stdout + done.stderr
+
+
 def test_cpu_import_does_not_pay_for_triton():
     done = run_python("import sys, cosface_kernels; print('triton' in sys.modules)", TRITON_INTERPRET="0")
     assert done.stdout.strip() == "False", done.stdout + done.stderr
@@ -245,3 +268,138 @@ def test_report_of_a_kernel_that_is_fit():
 def test_report_complains_of_spills_and_of_shared_memory():
     assert any("spills" in text for text in _examine("logit_gradients", (128, 128, 64, 4))[1])
     assert any("shared memory" in text for text in _examine("weight_gradients", (256, 256, 256, 8))[1])
+
+
+RACE = """
+import sys
+import torch, triton
+from bench.hazards import hazards
+from bench.kernels import StandIn
+from racing_kernel import product_and_squares
+triton.runtime.driver.set_active(StandIn("sm_90"))
+b, f = torch.bfloat16, torch.float32
+blocks = {"D": 512, "BLOCK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+compiled = product_and_squares.warmup(b, b, f, f, grid=(1,), **blocks)
+print(*hazards(compiled.asm["ttgir"]), sep="\\n")
+"""
+
+
+def test_a_load_into_what_a_pending_product_reads_is_found():
+    done = run_python(RACE, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join([".", "tests"]))
+    assert re.fullmatch(r"a load overwrites %w_tile\w* while a product still reads it\.\n", done.stdout), (
+        done.stdout + done.stderr
+    )
+
+
+RING = """
+tt.func public @kernel() {{
+  %c0_i32 = arith.constant 0 : i32
+  %c1_i32 = arith.constant 1 : i32
+  %c2_i32 = arith.constant 2 : i32
+  %c3_i32 = arith.constant 3 : i32
+  %slots = arith.constant {slots} : i32
+  %ring = ttg.local_alloc : () -> !ttg.memdesc<{slots}x64x64xbf16, #shared, #smem, mutable>
+  %end:2 = scf.for %i = %c0_i32 to %many step %c1_i32 iter_args(%r = %c0_i32, %w = %c{ahead}_i32) -> (i32) {{
+    %tile = ttg.memdesc_index %ring[%r] : !ttg.memdesc<64x64xbf16>
+    %dot = ttng.warp_group_dot %tile, %tile, %zero {{isAsync = true}} : !ttg.memdesc<64x64xbf16> -> tensor<64xf32>
+    %done = ttng.warp_group_dot_wait %dot {{pendings = {pending} : i32}} : tensor<64x64xf32>
+    %place = ttg.memdesc_index %ring[%w] : !ttg.memdesc<64x64xbf16>
+    %token = ttg.async_copy_global_to_local %pointers, %place : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+    %r1 = arith.addi %r, %c1_i32 : i32
+    %r2 = arith.remsi %r1, %slots : i32
+    %w1 = arith.addi %w, %c1_i32 : i32
+    %w2 = arith.remsi %w1, %slots : i32
+    scf.yield %r2, %w2 : i32, i32
+  }}
+  %next = ttg.memdesc_index %ring[%end#0] : !ttg.memdesc<64x64xbf16>
+  {after}
+}}
+"""
+COPY = "%t = ttg.async_copy_global_to_local %pointers, %next : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>"
+
+
+@pytest.mark.parametrize(
+    ("slots", "ahead", "pending", "racing"),
+    [
+        *[(1, 0, 0, False), (1, 0, 1, True), (2, 1, 0, False), (2, 1, 1, False), (2, 0, 1, True)],
+        *[(3, 1, 1, False), (3, 2, 1, False), (3, 2, 2, True), (4, 3, 1, False), (4, 3, 2, True)],
+    ],
+)
+def test_a_ring_has_a_slot_for_each_tile_on_its_way_and_each_pending_product(slots, ahead, pending, racing):
+    text = RING.format(slots=slots, ahead=ahead, pending=pending, after="")
+    assert bool(hazards(text)) == racing, hazards(text)
+
+
+def test_the_first_loads_of_a_next_loop_wait_for_the_last_products():
+    assert hazards(RING.format(slots=3, ahead=2, pending=1, after="")) == []
+    last = RING.format(slots=1, ahead=0, pending=0, after=COPY)
+    assert hazards(last) == []
+    assert hazards(RING.format(slots=3, ahead=2, pending=1, after=COPY.replace("%next", "%tile"))) != []
+    waited = "%w = ttng.warp_group_dot_wait %done {pendings = 0 : i32} : tensor<64x64xf32>\n  "
+    assert hazards(RING.format(slots=3, ahead=2, pending=1, after=waited + COPY.replace("%next", "%tile"))) == []
+
+
+def test_a_product_that_cannot_be_followed_is_a_complaint():
+    text = RING.format(slots=3, ahead=2, pending=1, after="")
+    assert hazards(text.replace("dot %tile, %tile", "dot %tile, %lost")) == [
+        "an operand of a product cannot be followed to its slot."
+    ]
+    assert hazards(text.replace("to %many", "to %c0_i32")) == ["no product was reached."]
+
+
+# -- launches ----------------------------------------------------------------------------------------------------
+
+SPECIALISED = {"first_class", "chunk", "x_row_stride", "x_column_stride"}
+SIZES = """
+import torch, triton
+from bench.kernels import INTEGERS, StandIn
+from cosface_kernels.backends import triton_kernels as kernels
+triton.runtime.driver.set_active(StandIn("sm_80"))
+for kernel in vars(kernels).values():
+    for parameter in getattr(kernel, "params", ()):
+        if parameter.name in INTEGERS and not kernel.fn.__name__.startswith("_"):
+            assert parameter.do_not_specialize, (kernel.fn.__name__, parameter.name)
+def compiled(C):
+    bf16 = torch.bfloat16
+    return kernels.class_norms.warmup(
+        bf16, torch.int64, torch.float32, C, grid=(1,), D=64, BLOCK_C=32, BLOCK_D=64,
+        OPERAND=triton.language.bfloat16, CHOSEN=False,
+    )
+print(compiled(1000) is compiled(1024) is compiled(1))
+"""
+
+
+def test_other_numbers_of_samples_and_classes_need_no_other_code():
+    done = run_python(SIZES, TRITON_INTERPRET="0", PYTHONPATH=".")
+    assert done.stdout == "True\n", done.stdout + done.stderr
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize(
+    ("num_samples", "num_classes", "dim"),
+    [(1, 2**31 - 1, 1), (2**21, 100, 8), (3, 1000, 2**20), (2**21, 2**24, 1)],
+)
+def test_no_grid_passes_what_a_gpu_takes(backend, num_samples, num_classes, dim, monkeypatch):
+    """2^31 - 1 blocks along the first axis, 65,535 along the others, for chunks as long as the override allows."""
+    grids = []
+
+    class Launches:
+        def __getattr__(self, name):
+            return self
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(backend_triton, "kernels", Launches())
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(2**24))
+    x, w = torch.empty(num_samples, dim, device="meta"), torch.empty(num_classes, dim, device="meta")
+    rows = [torch.empty(num_samples, device="meta") for _ in range(5)]
+    tile = triton_tiles.INTERPRETED_TILE
+    backend_triton._forward(x, w, w[:, 0], rows[0], rows[1], 0.0, PLAIN, tile)
+    tiles = dict.fromkeys(GEMM_KERNELS[1:], tile)
+    backend_triton._backward(x, w, w[:, 0], rows, PLAIN, True, True, tiles)
+    assert len(grids) >= 7
+    for first, *others in grids:
+        assert first < 2**31
+        assert all(size <= 65_535 for size in others), grids

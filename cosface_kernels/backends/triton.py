@@ -135,8 +135,8 @@ def _forward(
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen}
     kernels.class_statistics[row_blocks, splits](
-        x, w, chosen, w_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, N, C, *x.stride(),
-        tiles_per_split, **_blocks(tile, x, w), **variant,
+        x, w, chosen, w_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, N, C,
+        *x.stride(), tiles_per_split, **_blocks(tile, x, w), **variant,
     )  # fmt: skip
     results = _four_rows(x)  # loss, lse, target_cos, max_neg
     kernels.merge_statistics[(triton.cdiv(N, ROWS),)](

@@ -472,8 +472,8 @@ def logit_gradients(
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
     Grid (row blocks x class tiles of the chunk), the row blocks of a tile side by side; not two axes, because one
-    of many tiles may be longer than all but the first can be. g: (N, chunk), scaled by G_LIFT / unit_i; where there
-    is no class it keeps what it was. w_norm: (C,); not read without NORMALIZE.
+    of many tiles may be longer than all but the first can be. g: (N, chunk), scaled by G_LIFT / unit_i; it keeps
+    what it was where there is no class. w_norm: (C,); not read without NORMALIZE.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
@@ -487,15 +487,6 @@ def logit_gradients(
     row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
     row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
     active = is_row & _is_active(row_g_lse, row_g_cos)
-    target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
-    s = tl.load(scale + rows, mask=is_row, other=0.0)
-    # Rows and classes that are not there have cos = 0, and lse = inf keeps the p of such rows, and of rows without
-    # negatives, at 0.
-    row_lse = tl.load(lse + rows, mask=active, other=float("inf"))
-    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-    x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
-    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)
-
     dot = _dot_tile(
         x,
         w,
@@ -512,6 +503,16 @@ def logit_gradients(
         OPERAND,
         PRECISION,
     )
+    # Loads after the product, and each sum before what follows from its terms: registers are short (188 and not 255
+    # for 128 x 128 on sm_90, where they spilled).
+    target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
+    s = tl.load(scale + rows, mask=is_row, other=0.0)
+    # Rows and classes that are not there have cos = 0, and lse = inf keeps the p of such rows, and of rows without
+    # negatives, at 0.
+    row_lse = tl.load(lse + rows, mask=active, other=float("inf"))
+    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
+    x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
+    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)
     cos = dot * x_inverse[:, None] * _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
     is_target = classes[None, :] == target[:, None]
     shaped = cos
@@ -524,13 +525,13 @@ def logit_gradients(
         scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
         tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
         p *= slope
+    so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
+    tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
 
     mask = is_row[:, None] & is_class[None, :]
-    tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
-    so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
-    tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
+    tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "C", "row_blocks", "tiles_per_split"])
