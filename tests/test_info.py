@@ -26,7 +26,7 @@ def _info(**env):
 
 
 def test_every_required_backend_runs_here(backend):
-    problem = make_problem(3, 5, 4, F32).to(backend.device)
+    problem = backend.problem(3, 5, 4, F32)
     x = problem.x.requires_grad_()
     loss = backend.loss(x, problem.w, problem.targets)
     loss.backward()
@@ -70,7 +70,7 @@ def _spy(monkeypatch, called):
 
 
 def test_environment_forces_a_backend(backend, monkeypatch):
-    problem, called = make_problem(3, 5, 4, F32).to(backend.device), []
+    problem, called = backend.problem(3, 5, 4, F32), []
     _spy(monkeypatch, called)
     monkeypatch.setenv("COSFACE_BACKEND", backend.name)
     cosface_loss(problem.x, problem.w, problem.targets)
@@ -85,7 +85,7 @@ def test_priority_without_force(monkeypatch):
 
 
 def test_named_backend_is_the_one_that_runs(backend, monkeypatch):
-    problem, called = make_problem(3, 5, 4, F32).to(backend.device), []
+    problem, called = backend.problem(3, 5, 4, F32), []
     _spy(monkeypatch, called)
     backend.loss(problem.x, problem.w, problem.targets)
     assert called == [backend.name]
