@@ -84,6 +84,15 @@ def test_priority_without_force(monkeypatch):
     assert called == ["cpu"]
 
 
+def test_tensors_on_the_cpu_start_no_gpu(monkeypatch):
+    """To ask a GPU's backend whether it runs starts CUDA and a compiler: not for tensors that it never takes."""
+    for name in ("triton", "cuda"):
+        backend = cosface_kernels.backends.BACKENDS[name]
+        monkeypatch.setattr(backend, "unavailable", lambda: pytest.fail("a backend of GPUs was asked"))
+    problem = make_problem(3, 5, 4, F32)
+    assert cosface_loss(problem.x, problem.w, problem.targets).isfinite()
+
+
 def test_named_backend_is_the_one_that_runs(backend, monkeypatch):
     problem, called = backend.problem(3, 5, 4, F32), []
     _spy(monkeypatch, called)
