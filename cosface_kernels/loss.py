@@ -116,7 +116,9 @@ class FusedMarginLoss(nn.Module):
         else:
             weight = empty_weight(num_classes, embedding_size, process_group, device, dtype)
         own = own_classes(weight)
-        self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start) if sample_rate != 1 else None
+        self.sampler = None
+        if sample_rate != 1:
+            self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start, device=device)
         self.to(device)  # the margin's state
         self.weight = nn.Parameter(weight)
         self.reset_parameters()

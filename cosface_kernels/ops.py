@@ -231,7 +231,9 @@ def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
     )  # fmt: skip
     dscale = dscale + dscale_of_psi  # (N,)
     if need_dw and classes is not None:
-        dw = torch.sparse_coo_tensor(classes[None], dw, w.shape, is_coalesced=True, check_invariants=False)
+        dw = torch.sparse_coo_tensor(
+            classes[None], dw, w.shape, device=dw.device, is_coalesced=True, check_invariants=False
+        )
     none = (None,) * (len(ctx.needs_input_grad) - 4)
     return dx if need_dx else None, dw if need_dw else None, None, dscale if need_dscale else None, *none
 

@@ -147,7 +147,7 @@ class RowOptimizer(Optimizer):
         moments = {name: saved[name].to(weight.device, dtype) for name in self.state_names if name in saved}
         if "step" in saved:
             return {"step": saved["step"].clone(), **moments}
-        return {"step": torch.tensor(1.0 if moments else 0.0), **moments}  # SGD of torch counts no steps
+        return {"step": _count(1.0 if moments else 0.0), **moments}  # SGD of torch counts no steps
 
     def _check_whole(self, weight: Tensor) -> None:
         if self._phases[weight] == MOVING:
@@ -173,7 +173,7 @@ class RowOptimizer(Optimizer):
         """The update of the step that begins now, and the state that it moves."""
         state = self.state[weight]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = _count(0.0)
         state["step"] += 1
         for name in self.state_names_of(group):
             if name not in state:
@@ -497,9 +497,15 @@ def _layout(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{f' as {tensor.placements}' if isinstance(tensor, DTensor) else ''}"
 
 
+def _count(steps: float) -> Tensor:
+    """On the CPU whatever torch's default device is, since each step reads it."""
+    return torch.tensor(steps, device="cpu")
+
+
 def _zeros_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, DTensor):
         return shard_like(weight, _zeros_like(own_rows(weight), dtype))
     if weight.device.type == "cpu" and not cpu.unavailable():
-        return cpu.zeros_like(weight, dtype)
+        with weight.device:  # where it is not torch's default
+            return cpu.zeros_like(weight, dtype)
     return torch.zeros_like(weight, dtype=dtype)

@@ -25,6 +25,7 @@ class ClassSampler(nn.Module):
         rate: share of the classes that take part, in (0, 1]; S = ceil(rate C), or P where that is more.
         seed: of the draws. The number of draws so far is a buffer, so that a run that resumes from a state_dict
             goes on as if it had not stopped.
+        device: of that number; targets may be on another.
 
     Raises:
         ValueError: an argument is out of its range; the message shows its value.
@@ -41,14 +42,16 @@ class ClassSampler(nn.Module):
     seed: int
     draws: Tensor
 
-    def __init__(self, num_classes: int, rate: float, seed: int = 0) -> None:
+    def __init__(
+        self, num_classes: int, rate: float, seed: int = 0, *, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {rate!r}.")
         self.num_classes = num_classes
         self.rate = rate
         self.seed = seed
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
 
     def forward(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of the next step.

@@ -130,6 +130,17 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def stray_tensors_on_meta(request: pytest.FixtureRequest):
+    """For a test of a backend on the CPU, to which a tensor made without a device is as foreign as to a GPU."""
+    backend = _backend_of(request.node)
+    if backend is None or backend.device != "cpu":
+        yield
+        return
+    with torch.device("meta"):
+        yield
+
+
 @pytest.fixture
 def restore_threads():
     threads = torch.get_num_threads()

@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cosface_kernels
-from cosface_kernels import reference
+from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, reference
 from cosface_kernels.backends.triton import operand_dtype
 
 Forward = Callable[..., tuple[Tensor, ...]]
+# A context for code of others that makes tensors without a device and moves them, which from "meta", the default
+# device of a test of a backend on the CPU, would fail or give nothing.
+DEFAULT_DEVICE = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -59,6 +62,13 @@ class Backend:
         if self.interpreted and self.name == "triton":
             return problem
         return replace(problem, w=problem.w.to(self.operand(problem.dtypes)).to(problem.w.dtype))
+
+    def problem(self, *sizes: int | Dtypes, **options) -> Problem:
+        """`make_problem` on its device: where all other tensors of a test of this backend must be as well."""
+        return make_problem(*sizes, device=self.device, **options)
+
+    def head(self, *arguments, kind: type[FusedMarginLoss] = FusedCosFaceLoss, **options) -> FusedMarginLoss:
+        return kind(*arguments, backend=self.name, device=self.device, **options)
 
     def lmcl(
         self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, **options
@@ -109,10 +119,6 @@ class Problem:
     def dtypes(self) -> Dtypes:
         return Dtypes(self.x.dtype, self.w.dtype)
 
-    def to(self, device: str) -> Problem:
-        moved = {k: getattr(self, k).to(device) for k in ("x", "w", "targets", "scale")}
-        return replace(self, **moved)
-
 
 def make_problem(
     num_samples: int,
@@ -124,18 +130,20 @@ def make_problem(
     scale: float = 64.0,
     margin: float = 0.35,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> Problem:
-    """Draws a problem on the CPU.
+    """Draws a problem, with the same numbers on every device; None: torch's default.
 
     regime: "random"; "confident", embeddings at their class centre; "wrong", embeddings opposite to their
     class centre and at the centre of another class.
     """
     rng = torch.Generator().manual_seed(seed)
+    double = {"generator": rng, "dtype": torch.float64, "device": "cpu"}
     # Norms differ between rows, so that a missing or doubled 1/|x| or 1/|w| cannot hide.
-    w = torch.randn(num_classes, dim, generator=rng, dtype=torch.float64)
-    w = w * (0.25 + 2 * torch.rand(num_classes, 1, generator=rng, dtype=torch.float64))
-    targets = torch.randint(num_classes, (num_samples,), generator=rng)
-    noise = torch.randn(num_samples, dim, generator=rng, dtype=torch.float64)
+    w = torch.randn(num_classes, dim, **double)
+    w = w * (0.25 + 2 * torch.rand(num_classes, 1, **double))
+    targets = torch.randint(num_classes, (num_samples,), generator=rng, device="cpu")
+    noise = torch.randn(num_samples, dim, **double)
     if regime == "random":
         x = noise
     elif regime == "confident":
@@ -144,9 +152,10 @@ def make_problem(
         x = w[(targets + 1) % num_classes] - w[targets] + 0.1 * noise
     else:
         raise ValueError(regime)
-    x = x * (0.25 + 2 * torch.rand(num_samples, 1, generator=rng, dtype=torch.float64))
-    scales = torch.full((num_samples,), scale, dtype=dtypes.compute)
-    return Problem(x.to(dtypes.x), w.to(dtypes.w), targets, scales, margin)
+    x = x * (0.25 + 2 * torch.rand(num_samples, 1, **double))
+    scales = torch.full((num_samples,), scale, dtype=dtypes.compute, device=device)
+    device = scales.device
+    return Problem(x.to(device, dtypes.x), w.to(device, dtypes.w), targets.to(device), scales, margin)
 
 
 class Upstream(NamedTuple):
@@ -160,11 +169,9 @@ class Upstream(NamedTuple):
 def random_upstream(problem: Problem, *names: str, seed: int = 1) -> Upstream:
     """Non-uniform upstream gradients of both signs for the named outputs, rounded to the output's dtype."""
     rng = torch.Generator().manual_seed(seed)
-    dtype = problem.dtypes.compute
-    drawn = {
-        name: torch.randn(len(problem.targets), generator=rng, dtype=torch.float64).to(dtype) for name in names
-    }
-    return Upstream(**{name: g.to(problem.x.device) for name, g in drawn.items()})
+    to = {"device": problem.x.device, "dtype": problem.dtypes.compute}
+    double = {"generator": rng, "dtype": torch.float64, "device": "cpu"}
+    return Upstream(**{name: torch.randn(len(problem.targets), **double).to(**to) for name in names})
 
 
 class Result(NamedTuple):
@@ -346,7 +353,6 @@ def check_result(got: Result, problem: Problem, upstream: Upstream, operand: tor
 
 def check_backend(backend: Backend, problem: Problem, upstream: Upstream | None = None) -> Result:
     """Runs the op and checks all of it; by default through random gradients of the loss."""
-    problem = problem.to(backend.device)
     if upstream is None:
         upstream = random_upstream(problem, "loss")
     got = evaluate(backend.lmcl, problem, upstream)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import BF16, F32, F64, check_backend, evaluate, make_problem, random_upstream
+from support import BF16, F32, F64, check_backend, evaluate, random_upstream
 from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import margin_softmax_loss
@@ -15,7 +15,7 @@ from cosface_kernels import margin_softmax_loss
 )
 @pytest.mark.parametrize("missing", [False, True], ids=["all_targets", "some_missing"])
 def test_gradient_through_each_output(backend, dtypes, outputs, missing):
-    problem = make_problem(13, 530, 40, dtypes, scale=24.0)
+    problem = backend.problem(13, 530, 40, dtypes, scale=24.0)
     if missing:
         problem.targets[::4] = -1
     check_backend(backend, problem, random_upstream(problem, *outputs))
@@ -25,13 +25,13 @@ def test_gradient_through_each_output(backend, dtypes, outputs, missing):
 @pytest.mark.parametrize("num_classes", [1, 2])
 def test_rows_without_negatives(backend, outputs, num_classes):
     """One class: lse = -inf and loss = 0, with zero gradients and no NaN."""
-    problem = make_problem(4, num_classes, 8, F32)
+    problem = backend.problem(4, num_classes, 8, F32)
     check_backend(backend, problem, random_upstream(problem, *outputs))
 
 
 @pytest.mark.parametrize("zeros", ["some", "all"])
 def test_zero_upstream_gradients(backend, zeros):
-    problem = make_problem(9, 120, 16, F32)
+    problem = backend.problem(9, 120, 16, F32)
     upstream = random_upstream(problem, "loss", "lse", "target_cos")
     for g in upstream:
         g[slice(None) if zeros == "all" else slice(2, 6)] = 0
@@ -40,7 +40,7 @@ def test_zero_upstream_gradients(backend, zeros):
 
 
 def test_largest_neighbour_is_not_differentiable(backend):
-    problem = make_problem(4, 9, 8, F32).to(backend.device)
+    problem = backend.problem(4, 9, 8, F32)
     x = problem.x.requires_grad_()
     *differentiable, max_neg = backend.lmcl(x, problem.w, problem.targets, problem.scale, problem.margin)
     assert not max_neg.requires_grad
@@ -50,7 +50,7 @@ def test_largest_neighbour_is_not_differentiable(backend):
 @pytest.mark.float64
 @pytest.mark.parametrize("num_classes", [1, 2, 6])
 def test_gradcheck_of_the_op(backend, num_classes):
-    problem = make_problem(5, num_classes, 4, F64, scale=3.0).to(backend.device)
+    problem = backend.problem(5, num_classes, 4, F64, scale=3.0)
     problem.targets[3] = -1
 
     def op(x, w, scale):
@@ -65,7 +65,7 @@ def test_gradcheck_of_the_op(backend, num_classes):
 @pytest.mark.float64
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck_of_the_loss(backend, reduction):
-    problem = make_problem(5, 7, 4, F64).to(backend.device)
+    problem = backend.problem(5, 7, 4, F64)
     labels = problem.targets.clone()
     labels[1] = -100
 
@@ -81,8 +81,9 @@ def test_gradcheck_of_the_loss(backend, reduction):
             backend=backend.name,
         )
 
-    leaves = [problem.x, problem.w, torch.tensor(3.0), torch.rand(5) + 0.1, torch.tensor(0.3)]
-    leaves = [t.to(backend.device, torch.float64).requires_grad_() for t in leaves]
+    double = {"dtype": torch.float64, "device": backend.device}
+    scale, m, factors = (fill * torch.ones(shape, **double) for fill, shape in ((3.0, ()), (0.3, ()), (0.6, 5)))
+    leaves = [t.requires_grad_() for t in (problem.x, problem.w, scale, factors, m)]
     assert torch.autograd.gradcheck(loss, leaves, rtol=1e-5, atol=1e-7)
 
 
@@ -90,7 +91,7 @@ def test_gradcheck_of_the_loss(backend, reduction):
     "wanted", [("x",), ("w",), ("scale",), ("x", "w"), ("x", "scale"), ("w", "scale")], ids="+".join
 )
 def test_only_wanted_gradients(backend, dtypes, wanted):
-    problem = make_problem(8, 70, 16, dtypes).to(backend.device)
+    problem = backend.problem(8, 70, 16, dtypes)
     upstream = random_upstream(problem, "loss", "lse", "target_cos")
     every = evaluate(backend.lmcl, problem, upstream)
     inputs = {k: getattr(problem, k).detach().requires_grad_(k in wanted) for k in ("x", "w", "scale")}
@@ -116,7 +117,7 @@ def _saved(fn):
 
 
 def test_nothing_is_saved_without_grad(backend, dtypes):
-    problem = make_problem(8, 70, 16, dtypes).to(backend.device)
+    problem = backend.problem(8, 70, 16, dtypes)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     with torch.no_grad():
         loss, saved = _saved(lambda: backend.loss(x, w, problem.targets))
@@ -132,15 +133,16 @@ def test_nothing_is_saved_without_grad(backend, dtypes):
 
 
 def test_saves_no_copy_of_the_weight_and_no_logits(backend, dtypes):
-    problem = make_problem(8, 70, 16, dtypes).to(backend.device)
+    problem = backend.problem(8, 70, 16, dtypes)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     _, saved = _saved(lambda: backend.loss(x, w, problem.targets))
     inputs = {x.data_ptr(), w.data_ptr()}
-    assert max(t.numel() for t in saved if t.data_ptr() not in inputs) <= 8
+    largest = 70 * 4 if backend.name == "triton" else 8 * 8  # a norm of each class, or a number of each sample
+    assert max(t.nbytes for t in saved if t.data_ptr() not in inputs) <= largest
 
 
 def test_backward_twice_and_nothing_saved_is_mutated(backend, dtypes):
-    problem = make_problem(8, 70, 16, dtypes).to(backend.device)
+    problem = backend.problem(8, 70, 16, dtypes)
     x, w, scale = (getattr(problem, k).requires_grad_() for k in ("x", "w", "scale"))
     upstream = list(random_upstream(problem, "loss", "lse", "target_cos"))
     outputs, saved = _saved(lambda: backend.lmcl(x, w, problem.targets, scale, problem.margin)[:3])
@@ -158,7 +160,7 @@ def test_backward_twice_and_nothing_saved_is_mutated(backend, dtypes):
 
 
 def test_gradients_accumulate(backend):
-    problem = make_problem(8, 70, 16, F32).to(backend.device)
+    problem = backend.problem(8, 70, 16, F32)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     loss = backend.loss(x, w, problem.targets)
     loss.backward(retain_graph=True)
@@ -171,7 +173,7 @@ def test_gradients_accumulate(backend):
 @pytest.mark.float64
 def test_one_graph_many_uses(backend):
     """Two losses over one weight: their gradients add up."""
-    problem = make_problem(8, 70, 16, F64).to(backend.device)
+    problem = backend.problem(8, 70, 16, F64)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     a = backend.loss(x, w, problem.targets, scale=8.0)
     b = backend.loss(x.flip(0) * 2, w, problem.targets, scale=8.0, margin=0.1)
@@ -185,7 +187,7 @@ def test_one_graph_many_uses(backend):
 
 @pytest.mark.parametrize("changed", ["x", "w"])
 def test_change_between_forward_and_backward_is_noticed(backend, changed):
-    problem = make_problem(8, 70, 16, F32).to(backend.device)
+    problem = backend.problem(8, 70, 16, F32)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     loss = backend.loss(x, w, problem.targets)
     with torch.no_grad():
@@ -196,7 +198,7 @@ def test_change_between_forward_and_backward_is_noticed(backend, changed):
 
 @pytest.mark.float64
 def test_second_derivative_is_refused_not_wrong(backend):
-    problem = make_problem(4, 9, 8, F64, scale=3.0).to(backend.device)
+    problem = backend.problem(4, 9, 8, F64, scale=3.0)
     x = problem.x.requires_grad_()
     loss = backend.loss(x, problem.w, problem.targets, scale=3.0)
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -205,7 +207,7 @@ def test_second_derivative_is_refused_not_wrong(backend):
 
 
 def test_tensor_hooks(backend):
-    problem = make_problem(8, 70, 16, F32).to(backend.device)
+    problem = backend.problem(8, 70, 16, F32)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     want = torch.autograd.grad(backend.loss(x, w, problem.targets), (x, w))
     seen = []
@@ -221,7 +223,7 @@ def test_tensor_hooks(backend):
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["checkpoint", "reentrant_checkpoint"])
 def test_activation_checkpointing(backend, use_reentrant):
-    problem = make_problem(8, 70, 16, F32).to(backend.device)
+    problem = backend.problem(8, 70, 16, F32)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
 
     def step(x):
@@ -236,7 +238,7 @@ def test_activation_checkpointing(backend, use_reentrant):
 
 def test_inside_a_network_a_step_lowers_the_loss(backend):
     torch.manual_seed(3)
-    net = torch.nn.Linear(12, 8).to(backend.device)
+    net = torch.nn.Linear(12, 8, device=backend.device)
     w = torch.nn.Parameter(torch.randn(20, 8, device=backend.device))
     data, labels = torch.randn(64, 12, device=backend.device), torch.randint(20, (64,), device=backend.device)
     optimizer = torch.optim.SGD([*net.parameters(), w], lr=0.5)
@@ -252,7 +254,7 @@ def test_inside_a_network_a_step_lowers_the_loss(backend):
 
 @pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
 def test_no_output_aliases_an_input(backend, dtypes):
-    problem = make_problem(8, 70, 16, dtypes).to(backend.device)
+    problem = backend.problem(8, 70, 16, dtypes)
     got = evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
     pointers = [
         t.untyped_storage().data_ptr() for t in (*got, problem.x, problem.w, problem.targets, problem.scale)

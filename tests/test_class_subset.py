@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import BF16, F32, F64, evaluate, evaluate_oracle, make_problem, random_upstream
+from support import BF16, F32, F64, evaluate, evaluate_oracle, random_upstream
 
 pytestmark = pytest.mark.option("classes")
 
@@ -12,10 +12,9 @@ pytestmark = pytest.mark.option("classes")
 @pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
 def test_some_classes_are_the_loss_over_their_rows(backend, dtypes):
     """Against the whole op on a copy of these rows; the others' gradient is absent, not zero."""
-    problem = make_problem(9, 1000, 24, dtypes)
-    classes = torch.randperm(1000)[:300].sort().values
-    problem = replace(problem, targets=torch.randint(-1, 300, (9,))).to(backend.device)
-    classes = classes.to(backend.device)
+    problem = backend.problem(9, 1000, 24, dtypes)
+    classes = torch.randperm(1000, device=backend.device)[:300].sort().values
+    problem = replace(problem, targets=torch.randint(-1, 300, (9,), device=backend.device))
     upstream = random_upstream(problem, "loss", "lse", "target_cos")
 
     def forward(x, w, targets, scale, margin):
@@ -34,7 +33,7 @@ def test_some_classes_are_the_loss_over_their_rows(backend, dtypes):
 
 
 def test_opcheck_some_classes(backend):
-    problem = replace(make_problem(4, 30, 8), targets=torch.tensor([0, 2, -1, 1])).to(backend.device)
+    problem = replace(backend.problem(4, 30, 8), targets=torch.tensor([0, 2, -1, 1], device=backend.device))
     arguments = (problem.x, problem.w, problem.targets, problem.scale)
     classes = torch.tensor([3, 7, 29], device=backend.device)
     torch.library.opcheck(torch.ops.cosface.lmcl, (*arguments, 0.35, backend.name, classes))

@@ -19,7 +19,6 @@ from support import (
     check_backend,
     evaluate,
     evaluate_oracle,
-    make_problem,
     natural_rows,
     plain_forward,
     random_upstream,
@@ -54,30 +53,30 @@ def _pairwise_sizes() -> list:
 
 @pytest.mark.parametrize(("num_samples", "num_classes", "dim", "dtypes"), _pairwise_sizes())
 def test_sizes(backend, num_samples, num_classes, dim, dtypes):
-    check_backend(backend, make_problem(num_samples, num_classes, dim, dtypes))
+    check_backend(backend, backend.problem(num_samples, num_classes, dim, dtypes))
 
 
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 def test_regimes(backend, dtypes, regime):
-    check_backend(backend, make_problem(32, 700, 64, dtypes, regime=regime))
+    check_backend(backend, backend.problem(32, 700, 64, dtypes, regime=regime))
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.35, 0.9])
 @pytest.mark.parametrize("scale", [1.0, 16.0, 64.0, 128.0])
 def test_scale_and_margin(backend, dtypes, scale, margin):
-    check_backend(backend, make_problem(9, 300, 32, dtypes, scale=scale, margin=margin))
+    check_backend(backend, backend.problem(9, 300, 32, dtypes, scale=scale, margin=margin))
 
 
 @pytest.mark.parametrize("dtypes", MIXED_DTYPES, ids=str)
 @pytest.mark.parametrize("regime", ["random", "wrong"])
 def test_mixed_dtypes(backend, dtypes, regime):
-    check_backend(backend, make_problem(17, 600, 48, dtypes, regime=regime))
+    check_backend(backend, backend.problem(17, 600, 48, dtypes, regime=regime))
 
 
 @pytest.mark.parametrize("dtypes", [BF16, F16, *MIXED_DTYPES[:5]], ids=str)
 def test_gradients_of_low_precision_are_rounded_once(backend, dtypes):
     """They are those of float32 inputs of the same values, to the nearest number of their dtype, not cut off."""
-    problem = make_problem(20, 600, 40, dtypes).to(backend.device)
+    problem = backend.problem(20, 600, 40, dtypes)
     upstream = random_upstream(problem, "loss")
     got = evaluate(backend.lmcl, problem, upstream)
     seen = backend.seen(problem)
@@ -95,18 +94,20 @@ def test_gradients_of_low_precision_are_rounded_once(backend, dtypes):
 
 
 def test_one_scale_per_sample(backend, dtypes):
-    problem = make_problem(11, 200, 32, dtypes)
-    check_backend(backend, replace(problem, scale=torch.logspace(0, 7, 11, base=2, dtype=problem.scale.dtype)))
+    problem = backend.problem(11, 200, 32, dtypes)
+    scale = torch.logspace(0, 7, 11, base=2, dtype=problem.scale.dtype, device=backend.device)
+    check_backend(backend, replace(problem, scale=scale))
 
 
 @pytest.mark.parametrize("targets", ["all_the_same", "pairs", "some_missing", "all_missing"])
 def test_targets(backend, dtypes, targets):
-    problem = make_problem(14, 90, 32, dtypes)
+    problem = backend.problem(14, 90, 32, dtypes)
+    row = torch.arange(14, device=backend.device)
     problem.targets[:] = {
-        "all_the_same": torch.full((14,), 41),
-        "pairs": torch.arange(14) // 2 * 13,
-        "some_missing": problem.targets.where(torch.arange(14) % 3 != 0, -1),
-        "all_missing": torch.full((14,), -1),
+        "all_the_same": torch.full_like(row, 41),
+        "pairs": row // 2 * 13,
+        "some_missing": problem.targets.where(row % 3 != 0, -1),
+        "all_missing": torch.full_like(row, -1),
     }[targets]
     check_backend(backend, problem, random_upstream(problem, "loss", "lse", "target_cos"))
 
@@ -114,12 +115,12 @@ def test_targets(backend, dtypes, targets):
 @pytest.mark.parametrize("num_samples", [255, 257, 600], ids=lambda n: f"N{n}")
 def test_many_samples(backend, dtypes, num_samples):
     """More rows than fit in one block: gradients of the classes add up over blocks."""
-    check_backend(backend, make_problem(num_samples, 130, 24, dtypes))
+    check_backend(backend, backend.problem(num_samples, 130, 24, dtypes))
 
 
 @pytest.mark.parametrize("target", [0, 511, 512, 1023, 1024, 1029], ids=lambda t: f"target{t}")
 def test_target_at_a_tile_edge(backend, target):
-    problem = make_problem(5, 1030, 16, F32)
+    problem = backend.problem(5, 1030, 16, F32)
     problem.targets[2] = target
     check_backend(backend, problem)
 
@@ -127,7 +128,7 @@ def test_target_at_a_tile_edge(backend, target):
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
 def test_confident_losses_are_not_zero(backend, dtypes):
     """Losses near 1e-12 to 1e-4 relative, gradients too, where F.cross_entropy gives 0 in float32."""
-    problem = make_problem(12, 513, 512, dtypes, regime="confident").to(backend.device)
+    problem = backend.problem(12, 513, 512, dtypes, regime="confident")
     upstream = random_upstream(problem, "loss")
     got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
     exact = torch.tensor(brute_force_losses(problem), dtype=torch.float64, device=backend.device)
@@ -146,7 +147,7 @@ def test_confident_losses_are_not_zero(backend, dtypes):
 @pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
 def test_each_confident_row_by_itself(backend, dtypes):
     """A norm over all rows is ruled by the largest: here every row of dx is held to its own size."""
-    problem = make_problem(12, 513, 512, dtypes, regime="confident").to(backend.device)
+    problem = backend.problem(12, 513, 512, dtypes, regime="confident")
     problem.x[::3] *= -1  # losses from 1e-13 to 1e+2 in one batch
     upstream = random_upstream(problem, "loss")
     got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
@@ -162,7 +163,7 @@ def test_each_confident_row_by_itself(backend, dtypes):
 )
 def test_vanishing_rows(backend, dtypes, where, size):
     """Norms are clamped at 1e-12 as in F.normalize: cosines shrink to 0, and there is no projection term."""
-    problem = make_problem(10, 70, 16, dtypes)
+    problem = backend.problem(10, 70, 16, dtypes)
     factor = 0.0 if size == "zero" else 1e-14
     if where in ("x", "x_and_w"):
         problem.x[[0, 4]] *= factor
@@ -172,7 +173,6 @@ def test_vanishing_rows(backend, dtypes, where, size):
         problem.w[problem.targets[:3]] *= factor
     if where == "all":
         problem.x.mul_(factor), problem.w.mul_(factor)
-    problem = problem.to(backend.device)
     upstream = random_upstream(problem, "loss")
     got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
     plain, terms = evaluate(plain_forward, problem, upstream), natural_rows(problem, upstream)
@@ -198,10 +198,9 @@ def test_vanishing_rows(backend, dtypes, where, size):
 
 def test_unnormalised_sizes(backend):
     """Only directions count: embeddings and centres from 1e-6 to 1e6 long."""
-    problem = make_problem(9, 200, 24, F32)
-    problem.x.mul_(torch.logspace(-6, 6, 9)[:, None])
-    problem.w.mul_(torch.logspace(-6, 6, 200)[:, None])
-    problem = problem.to(backend.device)
+    problem = backend.problem(9, 200, 24, F32)
+    problem.x.mul_(torch.logspace(-6, 6, 9, device=backend.device)[:, None])
+    problem.w.mul_(torch.logspace(-6, 6, 200, device=backend.device)[:, None])
     upstream = random_upstream(problem, "loss")
     got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
     assert relative_error(got.loss, want.loss) < 1e-5
@@ -217,10 +216,9 @@ def test_orthogonal_classes_by_hand(backend):
     loss.backward()
     assert loss.item() == pytest.approx(0.3132616875, rel=1e-6)
     sigma = 0.2689414213699951
-    torch.testing.assert_close(x.grad.cpu(), torch.tensor([[0.0, 2 * sigma]]), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(
-        weight.grad.cpu(), torch.tensor([[0.0, 0.0], [2 * sigma, 0.0]]), rtol=1e-6, atol=1e-7
-    )
+    for leaf, want in ((x, [[0.0, 2 * sigma]]), (weight, [[0.0, 0.0], [2 * sigma, 0.0]])):
+        want = torch.tensor(want, device=backend.device)
+        torch.testing.assert_close(leaf.grad, want, rtol=1e-6, atol=1e-7)
 
 
 def test_two_close_classes_by_hand(backend):
@@ -242,7 +240,7 @@ def test_all_classes_alike(backend):
 
 @pytest.mark.float64
 def test_margin_of_zero_is_cross_entropy(backend):
-    problem = make_problem(8, 60, 16, F64, scale=10.0).to(backend.device)
+    problem = backend.problem(8, 60, 16, F64, scale=10.0)
     loss = backend.loss(problem.x, problem.w, problem.targets, scale=10.0, margin=0.0)
     z = 10 * F.normalize(problem.x) @ F.normalize(problem.w).T
     torch.testing.assert_close(loss, F.cross_entropy(z, problem.targets), rtol=1e-12, atol=0)

@@ -26,11 +26,11 @@ from cosface_kernels.backends import cpu
 
 
 def test_bitwise_repeatable(backend, dtypes):
-    problem = make_problem(33, 301 if backend.interpreted else 3001, 72, dtypes).to(backend.device)
+    problem = backend.problem(33, 301 if backend.interpreted else 3001, 72, dtypes)
     upstream = random_upstream(problem, "loss", "lse", "target_cos")
     first = evaluate(backend.lmcl, problem, upstream)
     for _ in range(4):
-        torch.empty(12345).random_()  # moves later allocations to other addresses
+        torch.empty(12345, device=backend.device).random_()  # moves later allocations to other addresses
         again = evaluate(backend.lmcl, problem, upstream)
         for name in first._fields:
             assert torch.equal(getattr(again, name), getattr(first, name)), name
@@ -48,7 +48,7 @@ def _assert_same_to_rounding(results, problem, upstream):
 
 @pytest.mark.heavy
 def test_number_of_threads(backend, dtypes, restore_threads):
-    problem = make_problem(19, 2600, 40, dtypes).to(backend.device)
+    problem = backend.problem(19, 2600, 40, dtypes)
     upstream = random_upstream(problem, "loss", "lse")
     results = {}
     for threads in (1, 2, 3, 7):
@@ -60,7 +60,7 @@ def test_number_of_threads(backend, dtypes, restore_threads):
 
 
 def test_more_threads_than_classes(backend, restore_threads):
-    problem = make_problem(3, 2, 8, F32).to(backend.device)
+    problem = backend.problem(3, 2, 8, F32)
     upstream = random_upstream(problem, "loss")
     torch.set_num_threads(8)
     _assert_same_to_rounding({"8 threads": evaluate(backend.lmcl, problem, upstream)}, problem, upstream)

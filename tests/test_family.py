@@ -3,12 +3,13 @@
 import inspect
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning import losses as pml
-from support import F64, make_problem, relative_error
+from support import DEFAULT_DEVICE, F64, make_problem, relative_error
 from torch import Tensor
 
 import cosface_kernels
@@ -76,19 +77,19 @@ def _magface_regularizer(norms: Tensor) -> Tensor:
 
 
 def _kappaface(theta: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
-    return torch.cos(theta + 0.8 * _kappaface_weights()[labels])
+    return torch.cos(theta + 0.8 * _kappaface_weights(labels.device)[labels])
 
 
-def _kappaface_sums() -> Tensor:
-    rng = torch.Generator().manual_seed(4)
-    directions = F.normalize(torch.randn(NUM_CLASSES, DIM, generator=rng, dtype=torch.float64))
-    lengths = 0.1 + 0.8 * torch.rand(NUM_CLASSES, 1, generator=rng, dtype=torch.float64)
-    return directions * lengths * torch.tensor(CLASS_COUNTS)[:, None]
+def _kappaface_sums(device: torch.device) -> Tensor:
+    double = {"generator": torch.Generator(device).manual_seed(4), "dtype": torch.float64, "device": device}
+    directions = F.normalize(torch.randn(NUM_CLASSES, DIM, **double))
+    lengths = 0.1 + 0.8 * torch.rand(NUM_CLASSES, 1, **double)
+    return directions * lengths * torch.tensor(CLASS_COUNTS, device=device)[:, None]
 
 
-def _kappaface_weights() -> Tensor:
-    n = torch.tensor(CLASS_COUNTS).double()
-    r = _kappaface_sums().norm(dim=1) / n
+def _kappaface_weights(device: torch.device) -> Tensor:
+    n = torch.tensor(CLASS_COUNTS, dtype=torch.float64, device=device)
+    r = _kappaface_sums(device).norm(dim=1) / n
     kappa = r * (DIM - r**2) / (1 - r**2)
     w_kappa = 1 - torch.sigmoid(0.4 * (kappa - kappa.mean()) / kappa.std())
     return 0.7 * w_kappa + 0.3 * (1 + torch.cos(math.pi * n / (1.05 * n.max()))) / 2
@@ -96,7 +97,7 @@ def _kappaface_weights() -> Tensor:
 
 def _kappaface_head(*args, **options) -> FusedKappaFaceLoss:
     head = FusedKappaFaceLoss(*args, class_counts=CLASS_COUNTS, **options)
-    head.margin.update(_kappaface_sums())
+    head.margin.update(_kappaface_sums(head.weight.device))
     return head
 
 
@@ -130,7 +131,7 @@ def _curricularface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 def _reshaped(x, w, labels, s, lowered, harder, *, only_positive=False, guard=None) -> Tensor:
     """Cross-entropy with negatives above lowered(cos_y, theta_y) replaced by harder(negatives, cos_y)."""
     cos = F.normalize(x) @ F.normalize(w).T  # (N, C)
-    rows = torch.arange(len(x))
+    rows = torch.arange(len(x), device=x.device)
     target = cos[rows, labels]
     theta = target.acos()
     psi = lowered(target, theta)
@@ -157,7 +158,7 @@ def _softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 
 def _l_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     cos = F.normalize(x) @ F.normalize(w).T
-    rows = torch.arange(len(x))
+    rows = torch.arange(len(x), device=x.device)
     logits = cos.clone()
     logits[rows, labels] = _sphereface(cos[rows, labels].acos(), None, labels, 4)
     return F.cross_entropy(x.norm(dim=1)[:, None] * w.norm(dim=1) * logits, labels, reduction="none")
@@ -171,7 +172,7 @@ class Formula:
 
     def __call__(self, x: Tensor, w: Tensor, labels: Tensor, straight_through: bool = False) -> Tensor:
         cos = F.normalize(x) @ F.normalize(w).T  # (N, C)
-        norms, rows = x.norm(dim=1), torch.arange(len(x))
+        norms, rows = x.norm(dim=1), torch.arange(len(x), device=x.device)
         target = cos[rows, labels]
         psi = self.psi(target.acos(), norms, labels)
         if straight_through:
@@ -192,7 +193,7 @@ def _gbcosface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     negative = torch.logsumexp(s * others, 1) / s
     v = ((positive + negative) / 2).detach()
     v = v + alpha * (v.mean().clamp(0.5, 0.7) - v)
-    first = torch.zeros(len(x), dtype=torch.int64)
+    first = torch.zeros_like(labels)
     to_target = F.cross_entropy(2 * s * torch.stack([positive - m, v], 1), first, reduction="none")
     to_others = F.cross_entropy(2 * s * torch.stack([v - m, negative], 1), first, reduction="none")
     return (to_target + to_others) / 2
@@ -203,8 +204,8 @@ def _adacos(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         scale = math.sqrt(2) * math.log(len(w) - 1)
         total = (scale * cos).exp().masked_fill(F.one_hot(labels, len(w)).bool(), 0).sum(1).mean()
-        median = cos[torch.arange(len(x)), labels].acos().median()
-        scale = total.log() / min(median, torch.tensor(math.pi / 4)).cos()
+        median = cos[torch.arange(len(x), device=x.device), labels].acos().median()
+        scale = total.log() / median.clamp_max(math.pi / 4).cos()
     return F.cross_entropy(scale * cos, labels, reduction="none")
 
 
@@ -243,10 +244,10 @@ STATEFUL = ("a_softmax", "adaface", "kappaface", "gb_cosface", "adacos", "curric
 NAMES = list(LOSSES)
 
 
-def _problem(regime: str, num_samples: int = 9, seed: int = 0):
+def _problem(regime: str, num_samples: int = 9, seed: int = 0, device: str | None = None):
     """Embeddings whose norms lie on both sides of MagFace's and AdaFace's bounds."""
-    problem = make_problem(num_samples, NUM_CLASSES, DIM, F64, regime=regime, seed=seed)
-    lengths = torch.logspace(0, 2.2, num_samples, dtype=torch.float64)
+    problem = make_problem(num_samples, NUM_CLASSES, DIM, F64, regime=regime, seed=seed, device=device)
+    lengths = torch.logspace(0, 2.2, num_samples, dtype=torch.float64, device=device)
     return F.normalize(problem.x) * lengths[:, None], problem.w, problem.targets
 
 
@@ -255,7 +256,8 @@ def _leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 def _head(name: str, w: Tensor, **options) -> FusedMarginLoss:
-    head = LOSSES[name][0](*w.shape, dtype=w.dtype, **options)
+    with w.device:  # for the margin's state
+        head = LOSSES[name][0](*w.shape, dtype=w.dtype, **options)
     with torch.no_grad():
         head.weight.copy_(w)
     return head
@@ -263,7 +265,7 @@ def _head(name: str, w: Tensor, **options) -> FusedMarginLoss:
 
 def _check_against_formula(head: FusedMarginLoss, formula, x: Tensor, labels: Tensor) -> None:
     """Loss and gradients, under a non-uniform upstream gradient."""
-    upstream = torch.linspace(-1, 2, len(x), dtype=x.dtype)
+    upstream = torch.linspace(-1, 2, len(x), dtype=x.dtype, device=x.device)
     ours, theirs, w = *_leaves(x, x), *_leaves(head.weight)
     want, got = formula(theirs, w, labels), head(ours, labels)
     # state is in float32, and one of its ulps moves the logits
@@ -279,7 +281,7 @@ def _check_against_formula(head: FusedMarginLoss, formula, x: Tensor, labels: Te
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 @pytest.mark.parametrize("name", NAMES)
 def test_is_the_formula(backend, name, regime):
-    x, w, labels = _problem(regime)
+    x, w, labels = _problem(regime, device=backend.device)
     _check_against_formula(_head(name, w, backend=backend.name, reduction="none"), LOSSES[name][1], x, labels)
 
 
@@ -395,6 +397,12 @@ def test_state_travels_in_the_state_dict(name):
     assert bool(changed) == (name in STATEFUL and name != "kappaface")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_on_the_device_of_the_head(name):
+    make = LOSSES[name][0] if name != "kappaface" else partial(FusedKappaFaceLoss, class_counts=CLASS_COUNTS)
+    assert all(value.is_meta for value in make(NUM_CLASSES, DIM, device="meta").state_dict().values())
+
+
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_changes_in_training_alone(name):
     x, w, labels = _problem("random")
@@ -452,9 +460,11 @@ def test_signature(name):
 @pytest.mark.float64
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 def test_arcface_swaps_with_pytorch_metric_learning(backend, regime):
-    x, w, labels = _problem(regime)
-    theirs = pml.ArcFaceLoss(NUM_CLASSES, DIM, margin=math.degrees(0.5), scale=64).double()
-    _check_against_pml(FusedArcFaceLoss(NUM_CLASSES, DIM, 0.5, 64.0, backend=backend.name), theirs, x, w, labels)
+    x, w, labels = _problem(regime, device=backend.device)
+    with DEFAULT_DEVICE:
+        theirs = pml.ArcFaceLoss(NUM_CLASSES, DIM, margin=math.degrees(0.5), scale=64).to(x)
+    ours = backend.head(NUM_CLASSES, DIM, 0.5, 64.0, kind=FusedArcFaceLoss)
+    _check_against_pml(ours, theirs, x, w, labels)
 
 
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
@@ -499,7 +509,9 @@ def _check_against_pml(ours, theirs, x, w, labels):
         ours.weight.copy_(w)
         theirs.W.copy_(w.T)
     a, b = _leaves(x, x)
-    want, got = theirs(a, labels), ours(b, labels)
+    with DEFAULT_DEVICE:
+        want = theirs(a, labels)
+    got = ours(b, labels)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     want_dx, want_dw = torch.autograd.grad(want, (a, theirs.W))
     got_dx, got_dw = torch.autograd.grad(got, (b, ours.weight))
@@ -558,9 +570,10 @@ def test_annealing_counts_batches():
 
 
 def test_any_function_is_a_margin(backend):
-    x, _, labels = _problem("random")
-    head = FusedMarginLoss(NUM_CLASSES, DIM, lambda cos: cos**3 - 0.2, backend=backend.name)
-    same = FusedMarginLoss(NUM_CLASSES, DIM, 0.2, backend=backend.name)
+    x, _, labels = _problem("random", device=backend.device)
+    head, same = (
+        backend.head(NUM_CLASSES, DIM, margin, kind=FusedMarginLoss) for margin in (lambda cos: cos**3 - 0.2, 0.2)
+    )
     same.load_state_dict(head.state_dict())
     x = x.float()
     _, stats = head(x, labels, return_stats=True)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from support import BF16, F16, F32, Backend, evaluate, make_problem, random_upstream
+from support import BF16, F16, F32, Backend, evaluate, random_upstream, relative_error
 
-from cosface_kernels import FusedCosFaceLoss, cosface_loss
 from cosface_kernels.optim import FusedSGD
 
 pytestmark = pytest.mark.gpu
@@ -13,7 +12,7 @@ MIB = 2**20
 
 def _head(backend: Backend, num_classes: int, num_samples: int, dtype: torch.dtype = torch.bfloat16, **options):
     dim = 64
-    head = FusedCosFaceLoss(num_classes, dim, device="cuda", dtype=dtype, backend=backend.name, **options)
+    head = backend.head(num_classes, dim, dtype=dtype, **options)
     x = torch.randn(num_samples, dim, device="cuda", dtype=dtype, requires_grad=True)
     return head, x, torch.randint(num_classes, (num_samples,), device="cuda")
 
@@ -27,6 +26,7 @@ def test_a_captured_step_gives_the_results_of_an_eager_one(backend, dtypes):
         return loss, *torch.autograd.grad(loss, (x, head.weight))
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which draws the weight
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -52,17 +52,24 @@ def test_a_step_never_waits_for_the_device(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def _requested(when: str) -> int:
+    """Bytes that tensors asked for, without what the allocator adds to fit its blocks: up to a MiB each."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
+
+
 def test_memory_is_flat_in_the_number_of_classes(backend):
+    """Beyond the gradients and, on triton, the norms of the classes, which it keeps from forward to backward."""
     extra = []
     for num_classes in (100_000, 800_000):
         head, x, labels = _head(backend, num_classes, 256)
         head(x, labels).backward()
         head.weight.grad = x.grad = None
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = _requested("current")
         head(x, labels).backward()
-        gradients = head.weight.grad.nbytes + x.grad.nbytes
-        extra.append((torch.cuda.max_memory_allocated() - before - gradients) / MIB)
+        norms = 4 * num_classes if backend.name == "triton" else 0  # of float32
+        known = head.weight.grad.nbytes + x.grad.nbytes + norms
+        extra.append((_requested("peak") - before - known) / MIB)
         del head, x, labels
     assert abs(extra[1] - extra[0]) < 1, extra
     assert max(extra) < 128, extra
@@ -79,9 +86,9 @@ def test_memory_of_rows_that_move_inside_backward_is_flat(backend, rate):
         for _ in range(2):  # the first step compiles, chooses tiles and makes the momentum
             loss = head(x, labels)
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before = _requested("current")
             loss.backward()
-            peak = torch.cuda.max_memory_allocated() - before
+            peak = _requested("peak") - before
             optimizer.step()
             x.grad = None
         extra.append(peak / MIB)
@@ -90,7 +97,7 @@ def test_memory_of_rows_that_move_inside_backward_is_flat(backend, rate):
 
 
 def test_chunk_fits_the_cache_and_changes_nothing(backend, monkeypatch):
-    problem = make_problem(256, 40_000, 64, BF16).to("cuda")
+    problem = backend.problem(256, 40_000, 64, BF16)
     upstream = random_upstream(problem, "loss")
 
     def run(*arguments):
@@ -99,14 +106,17 @@ def test_chunk_fits_the_cache_and_changes_nothing(backend, monkeypatch):
     want = evaluate(run, problem, upstream)
     monkeypatch.setenv(f"COSFACE_{backend.name.upper()}_CHUNK", "4096")
     got = evaluate(run, problem, upstream)
-    torch.testing.assert_close(got.dx, want.dx, rtol=2e-2, atol=1e-3)
-    assert torch.equal(got.dw, want.dw)
+    assert relative_error(got.dx, want.dx) < backend.rounding(BF16)
+    if backend.name == "triton":  # sums over the samples in one order, whatever the chunk
+        assert torch.equal(got.dw, want.dw)
+    else:  # a library's product of another shape may sum in another order
+        assert relative_error(got.dw, want.dw) < backend.rounding(BF16)
 
 
 def test_labels_are_read_back_only_on_request(backend):
     head, x, _ = _head(backend, 100, 8)
     labels = torch.tensor([0, 1, 2, 100, 4, 5, 6, 7], device="cuda")
-    losses = cosface_loss(x, head.weight, labels, reduction="none")
+    losses = backend.loss(x, head.weight, labels, reduction="none")
     assert losses.isnan().tolist() == [i == 3 for i in range(8)]
     with pytest.raises(ValueError, match="got 100 at row 3"):
-        cosface_loss(x, head.weight, labels, validate_labels=True)
+        backend.loss(x, head.weight, labels, validate_labels=True)

@@ -26,7 +26,7 @@ def _info(**env):
 
 
 def test_every_required_backend_runs_here(backend):
-    problem = make_problem(3, 5, 4, F32).to(backend.device)
+    problem = backend.problem(3, 5, 4, F32)
     x = problem.x.requires_grad_()
     loss = backend.loss(x, problem.w, problem.targets)
     loss.backward()
@@ -70,7 +70,7 @@ def _spy(monkeypatch, called):
 
 
 def test_environment_forces_a_backend(backend, monkeypatch):
-    problem, called = make_problem(3, 5, 4, F32).to(backend.device), []
+    problem, called = backend.problem(3, 5, 4, F32), []
     _spy(monkeypatch, called)
     monkeypatch.setenv("COSFACE_BACKEND", backend.name)
     cosface_loss(problem.x, problem.w, problem.targets)
@@ -84,8 +84,17 @@ def test_priority_without_force(monkeypatch):
     assert called == ["cpu"]
 
 
+def test_tensors_on_the_cpu_start_no_gpu(monkeypatch):
+    """To ask a GPU's backend whether it runs starts CUDA and a compiler: not for tensors that it never takes."""
+    for name in ("triton", "cuda"):
+        backend = cosface_kernels.backends.BACKENDS[name]
+        monkeypatch.setattr(backend, "unavailable", lambda: pytest.fail("a backend of GPUs was asked"))
+    problem = make_problem(3, 5, 4, F32)
+    assert cosface_loss(problem.x, problem.w, problem.targets).isfinite()
+
+
 def test_named_backend_is_the_one_that_runs(backend, monkeypatch):
-    problem, called = make_problem(3, 5, 4, F32).to(backend.device), []
+    problem, called = backend.problem(3, 5, 4, F32), []
     _spy(monkeypatch, called)
     backend.loss(problem.x, problem.w, problem.targets)
     assert called == [backend.name]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import F32, evaluate, make_problem, random_upstream, relative_error
+from support import F32, evaluate, random_upstream, relative_error
 
 from cosface_kernels import margin_softmax_loss
 
@@ -21,7 +21,7 @@ def _break(problem, value, whole_row):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("whole_row", [False, True], ids=["one_number", "whole_row"])
 def test_broken_embedding_spoils_its_own_loss_alone(backend, dtypes, value, whole_row):
-    problem = make_problem(9, 530, 24, dtypes).to(backend.device)
+    problem = backend.problem(9, 530, 24, dtypes)
     upstream = random_upstream(problem, "loss")
     want = evaluate(backend.lmcl, problem, upstream)
     problem.x.copy_(_break(problem, value, whole_row))
@@ -34,7 +34,7 @@ def test_broken_embedding_spoils_its_own_loss_alone(backend, dtypes, value, whol
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_public_loss_of_a_broken_embedding(backend, reduction):
-    problem = make_problem(9, 60, 24, F32).to(backend.device)
+    problem = backend.problem(9, 60, 24, F32)
     problem.x[BROKEN, 0] = math.nan
     x = problem.x.requires_grad_()
     loss = backend.loss(x, problem.w, problem.targets, reduction=reduction)
@@ -50,7 +50,7 @@ def test_public_loss_of_a_broken_embedding(backend, reduction):
 @pytest.mark.parametrize("general", [False, True], ids=["cosface", "any_margin"])
 def test_ignored_broken_embedding_poisons_nothing(backend, dtypes, value, general):
     """Not even dw: an ignored sample takes no part."""
-    problem = make_problem(9, 530, 24, dtypes).to(backend.device)
+    problem = backend.problem(9, 530, 24, dtypes)
     labels = problem.targets.clone()
     labels[BROKEN] = -100
     margin = (lambda cos: cos - 0.35) if general else 0.35
@@ -73,7 +73,7 @@ def test_ignored_broken_embedding_poisons_nothing(backend, dtypes, value, genera
 @pytest.mark.parametrize("outputs", [("loss",), ("lse", "target_cos")], ids="+".join)
 def test_broken_sample_with_no_upstream_gradient_poisons_nothing(backend, dtypes, outputs):
     """Whoever drops the broken losses, as in loss[loss.isfinite()].mean(), keeps them out of dw."""
-    problem = make_problem(9, 530, 24, dtypes).to(backend.device)
+    problem = backend.problem(9, 530, 24, dtypes)
     upstream = random_upstream(problem, *outputs)
     for g in upstream:
         if g is not None:
@@ -88,7 +88,7 @@ def test_broken_sample_with_no_upstream_gradient_poisons_nothing(backend, dtypes
 
 def test_broken_class_is_seen(backend):
     """A NaN class centre is a negative of everyone: it must not be lost in a maximum."""
-    problem = make_problem(5, 700, 24, F32).to(backend.device)
+    problem = backend.problem(5, 700, 24, F32)
     problem.w[650, 3] = math.nan
     problem.targets.clamp_(max=600)
     assert backend.loss(problem.x, problem.w, problem.targets, reduction="none").isnan().all()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import F32, check_backend, evaluate, make_problem, random_upstream
+from support import F32, check_backend, evaluate, random_upstream
 
 
 def _transposed(t):
@@ -52,7 +52,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operand", ["x", "w", "x_and_w"])
 def test_any_strides(backend, dtypes, operand, layout):
-    problem = make_problem(6, 530, 20, dtypes)
+    problem = backend.problem(6, 530, 20, dtypes)
     changed = {k: LAYOUTS[layout](getattr(problem, k)) for k in operand.split("_and_")}
     check_backend(backend, replace(problem, **changed))
 
@@ -60,7 +60,7 @@ def test_any_strides(backend, dtypes, operand, layout):
 @pytest.mark.parametrize("operand", ["x", "w"])
 def test_gradient_of_an_expanded_row_is_the_sum(backend, operand):
     """Autograd sums over the rows of the view: the gradient of each must be there."""
-    problem = make_problem(6, 40, 8, F32).to(backend.device)
+    problem = backend.problem(6, 40, 8, F32)
     rows = {"x": problem.x, "w": problem.w}
     row = rows[operand][:1].clone().requires_grad_()
     rows[operand] = row.expand(rows[operand].shape)
@@ -73,17 +73,17 @@ def test_gradient_of_an_expanded_row_is_the_sum(backend, operand):
 @pytest.mark.strided_weight
 def test_strides_change_nothing(backend):
     """The same numbers in another layout give the same result, to rounding."""
-    problem = make_problem(7, 300, 33, F32)
+    problem = backend.problem(7, 300, 33, F32)
     upstream = random_upstream(problem, "loss")
-    want = evaluate(backend.lmcl, problem.to(backend.device), upstream)
+    want = evaluate(backend.lmcl, problem, upstream)
     for layout in (_transposed, _every_other_row, _every_other_column, _column_slice, _odd_offset):
-        moved = replace(problem, x=layout(problem.x), w=layout(problem.w)).to(backend.device)
+        moved = replace(problem, x=layout(problem.x), w=layout(problem.w))
         for got, expected in zip(evaluate(backend.lmcl, moved, upstream), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_strided_upstream_gradient(backend):
-    problem = make_problem(6, 50, 8, F32).to(backend.device)
+    problem = backend.problem(6, 50, 8, F32)
     g = torch.randn(12, device=backend.device)
     x = problem.x.requires_grad_()
     loss = backend.loss(x, problem.w, problem.targets, reduction="none")
@@ -97,7 +97,7 @@ def test_strided_upstream_gradient(backend):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 def test_labels_of_any_integer_dtype_and_stride(backend, dtype):
-    problem = make_problem(9, 100, 8, F32).to(backend.device)
+    problem = backend.problem(9, 100, 8, F32)
     want = backend.loss(problem.x, problem.w, problem.targets, reduction="none")
     labels = problem.targets.to(dtype)
     strided = torch.stack([labels, labels * 0 + 99], dim=1)[:, 0]

@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import CosFaceLoss, LargeMarginSoftmaxLoss
-from support import F32, make_problem, relative_error
+from support import DEFAULT_DEVICE, relative_error
 
 import cosface_kernels
 from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, cosface_loss
 
 
-def _head(num_classes=50, embedding_size=16, **options):
-    head = FusedCosFaceLoss(num_classes, embedding_size, **options)
-    batch = torch.randn(8, embedding_size), torch.randint(num_classes, (8,))
-    return head, *batch
+def _head(backend, **options):
+    """A head and a batch for it."""
+    head = backend.head(50, 16, **options)
+    return head, torch.randn(8, 16, device=backend.device), torch.randint(50, (8,), device=backend.device)
 
 
 def test_signature():
@@ -47,7 +47,7 @@ def test_signature():
     ids=str,
 )
 def test_is_the_functional_form(backend, options):
-    head, x, labels = _head(backend=backend.name, **options)
+    head, x, labels = _head(backend, **options)
     functional = {k: v for k, v in options.items() if k != "dtype"}
     want = cosface_loss(x, head.weight, labels, backend=backend.name, **functional)
     assert torch.equal(head(x, labels), want)
@@ -60,12 +60,15 @@ def test_is_the_functional_form(backend, options):
 @pytest.mark.parametrize("scale", [64.0, 10.0])
 def test_swaps_with_pytorch_metric_learning(backend, scale, margin):
     """The same loss and gradients with their weight, which is (D, C), turned."""
-    theirs = CosFaceLoss(num_classes=50, embedding_size=16, margin=margin, scale=scale).double()
-    ours = FusedCosFaceLoss(50, 16, margin=margin, scale=scale, backend=backend.name, dtype=torch.float64)
+    double = {"dtype": torch.float64, "device": backend.device}
+    with DEFAULT_DEVICE:
+        theirs = CosFaceLoss(num_classes=50, embedding_size=16, margin=margin, scale=scale).to(**double)
+    ours = backend.head(50, 16, margin=margin, scale=scale, dtype=torch.float64)
     with torch.no_grad():
         ours.weight.copy_(theirs.W.T)
-    x, labels = torch.randn(8, 16, dtype=torch.float64, requires_grad=True), torch.randint(50, (8,))
-    want = theirs(x, labels)
+    x, labels = torch.randn(8, 16, requires_grad=True, **double), torch.randint(50, (8,), device=backend.device)
+    with DEFAULT_DEVICE:
+        want = theirs(x, labels)
     want_dx, want_dw = torch.autograd.grad(want, (x, theirs.W))
     got = ours(x, labels)
     got_dx, got_dw = torch.autograd.grad(got, (x, ours.weight))
@@ -76,7 +79,7 @@ def test_swaps_with_pytorch_metric_learning(backend, scale, margin):
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_logits_are_scaled_cosines(weight_dtype):
-    head, x, _ = _head(20000, 8, scale=30.0, dtype=weight_dtype)
+    head, x = FusedCosFaceLoss(20000, 8, scale=30.0, dtype=weight_dtype), torch.randn(8, 8)
     logits = head.get_logits(x)
     assert logits.dtype == (torch.float64 if weight_dtype == torch.float64 else torch.float32)
     assert logits.shape == (8, 20000)
@@ -85,12 +88,12 @@ def test_logits_are_scaled_cosines(weight_dtype):
 
 
 def test_logits_agree_with_the_loss(backend):
-    head, x, labels = _head(backend=backend.name, margin=0.0, scale=12.0)
+    head, x, labels = _head(backend, margin=0.0, scale=12.0)
     torch.testing.assert_close(head(x, labels), F.cross_entropy(head.get_logits(x), labels))
 
 
 def test_statistics(backend):
-    head, x, labels = _head(backend=backend.name, scale=12.0)
+    head, x, labels = _head(backend, scale=12.0)
     labels[:2] = head.get_logits(x).argmax(1)[:2]
     loss, stats = head(x, labels, return_stats=True)
     logits = head.get_logits(x)
@@ -103,8 +106,8 @@ def test_statistics(backend):
 
 
 def test_scale_parameter_learns(backend):
-    scale = torch.nn.Parameter(torch.tensor(20.0))
-    head, x, labels = _head(scale=scale, backend=backend.name)
+    scale = torch.nn.Parameter(torch.tensor(20.0, device=backend.device))
+    head, x, labels = _head(backend, scale=scale)
     assert {name for name, _ in head.named_parameters()} == {"weight", "scale"}
     head(x, labels).backward()
     step = 1e-2
@@ -120,19 +123,19 @@ def test_repr():
 
 
 def test_state_dict_round_trip(backend, tmp_path):
-    head, x, labels = _head(backend=backend.name)
+    head, x, labels = _head(backend)
     assert set(head.state_dict()) == {"weight"}
     torch.save(head.state_dict(), tmp_path / "head.pt")
-    other = FusedCosFaceLoss(50, 16, backend=backend.name)
+    other = backend.head(50, 16)
     assert not torch.equal(other(x, labels), head(x, labels))
     other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
     assert torch.equal(other(x, labels), head(x, labels))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        FusedCosFaceLoss(51, 16).load_state_dict(head.state_dict())
+        backend.head(51, 16).load_state_dict(head.state_dict())
 
 
 def test_copies_and_pickles(backend):
-    head, x, labels = _head(backend=backend.name)
+    head, x, labels = _head(backend)
     buffer = io.BytesIO()
     torch.save(head, buffer)
     buffer.seek(0)
@@ -145,7 +148,7 @@ def test_copies_and_pickles(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_moves_to_another_dtype(backend, dtype):
-    head, x, labels = _head(backend=backend.name)
+    head, x, labels = _head(backend)
     want = head(x, labels)
     head.to(dtype)
     assert head.weight.dtype == dtype
@@ -153,7 +156,7 @@ def test_moves_to_another_dtype(backend, dtype):
 
 
 def test_training_and_evaluation_mode_are_alike(backend):
-    head, x, labels = _head(backend=backend.name)
+    head, x, labels = _head(backend)
     assert torch.equal(head.train()(x, labels), head.eval()(x, labels))
 
 
@@ -175,7 +178,7 @@ def test_forward_on_meta_tensors_gives_shapes():
 
 
 def test_optimizer_step_on_the_weight(backend):
-    head, x, labels = _head(backend=backend.name, scale=16.0)
+    head, x, labels = _head(backend, scale=16.0)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     before = head(x, labels)
     for _ in range(20):
@@ -186,7 +189,7 @@ def test_optimizer_step_on_the_weight(backend):
 
 
 def test_hooks(backend):
-    head, x, labels = _head(backend=backend.name)
+    head, x, labels = _head(backend)
     calls = []
     head.register_forward_pre_hook(lambda module, args: calls.append("before"))
     head.register_forward_hook(lambda module, args, out: calls.append("after"))
@@ -265,9 +268,8 @@ def test_heads_made_one_after_the_other_differ():
 
 
 def test_labels_repeat_and_weight_gradient_has_its_dtype(backend):
-    problem = make_problem(8, 50, 16, F32)
     for dtype in (torch.float32, torch.bfloat16):
-        head = FusedCosFaceLoss(50, 16, backend=backend.name, dtype=dtype)
-        head(problem.x, torch.full((8,), 7)).backward()
+        head, x, labels = _head(backend, dtype=dtype)
+        head(x, torch.full_like(labels, 7)).backward()
         assert head.weight.grad.dtype == dtype
         assert head.weight.grad[7].any()

@@ -36,11 +36,12 @@ def _options(problem: Problem, polynomial: str | None, normalize_weight: bool) -
     options = {"normalize_weight": normalize_weight}
     if polynomial:
         n, compute = len(problem.targets), problem.dtypes.compute
-        thresholds = torch.linspace(-0.3, 0.6, n, dtype=compute) if n > 1 else torch.zeros(n, dtype=compute)
+        to = {"dtype": compute, "device": problem.x.device}
+        thresholds = torch.linspace(-0.3, 0.6, n, **to) if n > 1 else torch.zeros(n, **to)
         if n > 4:
             thresholds[1], thresholds[2] = -torch.inf, torch.inf
-        options |= {"thresholds": thresholds, "negatives": torch.tensor(POLYNOMIALS[polynomial], dtype=compute)}
-    return {k: v.to(problem.x.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        options |= {"thresholds": thresholds, "negatives": torch.tensor(POLYNOMIALS[polynomial], **to)}
+    return options
 
 
 def _explicit(x, w, targets, scale, margin, *, normalize_weight=True, thresholds=None, negatives=None):
@@ -66,7 +67,6 @@ def _doubled(problem: Problem, options: dict) -> tuple[Problem, dict]:
 
 def _check(backend, problem: Problem, options: dict) -> None:
     """Every output and gradient; relative to the whole tensor, a few times what float32 itself gets."""
-    problem = problem.to(backend.device)
     names = ("loss", "lse", "target_cos")
     got = evaluate(partial(backend.lmcl, **options), problem, random_upstream(problem, *names))
     seen, exact = _doubled(backend.seen(problem), options)
@@ -88,7 +88,7 @@ def _check(backend, problem: Problem, options: dict) -> None:
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 @pytest.mark.parametrize("dtypes", [F32, F64], ids=str)
 def test_agrees_with_autograd(backend, regime, polynomial, normalize_weight, dtypes):
-    problem = make_problem(33, 601, 24, dtypes, regime=regime, scale=30.0 if normalize_weight else 2.0)
+    problem = backend.problem(33, 601, 24, dtypes, regime=regime, scale=30.0 if normalize_weight else 2.0)
     problem.targets[3] = -1
     _check(backend, problem, _options(problem, polynomial, normalize_weight))
 
@@ -96,18 +96,18 @@ def test_agrees_with_autograd(backend, regime, polynomial, normalize_weight, dty
 @pytest.mark.parametrize("sizes", [(1, 1, 5), (1, 40, 3), (7, 1, 8), (300, 90, 17), (0, 9, 4)], ids=str)
 @pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
 def test_ragged_sizes(backend, sizes, normalize_weight):
-    problem = make_problem(*sizes, scale=10.0)
+    problem = backend.problem(*sizes, scale=10.0)
     _check(backend, problem, _options(problem, "all", normalize_weight))
 
 
 @pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
 def test_half_precision(backend, normalize_weight):
-    problem = make_problem(16, 300, 32, BF16, scale=4.0)
+    problem = backend.problem(16, 300, 32, BF16, scale=4.0)
     _check(backend, problem, _options(problem, "linear", normalize_weight))
 
 
 def test_zero_rows(backend):
-    problem = make_problem(6, 50, 16, scale=10.0)
+    problem = backend.problem(6, 50, 16, scale=10.0)
     problem.x[1], problem.w[4], problem.w[problem.targets[2]] = 0, 0, 0
     for normalize_weight in (True, False):
         _check(backend, problem, _options(problem, "quadratic", normalize_weight))
@@ -115,7 +115,7 @@ def test_zero_rows(backend):
 
 def test_no_threshold_reached_is_plain(backend):
     """Bitwise, so that a mask that is never set costs no accuracy."""
-    problem = make_problem(9, 300, 16).to(backend.device)
+    problem = backend.problem(9, 300, 16)
     options = _options(problem, "all", True)
     options["thresholds"] = torch.full_like(options["thresholds"], torch.inf)
     upstream = random_upstream(problem, "loss")
@@ -138,7 +138,7 @@ def test_reference_backward_is_its_forward_s_gradient():
 
 
 def test_opcheck(backend):
-    problem = make_problem(5, 40, 8).to(backend.device)
+    problem = backend.problem(5, 40, 8)
     options = _options(problem, "all", False)
     inputs = (problem.x.requires_grad_(), problem.w.requires_grad_(), problem.targets, problem.scale, 0.3)
     torch.library.opcheck(torch.ops.cosface.lmcl.default, (*inputs, backend.name), options)
@@ -147,7 +147,7 @@ def test_opcheck(backend):
 @pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
 @pytest.mark.option("updates")
 def test_rows_that_move_inside_backward_move_by_the_same_gradient(backend, normalize_weight):
-    problem = make_problem(6, 90, 16, scale=8.0).to(backend.device)
+    problem = backend.problem(6, 90, 16, scale=8.0)
     options = _options(problem, "all", normalize_weight)
     moved, plain = (problem.w.clone().requires_grad_() for _ in range(2))
     optimizer = FusedSGD([moved], lr=0.5)

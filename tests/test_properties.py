@@ -14,7 +14,6 @@ from support import (
     Backend,
     check_backend,
     evaluate_oracle,
-    make_problem,
     random_upstream,
     relative_error,
 )
@@ -29,7 +28,7 @@ def problems(draw: st.DrawFn, backend: Backend):
     """A problem whose tensors have any strides and whose labels repeat or are missing."""
     accepted = [d for d in (*SAME_DTYPES, *MIXED_DTYPES) if set(d) <= set(backend.dtypes)]
     num_samples, num_classes = draw(st.integers(0, 40)), draw(st.integers(1, 700))
-    problem = make_problem(
+    problem = backend.problem(
         num_samples,
         num_classes,
         draw(st.integers(2, 80)),
@@ -41,7 +40,7 @@ def problems(draw: st.DrawFn, backend: Backend):
     )
     if num_samples and draw(st.booleans()):
         labels = draw(st.lists(st.integers(-1, num_classes - 1), min_size=num_samples, max_size=num_samples))
-        problem = replace(problem, targets=torch.tensor(labels))
+        problem = replace(problem, targets=torch.tensor(labels, device=backend.device))
     problem = replace(problem, x=draw(layouts)(problem.x), w=draw(layouts)(problem.w))
     if backend.contiguous_weight:
         problem = replace(problem, w=problem.w.contiguous())
@@ -61,8 +60,7 @@ def test_agrees_with_float64(backend, data):
 def test_only_directions_count(backend, data):
     """Powers of two times the rows of x and w change no bit of the loss: only exponents move."""
     dtypes = data.draw(st.sampled_from([d for d in (F32, F64) if d.x in backend.dtypes]))
-    problem = make_problem(6, data.draw(st.integers(1, 100)), 16, dtypes)
-    problem = problem.to(backend.device)
+    problem = backend.problem(6, data.draw(st.integers(1, 100)), 16, dtypes)
     factors = st.integers(-20, 20).map(lambda e: 2.0**e)
     loss = backend.loss(problem.x, problem.w, problem.targets, reduction="none")
     again = backend.loss(
@@ -74,9 +72,9 @@ def test_only_directions_count(backend, data):
 @given(data=st.data())
 def test_gradient_is_orthogonal_to_its_row(backend, data):
     """The loss does not depend on lengths, so that <dx_i, x_i> = 0 and <dw_j, w_j> = 0."""
-    problem = make_problem(
+    problem = backend.problem(
         data.draw(st.integers(1, 20)), data.draw(st.integers(2, 300)), data.draw(st.integers(2, 64))
-    ).to(backend.device)
+    )
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     backend.loss(x, w, problem.targets).backward()
     for leaf in (x, w):
@@ -86,13 +84,10 @@ def test_gradient_is_orthogonal_to_its_row(backend, data):
 
 @given(data=st.data())
 def test_order_of_classes_and_samples_is_free(backend, data):
-    problem = make_problem(9, data.draw(st.integers(1, 600)), 24, seed=data.draw(st.integers(0, 100)))
-    problem = problem.to(backend.device)
+    problem = backend.problem(9, data.draw(st.integers(1, 600)), 24, seed=data.draw(st.integers(0, 100)))
     rows = torch.tensor(data.draw(st.permutations(range(9))), device=backend.device)
-    classes = torch.randperm(
-        problem.w.shape[0], generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    )
-    classes = classes.to(backend.device)
+    generator = torch.Generator(backend.device).manual_seed(data.draw(st.integers(0, 99)))
+    classes = torch.randperm(problem.w.shape[0], generator=generator, device=backend.device)
     loss = backend.loss(problem.x, problem.w, problem.targets, reduction="none")
     shuffled = backend.loss(
         problem.x[rows], problem.w[classes], classes.argsort()[problem.targets[rows]], reduction="none"
@@ -109,7 +104,7 @@ def test_labels_are_in_range_or_refused(backend, value, row, dtype):
     """No label is ever taken for another: in range it counts, else the message names it and its row."""
     if dtype == torch.int32:
         value = max(min(value, 2**31 - 1), -(2**31))
-    problem = make_problem(6, 9, 4).to(backend.device)
+    problem = backend.problem(6, 9, 4)
     labels = problem.targets.to(dtype)
     labels[row] = value
     if 0 <= value < 9:
@@ -118,4 +113,4 @@ def test_labels_are_in_range_or_refused(backend, value, row, dtype):
         assert relative_error(got, want) < 1e-5
     elif value != -100:
         with pytest.raises(ValueError, match=f"got {value} at row {row}"):
-            backend.loss(problem.x, problem.w, labels)
+            backend.loss(problem.x, problem.w, labels, validate_labels=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import F32, F64, evaluate_oracle, make_problem, plain_forward, random_upstream, relative_error
+from support import F32, F64, evaluate_oracle, plain_forward, random_upstream, relative_error
 
 import cosface_kernels
 from cosface_kernels import cosface_loss, margin_softmax_loss
@@ -13,7 +13,7 @@ from cosface_kernels import cosface_loss, margin_softmax_loss
 
 @pytest.fixture
 def problem(backend):
-    return make_problem(10, 60, 16, F64, scale=20.0).to(backend.device)
+    return backend.problem(10, 60, 16, F64, scale=20.0)
 
 
 def _leaves(problem, *names):
@@ -76,13 +76,12 @@ def test_ignored_samples_are_as_good_as_absent(backend, problem, dtypes, ignore_
 @pytest.mark.parametrize("num_samples", [0, 5])
 def test_no_valid_sample(backend, dtypes, num_samples):
     """As F.cross_entropy: the mean over nothing is nan, the sum is 0, and no gradient flows from the sum."""
-    problem = make_problem(num_samples, 7, 4, dtypes).to(backend.device)
+    problem = backend.problem(num_samples, 7, 4, dtypes)
     labels = torch.full((num_samples,), -100, device=backend.device)
     x, w = _leaves(problem, "x", "w")
     assert math.isnan(backend.loss(x, w, labels).item())
-    assert torch.equal(
-        backend.loss(x, w, labels, reduction="none").detach(), torch.zeros(num_samples).to(x.device)
-    )
+    losses = backend.loss(x, w, labels, reduction="none").detach()
+    assert torch.equal(losses, torch.zeros(num_samples, dtype=dtypes.compute, device=backend.device))
     total = backend.loss(x, w, labels, reduction="sum")
     assert total.item() == 0
     total.backward()
@@ -121,7 +120,7 @@ def test_sample_weight_of_an_ignored_sample_is_not_read(backend, problem):
 
 
 def test_scale_that_learns(backend, dtypes):
-    problem = make_problem(10, 60, 16, dtypes, scale=20.0).to(backend.device)
+    problem = backend.problem(10, 60, 16, dtypes, scale=20.0)
     scale = torch.nn.Parameter(torch.tensor(20.0, device=backend.device))
     backend.loss(problem.x, problem.w, problem.targets, scale=scale, reduction="sum").backward()
     want = evaluate_oracle(problem, random_upstream(problem, "loss")._replace(loss=torch.ones_like(problem.scale)))
@@ -149,7 +148,7 @@ def test_scale_per_sample_and_its_gradient(backend, problem):
 
 
 def test_scale_of_another_dtype(backend):
-    problem = make_problem(4, 30, 8, F32).to(backend.device)
+    problem = backend.problem(4, 30, 8, F32)
     want = backend.loss(problem.x, problem.w, problem.targets, scale=32.0)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         scale = torch.tensor(32.0, dtype=dtype, device=backend.device, requires_grad=True)
@@ -190,7 +189,7 @@ def test_any_margin_on_the_target(backend, problem, margin):
 
 
 def test_margin_of_cosface_through_the_general_form(backend, dtypes):
-    problem = make_problem(10, 90, 16, dtypes).to(backend.device)
+    problem = backend.problem(10, 90, 16, dtypes)
     x, w = _leaves(problem, "x", "w")
     want = backend.loss(x, w, problem.targets, margin=0.3, scale=16.0)
     want_dx, want_dw = torch.autograd.grad(want, (x, w))
@@ -250,12 +249,12 @@ def test_statistics(backend, problem):
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum"}], ids=str)
 def test_loss_dtype(backend, dtypes, options):
-    problem = make_problem(3, 5, 4, dtypes).to(backend.device)
+    problem = backend.problem(3, 5, 4, dtypes)
     assert backend.loss(problem.x, problem.w, problem.targets, **options).dtype == dtypes.compute
 
 
 def test_first_backend_is_used_by_default(backend):
-    problem = make_problem(3, 5, 4, F32).to(backend.device)
+    problem = backend.problem(3, 5, 4, F32)
     torch.testing.assert_close(
         cosface_loss(problem.x, problem.w, problem.targets),
         backend.loss(problem.x, problem.w, problem.targets),

@@ -5,18 +5,19 @@ import math
 
 import pytest
 import torch
-from support import evaluate, make_problem, random_upstream, relative_error
+from support import Backend, evaluate, random_upstream, relative_error
 
-from cosface_kernels import FusedCosFaceLoss, cosface_loss
+from cosface_kernels import FusedMarginLoss, cosface_loss
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.sampling import ClassSampler
 
 C, D = 400, 16
+CPU = Backend("cpu")
 
 
-def make_head(rate: float, backend: str = "cpu", **options) -> FusedCosFaceLoss:
+def make_head(rate: float, backend: Backend = CPU) -> FusedMarginLoss:
     torch.manual_seed(0)
-    return FusedCosFaceLoss(C, D, scale=16.0, sample_rate=rate, backend=backend, **options)
+    return backend.head(C, D, scale=16.0, sample_rate=rate)
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.9, 1.0])
@@ -60,8 +61,8 @@ def test_every_negative_is_as_likely_and_sums_are_unbiased(rate):
 
 @pytest.mark.option("classes")
 def test_equals_the_full_loss_at_rate_1(backend):
-    problem = make_problem(9, 300, 24).to(backend.device)
-    sampler = ClassSampler(300, 1.0)
+    problem = backend.problem(9, 300, 24)
+    sampler = ClassSampler(300, 1.0, device=backend.device)
     classes, positions = sampler(problem.targets)
     assert torch.equal(classes, torch.arange(300, device=backend.device))
     assert torch.equal(positions, problem.targets)
@@ -78,7 +79,7 @@ def test_equals_the_full_loss_at_rate_1(backend):
 @pytest.mark.option("updates", "classes")
 @pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
 def test_rows_and_state_of_other_classes_stay(backend, fused):
-    head = make_head(0.1, backend.name, device=backend.device)
+    head = make_head(0.1, backend)
     optimizer = fused(
         head.parameters(), lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if fused is FusedSGD else {})
     )
@@ -86,7 +87,7 @@ def test_rows_and_state_of_other_classes_stay(backend, fused):
     for _ in range(4):
         x = torch.randn(8, D, device=backend.device)
         labels = torch.randint(C, (8,), device=backend.device)
-        sampler = ClassSampler(C, 0.1)
+        sampler = ClassSampler(C, 0.1, device=backend.device)
         sampler.load_state_dict(head.sampler.state_dict())
         classes, positions = sampler(labels)
         weight = head.weight.detach().clone()
@@ -108,7 +109,7 @@ def test_rows_and_state_of_other_classes_stay(backend, fused):
 
 @pytest.mark.option("classes")
 def test_sparse_gradient_trains_with_torch(backend):
-    head = make_head(0.2, backend.name, device=backend.device)
+    head = make_head(0.2, backend)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
     x, labels = torch.randn(8, D, device=backend.device), torch.randint(C, (8,), device=backend.device)
     before = head.weight.detach().clone()

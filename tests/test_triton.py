@@ -14,7 +14,6 @@ from support import (
     check_backend,
     evaluate,
     evaluate_oracle,
-    make_problem,
     random_upstream,
     relative_error,
     run_python,
@@ -36,20 +35,20 @@ KEY = Key("sm_90", 512, torch.bfloat16, torch.bfloat16, torch.bfloat16, 256)
 def test_chunk_of_classes_changes_no_result(backend, dtypes, chunk, monkeypatch):
     """Chunks smaller than, equal to and larger than the problem; 1 and 300 are rounded up."""
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(chunk))
-    check_backend(backend, make_problem(40, 700, 40, dtypes))
+    check_backend(backend, backend.problem(40, 700, 40, dtypes))
 
 
 @pytest.mark.triton_only
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
 def test_large_embeddings_of_an_odd_size(backend, dtypes):
-    check_backend(backend, make_problem(5, 70, 4099, dtypes))
+    check_backend(backend, backend.problem(5, 70, 4099, dtypes))
 
 
 @pytest.mark.triton_only
 @pytest.mark.parametrize("value", ["0", "-5", "many"])
 def test_chunk_override_must_be_a_number(backend, value, monkeypatch):
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", value)
-    problem = make_problem(4, 20, 8).to(backend.device)
+    problem = backend.problem(4, 20, 8)
     with pytest.raises(ValueError, match=rf"COSFACE_TRITON_CHUNK must be .* got '{value}'\."):
         evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
 
@@ -58,9 +57,8 @@ def test_chunk_override_must_be_a_number(backend, value, monkeypatch):
 @pytest.mark.parametrize("exponent", [-20, -14, 0, 10])
 def test_float16_g_neither_underflows_nor_overflows(backend, exponent):
     """G is as small as the mean over a large batch makes it; short rows make normal gradients of it."""
-    problem = make_problem(12, 400, 32, F16)
+    problem = backend.problem(12, 400, 32, F16)
     problem.x.mul_(2.0 ** min(0, exponent // 2)), problem.w.mul_(2.0 ** min(0, exponent // 2))
-    problem = problem.to(backend.device)
     upstream = random_upstream(problem, "loss")
     upstream.loss.mul_(2.0**exponent)
     got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
@@ -70,18 +68,19 @@ def test_float16_g_neither_underflows_nor_overflows(backend, exponent):
 
 @pytest.mark.triton_only
 def test_unit_of_a_row_is_a_power_of_two_that_bounds_it(backend):
-    scale, g = torch.full((5,), 64.0), torch.tensor([1e-30, 3e-9, 0.7, 1.0, 1e20])
+    g = torch.tensor([1e-30, 3e-9, 0.7, 1.0, 1e20], device=backend.device)
+    scale = torch.full_like(g, 64.0)
     bound, unit = scale * g, backend_triton._units(scale, g, -scale * g)
     assert bool(((bound <= unit) & (unit <= 2 * bound)).all())
     assert torch.equal(torch.frexp(unit).mantissa, torch.full_like(unit, 0.5))
-    odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 1e-45])
+    odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 1e-45], device=backend.device)
     assert bool(backend_triton._units(scale, odd, odd).isfinite().all())
     assert bool((1 / backend_triton._units(scale, odd, odd) * 4096).isfinite().all())
 
 
 @pytest.mark.triton_only
 def test_weight_that_is_not_contiguous_is_refused(backend):
-    problem = make_problem(4, 20, 8).to(backend.device)
+    problem = backend.problem(4, 20, 8)
     w = problem.w.T.contiguous().T
     with pytest.raises(RuntimeError, match=r"contiguous weight, got strides \(1, 20\) for shape \(20, 8\)\."):
         cosface_loss(problem.x, w, problem.targets, backend="triton")
@@ -89,7 +88,7 @@ def test_weight_that_is_not_contiguous_is_refused(backend):
 
 @pytest.mark.triton_only
 def test_float64_is_refused_with_the_backend_that_takes_it(backend):
-    problem = make_problem(4, 20, 8).to(backend.device)
+    problem = backend.problem(4, 20, 8)
     with pytest.raises(RuntimeError, match="leaves float64 to backend 'reference'"):
         cosface_loss(problem.x.double(), problem.w, problem.targets, backend="triton")
 

@@ -46,7 +46,7 @@ updates = pytest.mark.option("updates")
 
 @pytest.mark.parametrize("name", ["classes", "updates", "cache_bytes", "gradient_tolerance"])
 def test_an_option_is_taken_or_refused_by_its_name(backend, name):
-    problem = make_problem(2, 5, 3).to(backend.device)
+    problem = backend.problem(2, 5, 3)
     values = {
         "classes": torch.tensor([0, 1], device=backend.device),
         "updates": True,
@@ -66,7 +66,7 @@ def _batches(steps: int, w: Tensor) -> list[Problem]:
     """With an ignored sample each, and half of the samples near their class."""
     problems = []
     for step in range(steps):
-        problem = make_problem(N, len(w), D, seed=step, scale=16.0)
+        problem = make_problem(N, len(w), D, seed=step, scale=16.0, device=w.device)
         problem.x[::2] += 3 * w[problem.targets[::2]]
         problem.targets[3] = -1
         problems.append(replace(problem, w=w))
@@ -100,18 +100,17 @@ def _train_torch(problems: list[Problem], torchs, options: dict, dtype: torch.dt
 @pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
 def test_training_is_torchs_on_the_specifications_gradients(backend, fused, torchs, options):
     """Two steps of several chunks, with ignored samples; at most twice as far off as PyTorch in float32 is."""
-    start = make_problem(1, C, D).w
+    start = backend.problem(1, C, D).w
     problems = _batches(2, start)
     want, plain = (_train_torch(problems, torchs, options, dtype) for dtype in (torch.float64, torch.float32))
-    w = start.to(backend.device, copy=True).requires_grad_()
+    w = start.clone().requires_grad_()
     optimizer = fused([w], **options)
     for problem in problems:
-        problem = problem.to(backend.device)
         upstream = random_upstream(problem, "loss")
         loss = optim.lmcl(w, problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
         loss.backward(upstream.loss)
         optimizer.step()
-    errors = [(v.detach().cpu().double() - want).norm() for v in (w, plain)]
+    errors = [(v.detach().double() - want).norm() for v in (w, plain)]
     moved = (want - start.double()).norm()
     assert errors[0] <= 2 * errors[1] + 2 * torch.finfo(torch.float32).eps * want.norm()
     assert errors[0] <= 1e-3 * moved
@@ -152,20 +151,18 @@ def test_gradient_of_any_strides_is_applied(backend):
 
 def _draw(rule: str, dtype: torch.dtype, num_classes: int, device: str, seed: int = 3):
     """A weight and its state in the middle of training."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(num_classes, D, generator=generator, dtype=torch.float64).to(dtype)
-    state = [torch.rand(num_classes, D, generator=generator).to(dtype) for _ in range(STATES[rule])]
-    return w.to(device), [values.to(device) for values in state]
+    on_device = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    w = torch.randn(num_classes, D, **on_device, dtype=torch.float64).to(dtype)
+    return w, [torch.rand(num_classes, D, **on_device).to(dtype) for _ in range(STATES[rule])]
 
 
 def _upstream(w: Tensor, targets: int, samples: int = N):
     """x, targets, scale, lse, g_lse and g_cos."""
-    generator = torch.Generator().manual_seed(4)
+    on_device = {"generator": torch.Generator(w.device).manual_seed(4), "device": w.device}
     compute = reference.compute_dtype(w, w)
-    x = torch.randn(samples, D, generator=generator).to(compute)
-    y = torch.randint(-1, targets, (samples,), generator=generator)
-    rows = (torch.rand(samples, generator=generator).to(compute) for _ in range(4))
-    return [values.to(w.device) for values in (x, y, *rows)]
+    x = torch.randn(samples, D, **on_device).to(compute)
+    y = torch.randint(-1, targets, (samples,), **on_device)
+    return [x, y, *(torch.rand(samples, **on_device).to(compute) for _ in range(4))]
 
 
 def _move(
@@ -360,7 +357,7 @@ def test_rounding_keeps_a_nan_of_any_bits(backend):
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
 def test_dtypes_of_weight_and_state_may_differ(backend, dtypes, state_dtype):
-    problem = make_problem(6, 90, 16, dtypes, scale=8.0).to(backend.device)
+    problem = backend.problem(6, 90, 16, dtypes, scale=8.0)
     w = problem.w.clone().requires_grad_()
     exact = problem.w.double().requires_grad_()
     optimizer = FusedAdamW([w], lr=0.05, eps=0.1, state_dtype=state_dtype)
@@ -403,8 +400,8 @@ def test_chunk_of_classes_changes_no_bit_of_a_step(backend, rule, classes, monke
 @pytest.mark.parametrize("dim", [1, 2, 17, 1024, 1500])
 def test_rows_of_any_length(backend, dim):
     """Rows in one block of columns and in two, of more than one row and of one."""
-    generator = torch.Generator().manual_seed(1)
-    w, dw, momentum = (torch.randn(5, dim, generator=generator).to(backend.device) for _ in range(3))
+    torch.manual_seed(1)
+    w, dw, momentum = torch.randn(3, 5, dim, device=backend.device)
     moved = []
     for name in (backend.name, "reference"):
         v, m = w.clone(), momentum.clone()
@@ -448,6 +445,7 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.triton_only
 def test_no_gradient_of_the_weight_is_allocated(backend, monkeypatch):
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
+    monkeypatch.setenv("COSFACE_TRITON_TUNE", "0")  # which would allocate as well
     w, state = _draw("sgd", torch.float32, 1500, backend.device)
     x, *rows = _upstream(w, 1500, 3)
     with _Allocations() as allocations:

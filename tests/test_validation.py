@@ -11,7 +11,7 @@ from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss
 from cosface_kernels.backends import BACKENDS, select
 
 
-def _batch(device="cpu"):
+def _batch(device=None):
     """4 embeddings of size 3, 5 classes; gradients are there already and must survive."""
     x, w = torch.randn(4, 3, device=device), torch.randn(5, 3, device=device)
     for leaf in (x, w):
@@ -20,9 +20,9 @@ def _batch(device="cpu"):
     return {"embeddings": x, "weight": w, "labels": torch.tensor([0, 1, 2, 4], device=device)}
 
 
-def _refused(error, message, *, function=cosface_loss, **changes):
+def _refused(error, message, *, function=cosface_loss, device=None, **changes):
     """Calls with `changes` over a good batch; the message must match, and no input may change."""
-    inputs = {**_batch(), **changes}
+    inputs = {**_batch(device), **changes}
     tensors = [t for t in inputs.values() if isinstance(t, torch.Tensor)]
     before = [(t.detach().clone(), t._version, None if t.grad is None else t.grad.clone()) for t in tensors]
     state = torch.get_rng_state()
@@ -39,8 +39,8 @@ def _refused(error, message, *, function=cosface_loss, **changes):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def _with_label(value, row=2, dtype=torch.int64):
-    labels = torch.tensor([0, 1, 2, 4], dtype=dtype)
+def _with_label(value, row=2, dtype=torch.int64, device=None):
+    labels = torch.tensor([0, 1, 2, 4], dtype=dtype, device=device)
     labels[row] = value
     return labels
 
@@ -49,14 +49,16 @@ def _with_label(value, row=2, dtype=torch.int64):
 @pytest.mark.parametrize("row", [0, 3])
 def test_label_out_of_range(backend, value, row):
     message = rf"labels must be in \[0, 5\) or equal to ignore_index -100, got {value} at row {row}\."
-    _refused(ValueError, message, labels=_with_label(value, row), backend=backend.name)
+    labels = _with_label(value, row, device=backend.device)
+    options = {"validate_labels": True, "backend": backend.name}
+    _refused(ValueError, message, device=backend.device, labels=labels, **options)
 
 
 @pytest.mark.parametrize("value", [5, 2**31 + 1, 2**32 + 1, -1, -2, 2**63 - 1])
 @pytest.mark.parametrize("general", [False, True], ids=["cosface", "any_margin"])
 def test_label_that_is_not_validated_makes_its_own_loss_nan(backend, value, general):
     """No wait for the device, nothing read out of bounds, and no other sample is touched."""
-    batch = {k: t.detach().to(backend.device) for k, t in _batch().items()}
+    batch = {k: t.detach() for k, t in _batch(backend.device).items()}
     margin = (lambda cos: cos - 0.35) if general else 0.35
 
     def run(labels, keep):
@@ -68,13 +70,14 @@ def test_label_that_is_not_validated_makes_its_own_loss_nan(backend, value, gene
         return loss.detach(), x.grad, w.grad
 
     keep = [0, 1, 3]
-    ignored = run(_with_label(-100).to(backend.device), keep)
-    loss, dx, dw = run(_with_label(value).to(backend.device), keep)
+    labels = _with_label(value, device=backend.device)
+    ignored = run(_with_label(-100, device=backend.device), keep)
+    loss, dx, dw = run(labels, keep)
     assert loss[2].isnan()
     assert torch.equal(loss[keep], ignored[0][keep])
     assert torch.equal(dx, ignored[1])
     assert torch.equal(dw, ignored[2])
-    inputs = {**batch, "labels": _with_label(value).to(backend.device)}
+    inputs = {**batch, "labels": labels}
     assert cosface_loss(**inputs, validate_labels=False, backend=backend.name).isnan()
     with pytest.raises(ValueError, match=rf"got {value} at row 2"):
         cosface_loss(**inputs, validate_labels=True, backend=backend.name)
