@@ -152,24 +152,25 @@ def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended
         cosface_loss(x, x, torch.tensor([0, 1]), backend="triton")
 
 
-@pytest.mark.parametrize(
-    ("setting", "wanted"),
-    [
-        ("pass", "tf32x3"),
-        ("matmul.allow_tf32 = True", "tf32"),
-        ("matmul.fp32_precision = 'tf32'", "tf32"),
-        ("matmul.fp32_precision = 'ieee'", "tf32x3"),
-        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-        ("torch.set_float32_matmul_precision('high')", "tf32"),
-    ],
-)
-def test_precision_of_float32_products_is_torchs_by_any_of_its_settings(setting, wanted):
-    done = run_python(
-        f"import torch\nmatmul = torch.backends.cuda.matmul\n{setting}\n"
-        "from cosface_kernels.backends.triton import precision\nprint(precision(torch.float32))",
-        TRITON_INTERPRET="0",
-    )
-    assert done.stdout.strip() == wanted, done.stdout + done.stderr
+PRECISIONS = """
+import torch
+from cosface_kernels.backends.triton import precision
+matmul = torch.backends.cuda.matmul
+print(precision(torch.float32))
+torch.set_float32_matmul_precision("high")
+print(precision(torch.float32))
+matmul.allow_tf32 = False
+print(precision(torch.float32))
+matmul.fp32_precision = "tf32"  # from here on torch refuses to read allow_tf32
+print(precision(torch.float32))
+matmul.fp32_precision = "ieee"
+print(precision(torch.float32))
+"""
+
+
+def test_precision_of_float32_products_follows_each_of_torchs_settings():
+    done = run_python(PRECISIONS, TRITON_INTERPRET="0")
+    assert done.stdout.split() == ["tf32x3", "tf32", "tf32x3", "tf32", "tf32x3"], done.stdout + done.stderr
 
 
 def test_cpu_import_does_not_pay_for_triton():
