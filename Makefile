@@ -29,9 +29,14 @@ gpu-check: $(BUILT)
 	$(GPU_BENCH) --impl fused,eager,compile,checkpoint,torch-lce,cce,liger --json "bench/results/$(GPU_NAME).json"
 	COSFACE_BACKEND=cuda $(GPU_BENCH) --impl fused --json "bench/results/$(GPU_NAME)-backend-cuda.json"
 
-# Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed.
+# Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed. Then with the oldest
+# Triton that is taken, which is torch 2.11's too.
+OLDEST_TRITON := 3.6.0
 kernels: $(BUILT)
 	$(BIN)/python -m bench kernels --json build/kernels.json
+	test -d build/triton-$(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
+	  triton==$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --json build/kernels-oldest.json
 
 # Compiles the CUDA kernels and, in an environment of its own that later calls find again, the whole extension against
 # a CUDA build of torch; no GPU needed.

@@ -31,6 +31,7 @@ DTYPES = (
     (torch.float32, torch.float32, True),
     (torch.float32, torch.bfloat16, False),
 )
+DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "dx": "x", "g": "operand", "x_hat": "operand"}
@@ -78,7 +79,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, separated by commas")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--dim", type=int, default=512, help="size of an embedding")
+    parser.add_argument("--dim", type=int, help=f"size of an embedding; else {DIM}, and what others change")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.set_defaults(run=run)
@@ -88,7 +89,11 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 is set: interpreter and compiler cannot share a process.", file=sys.stderr)
         return 2
-    cases = [case for case in all_cases(args.arch.split(","), args.dim) if args.kernel in case.kernel]
+    architectures = args.arch.split(",")
+    cases = list(all_cases(architectures, args.dim or DIM))
+    if not args.dim:
+        cases += other_dims(architectures)
+    cases = [case for case in cases if args.kernel in case.kernel]
     rows, wrong = [], 0
     with ProcessPoolExecutor(args.jobs) as pool:
         for row, complaints in pool.map(examine, cases):
@@ -115,6 +120,15 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
             for kernel, tile in other_tiles(dim).items():
                 for variant in VARIANTS.get(kernel, ("plain",)):
                     yield Case(kernel, arch, tile, x, w, False, dim, variant)
+
+
+def other_dims(architectures: list[str]) -> Iterator[Case]:
+    """Plain kernels of embeddings of other sizes, on one architecture, and of two dtypes where rows are aligned."""
+    for dim in OTHER_DIMS:
+        for case in all_cases([arch for arch in architectures if arch == "sm_90"], dim):
+            aligned, same = dim % 16 == 0, case.x == case.w != torch.float16
+            if case.variant == "plain" and not case.tf32 and (same or not aligned):
+                yield case
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
@@ -152,6 +166,7 @@ def examine(case: Case) -> tuple[dict, list[str]]:
         "kernel": case.kernel,
         "arch": case.arch,
         "variant": case.variant,
+        "dim": case.dim,
         "config": asdict(case.tile),
         "dtype": f"{SHORT[case.x]} x {SHORT[case.w]}" + (f" {case.precision}" if case.precision != "ieee" else ""),
     }
@@ -274,7 +289,7 @@ def _line(row: dict) -> str:
     tile = row["config"]
     return (
         f"{row['arch']:7} {row['kernel']:27} {row['variant']:14} {row['dtype']:19} "
-        f"{tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
+        f"D {row['dim']:3}  {tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
         f"warps {tile['warps']} stages {tile['stages']}  registers {row['registers']:3}  "
         f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}"
     )

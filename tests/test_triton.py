@@ -105,9 +105,9 @@ def test_forced_without_a_gpu_says_why():
     [
         ("sys.modules['triton'] = None", "triton cannot be imported"),
         (
-            "import types; sys.modules['triton'] = types.SimpleNamespace(__version__='3.1.0')\n"
+            "import types; sys.modules['triton'] = types.SimpleNamespace(__version__='3.5.1')\n"
             "sys.modules['cosface_kernels.backends.triton_kernels'] = types.SimpleNamespace()",
-            "it needs triton 3.2 or newer, found 3.1.0",
+            "it needs triton 3.6 or newer, found 3.5.1",
         ),
     ],
     ids=["missing", "too_old"],

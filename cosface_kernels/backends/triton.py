@@ -18,7 +18,7 @@ from cosface_kernels.backends import triton_tiles
 from cosface_kernels.backends.triton_tiles import Key, Tile
 from cosface_kernels.options import PLAIN, Options, Update
 
-MIN_VERSION = (3, 2)
+MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory that a product still reads
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
 TUNING_CLASSES = 1 << 16  # enough to fill a GPU with any tile
 CHUNK_STEP = 256  # a multiple of every tile's number of classes

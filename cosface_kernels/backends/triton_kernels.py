@@ -503,8 +503,8 @@ def logit_gradients(
         OPERAND,
         PRECISION,
     )
-    # Loads after the product, and each sum before what follows from its terms: 188 registers for 128 x 128 on sm_90
-    # and not 255 with spills.
+    # Loads after the product, and each sum before what follows from its terms: 188 registers for 128 x 128
+    # on sm_90, where the other order takes 255 and spills.
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
     s = tl.load(scale + rows, mask=is_row, other=0.0)
     # Rows and classes that are not there have cos = 0, and lse = inf keeps the p of such rows, and of rows without
