@@ -123,7 +123,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 
 
 def other_dims(architectures: list[str]) -> Iterator[Case]:
-    """Plain kernels of embeddings of other sizes, on one architecture, and of two dtypes where rows are aligned."""
+    """Plain kernels of other sizes of an embedding, on one architecture; of two dtypes alone where rows are aligned."""
     for dim in OTHER_DIMS:
         for case in all_cases([arch for arch in architectures if arch == "sm_90"], dim):
             aligned, same = dim % 16 == 0, case.x == case.w != torch.float16

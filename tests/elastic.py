@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from support import patience
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint
 
 SAVE_EVERY = 3
-TIMEOUT = timedelta(seconds=10)
+TIMEOUT = timedelta(seconds=patience(10))
 
 
 def main(folder: Path, steps: int, lost_rank: int, lost_step: int, lost_by: int) -> None:

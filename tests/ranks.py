@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support import patience
 from torch import multiprocessing
 
 LARGEST_WORLD = 4
@@ -46,14 +47,14 @@ class Ranks:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.join(timeout=10)
+            process.join(timeout=patience(10))
             if process.is_alive():
                 process.kill()
 
 
 def _serve(rank: int, folder: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=patience(60))
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, rank=rank, world_size=LARGEST_WORLD)
     groups = {k: dist.new_group(range(k), timeout=timeout) for k in range(1, LARGEST_WORLD + 1)}
     while True:

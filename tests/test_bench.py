@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import patience
 
 from bench import machine, step
 from bench.__main__ import main
@@ -54,7 +55,7 @@ def smoke(
         env={**env, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(300),
         check=False,
     )
     assert done.returncode == 0, done.stderr

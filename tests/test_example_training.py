@@ -31,6 +31,7 @@ from PIL import Image
 from protocols import cross_validate
 from safetensors.torch import load_file
 from schedule import PRESETS, learning_rate_factor
+from support import patience
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -414,11 +415,11 @@ def test_sigterm_saves_and_exits_with_0(settings):
     settings = dataclasses.replace(settings, steps=100_000, checkpoint_every=3, evaluate_every=0, workers=1)
     process = launch(settings)
     folder = Path(settings.output) / train.CHECKPOINTS
-    end = time.monotonic() + 120
+    end = time.monotonic() + patience(120)
     while checkpoint.latest(folder) is None and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the loader's workers with it
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=patience(120))
     assert process.returncode == 0, err
     step = int(re.search(r"SIGTERM: saved step (\S+) in ", out)[1].replace(",", ""))
     assert checkpoint.latest(folder).name == f"step-{step:012}"
@@ -427,7 +428,7 @@ def test_sigterm_saves_and_exits_with_0(settings):
 
 def launch_two(settings: config.Config) -> str:
     process = launch(settings, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=patience(240))
     assert process.returncode == 0, err
     return out
 
@@ -458,7 +459,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_keys_of_its_batch(settings):
 
 def test_an_error_ends_the_workers_too(settings):
     process = launch(dataclasses.replace(settings, learning_rate=1e30, warm_up=0, workers=2))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=patience(120))
     assert process.returncode == 1
     assert "The loss became" in err
 

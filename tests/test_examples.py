@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import patience
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -370,7 +371,7 @@ def test_the_script_prints_the_same_table_twice(folder, tmp_path):
     options = "--epochs=2 --batch-size=9 --embedding-size=8 --image-size=16 --color=rgb --test-fraction=0.25"
     arguments = [EXAMPLES / "demo.py", *curves, "--data", folder, *options.split()]
     command = [sys.executable, "-c", RUN_TWICE, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=patience(300))
     assert result.returncode == 0, result.stderr
     assert "loss=" in result.stderr
     for path in curves:
@@ -435,7 +436,11 @@ def test_peak_memory_is_that_of_the_largest_moment():
         "print(peak_extra_bytes(step))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program, str(EXAMPLES)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program, str(EXAMPLES)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=patience(60),
     )
     if result.stdout.strip() == "None":
         pytest.skip("This system does not count resident pages.")

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import patience
 
 SCRIPT = Path(__file__).with_name("elastic.py")
 WORLD, STEPS, LOST_RANK, LOST_STEP = 3, 8, 1, 5
-PATIENCE = 120  # seconds after which a test gives the ranks up as hanging; their own timeout is 10
+LIMIT = patience(120)  # seconds after which a test gives the ranks up as hanging; their own timeout is 10
 
 
 def _arguments(folder: Path, step: int, by: signal.Signals) -> list[str]:
@@ -30,7 +31,7 @@ def test_the_other_ranks_fail_and_say_why(tmp_path, by):
     try:
         for rank, process in enumerate(ranks):
             if rank != LOST_RANK:
-                _, errors = process.communicate(timeout=PATIENCE)
+                _, errors = process.communicate(timeout=LIMIT)
                 assert process.returncode == 1, errors
                 assert (
                     f"failed on rank {rank} of {WORLD}: another rank has ended, hangs or cannot be reached"
@@ -51,7 +52,7 @@ def _torchrun(folder: Path, lost_step: int) -> dict[int, list[str]]:
     # torch 2.13 keeps one store for all starts, in which gloo may find the addresses of the start before
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
-        command, env={**os.environ, **fresh_store}, capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, env={**os.environ, **fresh_store}, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr
     assert ("exitcode: -9" in done.stderr) == (lost_step < STEPS)

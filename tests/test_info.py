@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support import F32, make_problem, run_python
+from support import F32, make_problem, patience, run_python
 
 import cosface_kernels
 from cosface_kernels import cosface_loss
@@ -20,7 +20,7 @@ def _info(**env):
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
         check=True,
     ).stdout
 

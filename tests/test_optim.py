@@ -292,14 +292,14 @@ from cosface_kernels.optim import FusedSGD
 head = FusedCosFaceLoss(40_000, 64, backend="cpu")
 optimizer = FusedSGD(head.parameters(), lr=0.1)
 x, labels = torch.randn(256, 64), torch.randint(40_000, (256,))
-timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-timer.start()
-steps = 0
+def step():
+    head(x, labels).backward()
+    optimizer.step()
+step()  # before the interrupt, however slow the machine is
 try:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     while True:
-        head(x, labels).backward()
-        optimizer.step()
-        steps += 1
+        step()
 except KeyboardInterrupt:
     pass
 phase = optimizer._phases[head.weight]
