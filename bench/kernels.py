@@ -114,7 +114,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 words = set(variant.split())
                 if tf32 and "chosen" in words:  # three products in its place need more registers
                     continue
-                for tile in table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"})):
+                for tile in table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"}), dim):
                     yield Case(kernel, arch, tile, x, w, tf32, dim, variant)
         if not tf32:
             for kernel, tile in other_tiles(dim).items():
@@ -123,7 +123,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 
 
 def other_dims(architectures: list[str]) -> Iterator[Case]:
-    """Plain kernels of other sizes of an embedding, on one architecture; of two dtypes alone where rows are aligned."""
+    """Plain kernels of other sizes of an embedding, on one architecture; of two dtypes where rows are aligned."""
     for dim in OTHER_DIMS:
         for case in all_cases([arch for arch in architectures if arch == "sm_90"], dim):
             aligned, same = dim % 16 == 0, case.x == case.w != torch.float16

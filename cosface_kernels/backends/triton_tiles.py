@@ -70,13 +70,25 @@ WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
 }
+# Where rows of an embedding do not begin at multiples of 16 numbers nothing can be copied ahead: loads go through
+# registers, one number at a time, so that blocks are small and nothing is in flight.
+RAGGED: dict[str, tuple[Tile, ...]] = {
+    "class_statistics": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "logit_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    "weight_gradients": (Tile(32, 64, 64, 8, 1), Tile(32, 64, 32, 4, 1)),
+}
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 
 
-def table(kernel: str, architecture: str, operand: torch.dtype, plain: bool = True) -> tuple[Tile, ...]:
+def table(
+    kernel: str, architecture: str, operand: torch.dtype, plain: bool = True, dim: int = 16
+) -> tuple[Tile, ...]:
     """The candidates, the default first."""
     if architecture == INTERPRETED:
         return (INTERPRETED_TILE,)
+    if dim % 16:
+        return RAGGED[kernel]
     if not plain and (kernel, operand.itemsize) in WITH_OPTIONS:
         return WITH_OPTIONS[kernel, operand.itemsize]
     return OVERRIDES.get((kernel, operand.itemsize, architecture), TABLE[kernel, operand.itemsize])
@@ -84,7 +96,7 @@ def table(kernel: str, architecture: str, operand: torch.dtype, plain: bool = Tr
 
 def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     """The table's entries for a batch of this size: with no more rows than its bucket, if there are any."""
-    tiles = table(kernel, key.architecture, key.operand, key.plain)
+    tiles = table(kernel, key.architecture, key.operand, key.plain, key.dim)
     smallest = min(tile.n for tile in tiles)
     return tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
 
