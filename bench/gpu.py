@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "gpu", help="the steps of bench/gpu.sh", description="One step of bench/gpu.sh, or its report."
     )
-    parser.add_argument("what", choices=(*STEPS, "once", "report"))
+    parser.add_argument("what", nargs="+", choices=(*STEPS, "once", "report"), metavar="STEP", help="in order")
     parser.add_argument("--file", type=Path, required=True, help="JSON lines, which are appended to")
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU, with TRITON_INTERPRET=1")
     parser.add_argument("--dtype", choices=(*DTYPES, "tf32"), default="bfloat16", help="of race")
@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.what == "report":
+    if args.what == ["report"]:
         print(tables.report(args.file, args.junit, args.peers))
         return 0
     if not args.toy and not torch.cuda.is_available():
@@ -52,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
     os.environ["COSFACE_TRITON_TUNE"] = "0"
     bench = Bench(args.file, args.toy, args.dtype, args.backend)
     try:
-        if args.what == "once":
-            gpu_steps.once(bench, args.small)
-        else:
-            STEPS[args.what](bench)
+        for step in args.what:
+            if step == "once":
+                gpu_steps.once(bench, args.small)
+            else:
+                STEPS[step](bench)
     except UnavailableError as reason:
-        bench.add(args.what, note=str(reason))
+        bench.add(args.what[-1], note=str(reason))
         return 1
     return int(bench.wrong)

@@ -101,25 +101,22 @@ def library(bench: Bench) -> None:
         _library(bench, "library", bench.draw(batch), bench.sizes.chunk)
 
 
-def _library(bench: Bench, step: str, head: Head, chunk: int, **what: Any) -> None:
-    """The three products with the library, chunk by chunk of classes, into memory that is there."""
-    chunk = min(chunk, len(head.w))
+def _library(bench: Bench, step: str, head: Head, chunk: int) -> None:
+    """The products with the library, chunk by chunk of classes, into memory that is there."""
     rows = head.w.split(chunk)
-    z, dx, dw = head.x.new_empty(len(head.x), chunk), torch.zeros_like(head.x), torch.empty_like(head.w[:chunk])
+    largest = len(rows[0])
+    z, dx, dw = head.x.new_empty(len(head.x), largest), torch.zeros_like(head.x), torch.empty_like(rows[0])
     g = torch.randn_like(z)  # zeros would be multiplied faster
     products = {
-        "z = x w^T": lambda w: torch.mm(head.x, w.T, out=z[:, : len(w)]),
+        "z = x w^T": lambda w: torch.mm(head.x, w.T, out=z) if len(w) == largest else head.x @ w.T,
         "dx += g w": lambda w: dx.addmm_(g[:, : len(w)], w),
         "dw = g^T x": lambda w: torch.mm(g[:, : len(w)].T, head.x, out=dw[: len(w)]),
     }
     for name, product in products.items():
-        if name.startswith("z") and step != "library":
-            continue
-        with bench.tried(step, product=name, batch=len(head.x), **what):
+        what = {"product": name, "batch": len(head.x), "chunk": chunk}
+        with bench.tried(step, **what):
             seconds = bench.seconds(lambda product=product: [product(w) for w in rows])
-            bench.add(
-                step, product=name, batch=len(head.x), **what, median_s=seconds, tflops=head.flops / seconds / 1e12
-            )
+            bench.add(step, **what, median_s=seconds, tflops=head.flops / seconds / 1e12)
 
 
 def steps(bench: Bench) -> None:
@@ -194,7 +191,7 @@ def sweep(bench: Bench) -> None:
             found = bench.in_kernels(run)
             shares = {kernel.replace("gradients", "s"): found[kernel][0] for kernel in GEMM_KERNELS[1:]}
             bench.add("chunks", chunk=chunk, wall_s=bench.wall(run)[0], device_s=bench.seconds(run), **shares)
-        _library(bench, "library by chunk", head, chunk, chunk=chunk)
+        _library(bench, "library by chunk", head, chunk)
     del os.environ["COSFACE_TRITON_CHUNK"]
     for kernel in GEMM_KERNELS:
         default = launches.tiles(kernel, head.x.dtype)[0]

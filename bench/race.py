@@ -26,7 +26,9 @@ def examine(
     head = draw(*sizes, dtype, device)
     backward = head.backward()
     allowed, wanted = _expectations(head, dtype, tf32)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what no kernel writes is filled, and so the same in every run
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # what no kernel writes is filled, and so the same in every run
     try:
         for kernel in GEMM_KERNELS:
             is_forward = kernel == GEMM_KERNELS[0]
@@ -51,7 +53,7 @@ def examine(
 
 
 def repeat(kernel: str, run: Callable[[], Sequence[Tensor]], repeats: int) -> tuple[int, Sequence[Tensor]]:
-    """How many runs differ from the first in a bit of the results or of the kernel's tensors; the first's results."""
+    """How many runs differ from the first in a bit of results or of the kernel's tensors; the first's results."""
     left: list[Tensor] = []
 
     def keep(name: str, launch: Callable[[], None], arguments: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import report as step_report
 
-LIMIT = 11_000  # characters of a report: some consoles keep the last 12,000
+LIMIT = 9_500  # characters of a report: some consoles keep the last 12,000
 FAILURES = 30  # tests that are named
 NOTE = 60
 
