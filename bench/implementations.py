@@ -3,6 +3,7 @@
 A problem is x (N, D), w (C, D), labels y (N,), scale s and margin m; every step computes the same mean loss.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -105,20 +106,20 @@ def _leaves(problem: Problem) -> tuple[Tensor, Tensor]:
     return problem.embeddings.requires_grad_(), problem.weight.requires_grad_()
 
 
-def _build_fused(problem: Problem) -> Step:
+def _build_fused(problem: Problem, backend: str | None = None) -> Step:
     from cosface_kernels import cosface_loss
 
     x, w = _leaves(problem)
     labels, options = problem.labels, {"scale": problem.scale, "margin": problem.margin}
-    backend = _backend(x, w)
+    backend = _backend(x, w, backend)
     return Step(lambda: cosface_loss(x, w, labels, backend=backend, **options), x, w)
 
 
-def _backend(x: Tensor, w: Tensor) -> str:
+def _backend(x: Tensor, w: Tensor, name: str | None = None) -> str:
     from cosface_kernels.backends import select
 
     # A backend by name, so that a missing one is reported and not replaced by the reference.
-    backend = os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
+    backend = name or os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
     try:
         select(backend, x, w)
     except RuntimeError as error:
@@ -218,6 +219,7 @@ def _build_liger(problem: Problem) -> Step:
 
 IMPLEMENTATIONS = {
     "fused": Implementation(_build_fused, 8, "cosface_kernels"),
+    "fused-cuda": Implementation(functools.partial(_build_fused, backend="cuda"), 8, "cosface_kernels"),
     "eager": Implementation(_build_eager, 6, "torch"),
     "compile": Implementation(_build_compile, 6, "torch", compiles=True),
     "checkpoint": Implementation(_build_checkpoint, 8, "torch"),

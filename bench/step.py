@@ -22,10 +22,6 @@ from bench.worker import DTYPES, Case, Check, Measure, Turn
 DEFAULT_IMPLEMENTATIONS = "fused,eager,compile,checkpoint,pml,torch-lce"
 DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
-# Largest error that is taken for rounding; in float64 that of cce, which computes in float32 whatever it is given.
-# In half precision a peer's logits are off by up to 0.25 at s = 64: only nonsense is rejected there.
-MAX_ERROR = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.5}
-
 
 @dataclass
 class Outcome:
@@ -154,11 +150,12 @@ def _check(outcome: Outcome, jobs: Jobs = STEP) -> None:
     case = outcome.case
     try:
         with closing(Worker(jobs.check, case)) as worker:
-            outcome.error = worker.turn()
-        if not outcome.error <= MAX_ERROR[case.dtype]:  # nan is wrong too
-            limit = MAX_ERROR[case.dtype]
+            accuracy = worker.turn()
+        outcome.error, allowed = accuracy.error, accuracy.allowed(case.dtype, case.scale)
+        if not outcome.error <= allowed:  # nan is wrong too
             raise FailedError(
-                f"Its output is wrong and was not timed: error {outcome.error:.1e}, allowed {limit:.0e}."
+                f"Its output is wrong and was not timed: error {outcome.error:.1e}, allowed {allowed:.1e}, "
+                f"plain PyTorch's {accuracy.plain:.1e}."
             )
     except (UnavailableError, FailedError) as reason:
         outcome.stop(reason)

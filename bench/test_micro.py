@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bench.implementations import build
-from bench.step import MAX_ERROR
 from bench.worker import Case, Check, make_problem
 
 
@@ -15,7 +14,8 @@ from bench.worker import Case, Check, make_problem
 @pytest.mark.parametrize("classes", [1_000, 10_000])
 def test_step(benchmark: Callable, impl: str, batch: int, classes: int) -> None:
     case = Case(impl, batch, 512, classes, "float32", 0.35, 64.0, seed=0, threads=torch.get_num_threads())
-    assert Check(case).turn() <= MAX_ERROR[case.dtype]
+    accuracy = Check(case).turn()
+    assert accuracy.error <= accuracy.allowed(case.dtype, case.scale)
     step = build(impl, make_problem(case))
 
     def forward_and_backward() -> None:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from bench import machine, step, tolerance
 from bench.implementations import Problem, UnavailableError, build
-from bench.worker import CHECK_CLASSES, DTYPES, WARM_UP_BATCH, WARM_UP_CLASSES, Case, Turn
+from bench.worker import (
+    CHECK_CLASSES,
+    DTYPES,
+    WARM_UP_BATCH,
+    WARM_UP_CLASSES,
+    Accuracy,
+    Case,
+    Turn,
+    largest_error,
+)
 from cosface_kernels import reference
 from cosface_kernels.init import normal_
 
@@ -24,6 +33,7 @@ LEARNING_RATE, MOMENTUM = 1.0, 0.9
 NOISE = 0.5  # of a view, relative to its class's latent vector
 TIMED_STEPS = 3  # a turn, after one that touches all memory first
 CACHE_SHARE = 4  # the cache takes this part of the weight's bytes
+CACHE_ROUNDING = 2.0**-16  # of its cosines, in fixed point
 SGD_SAMPLE = 20_000  # rows on which the variants of torch.optim.SGD are compared
 CHECKED_STEPS = 2
 
@@ -185,22 +195,28 @@ class Check:
     def __init__(self, case: Case) -> None:
         self.case = replace(case, classes=min(case.classes, CHECK_CLASSES))
 
-    def turn(self) -> float:
-        """The largest error of the movement, relative to its largest element."""
+    def turn(self) -> Accuracy:
         torch.set_num_threads(self.case.threads)
-        training = Training(self.case)
-        start = training.weight.double().clone()
-        exact = start.clone().requires_grad_()
-        optimizer = torch.optim.SGD([exact], lr=LEARNING_RATE, momentum=MOMENTUM)
-        for _ in range(CHECKED_STEPS):
-            training.step()
-            x = training.x.detach().double()
-            scale = x.new_full((len(x),), self.case.scale)
-            optimizer.zero_grad()
-            reference.forward(x, exact, training.labels, scale, self.case.margin)[0].mean().backward()
-            optimizer.step()
-        moved, wanted = training.weight.double() - start, exact.detach() - start
-        return float((moved - wanted).abs().max() / wanted.abs().max())
+        case = self.case
+        fixed_point = IMPLEMENTATIONS[case.impl].cache and case.dtype != "float64"
+        kept = case.scale * CACHE_ROUNDING if fixed_point else 0.0
+        return Accuracy(_error_of_movement(case), _error_of_movement(replace(case, impl="eager+SGD")), kept)
+
+
+def _error_of_movement(case: Case) -> float:
+    training = Training(case)
+    start = training.weight.double().clone()
+    exact = start.clone().requires_grad_()
+    optimizer = torch.optim.SGD([exact], lr=LEARNING_RATE, momentum=MOMENTUM)
+    for _ in range(CHECKED_STEPS):
+        training.step()
+        x = training.x.detach().double()
+        scale = x.new_full((len(x),), case.scale)
+        optimizer.zero_grad()
+        reference.forward(x, exact, training.labels, scale, case.margin)[0].mean().backward()
+        optimizer.step()
+    moved, wanted = training.weight.double() - start, exact.detach() - start
+    return largest_error((moved,), (wanted,))
 
 
 class Measure:

@@ -1,19 +1,21 @@
 """What runs in one implementation's process: the check of its output, and the timed steps."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import machine
-from bench.implementations import IMPLEMENTATIONS, Problem, Step, UnavailableError, build
+from bench.implementations import IMPLEMENTATIONS, Problem, Step, UnavailableError, build, eager_loss
 from cosface_kernels import reference
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 CHECK_CLASSES = 16001  # 125 MiB of float64 logits at N = 1024; odd, so that no tile divides it
+FEW_ULP = 4
 WARM_UP_BATCH, WARM_UP_CLASSES = 8, 1000
 SECONDS_PER_TURN = 0.5
 BLOCK_ROWS = 16384  # rows of the weight drawn from one seed, whatever the number of threads
@@ -41,22 +43,40 @@ class Turn:
     peak_extra_bytes: int | None  # beyond inputs and gradients
 
 
+class Accuracy(NamedTuple):
+    """Errors against float64, each relative to the largest magnitude of what it should be."""
+
+    error: float
+    plain: float  # of plain PyTorch in the same dtype, on the same problem
+    kept: float = 0.0  # what may come from numbers that are kept in fewer bits on purpose
+
+    def allowed(self, dtype: str, scale: float) -> float:
+        """Twice plain PyTorch's error, and a few ulp of the result and of logits of up to `scale`.
+
+        Logits have no less than float32's precision, whatever the dtype.
+        """
+        eps = torch.finfo(DTYPES[dtype]).eps
+        of_logits = scale * min(eps, torch.finfo(torch.float32).eps)
+        return 2 * self.plain + FEW_ULP * (eps + of_logits) + self.kept
+
+
 class Check:
     """Compares loss, dx and dw with the float64 reference, for at most CHECK_CLASSES classes."""
 
     def __init__(self, case: Case) -> None:
         self.case = replace(case, classes=min(case.classes, CHECK_CLASSES))
 
-    def turn(self) -> float:
-        """The largest error of the three, each relative to the largest magnitude of what it should be."""
+    def turn(self) -> Accuracy:
+        """The largest error of the three."""
         torch.set_num_threads(self.case.threads)
         problem = make_problem(self.case)
-        wanted = _reference(problem, IMPLEMENTATIONS[self.case.impl].definition or _lmcl)
+        definition = IMPLEMENTATIONS[self.case.impl].definition
+        wanted = _evaluate(problem, definition or _lmcl, torch.float64)
+        plain = _evaluate(problem, definition or _eager, DTYPES[self.case.dtype])
         step = build(self.case.impl, problem)
         loss = step.loss()
         loss.backward()
-        got = (loss.detach(), *step.gradients())
-        return max(_relative_error(g, w) for g, w in zip(got, wanted, strict=True))
+        return Accuracy(largest_error((loss, *step.gradients()), wanted), largest_error(plain, wanted))
 
 
 class Measure:
@@ -106,15 +126,18 @@ def make_problem(case: Case) -> Problem:
     rng = torch.Generator().manual_seed(case.seed)
     return Problem(
         embeddings=torch.randn(case.batch, case.dim, generator=rng).to(case.device, dtype),
-        weight=_draw_rows(case.classes, case.dim, dtype, case.seed, case.threads).to(case.device),
+        weight=_draw_rows(case.classes, case.dim, dtype, case.seed, case.threads, case.device),
         labels=torch.randint(case.classes, (case.batch,), generator=rng).to(case.device),
         scale=case.scale,
         margin=case.margin if IMPLEMENTATIONS[case.impl].margin else 0.0,
     )
 
 
-def _draw_rows(rows: int, dim: int, dtype: torch.dtype, seed: int, threads: int) -> Tensor:
-    weight = torch.empty(rows, dim, dtype=dtype)
+def _draw_rows(rows: int, dim: int, dtype: torch.dtype, seed: int, threads: int, device: str) -> Tensor:
+    weight = torch.empty(rows, dim, dtype=dtype, device=device)
+    if weight.is_cuda:
+        rng = torch.Generator(device).manual_seed(seed + 1)
+        return weight.normal_(std=dim**-0.5, generator=rng)
 
     def fill(block: int) -> None:
         rng = torch.Generator().manual_seed(seed + 1 + block)
@@ -125,24 +148,32 @@ def _draw_rows(rows: int, dim: int, dtype: torch.dtype, seed: int, threads: int)
     return weight
 
 
+def _eager(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
+    return eager_loss(x, w, problem.labels, problem.scale, problem.margin)
+
+
 def _lmcl(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
     scale = x.new_full((len(x),), problem.scale)
     return reference.forward(x, w, problem.labels, scale, problem.margin)[0].mean()
 
 
-def _reference(
-    problem: Problem, definition: Callable[[Tensor, Tensor, Problem], Tensor]
+def _evaluate(
+    problem: Problem, definition: Callable[[Tensor, Tensor, Problem], Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss, dx and dw in float64."""
-    x = problem.embeddings.detach().double().requires_grad_()
-    w = problem.weight.detach().double().requires_grad_()
+    """The mean loss, dx and dw of inputs in this dtype."""
+    x = problem.embeddings.detach().to(dtype).requires_grad_()
+    w = problem.weight.detach().to(dtype).requires_grad_()
     loss = definition(x, w, problem)
     return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
 
-def _relative_error(got: Tensor, wanted: Tensor) -> float:
-    largest = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
-    return float((got.double() - wanted).abs().max() / largest)
+def largest_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest of the tensors' errors, each relative to the largest magnitude of what it should be."""
+    errors = []
+    for g, w in zip(got, wanted, strict=True):
+        largest = w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
+        errors.append((g.detach().double() - w).abs().max() / largest)
+    return float(torch.stack(errors).max())  # nan, if one is
 
 
 def _timed(step: Step) -> Turn:

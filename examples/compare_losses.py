@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import Tensor, nn
 from training import Recipe, SoftmaxLoss
 from trials import FARS, MakeHead, Trial, run_all, tar_name
@@ -85,9 +83,11 @@ class SemiHardTripletLoss(nn.Module):
     """
 
     def __init__(self, margin: float):
+        from pytorch_metric_learning import losses, miners
+
         super().__init__()
-        self.miner = TripletMarginMiner(margin, type_of_triplets="semihard")
-        self.loss = TripletMarginLoss(margin)
+        self.miner = miners.TripletMarginMiner(margin, type_of_triplets="semihard")
+        self.loss = losses.TripletMarginLoss(margin)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
@@ -98,6 +98,8 @@ def softmax(num_classes: int, embedding_size: int) -> nn.Module:
 
 
 def softmax_and_contrastive(num_classes: int, embedding_size: int, *, weight: float, margin: float) -> nn.Module:
+    from pytorch_metric_learning.losses import ContrastiveLoss
+
     return Sum(softmax(num_classes, embedding_size), ContrastiveLoss(neg_margin=margin), weight)
 
 

@@ -36,7 +36,8 @@ cosface_kernels.backends.BACKENDS["cuda_host"] = cuda_host
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=80, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.register_profile("interpreted", hypothesis.settings.get_profile("ci"), max_examples=8)
-hypothesis.settings.load_profile("interpreted" if INTERPRETED else "ci")
+hypothesis.settings.register_profile("gpu", hypothesis.settings.get_profile("ci"), max_examples=5)
+hypothesis.settings.load_profile(os.environ.get("COSFACE_HYPOTHESIS") or ("interpreted" if INTERPRETED else "ci"))
 
 
 # A graph in torch's cache of compiled graphs calls the ops with the schema that they had when it was compiled.

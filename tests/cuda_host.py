@@ -1,6 +1,7 @@
 """Backend `cuda_host`, for tests alone: backend `cuda` whose driver and kernels run on the host's SIMT shim."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +20,7 @@ def _load(name: str, path: str | Path | None = None):
 
 
 def _backend():
-    path = next(FOLDER.glob("cosface_cuda_host.*"), None)
+    path = next(FOLDER.glob(f"cosface_cuda_host.{sys.implementation.cache_tag}*"), None)
     if path is None:
         raise ImportError(f"There is no cosface_cuda_host in {FOLDER}: `make build` makes it.")
     backend = _load("cosface_kernels.backends.cuda")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import safetensors.torch
 import torch
-from pytorch_metric_learning.losses import CosFaceLoss
 from torch import nn
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint, convert, cosface_loss
@@ -66,7 +65,8 @@ def test_insightface_runs_no_code_of_a_file(tmp_path, capsys):
 
 def test_pytorch_metric_learning(tmp_path):
     """The converted weight gives their loss."""
-    theirs = CosFaceLoss(num_classes=30, embedding_size=8, margin=0.35, scale=64)
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    theirs = pml.CosFaceLoss(num_classes=30, embedding_size=8, margin=0.35, scale=64)
     torch.save(theirs.state_dict(), tmp_path / "loss.pt")
     assert convert.main(["pml", str(tmp_path / "loss.pt"), str(tmp_path / "weight.safetensors")]) == 0
     head = FusedCosFaceLoss(30, 8)

@@ -107,6 +107,7 @@ def test_center_loss_moves_no_centre_in_evaluation():
 
 
 def test_triplet_loss_by_its_formula():
+    pytest.importorskip("pytorch_metric_learning")
     random = torch.Generator().manual_seed(0)
     y = torch.tensor([0, 0, 1, 1, 2, 2, 2, 3, 3, 3])
     x = torch.randn(10, 2, generator=random, dtype=torch.float64)
@@ -130,6 +131,8 @@ def test_all_losses_have_the_same_budget():
 @pytest.mark.filterwarnings("ignore:scale")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_pulls_identities_together(loss):
+    if loss in ("Softmax + Contrastive", "Triplet"):
+        pytest.importorskip("pytorch_metric_learning")
     make_head, settings = LOSSES[loss]
     options = dict(settings[0])
     options.pop("learning_rate", None)

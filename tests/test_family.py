@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning import losses as pml
 from support import DEFAULT_DEVICE, F64, make_problem, relative_error
 from torch import Tensor
 
@@ -461,6 +460,7 @@ def test_signature(name):
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 def test_arcface_swaps_with_pytorch_metric_learning(backend, regime):
     x, w, labels = _problem(regime, device=backend.device)
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
     with DEFAULT_DEVICE:
         theirs = pml.ArcFaceLoss(NUM_CLASSES, DIM, margin=math.degrees(0.5), scale=64).to(x)
     ours = backend.head(NUM_CLASSES, DIM, 0.5, 64.0, kind=FusedArcFaceLoss)
@@ -471,6 +471,7 @@ def test_arcface_swaps_with_pytorch_metric_learning(backend, regime):
 @pytest.mark.parametrize("m", [2, 3, 4])
 def test_sphereface_swaps_with_pytorch_metric_learning(regime, m):
     x, w, labels = _problem(regime)
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
     theirs = pml.SphereFaceLoss(NUM_CLASSES, DIM, margin=m, scale=0.7).double()
     ours = FusedASoftmaxLoss(NUM_CLASSES, DIM, m, 0.7, base=0.0, lambda_min=0.0)
     _check_against_pml(ours, theirs, x, w, labels)
@@ -480,6 +481,7 @@ def test_sphereface_swaps_with_pytorch_metric_learning(regime, m):
 @pytest.mark.parametrize("m", [2, 4])
 def test_l_softmax_swaps_with_pytorch_metric_learning(regime, m):
     x, w, labels = _problem(regime)
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
     theirs = pml.LargeMarginSoftmaxLoss(NUM_CLASSES, DIM, margin=m, scale=0.3).double()
     _check_against_pml(FusedLSoftmaxLoss(NUM_CLASSES, DIM, m, 0.3), theirs, x, w, labels)
 

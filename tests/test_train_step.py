@@ -8,7 +8,6 @@ import torch
 
 from bench.__main__ import main
 from bench.report import Row
-from bench.step import MAX_ERROR
 from bench.train_step import IMPLEMENTATIONS, Check, Measure, Training
 from bench.worker import Case
 
@@ -34,7 +33,10 @@ def test_command_writes_the_rows_of_step(tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_moves_the_weight_as_float64_does_and_learns(impl, dtype):
     case = Case(impl, 8, 16, 300, dtype, margin=0.35, scale=64.0, seed=0, threads=torch.get_num_threads())
-    assert Check(case).turn() <= MAX_ERROR[dtype]
+    if impl == "pml+SGD":
+        pytest.importorskip("pytorch_metric_learning")
+    accuracy = Check(case).turn()
+    assert accuracy.error <= accuracy.allowed(dtype, case.scale)
     turn = Measure(case).turn()
     assert turn.losses[1] < turn.losses[0]
     assert len(turn.seconds) == 3
@@ -42,8 +44,15 @@ def test_moves_the_weight_as_float64_does_and_learns(impl, dtype):
 
 def test_check_finds_a_weight_that_moves_otherwise(monkeypatch):
     step = Training.step
-    monkeypatch.setattr(Training, "step", lambda self: (step(self), self.parameter.data.mul_(1.01)))
-    assert Check(CASE).turn() > 10 * MAX_ERROR["float32"]
+
+    def and_grow(self):
+        step(self)
+        if self.parameter.grad is None:  # FusedSGD's: plain PyTorch moves as it should
+            self.parameter.data.mul_(1.01)
+
+    monkeypatch.setattr(Training, "step", and_grow)
+    accuracy = Check(CASE).turn()
+    assert accuracy.error > 100 * accuracy.allowed("float32", CASE.scale)
 
 
 def test_gradient_of_the_weight_never_exists():

@@ -1,0 +1,63 @@
+"""`python -m bench gpu STEP`: the steps of bench/gpu.sh, which proves and measures the kernels on a GPU.
+
+Each figure is appended to a file of JSON lines as soon as it exists; `report` makes tables of them.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import gpu_steps, tables
+from bench.implementations import UnavailableError
+from bench.probe import DTYPES, Bench
+
+STEPS: dict[str, Callable[[Bench], None]] = {
+    "versions": gpu_steps.versions,
+    "ceilings": gpu_steps.ceilings,
+    "race": gpu_steps.races,
+    "kernels": gpu_steps.kernels,
+    "library": gpu_steps.library,
+    "steps": gpu_steps.steps,
+    "update": gpu_steps.update,
+    "sweep": gpu_steps.sweep,
+}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "gpu", help="the steps of bench/gpu.sh", description="One step of bench/gpu.sh, or its report."
+    )
+    parser.add_argument("what", nargs="+", choices=(*STEPS, "once", "report"), metavar="STEP", help="in order")
+    parser.add_argument("--file", type=Path, required=True, help="JSON lines, which are appended to")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU, with TRITON_INTERPRET=1")
+    parser.add_argument("--dtype", choices=(*DTYPES, "tf32"), default="bfloat16", help="of race")
+    parser.add_argument("--backend", default="triton", help="of once")
+    parser.add_argument("--small", action="store_true", help="once: a step for a sanitizer")
+    parser.add_argument("--junit", type=Path, help="report: the tests' results")
+    parser.add_argument("--peers", type=Path, help="report: rows of `bench step`")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.what == ["report"]:
+        print(tables.report(args.file, args.junit, args.peers))
+        return 0
+    if not args.toy and not torch.cuda.is_available():
+        print("bench gpu needs a CUDA or ROCm GPU, and torch sees none; --toy rehearses without.", file=sys.stderr)
+        return 2
+    os.environ["COSFACE_TRITON_TUNE"] = "0"
+    bench = Bench(args.file, args.toy, args.dtype, args.backend)
+    try:
+        for step in args.what:
+            if step == "once":
+                gpu_steps.once(bench, args.small)
+            else:
+                STEPS[step](bench)
+    except UnavailableError as reason:
+        bench.add(args.what[-1], note=str(reason))
+        return 1
+    return int(bench.wrong)

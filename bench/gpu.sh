@@ -1,0 +1,210 @@
+#!/usr/bin/env bash
+# Builds, proves and measures the kernels on a GPU, without a network and with the Python that is there:
+#
+#   bash bench/gpu.sh prove      at most 9 minutes: races, tests, sanitizers
+#   bash bench/gpu.sh measure    at most 9 minutes: kernels by tile, steps, peers, a profile
+#   bash bench/gpu.sh sweep      at most 5 minutes: chunks, stages, warps, larger tiles
+#   bash bench/gpu.sh rehearse   all of them without a GPU, at toy sizes; fails on any exception
+#
+# PYTHON: which (python3). OUT: where PHASE.jsonl, PHASE.log, junit.xml and peers.json go (build/gpu). wheels/: peers
+# that are not installed. Every step has a time limit, and the next one runs anyway; the exit status counts them all.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+out=$(realpath -m "${OUT:-build/gpu}")
+work=$PWD/build/gpu-work
+toy=() device=cuda under_sanitizer=(compute-sanitizer --error-exitcode 9 --tool)
+under_profiler=(ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats
+  --section Occupancy --section MemoryWorkloadAnalysis --section WarpStateStats)
+problem=(--dtype bfloat16 --batch 1024,256,4096 --dim 512 --classes 1000000 --rounds 3
+  --impl fused,fused-cuda,eager,compile,checkpoint,pml,torch-lce,cce,liger)
+first_tests=(gpu determinism correctness autograd triton layouts update options compile properties)
+failed=()
+
+prepare() {
+  mkdir -p "$out" "$work/wheels"
+  for wheel in wheels/*.whl; do
+    [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$work/wheels"
+  done
+  export PYTHONPATH=$PWD:$work/wheels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COSFACE_TRITON_TUNE=0
+  export PYTHONWARNINGS=ignore::RuntimeWarning # of numpy, under the interpreter
+  [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] ||
+    export CUDA_HOME=/usr/local/cuda
+}
+
+# LIMIT NAME COMMAND...: runs it, within the limit and what is left of the phase.
+step() {
+  local limit=$1 name=$2 start=$SECONDS code=0
+  shift 2
+  ((limit < deadline - SECONDS)) || limit=$((deadline - SECONDS))
+  if ((limit < 1)); then
+    code="no time left"
+  else
+    timeout -k 10 "$limit" "$@" </dev/null || code=$?
+  fi
+  echo "== $name: $((SECONDS - start)) s, exit status $code"
+  note "$name" "$code"
+}
+
+note() { [ "$2" = 0 ] || failed+=("$1 ($2)"); }
+
+bench_gpu() { # LIMIT STEP... [OPTION...]
+  local limit=$1
+  shift
+  step "$limit" "$*" "$python" -m bench gpu "$@" "${toy[@]}" --file "$out/$phase.jsonl"
+}
+
+# The extension for this GPU; if nvcc fails, without CUDA, since the tests need the rest of it.
+build() {
+  local here
+  here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)
+  export COSFACE_TESTS=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${here:-9.0}}
+  timeout 240 "$python" setup.py -q build_ext --inplace && return
+  COSFACE_CUDA=0 timeout 120 "$python" setup.py -q build_ext --inplace
+  return 1
+}
+
+start_build() {
+  build >"$work/build.txt" 2>&1 &
+  building=$!
+}
+
+await_build() {
+  local code=0
+  wait "$building" || code=$?
+  ((code == 0)) || tail -n 60 "$work/build.txt"
+  echo "== build: exit status $code"
+  note build "$code"
+}
+
+# LIMIT TOOL: one small step per backend, side by side; `await_tool` prints what it said.
+start_tool() {
+  local limit=$1 tool=$2 backend
+  for backend in triton cuda; do
+    [ -n "${toy[*]}" ] && backend=triton
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 "$limit" "${under_sanitizer[@]}" "$tool" "$python" -m bench gpu \
+      once --small --backend "$backend" "${toy[@]}" --file "$out/$phase.jsonl" \
+      >"$work/$tool-$backend.txt" 2>&1 </dev/null &
+    tools+=("$! $tool-$backend")
+    [ -z "${toy[*]}" ] || break
+  done
+}
+
+await_tools() {
+  local pid name code
+  for tool in "${tools[@]}"; do
+    read -r pid name <<<"$tool"
+    code=0
+    wait "$pid" || code=$?
+    tail -n 25 "$work/$name.txt" | cut -c1-150
+    echo "== $name: exit status $code"
+    note "$name" "$code"
+  done
+}
+
+races() {
+  local pids=() dtype pid code
+  for dtype in bfloat16 tf32 float16 float32; do # side by side: nearly all of it is compiling
+    timeout -k 10 170 "$python" -m bench gpu race --dtype "$dtype" "${toy[@]}" --file "$out/$phase.jsonl" </dev/null &
+    pids+=("$! $dtype")
+  done
+  for pid in "${pids[@]}"; do
+    code=0
+    wait "${pid% *}" || code=$?
+    echo "== race, ${pid#* }: exit status $code"
+    note "race, ${pid#* }" "$code"
+  done
+}
+
+tests() { # the most telling first; an interrupt at the end of the time still writes the junit file
+  local limit=$1 start=$SECONDS code=0 options=() files
+  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$processes" --maxschedchunk 4)
+  "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout=60)
+  files=$({ printf 'tests/test_%s.py\n' "${first_tests[@]}" && grep -lE 'backend' tests/test_*.py; } | awk '!seen[$0]++')
+  [ -z "${toy[*]}" ] || files=tests/test_gpu.py
+  # shellcheck disable=SC2086
+  COSFACE_HYPOTHESIS=gpu timeout -s INT -k 15 "$limit" "$python" -m pytest -m gpu -q -rN --tb=short \
+    -p no:cacheprovider --junitxml="$out/junit.xml" "${options[@]}" $files </dev/null || code=$?
+  echo "== tests: $((SECONDS - start)) s, exit status $code"
+  note tests "$code"
+}
+
+prove() {
+  deadline=$((SECONDS + 530)) tools=()
+  start_build
+  bench_gpu 90 versions ceilings
+  races
+  await_build
+  if command -v "${under_sanitizer[0]}" >/dev/null; then
+    start_tool 200 memcheck
+    start_tool 200 racecheck
+  else
+    echo "${under_sanitizer[0]} is not installed: no sanitizer ran."
+  fi
+  tests $((deadline - SECONDS - 20 < 270 ? deadline - SECONDS - 20 : 270))
+  await_tools
+  bench_gpu 30 report --junit "$out/junit.xml"
+}
+
+measure() {
+  deadline=$((SECONDS + 520))
+  start_build
+  bench_gpu 160 versions kernels
+  bench_gpu 50 library
+  await_build
+  bench_gpu 90 steps
+  bench_gpu 60 update
+  if command -v "${under_profiler[0]}" >/dev/null; then
+    step 70 profile "${under_profiler[@]}" "$python" -m bench gpu once "${toy[@]}" --file "$out/$phase.jsonl" \
+      >"$work/profile.txt" 2>&1
+    cat "$work/profile.txt"
+  else
+    echo "${under_profiler[0]} is not installed: nothing was profiled."
+  fi
+  step 400 peers "$python" -m bench step --device "$device" "${problem[@]}" --json "$out/peers.json"
+  deadline=$((SECONDS + 30))
+  bench_gpu 30 report --peers "$out/peers.json"
+  grep -sE '^  [a-z_]+ \(|Duration|Throughput|Registers Per|Achieved Occ|Hit Rate' "$work/profile.txt" |
+    sed -E 's/ +/ /g' | cut -c1-70 | head -n 45
+}
+
+sweep() {
+  deadline=$((SECONDS + 280))
+  bench_gpu 260 versions sweep
+  deadline=$((SECONDS + 20))
+  bench_gpu 20 report
+}
+
+run_phase() {
+  phase=$1
+  rm -f "$out/$phase.jsonl"
+  "$phase"
+  ((${#failed[@]} == 0)) && echo "$phase: every step passed; figures are in $out" && return
+  echo "$phase: failed: ${failed[*]}; figures are in $out"
+  return 1
+}
+
+rehearse() {
+  export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+  toy=(--toy) device=cpu under_sanitizer=(env -u) under_profiler=(env) processes=2
+  problem=(--batch 8 --dim 16 --classes 300 --rounds 1 --threads 1 --impl fused,fused-cuda)
+  out=$out/rehearsal
+  mkdir -p "$out"
+  local code=0
+  for name in prove measure sweep; do
+    run_phase "$name" || code=1
+  done
+  return $code
+}
+
+processes=8
+prepare
+case ${1:-} in
+  prove | measure | sweep) { run_phase "$1"; } 2>&1 | tee "$out/$1.log" ;;
+  rehearse) rehearse ;;
+  *)
+    echo "usage: bash bench/gpu.sh prove | measure | sweep | rehearse" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,71 @@
+"""Launches of the Triton kernels as `bench gpu` sees them: each through a hook, each with a tile of choice."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bench.implementations import UnavailableError
+from cosface_kernels.backends import triton, triton_tiles
+from cosface_kernels.backends.triton_tiles import Tile
+
+# By the kernel's name, what launches it, and its arguments.
+Hook = Callable[[str, Callable[[], None], tuple[Any, ...]], None]
+
+
+def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The table's entries on this machine, for x and w of this dtype."""
+    if reason := triton.unavailable():
+        raise UnavailableError(f"The kernels cannot run: {reason}")
+    if triton.INTERPRETED:
+        return triton_tiles.table(kernel, triton_tiles.INTERPRETED, dtype)
+    return triton_tiles.table(kernel, "sm_{}{}".format(*torch.cuda.get_device_capability()), dtype)
+
+
+def name(tile: Tile) -> str:
+    return f"{tile.n}x{tile.c}x{tile.d} w{tile.warps} s{tile.stages}"
+
+
+@contextmanager
+def pinned(kernel: str, tile: Tile) -> Iterator[None]:
+    """The kernel has this tile and no other; the others have their defaults (with COSFACE_TRITON_TUNE=0)."""
+    table = triton_tiles.table
+    triton_tiles.table = lambda name, *key: (tile,) if name == kernel else table(name, *key)
+    triton_tiles._chosen.clear()
+    try:
+        yield
+    finally:
+        triton_tiles.table = table
+        triton_tiles._chosen.clear()
+
+
+@contextmanager
+def through(hook: Hook) -> Iterator[None]:
+    """Launches call the hook, which launches or does not."""
+    kernels = triton.kernels
+    triton.kernels = _Kernels(kernels, hook)
+    try:
+        yield
+    finally:
+        triton.kernels = kernels
+
+
+class _Kernels:
+    def __init__(self, kernels: Any, hook: Hook) -> None:
+        self.kernels, self.hook = kernels, hook
+
+    def __getattr__(self, name: str) -> "_Kernel":
+        return _Kernel(name, getattr(self.kernels, name), self.hook)
+
+
+class _Kernel:
+    def __init__(self, name: str, kernel: Any, hook: Hook) -> None:
+        self.name, self.kernel, self.hook = name, kernel, hook
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.hook(self.name, functools.partial(self.kernel[grid], *arguments, **options), arguments)
+
+        return launch
