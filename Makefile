@@ -10,7 +10,7 @@ CUDA_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cosface_kernels/torch-$(CUDA
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test gpu-check kernels cuda-check build lint wheel sanitize asan tsan native bench clean
+.PHONY: demo test gpu-check gpu-rehearse kernels cuda-check build lint wheel sanitize asan tsan native bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py
@@ -20,14 +20,14 @@ test: $(BUILT)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
 
-# On a machine with a GPU: the suite of the op on it, then time and memory, kept in bench/results. The second bench is
-# of backend cuda.
-GPU_BENCH = $(BIN)/python -m bench step --device cuda --dtype bfloat16 --batch 256,1024,4096 --dim 512 --classes 1000000
-GPU_NAME = $$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')
+# On a machine with a GPU: races, the op's tests and sanitizers, then time and memory; figures go to build/gpu.
 gpu-check: $(BUILT)
-	$(BIN)/python -m pytest -m gpu
-	$(GPU_BENCH) --impl fused,eager,compile,checkpoint,torch-lce,cce,liger --json "bench/results/$(GPU_NAME).json"
-	COSFACE_BACKEND=cuda $(GPU_BENCH) --impl fused --json "bench/results/$(GPU_NAME)-backend-cuda.json"
+	PYTHON=$(BIN)/python bash bench/gpu.sh prove
+	PYTHON=$(BIN)/python bash bench/gpu.sh measure
+
+# The same without a GPU, at toy sizes, so that nothing is left to fail there but what only a GPU does.
+gpu-rehearse: $(BUILT)
+	PYTHON=$(BIN)/python bash bench/gpu.sh rehearse
 
 # Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed. Then with the oldest
 # Triton that is taken, which is torch 2.11's too.

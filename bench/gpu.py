@@ -1,6 +1,6 @@
 """`python -m bench gpu STEP`: the steps of bench/gpu.sh, which proves and measures the kernels on a GPU.
 
-Each figure is appended to a file of JSON lines as soon as it exists; `report` makes tables of them.
+Each figure is appended to a file of JSON lines as soon as it exists, and `python -m bench.tables` makes tables.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu_steps, tables
+from bench import gpu_steps
 from bench.implementations import UnavailableError
 from bench.probe import DTYPES, Bench
 
@@ -28,24 +28,17 @@ STEPS: dict[str, Callable[[Bench], None]] = {
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "gpu", help="the steps of bench/gpu.sh", description="One step of bench/gpu.sh, or its report."
-    )
-    parser.add_argument("what", nargs="+", choices=(*STEPS, "once", "report"), metavar="STEP", help="in order")
+    parser = commands.add_parser("gpu", help="the steps of bench/gpu.sh", description="Steps of bench/gpu.sh.")
+    parser.add_argument("what", nargs="+", choices=(*STEPS, "once"), metavar="STEP", help="in order")
     parser.add_argument("--file", type=Path, required=True, help="JSON lines, which are appended to")
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU, with TRITON_INTERPRET=1")
     parser.add_argument("--dtype", choices=(*DTYPES, "tf32"), default="bfloat16", help="of race")
     parser.add_argument("--backend", default="triton", help="of once")
     parser.add_argument("--small", action="store_true", help="once: a step for a sanitizer")
-    parser.add_argument("--junit", type=Path, help="report: the tests' results")
-    parser.add_argument("--peers", type=Path, help="report: rows of `bench step`")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.what == ["report"]:
-        print(tables.report(args.file, args.junit, args.peers))
-        return 0
     if not args.toy and not torch.cuda.is_available():
         print("bench gpu needs a CUDA or ROCm GPU, and torch sees none; --toy rehearses without.", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ under_profiler=(ncu --clock-control none --profile-from-start off --section Spee
   --section Occupancy --section MemoryWorkloadAnalysis --section WarpStateStats)
 problem=(--dtype bfloat16 --batch 1024,256,4096 --dim 512 --classes 1000000 --rounds 3
   --impl fused,fused-cuda,eager,compile,checkpoint,pml,torch-lce,cce,liger)
+sanitizers=(memcheck racecheck) dtypes=(bfloat16 tf32 float16 float32)
 first_tests=(gpu determinism correctness autograd triton layouts update options compile properties)
 failed=()
 
@@ -53,6 +54,11 @@ bench_gpu() { # LIMIT STEP... [OPTION...]
   local limit=$1
   shift
   step "$limit" "$*" "$python" -m bench gpu "$@" "${toy[@]}" --file "$out/$phase.jsonl"
+}
+
+report() { # [OPTION...]
+  deadline=$((SECONDS + 20))
+  step 20 report "$python" -m bench.tables "$out/$phase.jsonl" "$@"
 }
 
 # The extension for this GPU; if nvcc fails, without CUDA, since the tests need the rest of it.
@@ -105,7 +111,7 @@ await_tools() {
 
 races() {
   local pids=() dtype pid code
-  for dtype in bfloat16 tf32 float16 float32; do # side by side: nearly all of it is compiling
+  for dtype in "${dtypes[@]}"; do # side by side: nearly all of it is compiling
     timeout -k 10 170 "$python" -m bench gpu race --dtype "$dtype" "${toy[@]}" --file "$out/$phase.jsonl" </dev/null &
     pids+=("$! $dtype")
   done
@@ -137,14 +143,13 @@ prove() {
   races
   await_build
   if command -v "${under_sanitizer[0]}" >/dev/null; then
-    start_tool 200 memcheck
-    start_tool 200 racecheck
+    for tool in "${sanitizers[@]}"; do start_tool 200 "$tool"; done
   else
     echo "${under_sanitizer[0]} is not installed: no sanitizer ran."
   fi
   tests $((deadline - SECONDS - 20 < 270 ? deadline - SECONDS - 20 : 270))
   await_tools
-  bench_gpu 30 report --junit "$out/junit.xml"
+  report --junit "$out/junit.xml"
 }
 
 measure() {
@@ -163,8 +168,7 @@ measure() {
     echo "${under_profiler[0]} is not installed: nothing was profiled."
   fi
   step 400 peers "$python" -m bench step --device "$device" "${problem[@]}" --json "$out/peers.json"
-  deadline=$((SECONDS + 30))
-  bench_gpu 30 report --peers "$out/peers.json"
+  report --peers "$out/peers.json"
   grep -sE '^  [a-z_]+ \(|Duration|Throughput|Registers Per|Achieved Occ|Hit Rate' "$work/profile.txt" |
     sed -E 's/ +/ /g' | cut -c1-70 | head -n 45
 }
@@ -172,12 +176,11 @@ measure() {
 sweep() {
   deadline=$((SECONDS + 280))
   bench_gpu 260 versions sweep
-  deadline=$((SECONDS + 20))
-  bench_gpu 20 report
+  report
 }
 
 run_phase() {
-  phase=$1
+  phase=$1 failed=()
   rm -f "$out/$phase.jsonl"
   "$phase"
   ((${#failed[@]} == 0)) && echo "$phase: every step passed; figures are in $out" && return
@@ -188,7 +191,8 @@ run_phase() {
 rehearse() {
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
   toy=(--toy) device=cpu under_sanitizer=(env -u) under_profiler=(env) processes=2
-  problem=(--batch 8 --dim 16 --classes 300 --rounds 1 --threads 1 --impl fused,fused-cuda)
+  problem=(--batch 8 --dim 16 --classes 300 --rounds 1 --threads 1 --impl fused)
+  sanitizers=(memcheck) dtypes=(tf32 float16)
   out=$out/rehearsal
   mkdir -p "$out"
   local code=0

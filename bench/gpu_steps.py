@@ -183,7 +183,7 @@ def update(bench: Bench) -> None:
 def sweep(bench: Bench) -> None:
     """What the table and the chunk rule do not hold: is there more to be had?"""
     head = bench.draw(bench.sizes.batch)
-    for factor in (1, 2, 4, 8):
+    for factor in bench.sizes.factors:
         chunk = factor * bench.sizes.chunk
         os.environ["COSFACE_TRITON_CHUNK"] = str(chunk)
         with bench.tried("chunks", chunk=chunk):
@@ -195,7 +195,7 @@ def sweep(bench: Bench) -> None:
     del os.environ["COSFACE_TRITON_CHUNK"]
     for kernel in GEMM_KERNELS:
         default = launches.tiles(kernel, head.x.dtype)[0]
-        for tile in variations(default):
+        for tile in variations(default)[: bench.sizes.variations]:
             _kernel(bench, "tiles", head, kernel, tile)
 
 

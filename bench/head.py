@@ -31,9 +31,9 @@ class Head:
         return torch.ops.cosface.lmcl(self.x, self.w, self.labels, self.scale, MARGIN, self.backend)
 
     def upstream(self, lse: Tensor, target_cos: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss's gradients of lse and target_cos, (N,) each."""
-        mean = torch.full_like(lse, 1 / len(lse))
-        g_lse, g_cos, _ = fold_loss(self.labels, self.scale, lse, target_cos - MARGIN, mean, None, None)
+        """The summed loss's gradients of lse and target_cos, (N,) each; the mean's might not fit float16."""
+        ones = torch.ones_like(lse)
+        g_lse, g_cos, _ = fold_loss(self.labels, self.scale, lse, target_cos - MARGIN, ones, None, None)
         return g_lse, g_cos
 
     def backward(self) -> Callable[..., tuple[Tensor, ...]]:

@@ -32,14 +32,29 @@ class Sizes:
     race_repeats: int
     small: tuple[int, int, int]  # of a step under a sanitizer
     repeats: int  # of everything that is timed
+    factors: tuple[int, ...]  # of the chunk, in a sweep
+    variations: int  # of a tile, in a sweep
 
     @property
     def batch(self) -> int:
         return self.batches[len(self.batches) // 2]
 
 
-REAL = Sizes((256, 1024, 4096), 1_000_000, 512, 8448, 2 << 30, 8192, (1024, 65536, 512), 200, (128, 1000, 512), 7)
-TOY = Sizes((8, 24), 300, 16, 256, 1 << 20, 64, (24, 200, 16), 3, (8, 100, 16), 1)
+REAL = Sizes(
+    (256, 1024, 4096),
+    1_000_000,
+    512,
+    8448,
+    2 << 30,
+    8192,
+    (1024, 65536, 512),
+    200,
+    (128, 1000, 512),
+    7,
+    (1, 2, 4, 8),
+    9,
+)
+TOY = Sizes((8, 24), 300, 16, 256, 1 << 20, 64, (24, 200, 16), 3, (8, 100, 16), 1, (1, 2), 2)
 
 
 class Bench:

@@ -15,6 +15,7 @@ from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TF32_EPS = 2.0**-10
+SMALLEST_ROW = 2.0**-24  # relative to the largest; G in float16 holds no smaller parts of its row's unit
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -112,7 +113,8 @@ def worst_rows(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
         error, size = g.double() - w, w
         if w.dim() == 2:
             error, size = error.norm(dim=1), w.norm(dim=1)
-            size = size.clamp_min(1e-3 * float(size.median()))
+            floor = torch.finfo(g.dtype).smallest_normal * w.shape[1] ** 0.5
+            size = size.clamp_min(max(floor, SMALLEST_ROW * float(size.max())))
         else:
             size = w.abs().max()
         errors.append(float((error.abs() / size).max()))

@@ -1,5 +1,6 @@
-"""The figures of `bench gpu` as tables that fit on a screen or two."""
+"""`python -m bench.tables FILE`: the figures of `bench gpu` as tables that fit on a screen or two."""
 
+import argparse
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -98,3 +99,12 @@ def _tests(junit: Path) -> list[str]:
     if len(bad) > FAILURES:
         lines.append(f"  and {len(bad) - FAILURES} more")
     return lines
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The figures of `bench gpu` as tables.")
+    parser.add_argument("file", type=Path, help="JSON lines")
+    parser.add_argument("--junit", type=Path, help="the tests' results")
+    parser.add_argument("--peers", type=Path, help="rows of `bench step`")
+    arguments = parser.parse_args()
+    print(report(arguments.file, arguments.junit, arguments.peers))
