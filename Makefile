@@ -30,10 +30,10 @@ gpu-rehearse: $(BUILT)
 	PYTHON=$(BIN)/python bash bench/gpu.sh rehearse
 
 # Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed. Then with the oldest
-# Triton that is taken, which is torch 2.11's too.
+# Triton that is taken, which is torch 2.11's too, for Hopper and other sizes of an embedding as well.
 OLDEST_TRITON := 3.6.0
 kernels: $(BUILT)
-	$(BIN)/python -m bench kernels --json build/kernels.json
+	$(BIN)/python -m bench kernels --dim 512 --json build/kernels.json
 	test -d build/triton-$(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
 	  triton==$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --json build/kernels-oldest.json
