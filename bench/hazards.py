@@ -115,9 +115,9 @@ class _Machine:
             values[result] = Slot(found[1], values.get(found[2]))
         elif found := re.search(rf"(?:memdesc_\w+|tt\.trans) ({NAME}) ", text):
             values[result] = values.get(found[1])
-        elif "local_alloc" in text:
+        elif re.search(r"(?:local|tmem)_alloc\b", text):
             values[result] = Slot(result, 0)
-            if re.search(rf"local_alloc {NAME}", text):
+            if re.search(rf"_alloc {NAME}", text):
                 self._write(values[result])
         elif found := re.search(rf"(?:async_copy_global_to_local|local_store) {NAME}, ({NAME}) ", text):
             self._write(values.get(found[1]))
