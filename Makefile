@@ -10,7 +10,7 @@ CUDA_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cosface_kernels/torch-$(CUDA
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test gpu-check kernels cuda-check build lint wheel sanitize asan tsan native bench clean
+.PHONY: demo test environments gpu-check kernels cuda-check build lint wheel sanitize asan tsan native bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,10 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
+
+# The suites in environments of their own, with the oldest versions that are promised and with those of a GPU machine.
+environments:
+	tests/environments.sh
 
 # On a machine with a GPU: the suite of the op on it, then time and memory, kept in bench/results. The second bench is
 # of backend cuda.

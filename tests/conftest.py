@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import tempfile
 from importlib.metadata import version
 
@@ -42,6 +43,9 @@ hypothesis.settings.load_profile("interpreted" if INTERPRETED else "ci")
 
 # A graph in torch's cache of compiled graphs calls the ops with the schema that they had when it was compiled.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+# Programs that tests start find the package that is under test, which need not be installed.
+ROOT = str(pathlib.Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
