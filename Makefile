@@ -10,7 +10,8 @@ CUDA_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cosface_kernels/torch-$(CUDA
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test gpu-check gpu-rehearse kernels cuda-check build lint wheel sanitize asan tsan native bench clean
+.PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint wheel sanitize asan tsan native \
+  bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py
@@ -19,6 +20,10 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
+
+# The suites in environments of their own, with the oldest versions that are promised and with those of a GPU machine.
+environments:
+	tests/environments.sh
 
 # On a machine with a GPU: races, the op's tests and sanitizers, then time and memory; figures go to build/gpu.
 gpu-check: $(BUILT)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import tempfile
+from importlib.metadata import version
 
 import cuda_host
 import hypothesis
@@ -42,6 +44,9 @@ hypothesis.settings.load_profile(os.environ.get("COSFACE_HYPOTHESIS") or ("inter
 
 # A graph in torch's cache of compiled graphs calls the ops with the schema that they had when it was compiled.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+# Programs that tests start find the package that is under test, which need not be installed.
+ROOT = str(pathlib.Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +56,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "option(*names): has options of the op, which not every backend takes")
     config.addinivalue_line("markers", "triton_only: tests something that no other backend has")
     config.addinivalue_line("markers", "gpu: runs on a CUDA or ROCm device")
+    if INTERPRETED and (reason := _why_interpreter_fails(version("triton"), version("numpy"))):
+        raise pytest.UsageError(reason)
+
+
+def _why_interpreter_fails(triton: str, numpy: str) -> str | None:
+    """To interpret a loop, Triton 3.6 turns an array of one element into a number, which numpy ended with 2.4."""
+    triton_release, numpy_release = (tuple(map(int, text.split(".")[:2])) for text in (triton, numpy))
+    if triton_release < (3, 7) and numpy_release >= (2, 4):
+        return (
+            f"The interpreter of triton {triton} needs numpy below 2.4, found {numpy}: install an older numpy, "
+            "or triton 3.7 or newer."
+        )
+    return None
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

