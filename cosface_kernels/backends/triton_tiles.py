@@ -59,10 +59,8 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 16, 64, 4, 2), Tile(32, 32, 32, 4, 2)),
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
 }
-# Where an architecture holds more: warp-group products read both operands from shared memory. Or less: the classes'
-# norms are loaded before the product, and are too many registers beside the largest block.
+# Where an architecture holds more: warp-group products read both operands from shared memory.
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
-    ("class_statistics", 2, "sm_80"): TABLE["class_statistics", 2][1:],
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
 }
 # With options: reshaped negatives need registers.
@@ -72,6 +70,8 @@ WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
 }
+# Where the first block of a table, plain or with options, spills: kernel, bytes, architecture, plain.
+TOO_LARGE = {("class_statistics", 2, "sm_80", True), ("class_statistics", 4, "sm_100", False)}
 # Where rows of an embedding do not begin at multiples of 16 numbers nothing can be copied ahead: loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
@@ -91,9 +91,11 @@ def table(
         return (INTERPRETED_TILE,)
     if dim % 16:
         return RAGGED[kernel]
-    if not plain and (kernel, operand.itemsize) in WITH_OPTIONS:
-        return WITH_OPTIONS[kernel, operand.itemsize]
-    return OVERRIDES.get((kernel, operand.itemsize, architecture), TABLE[kernel, operand.itemsize])
+    size = operand.itemsize
+    tiles = OVERRIDES.get((kernel, size, architecture), TABLE[kernel, size])
+    if not plain:
+        tiles = WITH_OPTIONS.get((kernel, size), tiles)
+    return tiles[1:] if (kernel, size, architecture, plain) in TOO_LARGE else tiles
 
 
 def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
