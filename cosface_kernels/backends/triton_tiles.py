@@ -70,8 +70,14 @@ WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
 }
-# Where the first block of a table, plain or with options, spills: kernel, bytes, architecture, plain.
-TOO_LARGE = {("class_statistics", 2, "sm_80", True), ("class_statistics", 4, "sm_100", False)}
+# Where the first block of a table, plain or with options, spills or is more than the shared memory: kernel, bytes,
+# architecture, plain.
+TOO_LARGE = {
+    ("class_statistics", 2, "sm_80", True),
+    ("class_statistics", 4, "sm_100", False),
+    ("class_statistics", 2, "gfx942", True),
+    ("logit_gradients", 2, "gfx942", True),
+}
 # Where rows of an embedding do not begin at multiples of 16 numbers nothing can be copied ahead: loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
