@@ -31,7 +31,10 @@ def main(folder: Path, steps: int, lost_rank: int, lost_step: int, lost_by: int)
         dist.init_process_group("gloo", timeout=TIMEOUT)
     rank, first_start = dist.get_rank(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     torch.manual_seed(rank)
-    backbone = DistributedDataParallel(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2)))
+    # Otherwise its buckets, and with them the order of sums over three ranks or more, change after the first step.
+    backbone = DistributedDataParallel(
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2)), find_unused_parameters=True
+    )
     head = FusedCosFaceLoss(10, 6, scale=16.0, process_group=dist.group.WORLD)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=0.01)
     data = torch.Generator().manual_seed(rank)

@@ -30,7 +30,7 @@ install() {
 # logged FILE COMMAND...: the last line that the command prints; whatever its status, the next one runs.
 logged() {
   "${@:2}" >"$1" 2>&1 || true
-  tail -n 1 "$1" | tr -d '='
+  tail -n 1 "$1" | sed 's/^=* *//; s/ *=*$//'
 }
 
 # check HOME: in a copy of the tree, so that no environment's module or build is another's.
