@@ -28,6 +28,7 @@ prepare() {
   for wheel in wheels/*.whl; do
     [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$work/wheels"
   done
+  PATH=$("$python" -c "import sys; print(sys.prefix)")/bin:$PATH # its cmake and ninja
   export PYTHONPATH=$PWD:$work/wheels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COSFACE_TRITON_TUNE=0
   export PYTHONWARNINGS=ignore::RuntimeWarning # of numpy, under the interpreter
   [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] ||
