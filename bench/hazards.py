@@ -88,8 +88,8 @@ class _Machine:
         counter, low, high, step = re.search(
             rf"scf\.for ({NAME}) = ({NAME}) to ({NAME}) step ({NAME})", op.text
         ).groups()
-        carried = re.search(r"iter_args\((.*?)\) ->", op.text)
-        pairs = re.findall(rf"({NAME}) = ({NAME})", carried[1]) if carried else []
+        arguments = re.search(r"iter_args\((.*?)\) ->", op.text)
+        pairs = re.findall(rf"({NAME}) = ({NAME})", arguments[1]) if arguments else []
         first, last, by = (self.values.get(name) for name in (low, high, step))
         known = all(type(bound) is int for bound in (first, last, by))
         now = [self.values.get(start) for _, start in pairs]

@@ -27,9 +27,8 @@ def examine(
     head = draw(*sizes, dtype, device)
     backward = head.backward()
     allowed, wanted = _expectations(head, dtype, tf32)
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # what no kernel writes is filled, and so the same in every run
+    # What no kernel writes is filled, and so the same in every run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for kernel in GEMM_KERNELS:
             is_forward = kernel == GEMM_KERNELS[0]

@@ -506,6 +506,5 @@ def _zeros_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, DTensor):
         return shard_like(weight, _zeros_like(own_rows(weight), dtype))
     if weight.device.type == "cpu" and not cpu.unavailable():
-        with weight.device:  # where it is not torch's default
-            return cpu.zeros_like(weight, dtype)
+        return cpu.zeros_like(weight, dtype)
     return torch.zeros_like(weight, dtype=dtype)

@@ -64,7 +64,7 @@ def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) ->
 
 def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros on huge pages, which the system provides when they are first touched."""
-    zeros = torch.zeros(w.shape, dtype=dtype)
+    zeros = torch.zeros(w.shape, dtype=dtype, device=w.device)
     _C.use_huge_pages(zeros)
     return zeros
 

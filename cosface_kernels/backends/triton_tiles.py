@@ -78,7 +78,7 @@ TOO_LARGE = {
     ("class_statistics", 2, "gfx942", True),
     ("logit_gradients", 2, "gfx942", True),
 }
-# Where rows of an embedding do not begin at multiples of 16 numbers nothing can be copied ahead: loads go through
+# For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
     "class_statistics": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
