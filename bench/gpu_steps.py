@@ -68,9 +68,13 @@ def races(bench: Bench) -> None:
     dtype = torch.float32 if tf32 else DTYPES[bench.dtype]
     N, C, D = bench.sizes.race
     os.environ["COSFACE_TRITON_CHUNK"] = str(C)  # one launch, whose whole G can be compared
-    for row in race.examine((N, C, D), dtype, tf32, bench.device, bench.sizes.race_repeats):
-        bench.add("race", **row)
-        bench.wrong |= not row["right"]
+    for what, examine in race.examinations((N, C, D), dtype, tf32, bench.device, bench.sizes.race_repeats):
+        right = False
+        with bench.tried("race", **what):
+            figures = examine()
+            bench.add("race", **what, **figures)
+            right = figures["right"]
+        bench.wrong |= not right
 
 
 def _kernel(bench: Bench, step: str, head: Head, kernel: str, tile: Tile, **what: Any) -> None:

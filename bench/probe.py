@@ -16,7 +16,7 @@ from bench.device import Gpu, Host
 from bench.head import Head, draw
 from cosface_kernels.backends import triton
 
-HOLD = 0.03  # seconds in which the host can enqueue a step
+HOLD = 0.06  # seconds in which the host can enqueue a step
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 
 

@@ -19,10 +19,10 @@ SMALLEST_ROW = 2.0**-24  # relative to the largest; G in float16 holds no smalle
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
-def examine(
+def examinations(
     sizes: tuple[int, int, int], dtype: torch.dtype, tf32: bool, device: Any, repeats: int
-) -> Iterator[dict[str, Any]]:
-    """A row for each kernel with a matrix product and each of its tiles."""
+) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Each kernel with a matrix product and each of its tiles, and what gives the figures of it."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     head = draw(*sizes, dtype, device)
     backward = head.backward()
@@ -32,22 +32,24 @@ def examine(
     try:
         for kernel in GEMM_KERNELS:
             is_forward = kernel == GEMM_KERNELS[0]
+            run = head.forward if is_forward else backward
             for tile in launches.tiles(kernel, dtype):
-                with launches.pinned(kernel, tile):
-                    differing, first = repeat(kernel, head.forward if is_forward else backward, repeats)
-                results = first[1:4] if is_forward else first[:2]
-                errors = worst_rows(results, wanted[is_forward])
-                right = all(e <= a for e, a in zip(errors, allowed[is_forward], strict=True))
-                yield {
-                    "kernel": kernel,
-                    "tile": launches.name(tile),
-                    "dtype": "tf32" if tf32 else str(dtype).removeprefix("torch."),
-                    "repeats": repeats,
-                    "differing": differing,
-                    "errors": errors,
-                    "allowed": allowed[is_forward],
-                    "right": right and differing == 0,
-                }
+
+                def examine(kernel=kernel, is_forward=is_forward, run=run, tile=tile) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+                    with launches.pinned(kernel, tile):
+                        differing, first = repeat(kernel, run, repeats)
+                    errors = worst_rows(first[1:4] if is_forward else first[:2], wanted[is_forward])
+                    right = all(e <= a for e, a in zip(errors, allowed[is_forward], strict=True))
+                    return {
+                        "repeats": repeats,
+                        "differing": differing,
+                        "errors": errors,
+                        "allowed": allowed[is_forward],
+                        "right": right and differing == 0,
+                    }
+
+                name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+                yield {"kernel": kernel, "tile": launches.name(tile), "dtype": name}, examine
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -71,7 +71,9 @@ class References:
         monkeypatch.setattr(race, "repeat", changed)
 
     def rows(self, dtype):
-        return list(race.examine((24, 200, 16), dtype, False, Host(), 2))
+        return [
+            {**what, **examine()} for what, examine in race.examinations((24, 200, 16), dtype, False, Host(), 2)
+        ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
