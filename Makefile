@@ -10,8 +10,8 @@ CUDA_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cosface_kernels/torch-$(CUDA
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint wheel sanitize asan tsan native \
-  bench clean
+.PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint wheel sanitize asan module-asan \
+  tsan native bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py
@@ -77,15 +77,22 @@ wheel: $(DEPENDENCIES)
 
 # The kernels and the threaded driver, without Python and torch. A sanitizer keeps the compiler from vectorising, so
 # the code as it ships runs too, with its buffers against guard pages.
-sanitize: asan tsan native
-asan: CMAKE_OPTIONS = -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCOSFACE_SANITIZE=address,undefined
-tsan: CMAKE_OPTIONS = -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCOSFACE_SANITIZE=thread
-native: CMAKE_OPTIONS = -DCMAKE_BUILD_TYPE=Release
+sanitize: asan module-asan tsan native
+asan: SANITIZE = address,undefined
+tsan: SANITIZE = thread
 
 asan tsan native: $(DEPENDENCIES)
-	cmake -G Ninja -S . -B build/$@ -DCOSFACE_TESTS=ON $(CMAKE_OPTIONS)
+	cmake -G Ninja -S . -B build/$@ -DCOSFACE_TESTS=ON -DCOSFACE_SANITIZE=$(SANITIZE)
 	cmake --build build/$@
 	ctest --test-dir build/$@ --output-on-failure -j2
+
+# The module as it is built, under AddressSanitizer, called with what does not fit.
+module-asan: export COSFACE_SANITIZE = address,undefined
+module-asan: asan
+	COSFACE_TESTS=1 $(BIN)/python setup.py -q build --build-lib build/asan/site
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest -p no:cacheprovider \
+	  -o "pythonpath=build/asan/site examples" tests/test_contract.py
 
 bench: $(BUILT)
 	$(BIN)/python -m bench step --batch 256 --dim 512 --classes 1000000 \

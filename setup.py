@@ -22,7 +22,9 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # kept, so that a second build is quick
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        sanitize = os.environ.get("COSFACE_SANITIZE", "")  # CMake's option, as `make asan` sets it
+        usual = f"cmake-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        build = ROOT / "build" / ("asan" if sanitize else usual)
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [
@@ -34,6 +36,7 @@ class CMakeBuild(build_ext):
                 f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
                 f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
                 f"-DTORCH_CXX_FLAGS=-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+                f"-DCOSFACE_SANITIZE={sanitize}",
                 *cuda_options(torch.version.cuda),
             ],
             check=True,

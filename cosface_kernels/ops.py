@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends import UpdatingBackend, select
+from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.options import Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype
 
@@ -104,7 +104,7 @@ def lmcl_backward(
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
         return dx, dw, torch.zeros_like(lse)
-    return select(backend, x, w, options).backward(
+    return _that_cached(backend, x, w, cache, options).backward(
         x, w, targets, scale, lse, g_lse, g_cos, cache, options=options, need_dx=need_dx, need_dw=need_dw
     )
 
@@ -151,7 +151,7 @@ def lmcl_backward_update_(
     if not w.shape[0]:
         return x.new_zeros(x.shape if need_dx else 0), torch.zeros_like(lse)
     update = Update.unflat(rule, step, seed, numbers)
-    return cast(UpdatingBackend, select(backend, x, w, options)).backward_update_(
+    return cast(UpdatingBackend, _that_cached(backend, x, w, cache, options)).backward_update_(
         x,
         w,
         targets,
@@ -188,6 +188,18 @@ def apply_update_(
         return
     update = Update.unflat(rule, step, seed, numbers)
     cast(UpdatingBackend, select(backend, w, w, Options(updates=True))).apply_update_(w, dw, state, update)
+
+
+def _that_cached(name: str | None, x: Tensor, w: Tensor, cache: Tensor, options: Options) -> Backend:
+    """The backend, whose forward must have left this cache."""
+    backend = select(name, x, w, options)
+    size = backend.cache_size(x, w, options)
+    if cache.shape != (size,) or cache.dtype != torch.uint8:
+        raise ValueError(
+            f"cache must be what lmcl returned for these tensors and options, uint8 of shape {[size]}, got "
+            f"{cache.dtype} of shape {list(cache.shape)}."
+        )
+    return backend
 
 
 def kept_entries(cache: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -50,13 +50,17 @@ class Options:
         """The arguments of an op for it; whether it updates is which op it is."""
         return tuple(getattr(self, field.name) for field in fields(self) if field.name != "updates")
 
+    def count(self, w: Tensor) -> int:
+        """How many classes take part."""
+        return w.shape[0] if self.classes is None else self.classes.numel()
+
     def cache_size(self, x: Tensor, w: Tensor) -> int:
         """Bytes that a cache takes: cache_bytes, or fewer if that is more than all it is for.
 
         With a tolerance, cache_bytes 0 means a share of KEPT_SHARE of the entries, each a cosine and 16 bits, and
         KEPT_MIN more for the first tiles, of which nothing can be left out yet. Only what is filled is touched.
         """
-        samples, classes = x.shape[0], (w if self.classes is None else self.classes).shape[0]
+        samples, classes = x.shape[0], self.count(w)
         number = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
         if self.gradient_tolerance:
             entry = number.itemsize + 2
@@ -82,6 +86,7 @@ class Options:
 
 
 PLAIN = Options()
+RULES = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,12 @@ class Update:
 
     @classmethod
     def unflat(cls, rule: str, step: int, seed: int, numbers: list[float]) -> "Update":
-        values: dict[str, Any] = dict(zip([field.name for field in fields(cls)][3:], numbers, strict=True))
+        names = [field.name for field in fields(cls)][3:]
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}.")
+        if len(numbers) != len(names):
+            raise ValueError(f"numbers must hold {', '.join(names)}, got {len(numbers)} numbers.")
+        values: dict[str, Any] = dict(zip(names, numbers, strict=True))
         return cls(rule, step, seed, **{**values, "nesterov": bool(values["nesterov"])})
 
 

@@ -51,6 +51,14 @@ struct Options {
     if (cache.numel() > 0) options.cache = cache.mutable_data_ptr(), options.cache_bytes = cache.numel();
     return options;
   }
+
+  cosface::Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s) const {
+    const auto address = reinterpret_cast<uintptr_t>(cache.const_data_ptr());
+    cosface::fitting("cache", cache, {cache.numel()}, at::kCPU, at::kByte);
+    TORCH_CHECK_VALUE(cache.is_contiguous() && address % 64 == 0,
+                      "cache must be contiguous and aligned to 64 bytes, as lmcl returns it.");
+    return cosface::Inputs{x, w, y, s, classes, thresholds, negatives}.checked();
+  }
 };
 
 // The arguments of one call in the compute dtype T. Rows of w that are not adjacent elements are copied.
@@ -58,9 +66,9 @@ template <typename T>
 struct Arguments {
   Tensor x, w, y, s, tau, polynomial;  // tau (N) and (q, a, b) are undefined where there are no thresholds
 
-  Arguments(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options)
-      : x(in_t(x)), w(cosface::with_adjacent_elements(w)), y(y.contiguous()), s(in_t(s)) {
-    if (options.thresholds) tau = in_t(*options.thresholds), polynomial = in_t(*options.negatives);
+  explicit Arguments(const cosface::Inputs& given)
+      : x(in_t(given.x)), w(cosface::with_adjacent_elements(given.w)), y(given.y.contiguous()), s(in_t(given.s)) {
+    if (given.thresholds) tau = in_t(*given.thresholds), polynomial = in_t(*given.negatives);
   }
 
   static Tensor in_t(const Tensor& tensor) { return tensor.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
@@ -83,7 +91,7 @@ struct Arguments {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
                                                    const Tensor& s, double margin, const Options& options) {
-  const Arguments<T> arguments(x, w, y, s, options);
+  const Arguments<T> arguments(options.checked(x, w, y, s));
   Tensor loss = at::empty_like(arguments.s), lse = at::empty_like(loss), target_cos = at::empty_like(loss),
          max_neg = at::empty_like(loss);
   cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), options.raw(), runtime(),
@@ -108,8 +116,8 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                             const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
                                             const Options& options, bool need_dx, bool need_dw) {
-  const Arguments<T> arguments(x, w, y, s, options);
-  const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
+  const Arguments<T> arguments(options.checked(x, w, y, s));
+  const std::vector<Tensor> up = cosface::upstream_of(x, w, lse, g_lse, g_cos);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
                       : at::empty({0}, w.options());
@@ -127,8 +135,8 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
                                            const Options& options, const cosface::Update& numbers,
                                            const std::vector<Tensor>& state, bool need_dx) {
-  const Arguments<T> arguments(x, w, y, s, options);
-  const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
+  const Arguments<T> arguments(options.checked(x, w, y, s));
+  const std::vector<Tensor> up = cosface::upstream_of(x, w, lse, g_lse, g_cos);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dscale = at::empty_like(up[0]);
   const cosface::Update update = cosface::bound(numbers, w, state);
@@ -142,8 +150,8 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
 void apply_update(const Tensor& w, const Tensor& dw, const cosface::Update& numbers,
                   const std::vector<Tensor>& state) {
   const auto apply = w.scalar_type() == at::kDouble ? cosface::apply_update<double> : cosface::apply_update<float>;
-  apply(cosface::weight_of(w), dw.contiguous().const_data_ptr(), w.size(1), cosface::bound(numbers, w, state),
-        runtime());
+  const cosface::Update update = cosface::bound(numbers, w, state);
+  apply(cosface::weight_of(w), cosface::gradient_of(w, dw).const_data_ptr(), w.size(1), update, runtime());
 }
 
 // How many threads a call is spread over: fewer than torch has, if this module was built without OpenMP.
@@ -178,8 +186,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Options>(m, "Options")
       .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache,
                        bool normalize_weight, std::optional<Tensor> thresholds, std::optional<Tensor> negatives) {
-             return Options{std::move(classes), gradient_tolerance,    std::move(cache),
-                            normalize_weight,   std::move(thresholds), std::move(negatives)};
+             return Options{cosface::contiguous(classes), gradient_tolerance,  std::move(cache), normalize_weight,
+                            std::move(thresholds),        std::move(negatives)};
            }),
            py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
            py::arg("normalize_weight"), py::arg("thresholds"), py::arg("negatives"));

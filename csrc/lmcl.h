@@ -81,13 +81,16 @@ struct Upstream {
 struct Update {
   enum class Rule { kSgd, kAdamW };
 
+  struct State {
+    void* data;  // (C, D) contiguous, or null
+    DType dtype;
+  };
+
   Rule rule;
-  void* weight;  // the memory of Weight::data
-  void*
-      state[3];  // (C, D) contiguous or null. SGD: momentum. AdamW: mean, mean square and its running maximum of g
-  DType state_dtype;
-  int64_t step;   // 1 for the first
-  uint64_t seed;  // of the rounding to bfloat16, which is stochastic: it keeps the expected value
+  void* weight;    // the memory of Weight::data
+  State state[3];  // SGD: momentum. AdamW: mean, mean square and its running maximum of g
+  int64_t step;    // 1 for the first
+  uint64_t seed;   // of the rounding to bfloat16, which is stochastic: it keeps the expected value
   double gradient_factor, max_row_norm;
   double lr, weight_decay;
   double momentum, dampening;  // SGD

@@ -1,15 +1,17 @@
-// What the C++ side asks of torch's tensors.
+// What the C++ side asks of torch's tensors: nothing reaches a kernel by its pointer that has not been checked
+// here.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "lmcl.h"
 
 namespace cosface {
 
-inline DType dtype_of(const at::Tensor& tensor) {
+inline DType dtype_of(const at::Tensor& tensor, const char* name = "A tensor") {
   switch (tensor.scalar_type()) {
     case at::kDouble:
       return DType::kFloat64;
@@ -20,7 +22,8 @@ inline DType dtype_of(const at::Tensor& tensor) {
     case at::kHalf:
       return DType::kFloat16;
     default:
-      TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", tensor.scalar_type(), ".");
+      TORCH_CHECK_TYPE(false, name, " must be float64, float32, bfloat16 or float16, got ", tensor.scalar_type(),
+                       ".");
   }
 }
 
@@ -37,12 +40,101 @@ inline at::Tensor with_adjacent_elements(const at::Tensor& w) {
 // The weight, whose rows are adjacent elements.
 inline Weight weight_of(const at::Tensor& w) { return {w.const_data_ptr(), dtype_of(w), w.size(0), w.stride(0)}; }
 
+// The tensor, if it has this shape and device.
+inline const at::Tensor& fitting(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
+                                 at::Device device) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes(), ".");
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on device ", device, ", got it on ",
+                    tensor.device(), ".");
+  return tensor;
+}
+
+inline const at::Tensor& fitting(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
+                                 at::Device device, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must have dtype ", dtype, ", got ", tensor.scalar_type(),
+                   ".");
+  return fitting(name, tensor, shape, device);
+}
+
+// What every call of the op is given.
+struct Inputs {
+  const at::Tensor &x, &w, &y, &s;
+  const std::optional<at::Tensor>&classes, &thresholds, &negatives;
+
+  const Inputs& checked() const {
+    for (const auto& [name, rows] : {std::pair{"x", &x}, std::pair{"w", &w}}) {
+      TORCH_CHECK_VALUE(rows->dim() == 2 && rows->size(1) > 0, name, " must have shape (rows, D), got ",
+                        rows->sizes(), ".");
+      dtype_of(*rows, name);
+    }
+    const int64_t n = x.size(0);
+    const at::Device device = x.device();
+    fitting("w", w, {w.size(0), x.size(1)}, device);
+    fitting("targets", y, {n}, device, at::kLong);
+    fitting("scale", s, {n}, device);
+    TORCH_CHECK_VALUE(thresholds.has_value() == negatives.has_value(),
+                      "thresholds and negatives must be given together.");
+    if (thresholds) fitting("thresholds", *thresholds, {n}, device), fitting("negatives", *negatives, {3}, device);
+    if (classes) check_classes();
+    return *this;
+  }
+
+ private:
+  // On a GPU looking at them would wait for it.
+  void check_classes() const {
+    fitting("classes", *classes, {classes->numel()}, x.device(), at::kLong);
+    if (!classes->is_cpu()) return;
+    const at::Tensor numbers = classes->contiguous();
+    const int64_t* j = numbers.const_data_ptr<int64_t>();
+    for (int64_t k = 0; k < numbers.numel(); ++k) {
+      TORCH_CHECK_VALUE(j[k] > (k == 0 ? -1 : j[k - 1]) && j[k] < w.size(0), "classes must ascend within [0, ",
+                        w.size(0), "), got ", j[k], " at place ", k, ".");
+    }
+  }
+};
+
+// lse, g_lse and g_cos, (N) each in the dtype of the results.
+inline std::vector<at::Tensor> upstream_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& lse,
+                                           const at::Tensor& g_lse, const at::Tensor& g_cos) {
+  const at::ScalarType dtype = in_double(x, w) ? at::kDouble : at::kFloat;
+  const auto row = [&](const char* name, const at::Tensor& values) {
+    return fitting(name, values, {x.size(0)}, x.device(), dtype).contiguous();
+  };
+  return {row("lse", lse), row("g_lse", g_lse), row("g_cos", g_cos)};
+}
+
+inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
+}
+
+inline DType movable(const char* name, const at::Tensor& rows) {
+  TORCH_CHECK_VALUE(rows.is_contiguous(), name, " must be contiguous to be moved in place, got strides ",
+                    rows.strides(), ".");
+  const DType dtype = dtype_of(rows, name);
+  TORCH_CHECK_TYPE(dtype != DType::kFloat16, name, " must be float64, float32 or bfloat16 to move, got float16.");
+  return dtype;
+}
+
 // An update in progress: cosface_kernels/options.py's Update, the weight and the optimizer's state.
 inline Update bound(Update update, const at::Tensor& w, const std::vector<at::Tensor>& state) {
+  const bool sgd = update.rule == Update::Rule::kSgd;
+  TORCH_CHECK_VALUE(w.dim() == 2, "w must have shape (C, D), got ", w.sizes(), ".");
+  TORCH_CHECK_VALUE(sgd ? state.size() <= 1 : state.size() == 2 || state.size() == 3, sgd ? "sgd" : "adamw",
+                    " must have ", sgd ? "at most one tensor" : "two or three tensors", " of state, got ",
+                    state.size(), ".");
+  movable("w", w);
   update.weight = w.mutable_data_ptr();
-  update.state_dtype = state.empty() ? dtype_of(w) : dtype_of(state[0]);
-  for (size_t k = 0; k < 3; ++k) update.state[k] = k < state.size() ? state[k].mutable_data_ptr() : nullptr;
+  for (size_t k = 0; k < 3; ++k) update.state[k] = {nullptr, DType::kFloat32};
+  for (size_t k = 0; k < state.size(); ++k) {
+    const DType dtype = movable("state", fitting("state", state[k], w.sizes(), w.device()));
+    update.state[k] = {state[k].mutable_data_ptr(), dtype};
+  }
   return update;
+}
+
+// The gradient that moves w, as apply_update takes it.
+inline at::Tensor gradient_of(const at::Tensor& w, const at::Tensor& dw) {
+  return fitting("dw", dw, w.sizes(), w.device()).to(w.scalar_type()).contiguous();
 }
 
 }  // namespace cosface

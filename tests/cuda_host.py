@@ -1,6 +1,7 @@
 """Backend `cuda_host`, for tests alone: backend `cuda` whose driver and kernels run on the host's SIMT shim."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from cosface_kernels.options import Options
 
-FOLDER = Path(__file__).parents[1] / "build" / "tests"
+FOLDER = Path(__file__).parents[1] / "build" / ("asan/tests" if os.environ.get("COSFACE_SANITIZE") else "tests")
 
 
 def _load(name: str, path: str | Path | None = None):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels import reference
+from cosface_kernels.backends import contract
 from cosface_kernels.options import Options, Update, empty_cache
 
 
@@ -26,12 +27,14 @@ def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
+    contract.check(x, w, options, targets, scale)
     with torch.autocast(x.device.type, enabled=False):  # the specification's matrix products are never rounded
         return *reference.forward(x, _rows(w, options), targets, scale, margin, options), empty_cache(x)
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, w, *per_row, _ = tensors
+    contract.check(x, w, options, *per_row)
     with torch.autocast(x.device.type, enabled=False):
         dx, dw, dscale = reference.backward(x, _rows(w, options), *per_row, options=options)
     return dx if need_dx else dx.new_empty(0), dw if need_dw else dw.new_empty(0), dscale
@@ -40,6 +43,7 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 def backward_update_(
     *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
+    contract.check_state(tensors[1], state, update)
     dx, dw, dscale = backward(*tensors, options=options, need_dx=need_dx, need_dw=True)
     w, classes = tensors[1], options.classes
     if classes is None:
@@ -53,6 +57,7 @@ def backward_update_(
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
+    contract.check_state(w, state, update, dw)
     reference.move_rows(w, dw, state, update)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends import triton_tiles
+from cosface_kernels.backends import contract, triton_tiles
 from cosface_kernels.backends.triton_tiles import Key, Tile
 from cosface_kernels.options import PLAIN, Options, Update
 
@@ -83,6 +83,7 @@ def describe() -> str:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
+    contract.check(x, w, options, targets, scale)
     with torch.cuda.device_of(x):
         w_norm = _class_norms(x, w, options)
         if len(x) == 0:
@@ -98,12 +99,12 @@ def forward(
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
     """Of the norms of the classes."""
-    return torch.float32.itemsize * _count(w, options) if options.normalize_weight else 0
+    return torch.float32.itemsize * options.count(w) if options.normalize_weight else 0
 
 
 def _class_norms(x: Tensor, w: Tensor, options: Options) -> Tensor:
     """|w_j| of the classes, (C,) float32; nothing without normalize_weight."""
-    C = _count(w, options)
+    C = options.count(w)
     w_norm = x.new_empty(C if options.normalize_weight else 0, dtype=torch.float32)
     if options.normalize_weight:
         block_c, block_d = triton_tiles.row_block(w.shape[1])
@@ -125,7 +126,7 @@ def _forward(
     options: Options,
     tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, D), C = x.shape, _count(w, options)
+    (N, D), C = x.shape, options.count(w)
     scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
     row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
     tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
@@ -152,10 +153,6 @@ def _tuning_sample(w: Tensor, options: Options) -> tuple[Tensor, Options]:
     return w, replace(options, classes=options.classes[:TUNING_CLASSES])
 
 
-def _count(w: Tensor, options: Options) -> int:
-    return (w if options.classes is None else options.classes).shape[0]
-
-
 def _chosen(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
     """The chosen rows as the kernels read them, or what stands in for them where none are read."""
     return (unused, False) if options.classes is None else (options.classes.contiguous(), True)
@@ -180,12 +177,14 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 def backward_update_(
     *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
+    contract.check_state(tensors[1], state, update)
     move = functools.partial(_move_rows, tensors[1], state, update, options)
     dx, _, dscale = _tuned_backward(tensors, options, need_dx, True, move)
     return dx, dscale
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
+    contract.check_state(w, state, update, dw)
     with torch.cuda.device_of(w):
         _move_rows(w, state, update, PLAIN, 0, dw.contiguous())
 
@@ -197,6 +196,7 @@ def _tuned_backward(
     tensors: tuple[Tensor, ...], options: Options, need_dx: bool, need_dw: bool, move: Move | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, w, *per_row, cache = tensors
+    contract.check(x, w, options, *per_row)
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return _backward_of_nothing(x, w, options, need_dx, need_dw, move)
@@ -223,7 +223,7 @@ def _backward_of_nothing(
     x: Tensor, w: Tensor, options: Options, need_dx: bool, need_dw: bool, move: Move | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without samples the gradient is zero; momentum and weight decay still move the rows."""
-    C, dw = _count(w, options), w.new_empty(0)
+    C, dw = options.count(w), w.new_empty(0)
     if move:
         chunk = _chunk_classes(x, w, updates=True)
         zeros = w.new_zeros(min(chunk, C), w.shape[1])
@@ -254,7 +254,7 @@ def _backward(
     before it (which float16 cannot hold for a vanishing row), a second pass over dw for the projection, and one
     over dx to add. Which is faster has not been measured.
     """
-    (N, D), C, half = x.shape, _count(w, options), operand_dtype(x.dtype, w.dtype)
+    (N, D), C, half = x.shape, options.count(w), operand_dtype(x.dtype, w.dtype)
     targets, scale, lse, g_lse, g_cos = per_row
     of_g, of_dx, of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
     chunk = min(_chunk_classes(x, w, updates=bool(move)), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
@@ -316,7 +316,7 @@ def _move_rows(w: Tensor, state: list[Tensor], update: Update, options: Options,
     block_c, block_d = triton_tiles.row_block(D)
     chosen, is_chosen = _chosen(w, options)
     common = (
-        chosen, _count(w, options), first, chunk, update.seed, update.step, update.gradient_factor,
+        chosen, options.count(w), first, chunk, update.seed, update.step, update.gradient_factor,
         update.max_row_norm,
     )  # fmt: skip
     blocks = {"D": D, "BLOCK_C": block_c, "BLOCK_D": block_d, "CLIP": update.max_row_norm < math.inf}

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "kernels.h"
@@ -32,7 +33,7 @@ template <typename T>
 class CosineCache {
  public:
   static bool wanted(const Options& options) {
-    return options.cache != nullptr && options.gradient_tolerance == 0;
+    return options.cache_bytes >= kHeader && options.gradient_tolerance == 0;
   }
 
   // Forward says how it cut the classes; backward must do so too, whatever the number of threads is by now.
@@ -42,6 +43,9 @@ class CosineCache {
   static Partition partition(const Options& options, int64_t classes, const Runtime& runtime) {
     if (!wanted(options)) return {classes, runtime};
     const int64_t tile = *static_cast<const int64_t*>(options.cache);
+    if (tile < 1 || tile > std::max(kTileClasses, runtime.tile_classes)) {
+      throw std::invalid_argument(kForeignCache);
+    }
     return {classes, tile, std::min<int64_t>(runtime.threads, (classes + tile - 1) / tile)};
   }
 
@@ -224,7 +228,7 @@ class RowUpdate {
         sgd_(update),
         adamw_(update),
         weight_copy_(is<T>(weight.dtype) ? 0 : d),
-        state_copy_(is<T>(update.state_dtype) ? 0 : 3 * d) {}
+        state_copy_(3 * d) {}
 
   // Class j of the call by its gradient dw before the projection; w is its row in T.
   void move(int64_t j, const T* dw, T projection, const T* w) const {
@@ -245,28 +249,28 @@ class RowUpdate {
       kernels<T>().adamw(g, moved, state[0], state[1], state[2], d_, adamw_);
     }
     if (!is<T>(weight_.dtype)) save(moved, stored, weight_.dtype, kWeightTensor, row);
-    if (is<T>(update_.state_dtype)) return;
     for (int64_t k = 0; k < 3; ++k) {
-      if (state[k] != nullptr) save(state[k], stored_state(k, row), update_.state_dtype, k, row);
+      const DType dtype = update_.state[k].dtype;
+      if (state[k] != nullptr && !is<T>(dtype)) save(state[k], stored_state(k, row), dtype, k, row);
     }
   }
 
   // Where the first state of these classes is kept, which lie apart if they were chosen.
   Ahead ahead(int64_t first, int64_t classes) const {
-    if (chosen_ != nullptr || update_.state[0] == nullptr) return {};
+    if (chosen_ != nullptr || update_.state[0].data == nullptr) return {};
     return {reinterpret_cast<uintptr_t>(stored_state(0, first)),
             reinterpret_cast<uintptr_t>(stored_state(0, first + classes))};
   }
 
  private:
   char* stored_state(int64_t k, int64_t row) const {
-    return static_cast<char*>(update_.state[k]) + row * d_ * size_of(update_.state_dtype);
+    return static_cast<char*>(update_.state[k].data) + row * d_ * size_of(update_.state[k].dtype);
   }
 
   T* loaded_state(int64_t k, int64_t row) const {
-    if (update_.state[k] == nullptr) return nullptr;
-    if (is<T>(update_.state_dtype)) return reinterpret_cast<T*>(stored_state(k, row));
-    kernels<T>().load(stored_state(k, row), update_.state_dtype, d_, state_copy_ + k * d_);
+    if (update_.state[k].data == nullptr) return nullptr;
+    if (is<T>(update_.state[k].dtype)) return reinterpret_cast<T*>(stored_state(k, row));
+    kernels<T>().load(stored_state(k, row), update_.state[k].dtype, d_, state_copy_ + k * d_);
     return state_copy_ + k * d_;
   }
 
@@ -440,6 +444,7 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
                    const Options& options, const Runtime& runtime, const Gradients<T>& gradients) {
   const int64_t d = batch.d, classes = options.classes ? options.count : weight.classes;
   const EntryCache<T> cache(options, batch.n, classes);
+  cache.check();
   const bool sparse = !cache.empty();
   const Partition partition = sparse ? cache.partition() : CosineCache<T>::partition(options, classes, runtime);
   const ExactSamples<T> exact(cache, batch, upstream);

@@ -30,6 +30,8 @@ class Buffer {
   std::unique_ptr<T, Delete> data_;
 };
 
+constexpr char kForeignCache[] = "cache must be what lmcl returned for these tensors and options.";
+
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Runs body(first, last) on even shares of [0, n), one per thread.

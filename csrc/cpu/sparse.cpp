@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 
 namespace cosface {
 namespace {
@@ -81,6 +82,24 @@ void EntryCache<T>::lay_out(const Partition& partition) const {
       left / static_cast<int64_t>(sizeof(T) + sizeof(Place)) / std::max<int64_t>(partition.parts, 1);
   const int64_t one_tile = std::min(partition.tile, classes) * std::min(n_, kTileRows) + kKeepSlack;
   if (partition.tile <= kPlaceClasses && each >= 2 * one_tile) shape->capacity = each / 64 * 64;
+}
+
+template <typename T>
+void EntryCache<T>::check() const {
+  if (dropped == nullptr || shape->capacity == 0) return;
+  const auto [tile, parts, capacity] = *shape;
+  bool fits = tile > 0 && tile <= kPlaceClasses && parts > 0 && parts <= partition().tiles && capacity > 0 &&
+              capacity <= bytes_;
+  if (fits) {
+    const int64_t entries = reinterpret_cast<char*>(counts(0)) - reinterpret_cast<char*>(dropped);
+    const int64_t left = bytes_ - round_up(entries, 64) - table_bytes(partition().tiles);
+    fits = parts <= left / (capacity * static_cast<int64_t>(sizeof(T) + sizeof(Place)));
+  }
+  for (int64_t part = 0; fits && part < parts; ++part) {
+    const uint32_t *begin = counts(partition().first_tile(part)), *end = counts(partition().first_tile(part + 1));
+    fits = std::accumulate(begin, end, int64_t{0}) <= capacity;
+  }
+  if (!fits) throw std::invalid_argument(kForeignCache);
 }
 
 template <typename T>
@@ -350,7 +369,7 @@ template <typename T>
 void SparseGradient<T>::Walk::tile(int64_t first, int64_t classes, TileRows<T> w, DwRows<T> dw, T* col_dot) {
   std::fill_n(written_, classes, dw.add);
   const uint32_t* counts = of_.cache_.counts(first / of_.cache_.shape->tile);
-  for (int64_t i = 0; i < of_.batch_.n; i += kTileRows) block(i, *counts++, w, dw, col_dot);
+  for (int64_t i = 0; i < of_.batch_.n; i += kTileRows) block(i, *counts++, classes, w, dw, col_dot);
   for (int64_t i = 0; i < of_.batch_.n; ++i) {
     const int64_t j = of_.batch_.y[i] - first;
     if (of_.g_cos_[i] != 0 && of_.batch_.y[i] >= 0 && j >= 0 && j < classes) target(i, j, w, dw, col_dot);
@@ -363,8 +382,17 @@ void SparseGradient<T>::Walk::tile(int64_t first, int64_t classes, TileRows<T> w
 // The kept entries come class by class: dw_j is summed while x_hat of the block stays in L2. Sorted by sample,
 // they give dx_hat_i while the rows of the tile do.
 template <typename T>
-void SparseGradient<T>::Walk::block(int64_t i, int64_t count, TileRows<T> w, DwRows<T> dw, T* col_dot) {
+void SparseGradient<T>::Walk::block(int64_t i, int64_t count, int64_t classes, TileRows<T> w, DwRows<T> dw,
+                                    T* col_dot) {
   const auto& sparse = kernels<T>().sparse;
+  Place last_class = 0, last_sample = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    last_class = std::max<Place>(last_class, place_[k] / kTileRows);
+    last_sample = std::max<Place>(last_sample, place_[k] % kTileRows);
+  }
+  if (count > 0 && (last_class >= classes || i + last_sample >= of_.batch_.n)) {
+    throw std::invalid_argument(kForeignCache);
+  }
   if (static_cast<int64_t>(g_.size()) < count) {
     for (auto* v : {&g_, &sorted_g_}) v->resize(count);
     for (auto* v : {&class_, &sorted_class_, &sample_}) v->resize(count);

@@ -51,6 +51,9 @@ class EntryCache {
   bool exact(int64_t i) const { return kept[i] == 1; }
   Partition partition() const { return {classes, shape->tile, shape->parts}; }
 
+  // For backward: throws std::invalid_argument if the sizes that forward left cannot be of these tensors.
+  void check() const;
+
   // Every sample is exact.
   void clear() const;
 
@@ -154,7 +157,7 @@ class SparseGradient {
     void finish();
 
    private:
-    void block(int64_t i, int64_t count, TileRows<T> w, DwRows<T> dw, T* col_dot);
+    void block(int64_t i, int64_t count, int64_t classes, TileRows<T> w, DwRows<T> dw, T* col_dot);
     void target(int64_t i, int64_t j, TileRows<T> w, DwRows<T> dw, T* col_dot);
 
     const SparseGradient& of_;

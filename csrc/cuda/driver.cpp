@@ -64,6 +64,10 @@ T* data(const Tensor& tensor) {
 
 void* any_data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
+Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options) {
+  return Inputs{x, w, y, s, options.classes, options.thresholds, options.negatives}.checked();
+}
+
 // One call's inputs, and a workspace that all chunks share.
 template <typename T>
 class Step {
@@ -75,29 +79,28 @@ class Step {
     Tensor w, w_hat;  // (classes, D) operands; w_hat if there is a buffer for it
   };
 
-  Step(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options,
-       const Device& device)
+  Step(const Inputs& given, bool normalize_weight, const Device& device)
       : device(device),
-        normalize_weight(options.normalize_weight),
-        operand(operand_dtype(x.scalar_type(), w.scalar_type())),
-        sums(x.options().dtype(c10::CppTypeToScalarType<T>::value)),
-        x(x.to(operand).contiguous()),
-        y(y.contiguous()),
-        s(s.contiguous()),
+        normalize_weight(normalize_weight),
+        operand(operand_dtype(given.x.scalar_type(), given.w.scalar_type())),
+        sums(given.x.options().dtype(c10::CppTypeToScalarType<T>::value)),
+        x(given.x.to(operand).contiguous()),
+        y(given.y.contiguous()),
+        s(given.s.to(sums.dtype()).contiguous()),
         n(x.size(0)),
         d(x.size(1)),
-        classes(options.classes ? options.classes->numel() : w.size(0)),
-        chunk(chunk_classes(n, d, classes, this->x.element_size(), device)),
+        classes(given.classes ? given.classes->numel() : given.w.size(0)),
+        chunk(chunk_classes(n, d, classes, x.element_size(), device)),
         segments(std::clamp<int64_t>(kBlocksPerProcessor * device.processors / std::max<int64_t>(n, 1), 1,
                                      chunk / kChunkStep)),
         x_inv_norm(at::empty({n}, sums)),
         w_inv_norm(normalize_weight ? at::empty({chunk}, sums) : at::ones({chunk}, sums)),
-        tau_(options.thresholds ? options.thresholds->to(sums.dtype()).contiguous() : Tensor()),
-        polynomial_(options.negatives ? options.negatives->to(sums.dtype()).contiguous() : Tensor()),
-        w_(with_adjacent_elements(w)),
-        chosen_(options.classes ? options.classes->contiguous() : Tensor()),
-        w_chosen_(chosen_.defined() ? at::empty({chunk, d}, w.options()) : Tensor()),
-        w_operands_(w.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, this->x.options())),
+        tau_(given.thresholds ? given.thresholds->to(sums.dtype()).contiguous() : Tensor()),
+        polynomial_(given.negatives ? given.negatives->to(sums.dtype()).contiguous() : Tensor()),
+        w_(with_adjacent_elements(given.w)),
+        chosen_(given.classes ? given.classes->contiguous() : Tensor()),
+        w_chosen_(chosen_.defined() ? at::empty({chunk, d}, w_.options()) : Tensor()),
+        w_operands_(w_.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, x.options())),
         dot_(at::empty({n * chunk}, sums)) {}
 
   // Calls body(part) for the chunks in order. w_hat: (chunk, D) operands, to be filled, or undefined.
@@ -153,7 +156,7 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_in(const Tensor& x, const Tensor& w, const Tensor& y,
                                                       const Tensor& s, double margin, const Options& options,
                                                       const Device& device) {
-  const Step<T> step(x, w, y, s, options, device);
+  const Step<T> step(checked(x, w, y, s, options), options.normalize_weight, device);
   const Tensor loss = at::empty({step.n}, step.sums), lse = at::empty_like(loss),
                target_cos = at::zeros_like(loss), max_neg = at::empty_like(loss);
   const Tensor top = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
@@ -197,8 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
                                                const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
                                                const Options& options, bool need_dx, bool need_dw,
                                                const Update* update, const Device& device) {
-  const Step<T> step(x, w, y, s, options, device);
-  const Tensor up[] = {lse.contiguous(), g_lse.contiguous(), g_cos.contiguous()};
+  const Step<T> step(checked(x, w, y, s, options), options.normalize_weight, device);
+  const std::vector<Tensor> up = upstream_of(x, w, lse, g_lse, g_cos);
   const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const Tensor dw = need_dw ? at::empty({step.classes, step.d}, w.options()) : at::empty({0}, w.options());
@@ -243,11 +246,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
 
 template <typename T>
 void apply_in(const Tensor& w, const Tensor& dw, const Update& update, const Device& device) {
+  const Tensor gradient = gradient_of(w, dw);
   const int64_t classes = w.size(0), d = w.size(1);
   const int64_t chunk = chunk_classes(0, d, classes, w.element_size(), device);
   for (int64_t first = 0; first < classes; first += chunk) {
     const int64_t count = std::min(chunk, classes - first);
-    const Tensor g = dw.narrow(0, first, count).to(c10::CppTypeToScalarType<T>::value).contiguous();
+    const Tensor g = gradient.narrow(0, first, count).to(c10::CppTypeToScalarType<T>::value).contiguous();
     move_rows<T>(data<T>(g), count, d, weight_of(w), nullptr, first, update, device.stream);
   }
 }

@@ -495,7 +495,8 @@ void move_rows_by(const Step& step, const T* g, int64_t n, int64_t columns, cons
   const auto factor = static_cast<T>(update.gradient_factor), longest = static_cast<T>(update.max_row_norm);
   const Moving weight = moving(update.weight, w.dtype, w.row_stride, kWeightTensor);
   Movement<T, Step> move{step, factor, longest, update.seed, weight, {}};
-  for (int t = 0; t < Step::kStates; ++t) move.state[t] = moving(update.state[t], update.state_dtype, columns, t);
+  for (int t = 0; t < Step::kStates; ++t)
+    move.state[t] = moving(update.state[t].data, update.state[t].dtype, columns, t);
   with_shape<kPair, kOctet / kPair>(columns, aligned, [&](auto shape) {
     using S = decltype(shape);
     launch("move_rows", move_rows_kernel<T, Step, S::kThreads, S::kPack>, S::grid(n, 1), S::block(), stream, g, n,

@@ -359,11 +359,12 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
   Exact<int64_t> index(kMoved);
   for (int64_t j = 0; j < kMoved; ++j) index[j] = chosen ? (before.n - 1) * j / (kMoved - 1) : first_row + j;
   const Matrix w = before;
+  const auto dtype_of = [&](size_t t) { return t == 1 ? DType::kBFloat16 : state_dtype; };  // each has its own
   std::vector<Matrix> states_before;
   for (size_t t = 0; t < variant.states; ++t) {
-    states_before.emplace_back(before.n, columns, columns, state_dtype);
+    states_before.emplace_back(before.n, columns, columns, dtype_of(t));
     for (int64_t k = 0; t > 0 && k < before.n * columns; ++k) {
-      put(0.1 + std::fabs(get(states_before[t].memory, state_dtype, k)), states_before[t].memory, state_dtype, k);
+      put(0.1 + std::fabs(get(states_before[t].memory, dtype_of(t), k)), states_before[t].memory, dtype_of(t), k);
     }
   }
   const std::vector<Matrix> states = states_before;
@@ -372,8 +373,9 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
     g[k] = static_cast<T>(k < columns ? 0 : normal());  // the first row has none
   Update update = variant.update;
   update.weight = w.memory;
-  update.state_dtype = state_dtype;
-  for (size_t t = 0; t < 3; ++t) update.state[t] = t < states.size() ? states[t].memory.begin() : nullptr;
+  for (size_t t = 0; t < 3; ++t) {
+    update.state[t] = {t < states.size() ? states[t].memory.begin() : nullptr, dtype_of(t)};
+  }
   cuda::move_rows<T>(g, kMoved, columns, {w.memory, w.dtype, w.n, w.stride}, chosen ? index.begin() : nullptr,
                      first_row, update, nullptr);
 
@@ -394,8 +396,8 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
             w(index[j], k), want, name_of(w.dtype), name_of(state_dtype), variant.states);
       for (size_t t = 0; t < states.size(); ++t) {
         const double got = states[t](index[j], k);
-        CHECK(is_rounded(got, state[t], std::fabs(old[t]) + gradient * gradient + size, state_dtype, kDTypeOf<T>),
-              j, k, t, columns, got, state[t], name_of(w.dtype), name_of(state_dtype));
+        CHECK(is_rounded(got, state[t], std::fabs(old[t]) + gradient * gradient + size, dtype_of(t), kDTypeOf<T>),
+              j, k, t, columns, got, state[t], name_of(w.dtype), name_of(dtype_of(t)));
       }
     }
   }
@@ -451,7 +453,7 @@ void rounding_is_the_cpus() {
     }
     Update update{};
     update.rule = Update::Rule::kSgd;
-    update.weight = w.memory, update.state[0] = momentum.memory, update.state_dtype = w.dtype;
+    update.weight = w.memory, update.state[0] = {momentum.memory, w.dtype};
     update.step = 5, update.seed = uint64_t{9} << 33 | 1, update.gradient_factor = update.lr = 1;
     update.max_row_norm = std::numeric_limits<double>::infinity(), update.momentum = 0.5;
     std::vector<T> want_w, want_momentum;

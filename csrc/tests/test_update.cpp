@@ -105,6 +105,8 @@ struct Step {
   std::array<bool, 3> has;
   std::vector<int64_t> chosen;  // empty: all classes
 
+  DType dtype_of(int k) const { return k == 1 ? DType::kBFloat16 : state_dtype; }  // each has its own
+
   int64_t rows() const { return chosen.empty() ? p.shape.classes : static_cast<int64_t>(chosen.size()); }
 
   Options options() const {
@@ -117,10 +119,10 @@ struct Step {
     Rows r{p.w, {}};
     for (int k = 0; k < 3; ++k) {
       const int64_t count = has[k] ? p.shape.classes * p.shape.d : 0;
-      r.state.emplace_back(count * size_of(state_dtype));
+      r.state.emplace_back(count * size_of(dtype_of(k)));
       // before the first step there is nothing in them
       for (int64_t e = 0; e < count; ++e)
-        put(update.step == 1 ? 0 : std::fabs(normal()), r.state[k], state_dtype, e);
+        put(update.step == 1 ? 0 : std::fabs(normal()), r.state[k], dtype_of(k), e);
     }
     return r;
   }
@@ -129,8 +131,7 @@ struct Step {
   Exact<T> run(Rows& r, const Runtime& host) const {
     Update u = update;
     u.weight = r.w.begin();
-    u.state_dtype = state_dtype;
-    for (int k = 0; k < 3; ++k) u.state[k] = has[k] ? r.state[k].begin() : nullptr;
+    for (int k = 0; k < 3; ++k) u.state[k] = {has[k] ? r.state[k].begin() : nullptr, dtype_of(k)};
     Exact<T> dx(p.shape.n * p.shape.d), dscale(p.shape.n);
     Weight weight = p.weights();
     weight.data = r.w.begin();
@@ -161,13 +162,13 @@ struct Step {
       for (double& v : g = shortened(update, g)) size = std::max(size, std::fabs(v));
       for (int64_t k = 0; k < d; ++k) {
         Element e{get(before.w, p.dtype, c * p.row_stride + k), {}};
-        for (int s = 0; s < 3; ++s) e.state[s] = has[s] ? get(before.state[s], state_dtype, c * d + k) : 0;
+        for (int s = 0; s < 3; ++s) e.state[s] = has[s] ? get(before.state[s], dtype_of(s), c * d + k) : 0;
         const Element want = at[c] < 0 ? e : move(update, g[k], e, has);
         const double tolerance = at[c] < 0 ? 0 : 64 * kUlp<T> * (1 + size * size + std::fabs(e.state[0]));
         check_element(got.w, p.dtype, c * p.row_stride + k, want.w, tolerance, at[c] < 0, c, k);
         for (int s = 0; s < 3; ++s) {
           if (has[s]) {
-            check_element(got.state[s], state_dtype, c * d + k, want.state[s], tolerance, at[c] < 0, c, k);
+            check_element(got.state[s], dtype_of(s), c * d + k, want.state[s], tolerance, at[c] < 0, c, k);
           }
         }
       }
@@ -228,8 +229,9 @@ void rows_move_inside_backward() {
           Rows applied = before;
           Update u = update;
           u.weight = applied.w.begin();
-          u.state_dtype = step.state_dtype;
-          for (int k = 0; k < 3; ++k) u.state[k] = step.has[k] ? applied.state[k].begin() : nullptr;
+          for (int k = 0; k < 3; ++k) {
+            u.state[k] = {step.has[k] ? applied.state[k].begin() : nullptr, step.dtype_of(k)};
+          }
           apply_update<T>({applied.w, dtype, shape.classes, p.row_stride}, dw, shape.d, u, host);
           step.check(before, applied, dw);
         }

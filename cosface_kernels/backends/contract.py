@@ -1,0 +1,79 @@
+"""What a backend in Python asks of the tensors that the op hands it; csrc/tensor.h asks the same for those in C++.
+
+A kernel sees pointers alone: of a tensor that is too small it would read, or write, the memory of others.
+"""
+
+import torch
+from torch import Tensor
+
+from cosface_kernels.options import Options, Update
+from cosface_kernels.reference import compute_dtype
+
+
+def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor, *upstream: Tensor) -> None:
+    """Of forward's tensors, and of backward's with lse, g_lse and g_cos.
+
+    Raises:
+        ValueError: a shape or a device does not fit; the message names the tensor and shows both.
+        TypeError: so for a dtype.
+    """
+    for name, rows in (("x", x), ("w", w)):
+        if rows.dim() != 2 or not rows.shape[1]:
+            raise ValueError(f"{name} must have shape (rows, D), got {list(rows.shape)}.")
+        if not rows.is_floating_point():
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {rows.dtype}.")
+    N, D = x.shape
+    _check_one("w", w, (len(w), D), x.device)
+    _check_one("targets", targets, (N,), x.device, torch.int64)
+    _check_one("scale", scale, (N,), x.device)
+    for name, values in zip(("lse", "g_lse", "g_cos"), upstream, strict=False):
+        _check_one(name, values, (N,), x.device, compute_dtype(x, w))
+    if options.thresholds is not None:
+        _check_one("thresholds", options.thresholds, (N,), x.device)
+    if options.negatives is not None:
+        _check_one("negatives", options.negatives, (3,), x.device)
+    if (options.thresholds is None) != (options.negatives is None):
+        raise ValueError("thresholds and negatives must be given together.")
+    if options.classes is not None:
+        _check_one("classes", options.classes, (options.classes.numel(),), x.device, torch.int64)
+        if x.device.type == "cpu":
+            check_classes(options.classes, len(w))
+
+
+def check_classes(classes: Tensor, num_classes: int) -> None:
+    """That chosen classes ascend within [0, num_classes), which waits for their device; raises ValueError."""
+    before = torch.cat([classes.new_full((1,), -1), classes[:-1]])  # (S,)
+    wrong = (classes <= before) | (classes >= num_classes)  # (S,)
+    if wrong.any():
+        place = int(wrong.int().argmax())
+        raise ValueError(
+            f"classes must ascend within [0, {num_classes}), got {int(classes[place])} at place {place}."
+        )
+
+
+def check_state(w: Tensor, state: list[Tensor], update: Update, dw: Tensor | None = None) -> None:
+    """Of what an update moves, and of the gradient by which; raises as `check` does."""
+    if len(state) not in ((0, 1) if update.rule == "sgd" else (2, 3)):
+        wanted = "at most one tensor" if update.rule == "sgd" else "two or three tensors"
+        raise ValueError(f"{update.rule} must have {wanted} of state, got {len(state)}.")
+    if w.dim() != 2:
+        raise ValueError(f"w must have shape (C, D), got {list(w.shape)}.")
+    for name, rows in (("w", w), *(("state", values) for values in state)):
+        _check_one(name, rows, tuple(w.shape), w.device)
+        if not rows.is_contiguous():
+            raise ValueError(f"{name} must be contiguous to be moved in place, got strides {list(rows.stride())}.")
+        if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+            raise TypeError(f"{name} must be float64, float32 or bfloat16 to move, got {rows.dtype}.")
+    if dw is not None:
+        _check_one("dw", dw, tuple(w.shape), w.device)
+
+
+def _check_one(
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
+) -> None:
+    if dtype and tensor.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}.")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}.")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on device {device}, got it on {tensor.device}.")

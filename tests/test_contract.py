@@ -1,0 +1,190 @@
+"""The ops called with what does not fit: a sentence that names the tensor, and no memory but theirs is touched.
+
+`make sanitize` runs this file on a module under AddressSanitizer.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, note
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cosface_kernels.options import Update
+
+N, C, D, S = 5, 400, 12, 90
+UPDATES = {
+    "sgd": Update("sgd", 2, 0, 1.0, math.inf, 0.1, 0.0, momentum=0.9),
+    "adamw": Update("adamw", 2, 0, 1.0, math.inf, 0.1, 0.0, beta1=0.9, beta2=0.99, eps=0.1),
+}
+OPS = ("lmcl", "lmcl_backward", "lmcl_backward_update_", "apply_update_")
+
+
+class Call:
+    """An op with tensors that fit, some of which a test changes; what else it takes does not change."""
+
+    def __init__(self, backend, op: str, *, sampled: bool = False, rule: str = "sgd", **numbers) -> None:
+        self.op, self.backend, self.numbers, self.rule = op, backend, numbers, rule
+        arguments, options = _fitting(backend, sampled, **numbers)
+        names = {"lmcl": ["x", "w", "targets", "scale"], "apply_update_": ["w", "dw"]}.get(op, [*arguments])
+        self.arguments: dict[str, Tensor | list[Tensor]] = {
+            name: arguments[name] for name in names if op == "apply_update_" or name != "dw"
+        }
+        if op.endswith("update_"):
+            self.arguments["w"] = arguments["w"].clone()
+            self.arguments["state"] = [torch.ones_like(arguments["w"]) for _ in range(1 if rule == "sgd" else 3)]
+        self.options = {} if op == "apply_update_" else options
+        self.arguments |= self.options
+
+    def __call__(self) -> None:
+        tensors = [value for name, value in self.arguments.items() if name not in self.options]
+        options = {name: self.arguments[name] for name in self.options} | self.numbers
+        update, backend = UPDATES[self.rule].flat(), self.backend.name
+        if self.op == "lmcl":
+            torch.ops.cosface.lmcl(*tensors, 0.3, backend, **options)
+        elif self.op == "lmcl_backward":
+            torch.ops.cosface.lmcl_backward(*tensors, True, True, backend, **options)
+        elif self.op == "lmcl_backward_update_":
+            torch.ops.cosface.lmcl_backward_update_(*tensors, *update, True, backend, **options)
+        else:
+            torch.ops.cosface.apply_update_(*tensors, *update, backend)
+
+
+@functools.cache
+def _fitting(backend, sampled: bool, **numbers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Arguments of lmcl_backward, in order, then dw; and the options that are tensors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu").to(backend.device)
+
+    x, w, g_lse, g_cos, dw = rows(N, D), rows(C, D), rows(N), rows(N), rows(C, D)
+    targets = torch.tensor([0, 3, S - 1, -1, 7], device=backend.device)
+    options = {"classes": torch.arange(S, device=backend.device) * 4} if sampled else {}
+    if not numbers:
+        options |= {"thresholds": rows(N) / 8, "negatives": rows(3)}
+    scale = rows(N).abs() + 1
+    forward = torch.ops.cosface.lmcl(x, w, targets, scale, 0.3, backend.name, **options, **numbers)
+    arguments = {"x": x, "w": w, "targets": targets, "scale": scale, "lse": forward[1], "g_lse": g_lse}
+    return {**arguments, "g_cos": g_cos, "cache": forward[4], "dw": dw}, options
+
+
+# name -> what it makes of a tensor that fits
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "longer": lambda t: torch.cat([t, t[:1]]),
+    "shorter": lambda t: t[:-1],
+    "empty": lambda t: t[:0],
+    "one dimension more": lambda t: t[None],
+    "one dimension less": lambda t: t[0],
+    "of bytes": lambda t: t.to(torch.uint8) if t.dtype != torch.uint8 else t.float(),
+}
+# N is the size of x, C that of w, and S that of classes; what is merely read may have another dtype.
+FREE = {(name, wrong) for name in ("x", "w", "classes") for wrong in ("longer", "shorter", "empty")}
+FREE |= {(name, "of bytes") for name in ("scale", "thresholds", "negatives", "dw")}
+
+
+def _cases():
+    for op in OPS:
+        names = ("w", "dw", "state") if op == "apply_update_" else ("x", "w", "targets", "scale")
+        if op in ("lmcl_backward", "lmcl_backward_update_"):
+            names += ("lse", "g_lse", "g_cos", "cache")
+        if op == "lmcl_backward_update_":
+            names += ("state",)
+        if op != "apply_update_":
+            names += ("classes", "thresholds", "negatives")
+        yield from (
+            (op, name, wrong) for name in names for wrong in WRONG
+            if (name, wrong) not in FREE
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "name", "wrong"), list(_cases()))
+@pytest.mark.option("classes", "thresholds")
+def test_what_does_not_fit_is_named(backend, op, name, wrong):
+    call = Call(backend, op, sampled=op != "apply_update_")
+    change = WRONG[wrong]
+    value = call.arguments[name]
+    if name == "cache" and not value.numel():
+        change = WRONG["one dimension more"]
+    call.arguments[name] = [change(values) for values in value] if isinstance(value, list) else change(value)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"\b" + name):
+        call()
+
+
+@pytest.mark.parametrize("op", OPS[:3])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(0, -1), (3, 5), (3, 8), (S - 1, C), (40, 10**12)],
+    ids=["below", "later", "twice", "C", "far"],
+)
+@pytest.mark.option("classes", "thresholds")
+def test_classes_ascend_within_the_weight(backend, op, place, value):
+    """On a GPU, looking at them would wait for it: there `margin_softmax_loss` does, where it validates labels."""
+    if backend.device != "cpu":
+        return
+    call = Call(backend, op, sampled=True)
+    call.arguments["classes"] = call.arguments["classes"].clone()
+    call.arguments["classes"][place] = value
+    with pytest.raises(ValueError, match=r"classes must ascend within \[0, 400\), got"):
+        call()
+
+
+@st.composite
+def changes(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+    """Any tensor, or this one in any strides."""
+    kind = draw(st.sampled_from(["as it is", "strided", "expanded", "offset", "another"]))
+    if kind == "as it is":
+        return tensor
+    if kind == "strided":
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    if kind == "expanded" and tensor.dim():
+        return tensor[:1].expand(tensor.shape)
+    if kind == "offset":
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+    shape = draw(st.lists(st.sampled_from([0, 1, 2, N, D, S, C]), max_size=3))
+    dtype = draw(st.sampled_from([tensor.dtype, torch.float32, torch.float64, torch.bfloat16, torch.int64]))
+    return torch.ones(shape, dtype=dtype, device=tensor.device)
+
+
+@given(data=st.data())
+@pytest.mark.option("classes", "thresholds")
+def test_anything_is_computed_or_refused(backend, data):
+    """Several tensors at once; whatever the op takes, it touches no memory but theirs."""
+    op, rule = data.draw(st.sampled_from(OPS)), data.draw(st.sampled_from(list(UPDATES)))
+    options = (
+        {}
+        if "cache_bytes" in backend.lacks
+        else data.draw(
+            st.sampled_from([{}, {"cache_bytes": 20_000}, {"cache_bytes": 10**6}, {"gradient_tolerance": 0.01}])
+        )
+    )
+    call = Call(backend, op, sampled=data.draw(st.booleans()), rule=rule, **options)
+    for name in data.draw(st.lists(st.sampled_from(list(call.arguments)), min_size=1, max_size=3, unique=True)):
+        value = call.arguments[name]
+        if isinstance(value, list):
+            some = value[: data.draw(st.integers(0, len(value)))]
+            call.arguments[name] = [data.draw(changes(values)) for values in some]
+        else:
+            call.arguments[name] = data.draw(changes(value))
+        note(f"{name} is {call.arguments[name]}")
+    with contextlib.suppress(ValueError, TypeError, RuntimeError, IndexError, NotImplementedError):
+        call()
+
+
+@pytest.mark.parametrize("options", [{"cache_bytes": 20_000}, {"gradient_tolerance": 0.01}], ids=str)
+@pytest.mark.option("cache_bytes", "gradient_tolerance")
+@given(data=st.data())
+def test_a_cache_of_others_is_refused(backend, options, data):
+    """Of the right size, but with what forward never writes, or wrote for other tensors."""
+    call = Call(backend, "lmcl_backward", **options)
+    cache = call.arguments["cache"].clone()
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(cache) // 8 - 1))
+        cache[: len(cache) // 8 * 8].view(torch.int64)[at] = data.draw(st.integers(-(2**63), 2**63 - 1))
+    call.arguments["cache"] = cache
+    with contextlib.suppress(ValueError):
+        call()
