@@ -214,6 +214,7 @@ def compile_case(case: Case):
         "CLIP": True,
         "MOMENTUM": True,
         "AMSGRAD": True,
+        "MAY_STAY": True,
         "BLOCK_SPLITS": 64,
     }
     arguments = []  # all that precede the options

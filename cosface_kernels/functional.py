@@ -22,6 +22,7 @@ from cosface_kernels.validation import (
     check_per_sample,
     check_reduction,
     check_rows,
+    check_sampler,
     check_scale,
     check_tolerance,
 )
@@ -193,6 +194,8 @@ def margin_softmax_loss(
         if moves:
             optim.check_whole(weight)
         check_rows(embeddings, weight)
+        if sampler:
+            check_sampler(sampler.num_classes, len(ranks.classes) if ranks else weight.shape[0])
         check_labels(labels, embeddings)
         check_reduction(reduction)
         check_name(backend)
@@ -230,7 +233,9 @@ def margin_softmax_loss(
             target_cos = _target_cosines(x, w, own_targets)  # (N,)
             target_cos = ranks.sum(target_cos) if ranks else target_cos
             options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
-    lmcl: Any = partial(optim.lmcl, weight) if moves else ops.lmcl
+    lmcl: Any = ops.lmcl
+    if moves:
+        lmcl = partial(optim.lmcl, weight, whole_gradient=isinstance(margin, Margin) and margin.reads_weight)
     loss, lse, target_cos, max_neg, cache = lmcl(x, w, positions, own_s, m, backend, **options)  # each (N,)
     if ranks:
         lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
@@ -276,6 +281,8 @@ def cosine_logits(
         (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
     """
     check_rows(embeddings, weight)
+    if getattr(weight, optim.MARK, False):
+        optim.check_whole(weight)
     dtype = compute_dtype(embeddings, weight)
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     with torch.autocast(embeddings.device.type, enabled=False):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from cosface_kernels import theory
+from cosface_kernels import optim, theory
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import empty_weight, own_classes
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
@@ -151,9 +151,12 @@ class FusedMarginLoss(nn.Module):
         margin: float | Callable[..., Tensor],
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, LossStats]:
+        weight: Tensor = self.weight
+        if not self.training and getattr(weight, optim.MARK, False):
+            weight = weight.detach()  # no step is meant, and so no row moves
         return margin_softmax_loss(
             embeddings,
-            self.weight,
+            weight,
             labels,
             margin=margin,
             scale=self.scale,
@@ -178,6 +181,11 @@ class FusedMarginLoss(nn.Module):
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
         )
+
+    def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
+        if getattr(self.weight, optim.MARK, False):
+            optim.check_whole(self.weight)
+        super()._save_to_state_dict(*arguments, **options)
 
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f"margin={self.margin}, "

@@ -52,9 +52,11 @@ class Margin(nn.Module):
     One that `reshapes_negatives` also has `negatives(cos, rows)`, which is called first, without a graph. It
     returns (N,) thresholds, above which a negative's cosine c enters the softmax as (q c + a) c + b, and (3,) q, a
     and b.
+
+    One that `reads_weight` has a gradient of the class centres besides that of their cosines.
     """
 
-    reshapes_negatives = False
+    reshapes_negatives = reads_weight = False
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -319,6 +321,8 @@ class LSoftmaxMargin(SphereFaceMargin):
 
     Source: Liu et al., Large-Margin Softmax, arXiv:1612.02295, Eq. 4-6.
     """
+
+    reads_weight = True
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
         """From `cos` = <x_i, w_y> / |x_i|; without rows, SphereFace's psi of a cosine."""

@@ -128,6 +128,7 @@ def lmcl_backward_update_(
     g_cos: Tensor,
     cache: Tensor,
     state: list[Tensor],
+    finite: Tensor | None,
     rule: str,
     step: int,
     seed: int,
@@ -143,7 +144,7 @@ def lmcl_backward_update_(
 ) -> tuple[Tensor, Tensor]:
     """dx and dscale as lmcl_backward has them; w and the optimizer's state move, as `reference.move_rows` defines.
 
-    rule, step, seed and numbers are the fields of `Update`, in order.
+    rule, step, seed and numbers are the fields of `Update`, in order. Where `finite`, 0-d, is false nothing moves.
     """
     options = Options(
         classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives, updates=True
@@ -161,6 +162,7 @@ def lmcl_backward_update_(
         g_cos,
         cache,
         state=state,
+        finite=finite,
         update=update,
         options=options,
         need_dx=need_dx,
@@ -168,7 +170,7 @@ def lmcl_backward_update_(
 
 
 @lmcl_backward_update_.register_fake
-def _(x, w, targets, scale, lse, g_lse, g_cos, cache, state, rule, step, seed, numbers, need_dx, *_):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, lse, g_lse, g_cos, cache, state, finite, rule, step, seed, numbers, need_dx, *_):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape if need_dx else (0,)), lse.new_empty(lse.shape)
 
 
@@ -231,6 +233,15 @@ def fold_loss(
     return g_lse + g_z, g_cos - scale * g_z, -g_z * psi
 
 
+def of_all_classes(dw: Tensor, classes: Tensor | None, w: Tensor) -> Tensor:
+    """dw in the shape of w: sparse where it is of chosen classes."""
+    if classes is None or not dw.numel():
+        return dw
+    return torch.sparse_coo_tensor(
+        classes[None], dw, w.shape, device=dw.device, is_coalesced=True, check_invariants=False
+    )
+
+
 def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
     x, w, targets, scale, lse, target_cos, classes, cache, *negatives = ctx.saved_tensors
     need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
@@ -242,10 +253,7 @@ def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
         *ctx.settings, *negatives,
     )  # fmt: skip
     dscale = dscale + dscale_of_psi  # (N,)
-    if need_dw and classes is not None:
-        dw = torch.sparse_coo_tensor(
-            classes[None], dw, w.shape, device=dw.device, is_coalesced=True, check_invariants=False
-        )
+    dw = of_all_classes(dw, classes, w)
     none = (None,) * (len(ctx.needs_input_grad) - 4)
     return dx if need_dx else None, dw if need_dw else None, None, dscale if need_dscale else None, *none
 

@@ -5,14 +5,19 @@ optimizer owns its weights: the loss functions look for the owner of the weight 
 one, take an autograd node whose backward calls torch.ops.cosface.lmcl_backward_update_. That node breaks the graph
 of torch.compile.
 
-    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9)
-    loss = head(embeddings, labels)
+    optimizer = FusedSGD([*backbone.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+    loss = head(backbone(images), labels)
     loss.backward()      # moves head.weight; head.weight.grad holds no numbers
-    optimizer.step()     # ends the step
+    optimizer.step()     # moves all others by their gradients, and ends the step
+
+Rows move in a backward that a step was meant by: one that would have added to weight.grad, in training mode. A
+weight whose gradient is needed as a whole (another loss has one too, several heads share it in one backward, or
+torch.autograd.grad asks for it) gets an ordinary one, which `step()` takes as torch.optim does. docs/optimizers.md
+has the table of what moves, what adds up and what is refused.
 
 Between backward and `step()` there is no gradient to work on: learning rate, clipping and the scale of the loss
 must be known before backward. A step that was interrupted leaves some rows moved and others not; the weight then
-is unusable, and the next forward, `step()` or `state_dict()` says so.
+is unusable, and whatever reads it says so.
 
 Of a weight that is sharded over ranks, each moves its own rows; the state is sharded like the weight. Forward
 raises on every rank if a step has ended on some of them alone.
@@ -20,13 +25,15 @@ raises on every rank if a step has ended on some of them alone.
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -36,36 +43,66 @@ from cosface_kernels.distributed import Exchange, agreed, own_classes, own_rows,
 from cosface_kernels.options import Options, Update
 
 MARK = "_moves_in_backward"  # attribute of a weight that has or had an owner, which torch.compile can look at
-_owners = WeakTensorKeyDictionary()  # weight -> weak reference to its optimizer
 
-IDLE, MOVING, MOVED, SKIPPED = "idle", "moving", "moved", "skipped"
+IDLE, MOVING, MOVED, SKIPPED, REFUSED = "idle", "moving", "moved", "skipped", "refused"
+NONFINITE = ("raise", "skip")
+WEIGHT_SEEDS = 2**40  # between those of an optimizer's weights: more than there are classes
+
+
+@dataclass
+class Ownership:
+    """What is known of a parameter that an optimizer of this module holds.
+
+    Attributes:
+        optimizer: a reference to the one that was made last.
+        number: of the parameter among that optimizer's.
+        phase: where its step is.
+        is_head: a loss function has been given it.
+        nodes: autograd nodes that have not run backward.
+    """
+
+    optimizer: "weakref.ref[RowOptimizer]"
+    number: int
+    phase: str = IDLE
+    is_head: bool = False
+    nodes: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
+
+
+_owned = WeakTensorKeyDictionary()  # parameter -> Ownership
 
 
 class RowOptimizer(Optimizer):
-    """What FusedSGD and FusedAdamW share. A weight is a contiguous (C, D) float64, float32 or bfloat16 parameter,
-    or a DTensor that is sharded by classes.
+    """What FusedSGD and FusedAdamW share.
+
+    A head's weight is a contiguous (C, D) float64, float32 or bfloat16 parameter, or a DTensor that is sharded by
+    classes. Any other parameter is moved by `step()`, as torch.optim does it.
 
     Args:
-        params: weights of heads, or param groups of them.
+        params: parameters, heads' weights among them, or param groups.
         accumulate: keep an ordinary gradient in weight.grad, summed over backward passes, and move the rows in
             `step()`: the exact mean over micro-batches, for C x D more memory. Concatenating their embeddings and
             labels gives the same mean without that memory.
-        state_dtype: of the optimizer's state; None: the weight's. bfloat16 is rounded stochastically.
+        state_dtype: of a head's state; None: the weight's. bfloat16 is rounded stochastically.
         grad_scaler: a `torch.amp.GradScaler` by which the loss is scaled; backward divides by its scale, and a
             gradient that is not finite, on any rank, moves nothing.
+        nonfinite: what a backward does whose gradient is not finite, besides moving nothing, where there is no
+            grad_scaler. "raise": tell the first such sample. "skip", and on a GPU, which is not waited for, both:
+            count it in `skipped`.
         seed: of the stochastic rounding of bfloat16; a shard adds the number of its first class.
 
-    Options of each group, which may change between steps:
+    Options of each group, which may change between steps, for heads:
         gradient_factor: multiplies the gradient before anything else: clipping by a norm known beforehand.
         max_row_norm: a row of the gradient that is longer is scaled down to this length.
 
     Raises:
-        ValueError: an option is out of its range, or a weight is not one; the message shows the value.
-        RuntimeError: in forward, backward, `step` and `state_dict` after a step that was interrupted; in a second
-            backward before `step()`.
+        ValueError: an option is out of its range, or a head's weight is not one; the message shows the value.
+        RuntimeError: in whatever reads a weight after a step that was interrupted; in a second backward before
+            `step()`, and in a `step()` after that or after a gradient that came too late; in backward, for a
+            gradient that is not finite.
     """
 
     rule: str
+    of_torch: type[torch.optim.SGD] | type[torch.optim.AdamW]
     state_names: tuple[str, ...]
 
     def __init__(
@@ -76,49 +113,110 @@ class RowOptimizer(Optimizer):
         accumulate: bool,
         state_dtype: torch.dtype | None,
         grad_scaler: torch.amp.GradScaler | None,
+        nonfinite: str,
         seed: int,
     ) -> None:
         self.accumulate, self.state_dtype, self.grad_scaler, self.seed = accumulate, state_dtype, grad_scaler, seed
-        self._phases: dict[Tensor, str] = {}
+        self.nonfinite = nonfinite
+        self._skipped: dict[torch.device, Tensor] = {}
         if state_dtype not in (None, torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be None, float64, float32 or bfloat16, got {state_dtype}.")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}.")
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params must be parameters or param groups, got a module: give it {_name(params)}.parameters()."
+            )
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        before = sum(1 for _ in self._members())
         super().add_param_group(param_group)
-        for weight in self.param_groups[-1]["params"]:
-            _check_weight(weight)
-            self._phases[weight] = IDLE
-            setattr(weight, MARK, True)
-            _owners[weight] = weakref.ref(self)
+        for number, weight in enumerate(self.param_groups[-1]["params"], before):
+            self._own(weight, number)
+
+    def _own(self, weight: Tensor, number: int) -> None:
+        """From now on the weight is this optimizer's; one that had it before says so in its `step()`."""
+        setattr(weight, MARK, True)
+        ownership = Ownership(weakref.ref(self), number)
+        known = _owned.get(weight)
+        if known is not None and known.optimizer() is not None:
+            ownership = replace(known, optimizer=ownership.optimizer, number=number)
+        _owned[weight] = ownership
+
+    def _members(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for group in getattr(self, "param_groups", []):
+            for weight in group["params"]:
+                yield group, weight
 
     def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         """The fields of `Update` that only this rule has."""
         raise NotImplementedError
 
+    @property
+    def skipped(self) -> int:
+        """How many gradients that were not finite moved nothing, without a grad_scaler; waits for a GPU."""
+        return sum(int(count) for count in self._skipped.values())
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Ends the step: the rows have moved already, except with accumulate=True."""
+        """Moves what has an ordinary gradient and ends the step; heads' rows have moved already.
+
+        Raises:
+            RuntimeError: nothing has been moved by this call, since a weight is half-way through a step that was
+                interrupted, is another optimizer's by now, or has a gradient that came after its rows had moved.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for weight in group["params"]:
-                self._check_whole(weight)
-                if self.accumulate:
-                    self._apply(weight, group)
-                elif isinstance(weight.grad, ConsumedGradient):
-                    weight.grad = None
-                self._phases[weight] = IDLE
+        for _, weight in self._members():
+            self._check_own(weight)
+        others: list[Tensor] = []
+        for group, weight in self._members():
+            ownership = _owned[weight]
+            if isinstance(weight.grad, ConsumedGradient):
+                weight.grad = None
+            elif weight.grad is not None:
+                self._apply(weight, group) if ownership.is_head else others.append(weight)
+            ownership.phase = IDLE
+        if others:
+            self._move_others(set(others))
         return loss
 
+    def _check_own(self, weight: Tensor) -> None:
+        ownership = _owned[weight]
+        self._check_whole(weight)
+        if ownership.is_head and ownership.optimizer() is not self:
+            raise RuntimeError(
+                f"A weight of shape {tuple(weight.shape)} belongs to another optimizer, which was made later: its "
+                "rows move by that one's rules, and step() of this one would end nothing. Keep one of them."
+            )
+        if ownership.phase == REFUSED:
+            raise RuntimeError(
+                f"A weight of shape {tuple(weight.shape)} has moved by one gradient, and another was refused: "
+                "step() would end half an update. Call zero_grad() to go on with the first alone."
+            )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Does nothing: there is no gradient, except with accumulate=True."""
-        if self.accumulate:
-            super().zero_grad(set_to_none)
+        """Drops ordinary gradients. Rows that have moved stay so, and their step is not over before `step()`.
+
+        Except with a grad_scaler, which leaves out `step()` where the gradient of another parameter overflowed.
+        """
+        consumed = [weight for _, weight in self._members() if isinstance(weight.grad, ConsumedGradient)]
+        gradients = [weight.grad for weight in consumed]
+        for weight in consumed:
+            weight.grad = None
+        super().zero_grad(set_to_none)
+        for weight, gradient in zip(consumed, gradients, strict=True):
+            if self.grad_scaler is not None:
+                _owned[weight].phase = IDLE
+                continue
+            weight.grad = gradient
+            if _owned[weight].phase == REFUSED:
+                _owned[weight].phase = MOVED
 
     def state_dict(self) -> dict[str, Any]:
-        for weight in self._phases:
+        for _, weight in self._members():
             self._check_whole(weight)
         return super().state_dict()
 
@@ -132,25 +230,44 @@ class RowOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        for index, weight in zip(saved_ids, self._phases, strict=True):
+        for index, (_, weight) in zip(saved_ids, self._members(), strict=True):
             if saved := state_dict["state"].get(index):
                 self.state[weight] = self._loaded(weight, saved)
-        self._phases = dict.fromkeys(self._phases, IDLE)
+            _owned[weight].phase = IDLE
 
     def _loaded(self, weight: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        dtype = self.state_dtype or weight.dtype
-        for name in self.state_names:
-            if name in saved and _layout(saved[name]) != _layout(weight):
+        moments = {name: saved[name] for name in self.state_names if saved.get(name) is not None}
+        for name, moment in moments.items():
+            if _layout(moment) != _layout(weight):
                 raise ValueError(
-                    f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(saved[name])}."
+                    f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(moment)}."
                 )
-        moments = {name: saved[name].to(weight.device, dtype) for name in self.state_names if name in saved}
+            if not isinstance(moment, DTensor):
+                moments[name] = moment.to(weight.device).contiguous()
         if "step" in saved:
-            return {"step": saved["step"].clone(), **moments}
+            return {"step": _count(float(saved["step"])), **moments}
         return {"step": _count(1.0 if moments else 0.0), **moments}  # SGD of torch counts no steps
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            **{
+                name: getattr(self, name)
+                for name in ("accumulate", "state_dtype", "grad_scaler", "nonfinite", "seed")
+            },
+            "_skipped": self._skipped,
+            "phases": [(_owned[weight].phase, _owned[weight].is_head) for _, weight in self._members()],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        phases = state.pop("phases", None)  # which load_state_dict of Optimizer does not give
+        super().__setstate__(state)
+        for number, ((_, weight), known) in enumerate(zip(self._members(), phases or [], strict=False)):
+            self._own(weight, number)
+            _owned[weight].phase, _owned[weight].is_head = known
+
     def _check_whole(self, weight: Tensor) -> None:
-        if self._phases[weight] == MOVING:
+        if _owned[weight].phase == MOVING:
             raise RuntimeError(
                 f"The last step on a weight of shape {tuple(weight.shape)} was interrupted, with some of its rows "
                 "moved and others not. Restore the weight and the optimizer from a checkpoint: "
@@ -159,37 +276,72 @@ class RowOptimizer(Optimizer):
 
     def _check_ready(self, weight: Tensor) -> None:
         self._check_whole(weight)
-        if self._phases[weight] == MOVED:
+        if _owned[weight].phase in (MOVED, REFUSED):
+            _owned[weight].phase = REFUSED
             raise RuntimeError(
                 f"backward ran twice on a weight of shape {tuple(weight.shape)} before "
                 f"{type(self).__name__}.step(). Call step() after each backward; to average over micro-batches, "
                 "concatenate their embeddings and labels, or construct the optimizer with accumulate=True."
             )
 
-    def _group_of(self, weight: Tensor) -> dict[str, Any]:
-        return next(group for group in self.param_groups if any(weight is param for param in group["params"]))
+    def _check_movable(self, weight: Tensor) -> None:
+        """Raises before forward where backward could not move the rows, or would be wrong to."""
+        _check_weight(weight)
+        self._check_state(weight, self.state.get(weight, {}))
+        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                f"A hook on a weight of shape {tuple(weight.shape)} would see no gradient, because its rows move "
+                "inside backward: remove the hook, or construct the optimizer with accumulate=True."
+            )
+        around = DistributedDataParallel._active_ddp_module
+        if around is not None and any(weight is parameter for parameter in around.parameters()):
+            raise RuntimeError(
+                f"DistributedDataParallel averages gradients, but a weight of shape {tuple(weight.shape)} has "
+                f"none: {type(self).__name__} moves its rows inside backward, on each rank by its own samples. "
+                "Give the head a process_group and leave it outside of DistributedDataParallel, so that its "
+                "classes are sharded over the ranks, or construct the optimizer with accumulate=True."
+            )
 
-    def _next_update(self, weight: Tensor, group: dict[str, Any]) -> tuple[Update, list[Tensor]]:
-        """The update of the step that begins now, and the state that it moves."""
-        state = self.state[weight]
+    def _check_state(self, weight: Tensor, state: dict[str, Any]) -> None:
+        for name in self.state_names:
+            if name in state and _layout(state[name]) != _layout(weight):
+                raise ValueError(
+                    f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(state[name])}: "
+                    "the weight was replaced by one of another shape. Give the new one to a new optimizer, or "
+                    "drop the old state with optimizer.state.pop(weight)."
+                )
+
+    def _group_of(self, weight: Tensor) -> dict[str, Any]:
+        return next(group for group, member in self._members() if member is weight)
+
+    def _next_update(
+        self, weight: Tensor, group: dict[str, Any], scaled: bool = False
+    ) -> tuple[Update, list[Tensor]]:
+        """The update of the step that begins now, and the state that it moves; scaled: its gradient is."""
+        state, dtype = self.state[weight], self.state_dtype or weight.dtype
+        self._check_state(weight, state)
         if "step" not in state:
             state["step"] = _count(0.0)
         state["step"] += 1
+        numbers = self.numbers(group)
         for name in self.state_names_of(group):
             if name not in state:
-                state[name] = _zeros_like(weight, self.state_dtype or weight.dtype)
+                state[name] = _zeros_like(weight, dtype)
+                numbers |= {"dampening": 0.0} if self.rule == "sgd" else {}  # as in torch: its first gradient
+            elif self.state_dtype and state[name].dtype != dtype:
+                state[name] = state[name].to(dtype)
         factor = float(group["gradient_factor"]) * (-1 if group["maximize"] else 1)
-        if self.grad_scaler is not None and not self.accumulate:
+        if self.grad_scaler is not None and scaled:
             factor /= self.grad_scaler.get_scale()
         update = Update(
             rule=self.rule,
             step=int(state["step"]),
-            seed=self.seed + own_classes(weight).start,
+            seed=self.seed + own_classes(weight).start + WEIGHT_SEEDS * _owned[weight].number,
             gradient_factor=factor,
             max_row_norm=float(group["max_row_norm"]),
             lr=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
-            **self.numbers(group),
+            **numbers,
         )
         return update, [own_rows(state[name]) for name in self.state_names_of(group)]
 
@@ -199,31 +351,72 @@ class RowOptimizer(Optimizer):
     def _move(self, weight: Tensor, tensors: tuple[Tensor, ...], need_dx: bool, backend: str | None,
               options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
         """dx and dscale of lmcl_backward's arguments, having moved the rows."""
-        x, *_, lse, g_lse, g_cos, _ = tensors
-        finite = True
-        if self.grad_scaler is not None:  # lse is -inf without negatives
-            rows = (x.isfinite(), lse < math.inf, g_lse.isfinite(), g_cos.isfinite())
-            finite = agreed(weight, all(bool(values.all()) for values in rows))
-        weight.grad = ConsumedGradient(weight, finite, self.grad_scaler)
-        if not finite:
-            self._phases[weight] = SKIPPED
-            dx, _, dscale = ops.lmcl_backward(*tensors, need_dx, False, backend, *options.flat())
-            return dx, dscale
-        update, state = self._next_update(weight, self._group_of(weight))
-        self._phases[weight] = MOVING
-        dx, dscale = ops.lmcl_backward_update_(*tensors, state, *update.flat(), need_dx, backend, *options.flat())
-        self._phases[weight] = MOVED
+        x, w, *_, lse, g_lse, g_cos, _ = tensors
+        if own_rows(weight).data_ptr() != w.data_ptr():
+            raise RuntimeError(
+                f"The memory of a weight of shape {tuple(weight.shape)} was replaced between forward and "
+                "backward, so that backward would move the old one."
+            )
+        finite = _finite_rows(x, lse, g_lse, g_cos)  # (N,)
+        all_finite = None
+        if self.grad_scaler is not None or x.device.type == "cpu":
+            if not agreed(weight, bool(finite.all())):
+                return self._skip(weight, tensors, finite, need_dx, backend, options)
+        else:
+            all_finite = finite.all()
+            self._count_skipped(~all_finite)
+        update, state = self._next_update(weight, self._group_of(weight), scaled=True)
+        weight.grad = ConsumedGradient(weight, True, self.grad_scaler)
+        _owned[weight].phase = MOVING
+        dx, dscale = ops.lmcl_backward_update_(
+            *tensors, state, all_finite, *update.flat(), need_dx, backend, *options.flat()
+        )
+        _owned[weight].phase = MOVED
         return dx, dscale
+
+    def _skip(self, weight: Tensor, tensors: tuple[Tensor, ...], finite: Tensor, need_dx: bool,
+              backend: str | None, options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if self.grad_scaler is None and self.nonfinite == "raise":
+            wrong = (~finite).nonzero()
+            where = f"that of sample {int(wrong[0])} is the first" if len(wrong) else "on another rank"
+            raise RuntimeError(
+                f"The gradient of this batch is not finite ({where}), so that no row of a weight of shape "
+                f"{tuple(weight.shape)} was moved. Look for nan or inf in the embeddings and the loss; "
+                'nonfinite="skip" leaves such batches out.'
+            )
+        if self.grad_scaler is None:
+            self._count_skipped(torch.ones_like(finite[:1]).any())
+        weight.grad = ConsumedGradient(weight, False, self.grad_scaler)
+        _owned[weight].phase = SKIPPED
+        dx, _, dscale = ops.lmcl_backward(*tensors, need_dx, False, backend, *options.flat())
+        return dx, dscale
+
+    def _count_skipped(self, skipped: Tensor) -> None:
+        self._skipped[skipped.device] = self._skipped.get(skipped.device, 0) + skipped.long()
 
     def _apply(self, weight: Tensor, group: dict[str, Any]) -> None:
         if weight.grad is None:
             return
         if weight.grad.is_sparse:
-            raise RuntimeError("accumulate=True needs the gradient of all classes, got one of sampled classes.")
+            raise RuntimeError(
+                f"step() needs the gradient of all classes of a weight of shape {tuple(weight.shape)}, got one of "
+                "sampled classes, of which rows move inside backward alone."
+            )
+        _check_weight(weight)
         update, state = self._next_update(weight, group)
-        self._phases[weight] = MOVING
+        _owned[weight].phase = MOVING
         with torch.no_grad():
             ops.apply_update_(own_rows(weight), own_rows(weight.grad), state, *update.flat(), None)
+
+    def _move_others(self, others: set[Tensor]) -> None:
+        """By torch.optim's optimizer of this rule, with this one's options and state."""
+        groups = [
+            {**group, "params": [weight for weight in group["params"] if weight in others]}
+            for group in self.param_groups
+        ]
+        optimizer = self.of_torch([group for group in groups if group["params"]])
+        optimizer.state = self.state
+        optimizer.step()
 
 
 class FusedSGD(RowOptimizer):
@@ -232,7 +425,7 @@ class FusedSGD(RowOptimizer):
     Args:
         params: weights of heads, or param groups of them.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, seed: see `RowOptimizer`.
+        gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see `RowOptimizer`.
 
     >>> from cosface_kernels import FusedCosFaceLoss
     >>> head = FusedCosFaceLoss(num_classes=1000, embedding_size=16)
@@ -244,7 +437,7 @@ class FusedSGD(RowOptimizer):
     >>> optimizer.step()
     """
 
-    rule = "sgd"
+    rule, of_torch = "sgd", torch.optim.SGD
     state_names = ("momentum_buffer",)
 
     def __init__(
@@ -262,6 +455,7 @@ class FusedSGD(RowOptimizer):
         accumulate: bool = False,
         state_dtype: torch.dtype | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        nonfinite: str = "raise",
         seed: int = 0,
     ) -> None:
         _check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay, max_row_norm=max_row_norm)
@@ -286,6 +480,7 @@ class FusedSGD(RowOptimizer):
             accumulate=accumulate,
             state_dtype=state_dtype,
             grad_scaler=grad_scaler,
+            nonfinite=nonfinite,
             seed=seed,
         )
 
@@ -304,10 +499,10 @@ class FusedAdamW(RowOptimizer):
     Args:
         params: weights of heads, or param groups of them.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
-        gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, seed: see `RowOptimizer`.
+        gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see `RowOptimizer`.
     """
 
-    rule = "adamw"
+    rule, of_torch = "adamw", torch.optim.AdamW
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
@@ -325,6 +520,7 @@ class FusedAdamW(RowOptimizer):
         accumulate: bool = False,
         state_dtype: torch.dtype | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        nonfinite: str = "raise",
         seed: int = 0,
     ) -> None:
         _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
@@ -346,6 +542,7 @@ class FusedAdamW(RowOptimizer):
             accumulate=accumulate,
             state_dtype=state_dtype,
             grad_scaler=grad_scaler,
+            nonfinite=nonfinite,
             seed=seed,
         )
 
@@ -365,12 +562,18 @@ class ConsumedGradient(Tensor):
 
     _finite: bool
     _scaler: torch.amp.GradScaler | None
+    _weight: "weakref.ref[Tensor]"
 
     @staticmethod
     def __new__(cls, weight: Tensor, finite: bool, scaler: torch.amp.GradScaler | None) -> "ConsumedGradient":
         gradient = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        gradient._finite, gradient._scaler = finite, scaler
+        gradient._finite, gradient._scaler, gradient._weight = finite, scaler, weakref.ref(weight)
         return gradient
+
+    def _refuse(self) -> None:
+        weight = self._weight()
+        if weight is not None:
+            _owned[weight].phase = REFUSED
 
     def __init__(self, *_: object) -> None:
         super().__init__()
@@ -382,9 +585,18 @@ class ConsumedGradient(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         if func is torch.ops.aten.detach.default:
             return args[0]
+        if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor):
+            args[0]._refuse()
+            raise RuntimeError(
+                f"A weight of shape {tuple(args[0].shape)} has moved by the gradient of a head's loss, and one "
+                "of another loss came after it. Run that backward before the head's, which then gives an ordinary "
+                "gradient too and leaves their sum to step(), or construct the optimizer with accumulate=True."
+            )
         if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
             gradients, found_inf, inverse_scale = args
-            for gradient in gradients:
+            if ordinary := [gradient for gradient in gradients if not isinstance(gradient, ConsumedGradient)]:
+                func(ordinary, found_inf, inverse_scale)
+            for gradient in (gradient for gradient in gradients if isinstance(gradient, ConsumedGradient)):
                 if gradient._scaler is None and inverse_scale.item() != 1:
                     raise RuntimeError(
                         "The loss was scaled, but backward has moved the weight by its gradient already: "
@@ -401,11 +613,13 @@ class ConsumedGradient(Tensor):
 
 
 class _MovesRows(torch.autograd.Function):
-    """ops.lmcl whose backward moves the weight and has no gradient for it."""
+    """ops.lmcl whose backward moves the weight, unless its gradient is needed as a whole."""
 
     @staticmethod
     def forward(ctx, x, w, targets, scale, margin, backend, options, owner, weight):  # type: ignore[no-untyped-def]
         ctx.margin, ctx.backend, ctx.options, ctx.owner, ctx.weight = margin, backend, options, owner, weight
+        ctx.whole_gradient = False
+        _owned[weight].nodes.add(ctx)
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
         _, lse, target_cos, max_neg, cache = outputs
         ctx.set_materialize_grads(False)  # that of a cache would be as large
@@ -415,23 +629,55 @@ class _MovesRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
-        ctx.owner._check_ready(ctx.weight)
+        weight, backend, options = ctx.weight, ctx.backend, ctx.options
+        adds, whole = _wanted(ctx)
+        if adds and not whole:
+            ctx.owner._check_ready(weight)
         x, w, targets, scale, lse, target_cos, cache = ctx.saved_tensors
         need_dx, _, _, need_dscale, *_ = ctx.needs_input_grad
         g_lse, g_cos, dscale_of_psi = ops.fold_loss(
             targets, scale, lse, target_cos - ctx.margin, g_loss, g_lse, g_cos
         )  # (N,) each
-        dx, dscale = ctx.owner._move(
-            ctx.weight, (x, w, targets, scale, lse, g_lse, g_cos, cache), need_dx, ctx.backend, ctx.options
-        )
+        tensors = (x, w, targets, scale, lse, g_lse, g_cos, cache)
+        dw = None
+        if adds and not whole:
+            dx, dscale = ctx.owner._move(weight, tensors, need_dx, backend, options)
+        else:
+            dx, dw, dscale = ops.lmcl_backward(*tensors, need_dx, whole, backend, *options.flat())
+            dw = ops.of_all_classes(dw, options.classes, w) if whole else None
+            if dw is not None and isinstance(weight, DTensor):
+                dw = shard_like(weight, dw)
         dscale = dscale + dscale_of_psi if need_dscale else None
-        return dx if need_dx else None, None, None, dscale, None, None, None, None, None
+        return dx if need_dx else None, None, None, dscale, None, None, None, None, dw
+
+
+def _wanted(node: Any) -> tuple[bool, bool]:
+    """Whether this backward is to add to the weight's gradient, and whether a whole one is needed."""
+    weight, ownership = node.weight, _owned[node.weight]
+    ownership.nodes.discard(node)
+    try:
+        adds = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # what it says where torch.autograd.grad is asked for the gradient of this leaf
+        return False, True
+    if adds and ownership.phase in (IDLE, SKIPPED):
+        for other in ownership.nodes:  # that run in this backward too
+            if torch._C._will_engine_execute_node(other):
+                node.whole_gradient = other.whole_gradient = True
+        earlier = weight.grad is not None and not isinstance(weight.grad, ConsumedGradient)
+        node.whole_gradient |= earlier
+    return adds, adds and node.whole_gradient
+
+
+def _finite_rows(x: Tensor, lse: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
+    """(N,) bool: a sample without a gradient, or with a finite one; lse is -inf without negatives."""
+    finite = x.isfinite().all(1) & (lse < math.inf) & g_lse.isfinite() & g_cos.isfinite()  # (N,)
+    return finite | ((g_lse == 0) & (g_cos == 0))
 
 
 def owner_of(weight: Tensor) -> RowOptimizer | None:
     """The optimizer that moves this weight's rows inside backward, if there is one."""
-    reference = _owners.get(weight)
-    owner = None if reference is None else reference()
+    ownership = _owned.get(weight)
+    owner = None if ownership is None else ownership.optimizer()
     return None if owner is None or owner.accumulate else owner
 
 
@@ -450,7 +696,7 @@ def progress(weight: Tensor) -> str:
     owner = owner_of(weight)
     if owner is None:
         return "one that moves no rows in backward"
-    return f"step {int(owner.state.get(weight, {}).get('step', 0))}, {owner._phases[weight]}"
+    return f"step {int(owner.state.get(weight, {}).get('step', 0))}, {_owned[weight].phase}"
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -462,15 +708,23 @@ def lmcl(
     scale: Tensor,
     margin: float,
     backend: str | None,
+    *,
+    whole_gradient: bool = False,
     **fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.lmcl`, whose backward moves w, the weight's rows that are here, if an optimizer of this module owns it.
 
+    whole_gradient: the loss has another use of the weight, so that `step()` must move it by an ordinary gradient.
+
     Raises:
-        RuntimeError: the backend cannot move rows.
+        RuntimeError: the backend cannot move rows, or something needs the gradient that would not exist.
+        ValueError: the weight is not one that can be moved, or no longer fits the optimizer's state.
     """
     owner, options = owner_of(weight), Options(**fields)
-    if owner is not None and torch.is_grad_enabled() and weight.requires_grad:
+    if weight in _owned:
+        _owned[weight].is_head = True
+    if owner is not None and torch.is_grad_enabled() and weight.requires_grad and not whole_gradient:
+        owner._check_movable(weight)
         select(backend, x, w, replace(options, updates=True))
         return _MovesRows.apply(x, w.detach(), targets, scale, margin, backend, options, owner, weight)  # type: ignore[no-untyped-call]
     return ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
@@ -480,11 +734,15 @@ def _check_weight(weight: Tensor) -> None:
     rows = Exchange(weight).weight if isinstance(weight, DTensor) else weight
     if weight.dim() != 2 or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16):
         raise ValueError(
-            "A head's weight must have shape (C, D) and dtype float64, float32 or bfloat16, got shape "
-            f"{tuple(weight.shape)} and {weight.dtype}; give other parameters to another optimizer."
+            "A head's weight must have shape (C, D) and dtype float64, float32 or bfloat16 for its rows to move "
+            f"inside backward, got shape {tuple(weight.shape)} and {weight.dtype}."
         )
     if not rows.is_contiguous():
         raise ValueError(f"A weight must be contiguous to be moved in place, got strides {rows.stride()}.")
+
+
+def _name(module: torch.nn.Module) -> str:
+    return type(module).__name__.lower()
 
 
 def _check_not_negative(**values: float) -> None:

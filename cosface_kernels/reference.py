@@ -110,7 +110,7 @@ def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> Non
         g = g + update.weight_decay * v
         direction = g
         if means:
-            means[0] = update.momentum * means[0] + (1 if update.step == 1 else 1 - update.dampening) * g
+            means[0] = update.momentum * means[0] + (1 - update.dampening) * g
             direction = g + update.momentum * means[0] if update.nesterov else means[0]
         v = v - update.lr * direction
     else:

@@ -73,6 +73,13 @@ def check_rows(embeddings: Tensor, weight: Tensor) -> None:
         )
 
 
+def check_sampler(sampled: int, classes: int) -> None:
+    if sampled != classes:
+        raise ValueError(
+            f"The sampler draws from {sampled} classes, but the weight has {classes} here: make one for this."
+        )
+
+
 def check_labels(labels: Tensor, embeddings: Tensor) -> None:
     """Shape (N,), an integer dtype, the embeddings' device; their range is checked by the op."""
     if labels.dim() != 1:

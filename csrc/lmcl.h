@@ -96,6 +96,7 @@ struct Update {
   double momentum, dampening;  // SGD
   bool nesterov;
   double beta1, beta2, eps;  // AdamW
+  const bool* finite = nullptr;  // on a GPU, in its memory: nothing moves if it is there and false
 };
 
 template <typename T>

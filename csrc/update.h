@@ -11,14 +11,14 @@ template <typename T>
 struct SgdStep {
   static constexpr int kStates = 1;  // momentum, if any
   T lr, weight_decay, momentum;
-  T fresh;              // share of g in the momentum: 1 - dampening, and 1 in the first step
+  T fresh;              // share of g in the momentum
   T from_g, from_mean;  // what w moves along: g + momentum x mean with nesterov, else the mean
 
   explicit SgdStep(const Update& u)
       : lr(static_cast<T>(u.lr)),
         weight_decay(static_cast<T>(u.weight_decay)),
         momentum(static_cast<T>(u.momentum)),
-        fresh(static_cast<T>(u.step == 1 ? 1 : 1 - u.dampening)),
+        fresh(static_cast<T>(1 - u.dampening)),
         from_g(u.nesterov ? 1 : 0),
         from_mean(u.nesterov ? momentum : 1) {}
 };

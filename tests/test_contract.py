@@ -49,7 +49,7 @@ class Call:
         elif self.op == "lmcl_backward":
             torch.ops.cosface.lmcl_backward(*tensors, True, True, backend, **options)
         elif self.op == "lmcl_backward_update_":
-            torch.ops.cosface.lmcl_backward_update_(*tensors, *update, True, backend, **options)
+            torch.ops.cosface.lmcl_backward_update_(*tensors, None, *update, True, backend, **options)
         else:
             torch.ops.cosface.apply_update_(*tensors, *update, backend)
 

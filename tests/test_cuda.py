@@ -48,7 +48,7 @@ def _step(problem, update, state_dtype=None, classes=None, **options):
     w, moved = problem.w.clone(), [values.clone() for values in state]
     inputs = (problem.x, w, *inputs[2:])
     dx, dscale = ops.lmcl_backward_update_(
-        *inputs, *upstream, moved, *update.flat(), True, "cuda_host", classes, **options
+        *inputs, *upstream, moved, None, *update.flat(), True, "cuda_host", classes, **options
     )
     assert torch.equal(dx, want_dx)  # no later chunk has seen a row that moved
     assert torch.equal(dscale, want_dscale)

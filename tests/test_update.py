@@ -166,14 +166,34 @@ def _upstream(w: Tensor, targets: int, samples: int = N):
 
 
 def _move(
-    name: str, w: Tensor, state: list[Tensor], update: Update, upstream: list[Tensor], classes=None, need_dx=True
+    name: str,
+    w: Tensor,
+    state: list[Tensor],
+    update: Update,
+    upstream: list[Tensor],
+    classes=None,
+    need_dx=True,
+    finite=None,
 ):
     """dx, dscale, and copies of the weight and its state that have moved."""
     w, state = w.clone(), [values.clone() for values in state]
     x, *rows = upstream
-    cache = torch.empty(0, dtype=torch.uint8, device=w.device)
-    outputs = ops.lmcl_backward_update_(x, w, *rows, cache, state, *update.flat(), need_dx, name, classes)
+    cache = ops.lmcl(x, w, *rows[:2], 0.0, name, classes)[4]
+    outputs = ops.lmcl_backward_update_(x, w, *rows, cache, state, finite, *update.flat(), need_dx, name, classes)
     return *outputs, w, *state
+
+
+@pytest.mark.option("updates")
+@pytest.mark.parametrize("rule", UPDATES)
+def test_what_is_not_finite_moves_nothing(backend, rule):
+    w, state = _draw(rule, torch.float32, C, backend.device)
+    upstream = _upstream(w, 4)
+    flags = (torch.tensor(flag, device=backend.device) for flag in (True, False))
+    moved, stayed = (_move(backend.name, w, state, UPDATES[rule], upstream, finite=flag) for flag in flags)
+    for mine, want in zip(moved, _move(backend.name, w, state, UPDATES[rule], upstream), strict=True):
+        assert torch.equal(mine, want)
+    for mine, want in zip(stayed, (*moved[:2], w, *state), strict=True):
+        assert torch.equal(mine, want)
 
 
 SUBSETS = {"all": None, "some": torch.tensor([2, 3, 40, 299]), "many": torch.arange(300) + 1}
@@ -450,6 +470,14 @@ def test_no_gradient_of_the_weight_is_allocated(backend, monkeypatch):
     x, *rows = _upstream(w, 1500, 3)
     with _Allocations() as allocations:
         backend_triton.backward_update_(
-            x, w, *rows, x.new_empty(0), state=state, update=UPDATES["sgd"], options=Options(), need_dx=True
+            x,
+            w,
+            *rows,
+            w.norm(dim=1).view(torch.uint8),
+            state=state,
+            finite=None,
+            update=UPDATES["sgd"],
+            options=Options(),
+            need_dx=True,
         )
     assert 256 * D <= allocations.largest < 1500 * D / 2

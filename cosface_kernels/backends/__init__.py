@@ -11,8 +11,9 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
         -> loss, lse, target_cos, max_neg, each (N,), and cache, uint8
     backward(x, w, targets, scale, lse, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
         -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
-    backward_update_(..., state=..., update=..., options=..., need_dx=...), the same tensors
-        -> dx, dscale; w and the optimizer's state move. Only where `unsupported` takes options.updates, and so
+    backward_update_(..., state=..., finite=..., update=..., options=..., need_dx=...), the same tensors
+        -> dx, dscale; w and the optimizer's state move, unless the 0-d `finite` is there and false. Only where
+        `unsupported` takes options.updates, and so
     apply_update_(w, dw, state, update)
 """
 
@@ -46,7 +47,13 @@ class Backend(Protocol):
 
 class UpdatingBackend(Backend, Protocol):
     def backward_update_(
-        self, *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+        self,
+        *tensors: Tensor,
+        state: list[Tensor],
+        finite: Tensor | None,
+        update: Update,
+        options: Options,
+        need_dx: bool,
     ) -> tuple[Tensor, Tensor]: ...
 
     def apply_update_(self, w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None: ...

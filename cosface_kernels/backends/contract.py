@@ -51,8 +51,10 @@ def check_classes(classes: Tensor, num_classes: int) -> None:
         )
 
 
-def check_state(w: Tensor, state: list[Tensor], update: Update, dw: Tensor | None = None) -> None:
-    """Of what an update moves, and of the gradient by which; raises as `check` does."""
+def check_state(
+    w: Tensor, state: list[Tensor], update: Update, dw: Tensor | None = None, finite: Tensor | None = None
+) -> None:
+    """Of what an update moves, of the gradient by which, and of whether; raises as `check` does."""
     if len(state) not in ((0, 1) if update.rule == "sgd" else (2, 3)):
         wanted = "at most one tensor" if update.rule == "sgd" else "two or three tensors"
         raise ValueError(f"{update.rule} must have {wanted} of state, got {len(state)}.")
@@ -66,6 +68,8 @@ def check_state(w: Tensor, state: list[Tensor], update: Update, dw: Tensor | Non
             raise TypeError(f"{name} must be float64, float32 or bfloat16 to move, got {rows.dtype}.")
     if dw is not None:
         _check_one("dw", dw, tuple(w.shape), w.device)
+    if finite is not None:
+        _check_one("finite", finite, (), w.device, torch.bool)
 
 
 def _check_one(

@@ -52,8 +52,10 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 
 
 def backward_update_(
-    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+    *tensors: Tensor, state: list[Tensor], finite: Tensor | None, update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
+    if finite is not None and not finite:
+        return backward(*tensors, options=options, need_dx=need_dx, need_dw=False)[::2]
     numbers = kernel_update(update)
     return _C.lmcl_backward_update(*tensors[:-1], _kernel_options(options, tensors[-1]), numbers, state, need_dx)
 

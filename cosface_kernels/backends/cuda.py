@@ -55,10 +55,10 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 
 
 def backward_update_(
-    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+    *tensors: Tensor, state: list[Tensor], finite: Tensor | None, update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     numbers = kernel_update(update)
-    return _C.cuda_backward_update(*tensors[:-1], _kernel_options(options), numbers, state, need_dx)
+    return _C.cuda_backward_update(*tensors[:-1], _kernel_options(options), numbers, state, finite, need_dx)
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:

@@ -41,9 +41,11 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 
 
 def backward_update_(
-    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+    *tensors: Tensor, state: list[Tensor], finite: Tensor | None, update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    contract.check_state(tensors[1], state, update)
+    contract.check_state(tensors[1], state, update, finite=finite)
+    if finite is not None and not finite:
+        return backward(*tensors, options=options, need_dx=need_dx, need_dw=False)[::2]
     dx, dw, dscale = backward(*tensors, options=options, need_dx=need_dx, need_dw=True)
     w, classes = tensors[1], options.classes
     if classes is None:

@@ -175,10 +175,10 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 
 
 def backward_update_(
-    *tensors: Tensor, state: list[Tensor], update: Update, options: Options, need_dx: bool
+    *tensors: Tensor, state: list[Tensor], finite: Tensor | None, update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    contract.check_state(tensors[1], state, update)
-    move = functools.partial(_move_rows, tensors[1], state, update, options)
+    contract.check_state(tensors[1], state, update, finite=finite)
+    move = functools.partial(_move_rows, tensors[1], state, finite, update, options)
     dx, _, dscale = _tuned_backward(tensors, options, need_dx, True, move)
     return dx, dscale
 
@@ -186,7 +186,7 @@ def backward_update_(
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
     contract.check_state(w, state, update, dw)
     with torch.cuda.device_of(w):
-        _move_rows(w, state, update, PLAIN, 0, dw.contiguous())
+        _move_rows(w, state, None, update, PLAIN, 0, dw.contiguous())
 
 
 Move = Callable[[int, Tensor], None]  # by the number of the first class and the gradient of it and those after it
@@ -201,7 +201,7 @@ def _tuned_backward(
         if len(x) == 0:
             return _backward_of_nothing(x, w, options, need_dx, need_dw, move)
         per_row = [values.contiguous() for values in per_row]  # targets, scale, lse, g_lse, g_cos: (N,)
-        w_norm = cache.view(torch.float32) if len(cache) else _class_norms(x, w, options)
+        w_norm = cache.view(torch.float32)  # (C,), or nothing
         key, (some_w, some_options) = _key(x, w, options), _tuning_sample(w, options)
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
 
@@ -310,23 +310,31 @@ def _backward(
     return dx, dw, dscale
 
 
-def _move_rows(w: Tensor, state: list[Tensor], update: Update, options: Options, first: int, dw: Tensor) -> None:
+def _move_rows(
+    w: Tensor,
+    state: list[Tensor],
+    finite: Tensor | None,
+    update: Update,
+    options: Options,
+    first: int,
+    dw: Tensor,
+) -> None:
     """Moves the classes from the first on by dw (chunk, D), which is contiguous and may pass the last class."""
     chunk, D = dw.shape
     block_c, block_d = triton_tiles.row_block(D)
     chosen, is_chosen = _chosen(w, options)
     common = (
-        chosen, options.count(w), first, chunk, update.seed, update.step, update.gradient_factor,
-        update.max_row_norm,
+        chosen, w if finite is None else finite, options.count(w), first, chunk, update.seed, update.step,
+        update.gradient_factor, update.max_row_norm,
     )  # fmt: skip
     blocks = {"D": D, "BLOCK_C": block_c, "BLOCK_D": block_d, "CLIP": update.max_row_norm < math.inf}
+    blocks["MAY_STAY"] = finite is not None
     grid = (triton.cdiv(chunk, block_c),)
     if update.rule == "sgd":
-        fresh = 1.0 if update.step == 1 else 1 - update.dampening
         of_gradient, of_momentum = (1.0, update.momentum) if update.nesterov else (0.0, 1.0)
         kernels.sgd_rows[grid](
-            dw, w, *(state or [w]), *common, update.lr, update.weight_decay, update.momentum, fresh, of_gradient,
-            of_momentum, **blocks, MOMENTUM=bool(state), CHOSEN=is_chosen,
+            dw, w, *(state or [w]), *common, update.lr, update.weight_decay, update.momentum, 1 - update.dampening,
+            of_gradient, of_momentum, **blocks, MOMENTUM=bool(state), CHOSEN=is_chosen,
         )  # fmt: skip
     else:
         amsgrad = len(state) == 3

@@ -692,6 +692,7 @@ def sgd_rows(
     w,
     momentum_buffer,
     chosen,
+    finite,
     C,
     first_class,
     chunk,
@@ -711,6 +712,7 @@ def sgd_rows(
     CLIP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     CHOSEN: tl.constexpr,
+    MAY_STAY: tl.constexpr,
 ):
     """Rows of w and of their momentum, moved in place by dw (chunk, D); a program owns whole rows.
 
@@ -718,6 +720,8 @@ def sgd_rows(
     """
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_class = (columns < chunk) & (first_class + columns < C)
+    if MAY_STAY:
+        is_class &= tl.load(finite)
     rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
     factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
     for first in range(0, D, BLOCK_D):
@@ -743,6 +747,7 @@ def adamw_rows(
     exp_avg_sq,
     max_exp_avg_sq,
     chosen,
+    finite,
     C,
     first_class,
     chunk,
@@ -763,6 +768,7 @@ def adamw_rows(
     CLIP: tl.constexpr,
     AMSGRAD: tl.constexpr,
     CHOSEN: tl.constexpr,
+    MAY_STAY: tl.constexpr,
 ):
     """Rows of w and of their running means, moved in place by dw (chunk, D); a program owns whole rows.
 
@@ -771,6 +777,8 @@ def adamw_rows(
     """
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_class = (columns < chunk) & (first_class + columns < C)
+    if MAY_STAY:
+        is_class &= tl.load(finite)
     rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
     factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
     for first in range(0, D, BLOCK_D):

@@ -42,9 +42,9 @@ void define(py::module_& m, WithDevice with_device) {
       "cuda_backward_update",
       [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
           const Tensor& g_lse, const Tensor& g_cos, const Options& options, const Update& numbers,
-          const std::vector<Tensor>& state, bool need_dx) {
+          const std::vector<Tensor>& state, const std::optional<Tensor>& finite, bool need_dx) {
         return with_device(x, [&](const Device& device) {
-          return backward_update(x, w, y, s, lse, g_lse, g_cos, options, numbers, state, need_dx, device);
+          return backward_update(x, w, y, s, lse, g_lse, g_cos, options, numbers, state, finite, need_dx, device);
         });
       },
       no_gil);

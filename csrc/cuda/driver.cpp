@@ -275,8 +275,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
 std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
                                            const Options& options, const Update& numbers,
-                                           const std::vector<Tensor>& state, bool need_dx, const Device& device) {
-  const Update update = bound(numbers, w, state);
+                                           const std::vector<Tensor>& state, const std::optional<Tensor>& finite,
+                                           bool need_dx, const Device& device) {
+  Update update = bound(numbers, w, state);
+  if (finite) update.finite = fitting("finite", *finite, {}, w.device(), at::kBool).const_data_ptr<bool>();
   const auto run = in_double(x, w) ? backward_in<double> : backward_in<float>;
   const auto [dx, dw, dscale] = run(x, w, y, s, lse, g_lse, g_cos, options, need_dx, false, &update, device);
   return {dx, dscale};

@@ -39,13 +39,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& x, con
                                                         const at::Tensor& g_cos, const Options& options,
                                                         bool need_dx, bool need_dw, const Device& device);
 
-// dx and dscale; the rows of w that take part move, chunk by chunk, and so does their state. No dw exists.
+// dx and dscale; the rows of w that take part move, chunk by chunk, and so does their state, unless `finite`, 0-d, is
+// there and false. No dw exists.
 // `numbers`: as cosface_kernels/options.py's Update has them.
 std::tuple<at::Tensor, at::Tensor> backward_update(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
                                                    const at::Tensor& s, const at::Tensor& lse,
                                                    const at::Tensor& g_lse, const at::Tensor& g_cos,
                                                    const Options& options, const Update& numbers,
-                                                   const std::vector<at::Tensor>& state, bool need_dx,
+                                                   const std::vector<at::Tensor>& state,
+                                                   const std::optional<at::Tensor>& finite, bool need_dx,
                                                    const Device& device);
 
 // Moves all rows of w by dw.

@@ -387,6 +387,7 @@ struct Movement {
   T gradient_factor, max_row_norm;
   uint64_t seed;
   Moving w, state[Step::kStates];
+  const bool* finite;  // null: yes
 };
 
 template <typename T, typename Step, int kThreads, int kPack>
@@ -394,7 +395,7 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
                                  Movement<T, Step> move) {
   constexpr int kStates = Step::kStates;
   const int64_t j = this_row();
-  if (j >= n) return;
+  if (j >= n || (move.finite != nullptr && !*move.finite)) return;
   g += j * columns;
   T factor = move.gradient_factor;
   if (move.max_row_norm < kInfinity<T>) {
@@ -494,7 +495,7 @@ void move_rows_by(const Step& step, const T* g, int64_t n, int64_t columns, cons
   };
   const auto factor = static_cast<T>(update.gradient_factor), longest = static_cast<T>(update.max_row_norm);
   const Moving weight = moving(update.weight, w.dtype, w.row_stride, kWeightTensor);
-  Movement<T, Step> move{step, factor, longest, update.seed, weight, {}};
+  Movement<T, Step> move{step, factor, longest, update.seed, weight, {}, update.finite};
   for (int t = 0; t < Step::kStates; ++t)
     move.state[t] = moving(update.state[t].data, update.state[t].dtype, columns, t);
   with_shape<kPair, kOctet / kPair>(columns, aligned, [&](auto shape) {

@@ -308,7 +308,7 @@ double moved(const Update& u, double g, double w, std::vector<double>& state) {
   if (u.rule == Update::Rule::kSgd) {
     g += u.weight_decay * w;
     if (state.empty()) return w - u.lr * g;
-    state[0] = u.momentum * state[0] + (u.step == 1 ? 1 : 1 - u.dampening) * g;
+    state[0] = u.momentum * state[0] + (1 - u.dampening) * g;
     return w - u.lr * (u.nesterov ? g + u.momentum * state[0] : state[0]);
   }
   state[0] = u.beta1 * state[0] + (1 - u.beta1) * g;

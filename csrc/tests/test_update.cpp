@@ -43,7 +43,7 @@ Element move(const Update& u, double g, Element e, std::array<bool, 3> has) {
   if (u.rule == Rule::kSgd) {
     g += u.weight_decay * e.w;
     if (has[0]) {
-      a = u.step == 1 ? g : u.momentum * a + (1 - u.dampening) * g;
+      a = u.momentum * a + (1 - u.dampening) * g;
       g = u.nesterov ? g + u.momentum * a : a;
     }
     e.w -= u.lr * g;
