@@ -193,7 +193,7 @@ def test_peers_compute_the_same_loss_and_gradients(restore_threads, impl: str, d
     assert accuracy.error <= accuracy.allowed(dtype, CASE.scale)
 
 
-@pytest.mark.parametrize(("dtype", "margin"), [("float32", 0.3499), ("bfloat16", 0.25), ("float64", 0.35 + 1e-12)])
+@pytest.mark.parametrize(("dtype", "margin"), [("float32", 0.3499), ("bfloat16", 0.2), ("float64", 0.35 + 1e-12)])
 def test_what_is_more_than_rounding_is_wrong_in_every_dtype(in_process, monkeypatch, dtype: str, margin: float):
     def build_wrong(problem: Problem) -> Step:
         return IMPLEMENTATIONS["fused"].build(replace(problem, margin=margin))
