@@ -192,7 +192,7 @@ def margin_softmax_loss(
         facts["optimizer"] = optim.progress(weight)
     with ranks.agreement(embeddings, sample_weight, **facts) if ranks else nullcontext():
         if moves:
-            optim.check_whole(weight)
+            optim.note_use(weight)
         check_rows(embeddings, weight)
         if sampler:
             check_sampler(sampler.num_classes, len(ranks.classes) if ranks else weight.shape[0])
@@ -282,7 +282,7 @@ def cosine_logits(
     """
     check_rows(embeddings, weight)
     if getattr(weight, optim.MARK, False):
-        optim.check_whole(weight)
+        optim.note_use(weight)
     dtype = compute_dtype(embeddings, weight)
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     with torch.autocast(embeddings.device.type, enabled=False):

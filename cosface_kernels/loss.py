@@ -184,7 +184,7 @@ class FusedMarginLoss(nn.Module):
 
     def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
         if getattr(self.weight, optim.MARK, False):
-            optim.check_whole(self.weight)
+            optim.note_use(self.weight)
         super()._save_to_state_dict(*arguments, **options)
 
     def extra_repr(self) -> str:

@@ -683,8 +683,10 @@ def owner_of(weight: Tensor) -> RowOptimizer | None:
 
 # torch.compiler.disable, which imports the compiler at its first call, not here
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def check_whole(weight: Tensor) -> None:
-    """Raises RuntimeError if the weight is half-way through a step that was interrupted."""
+def note_use(weight: Tensor) -> None:
+    """Notes that a head uses the weight; raises RuntimeError if a step that was interrupted left it half moved."""
+    if weight in _owned:
+        _owned[weight].is_head = True
     owner = owner_of(weight)
     if owner is not None:
         owner._check_whole(weight)
@@ -721,8 +723,6 @@ def lmcl(
         ValueError: the weight is not one that can be moved, or no longer fits the optimizer's state.
     """
     owner, options = owner_of(weight), Options(**fields)
-    if weight in _owned:
-        _owned[weight].is_head = True
     if owner is not None and torch.is_grad_enabled() and weight.requires_grad and not whole_gradient:
         owner._check_movable(weight)
         select(backend, x, w, replace(options, updates=True))

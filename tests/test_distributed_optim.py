@@ -403,6 +403,7 @@ def _round(rank, group, classes):
     head = FusedCosFaceLoss(classes, DIM, process_group=group, dtype=torch.bfloat16)
     nn.init.ones_(own_rows(head.weight))
     optimizer = FusedSGD(head.parameters(), lr=2.0**-10, accumulate=True, seed=3)
+    head.get_logits(torch.zeros(1, DIM))  # a head's weight is one that a head has used
     for _ in range(2):
         head.weight.grad = torch.ones_like(head.weight)
         optimizer.step()
@@ -433,6 +434,7 @@ def _twice(rank, group, classes):
         with pytest.raises(RuntimeError) as refusal:
             losses[1].backward(retain_graph=True)
         messages.append(str(refusal.value))
+        optimizer.zero_grad()
         optimizer.step()
     assert torch.equal(own_rows(head.weight), moved)
     return messages
@@ -447,8 +449,10 @@ def test_two_backwards_before_a_step_raise_and_change_nothing(ranks, classes):
 
 def _on_other_meshes(rank, group):
     weight = nn.Parameter(distribute_tensor(torch.ones(4, 6), DeviceMesh.from_group(group, "cpu"), [Shard(1)]))
+    optimizer = FusedSGD([weight], lr=0.1)
     with pytest.raises(ValueError, match="must be sharded on dimension 0") as refusal:
-        FusedSGD([weight], lr=0.1)
+        margin_softmax_loss(torch.ones(2, 6), weight, torch.tensor([0, 3]), margin=0.3)
+    optimizer.step()
     return str(refusal.value)
 
 
