@@ -14,7 +14,7 @@ from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import Exchange
 from cosface_kernels.margins import Margin, Rows
-from cosface_kernels.reference import EPS, compute_dtype, softplus
+from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
     check_labels,
@@ -231,24 +231,23 @@ def margin_softmax_loss(
             target_cos = ranks.sum(target_cos) if ranks else target_cos
             options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
     lmcl: Any = partial(optim.lmcl, weight) if moves else ops.lmcl
-    loss, lse, target_cos, max_neg, cache = lmcl(x, w, positions, own_s, m, backend, **options)  # each (N,)
-    if ranks:
-        lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
+    loss, *rows_of_x, cache = lmcl(x, w, positions, own_s, m, backend, **options)  # each (N,)
+    top, log_sum, target_cos, max_neg = ranks.combine(own_s, *rows_of_x) if ranks else rows_of_x  # each (N,)
     if isinstance(margin, Margin):
         # masked before and after: a nan in an ignored sample must not reach a gradient
-        loss = margin.loss(torch.where(valid, lse, 0), target_cos, s, rows)  # (N,)
+        loss = margin.loss(torch.where(valid, top, 0), torch.where(valid, log_sum, 0), target_cos, s, rows)  # (N,)
         loss = torch.where(valid, loss, 0)  # (N,)
     elif ranks or callable(margin):
         psi = margin(target_cos) if callable(margin) else target_cos - m  # (N,)
         check_per_sample("the margin's result", psi, targets)
-        loss = torch.where(valid, softplus(torch.where(valid, lse - s * psi, 0)), 0)  # (N,)
+        loss = torch.where(valid, softplus(torch.where(valid, excess(s, top, log_sum, psi), 0)), 0)  # (N,)
     if not validate_labels:
         loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
     accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
     sparsity = Sparsity(*ops.kept_entries(cache, len(targets))) if options.get("gradient_tolerance") else None
-    stats = LossStats(lse.detach(), target_cos.detach(), max_neg, accuracy, sparsity)
+    stats = LossStats((s * top + log_sum).detach(), target_cos.detach(), max_neg, accuracy, sparsity)
     if ranks:
         reduced = ranks.keep_own(reduced) if reduction == "none" else reduced
         lse, target_cos, max_neg = map(ranks.keep_own, stats[:3])

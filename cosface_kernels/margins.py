@@ -1,9 +1,10 @@
 """The margins of the family: what a loss does to its target's cosine, on (N,) vectors. No kernel knows them.
 
 Letters: c = cos(theta), the (N,) target cosines; psi, what takes their place; s, the scale; lse = log sum_{j != y}
-e^{s cos_ij}. Where a paper and its code differ, the code's formula is here. Gradients are exact unless a margin is
-told to be `straight_through`: the gradient with respect to c is then that of psi(c) = c, as in the code of
-insightface and others, who compute the margin without a graph.
+e^{s cos_ij} = s top + log_sum, where top is the largest of these cosines. Where a paper and its code differ, the
+code's formula is here. Gradients are exact unless a margin is told to be `straight_through`: the gradient with
+respect to c is then that of psi(c) = c, as in the code of insightface and others, who compute the margin without a
+graph.
 
 State (statistics of batches, counters) is in float32 buffers, whatever the dtype of the module. It changes in
 training mode alone, once for each forward pass, and samples that are ignored have no part in it.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cosface_kernels.reference import EPS, softplus
+from cosface_kernels.reference import EPS, excess, softplus
 from cosface_kernels.validation import check_interval, check_margin
 
 UNIT_NORM = 1e-2  # norms that are all this close to 1 are those of normalised embeddings, in any dtype
@@ -64,11 +65,12 @@ class Margin(nn.Module):
         self.straight_through = straight_through
         self._initial: dict[str, float] = {}
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
         """softplus(lse - s psi(c)), and 0 for a sample that has no loss.
 
         Args:
-            lse, cos, scale: (N,), finite for samples without a loss; lse is -inf where there is no other class.
+            top, log_sum, cos, scale: (N,), finite for samples without a loss; log_sum is -inf, and top 0, where
+                there is no other class.
 
         Returns:
             (N,); what it holds for a sample without a loss is dropped.
@@ -76,7 +78,7 @@ class Margin(nn.Module):
         psi = self(cos, rows)  # (N,)
         if self.straight_through:
             psi = cos + (psi - cos).detach()
-        return softplus(torch.where(rows.valid, lse - scale * psi, 0))
+        return softplus(torch.where(rows.valid, excess(scale, top, log_sum, psi), 0))
 
     def reset_parameters(self) -> None:
         """Sets the state to what it was before the first batch."""
@@ -129,14 +131,13 @@ class AdaCosMargin(CosFaceMargin):
         super().__init__(margin)
         self._register_state("scale", scale)
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
         if self.training:
-            mean = (
-                lse.detach().double().where(rows.valid, -math.inf).logsumexp(0) - rows.valid.sum().double().log()
-            )
+            lse = (scale * top + log_sum).detach().double()  # (N,)
+            mean = lse.where(rows.valid, -math.inf).logsumexp(0) - rows.valid.sum().double().log()
             theta = _angle(cos.detach()).where(rows.valid, math.nan).nanmedian().clamp_max(math.pi / 4)
             update_average(self.scale, mean / theta.cos(), rate=1)
-        return super().loss(lse, cos, scale, rows)
+        return super().loss(top, log_sum, cos, scale, rows)
 
 
 class ArcFaceMargin(Margin):
@@ -456,10 +457,10 @@ class MagFaceMargin(Margin):
         m = l_m + (u_m - l_m) / (u_a - l_a) * (rows.norms().clamp(l_a, u_a) - l_a)  # (N,)
         return torch.where(cos > 0, cos * m.cos() - _sine(cos) * m.sin(), cos)
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
         l_a, u_a = self.norms
         a = rows.norms().clamp(l_a, u_a)  # (N,)
-        return super().loss(lse, cos, scale, rows) + self.regularizer * (a / u_a**2 + 1 / a)
+        return super().loss(top, log_sum, cos, scale, rows) + self.regularizer * (a / u_a**2 + 1 / a)
 
     def extra_repr(self) -> str:
         return f"margins={self.margins}, norms={self.norms}, regularizer={self.regularizer}"
@@ -608,9 +609,9 @@ class GBCosFaceMargin(Margin):
         """c - m, which is what has to reach the boundary."""
         return cos - self.margin
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-        counts = rows.valid & (lse > -math.inf)  # (N,); without another class there is nothing to be told from
-        negative = torch.where(counts, lse, 0) / scale  # (N,)
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        counts = rows.valid & (log_sum > -math.inf)  # (N,); without another class there is nothing to be told from
+        negative = top + torch.where(counts, log_sum, 0) / scale  # (N,)
         middle = ((cos + negative) / 2).detach()  # (N,)
         mean, _ = mean_and_std(middle, counts)
         boundary = self.boundary.where(self.boundary.isfinite(), mean).clamp(*self.bounds)

@@ -199,10 +199,10 @@ class RowOptimizer(Optimizer):
     def _move(self, weight: Tensor, tensors: tuple[Tensor, ...], need_dx: bool, backend: str | None,
               options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
         """dx and dscale of lmcl_backward's arguments, having moved the rows."""
-        x, *_, lse, g_lse, g_cos, _ = tensors
+        x, *_, log_sum, g_lse, g_cos, _ = tensors
         finite = True
-        if self.grad_scaler is not None:  # lse is -inf without negatives
-            rows = (x.isfinite(), lse < math.inf, g_lse.isfinite(), g_cos.isfinite())
+        if self.grad_scaler is not None:  # log_sum is -inf without negatives
+            rows = (x.isfinite(), log_sum < math.inf, g_lse.isfinite(), g_cos.isfinite())
             finite = agreed(weight, all(bool(values.all()) for values in rows))
         weight.grad = ConsumedGradient(weight, finite, self.grad_scaler)
         if not finite:
@@ -407,22 +407,26 @@ class _MovesRows(torch.autograd.Function):
     def forward(ctx, x, w, targets, scale, margin, backend, options, owner, weight):  # type: ignore[no-untyped-def]
         ctx.margin, ctx.backend, ctx.options, ctx.owner, ctx.weight = margin, backend, options, owner, weight
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
-        _, lse, target_cos, max_neg, cache = outputs
+        _, top, log_sum, target_cos, max_neg, cache = outputs
         ctx.set_materialize_grads(False)  # that of a cache would be as large
-        ctx.mark_non_differentiable(max_neg, cache)
-        ctx.save_for_backward(x, w, targets, scale, lse, target_cos, cache)
+        ctx.mark_non_differentiable(top, max_neg, cache)
+        ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache)
         return outputs
 
     @staticmethod
-    def backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_loss, _, g_log_sum, g_cos, *__):  # type: ignore[no-untyped-def]
         ctx.owner._check_ready(ctx.weight)
-        x, w, targets, scale, lse, target_cos, cache = ctx.saved_tensors
+        x, w, targets, scale, top, log_sum, target_cos, cache = ctx.saved_tensors
         need_dx, _, _, need_dscale, *_ = ctx.needs_input_grad
         g_lse, g_cos, dscale_of_psi = ops.fold_loss(
-            targets, scale, lse, target_cos - ctx.margin, g_loss, g_lse, g_cos
+            targets, scale, top, log_sum, target_cos - ctx.margin, g_loss, g_log_sum, g_cos
         )  # (N,) each
         dx, dscale = ctx.owner._move(
-            ctx.weight, (x, w, targets, scale, lse, g_lse, g_cos, cache), need_dx, ctx.backend, ctx.options
+            ctx.weight,
+            (x, w, targets, scale, top, log_sum, g_lse, g_cos, cache),
+            need_dx,
+            ctx.backend,
+            ctx.options,
         )
         dscale = dscale + dscale_of_psi if need_dscale else None
         return dx if need_dx else None, None, None, dscale, None, None, None, None, None
@@ -463,7 +467,7 @@ def lmcl(
     margin: float,
     backend: str | None,
     **fields: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.lmcl`, whose backward moves w, the weight's rows that are here, if an optimizer of this module owns it.
 
     Raises:

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from support import BF16, F32, F64, evaluate, evaluate_oracle, make_problem, random_upstream, relative_error
+from support import (
+    BF16,
+    F32,
+    F64,
+    evaluate,
+    evaluate_oracle,
+    make_problem,
+    random_upstream,
+    relative_error,
+    with_lse,
+)
 
 from cosface_kernels import FusedCosFaceLoss
 from cosface_kernels.optim import FusedSGD
@@ -13,7 +23,7 @@ STEP = 2.0**-16  # of a cosine in 16-bit fixed point, by which it may be off
 
 def cached(bytes_, classes=None):
     def forward(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu", classes, bytes_)[:4]
+        return with_lse(scale, torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu", classes, bytes_))
 
     return forward
 
@@ -45,14 +55,14 @@ def test_every_tile_fits_and_counts():
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     arguments = (problem.targets, problem.scale, 0.35, "cpu", None, 10**9)
     outputs = torch.ops.cosface.lmcl(x, w, *arguments)
-    assert outputs[4].numel() == size
-    lse, target_cos, cache = outputs[1], outputs[2], outputs[4]
+    _, top, log_sum, target_cos, _, cache = outputs
+    assert cache.numel() == size
     zeroed = cache.clone()
     zeroed[64:] = 0
     backward = [
         torch.ops.cosface.lmcl_backward(
-            problem.x, problem.w, problem.targets, problem.scale, lse.detach(), torch.ones(20), torch.zeros(20),
-            kept, True, True, "cpu", None, 10**9,
+            problem.x, problem.w, problem.targets, problem.scale, top, log_sum.detach(), torch.ones(20),
+            torch.zeros(20), kept, True, True, "cpu", None, 10**9,
         )[2]
         for kept in (cache, zeroed)
     ]  # fmt: skip
