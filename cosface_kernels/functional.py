@@ -17,6 +17,7 @@ from cosface_kernels.margins import Margin, Rows
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
+    check_integer,
     check_labels,
     check_margin,
     check_per_sample,
@@ -197,6 +198,8 @@ def margin_softmax_loss(
         check_reduction(reduction)
         check_name(backend)
         check_scale(scale)
+        check_integer("ignore_index", ignore_index)
+        check_integer("cache_bytes", cache_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=ranks is not None)
         if not callable(margin):
             check_margin(margin)
@@ -206,7 +209,7 @@ def margin_softmax_loss(
             check_per_sample("sample_weight", sample_weight, labels)
         if validate_labels is None:
             validate_labels = labels.device.type == "cpu"
-        targets = ops.targets(labels, weight.shape[0], ignore_index, validate_labels)  # (N,)
+        targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate_labels)  # (N,)
     m = 0.0 if callable(margin) else float(margin)
     s = _row_scale(ranks.replicate(scale) if ranks else scale, embeddings, weight)  # (N,)
     if ranks:  # from here on N counts the samples of all ranks
@@ -224,7 +227,7 @@ def margin_softmax_loss(
     rows = Rows(embeddings, targets, weight if ranks is None else None)
     options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}
     if differentiable:
-        options |= {"cache_bytes": cache_bytes, "gradient_tolerance": float(gradient_tolerance)}
+        options |= {"cache_bytes": int(cache_bytes), "gradient_tolerance": float(gradient_tolerance)}
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
             target_cos = _target_cosines(x, w, own_targets)  # (N,)
@@ -273,8 +276,13 @@ def cosine_logits(
 
     Returns:
         (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
+
+    Raises:
+        ValueError: a shape does not fit, or the scale is not one number; the message shows it.
     """
     check_rows(embeddings, weight)
+    if isinstance(scale, Tensor) and scale.dim():
+        raise ValueError(f"scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
     dtype = compute_dtype(embeddings, weight)
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     with torch.autocast(embeddings.device.type, enabled=False):

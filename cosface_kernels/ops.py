@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cosface_kernels.backends import UpdatingBackend, select
 from cosface_kernels.options import Options, Update, empty_cache
@@ -39,6 +40,15 @@ def _(labels, num_classes, ignore_index, validate=True):  # type: ignore[no-unty
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
 
+def refuse_forward_mode() -> None:
+    """Tangents do not pass through an op; without this, torch.func.jvp would take them for 0."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "The loss has no forward-mode derivative, which torch.func.jvp, jacfwd and dual tensors ask for. "
+            "Take backward, or cosface_kernels.reference.forward, which is plain PyTorch."
+        )
+
+
 @torch.library.custom_op("cosface::lmcl", mutates_args=())
 def lmcl(
     x: Tensor,
@@ -58,6 +68,7 @@ def lmcl(
 
     The arguments after `backend` are those of `Options`; the sixth result, uint8, is lmcl_backward's cache.
     """
+    refuse_forward_mode()
     options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
     if not w.shape[0]:  # a rank that owns no class
         fills = (0, 0, -torch.inf, 0, -torch.inf)
@@ -104,6 +115,7 @@ def lmcl_backward(
 
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
+    refuse_forward_mode()
     options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))

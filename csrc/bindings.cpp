@@ -3,13 +3,13 @@
 #include <torch/extension.h>
 
 #include <array>
-#include <cstdlib>
 #include <optional>
 #include <set>
 #include <thread>
 #include <vector>
 
 #include "cpu/memory.h"
+#include "environment.h"
 #include "lmcl.h"
 #include "tensor.h"
 #ifdef COSFACE_CUDA
@@ -25,7 +25,6 @@ namespace {
 using at::Tensor;
 
 cosface::Runtime runtime() {
-  const char* tile = std::getenv("COSFACE_CPU_TILE");
   return {
       at::get_num_threads(),
       [](int64_t parts, const std::function<void(int64_t)>& body) {
@@ -33,7 +32,7 @@ cosface::Runtime runtime() {
           for (int64_t part = first; part < last; ++part) body(part);
         });
       },
-      tile == nullptr ? 0 : std::atoll(tile),
+      cosface::classes_in_environment("COSFACE_CPU_TILE").value_or(0),
   };
 }
 

@@ -118,3 +118,15 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
         head(torch.randn(3, 8), torch.tensor([1, 2, 3]))
     head(torch.randn(3, 8), torch.tensor([1, 2, 3]))
     assert sizes == [0, 64 + 2 * 3 * (50 + 252)]
+
+
+@pytest.mark.parametrize("rows", ["x", "w"])
+def test_rows_whose_norm_overflows(rows):
+    """1e20 squared is infinite in float32, and the row counts as 0, cached or not."""
+    problem = make_problem(6, 40, 8, scale=10.0)
+    getattr(problem, rows)[3] = 1e20
+    upstream = random_upstream(problem, "loss")
+    got, plain = (evaluate(cached(bytes_), problem, upstream) for bytes_ in (10**6, 0))
+    for name in got._fields:
+        torch.testing.assert_close(getattr(got, name), getattr(plain, name), rtol=1e-2, atol=1e-3)
+        assert getattr(got, name).isfinite().all()

@@ -379,7 +379,7 @@ inline void keep_row(const float* z, int64_t n, float inv_norm, int16_t* kept) {
   }
 }
 inline void recall_row(const int16_t* kept, int64_t n, float inv_norm, float* z) {
-  const float step = kCosineStep / inv_norm;
+  const float step = inv_norm > 0 ? kCosineStep / inv_norm : 0.0f;  // a norm that overflows makes cosines of 0
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) z[i] = static_cast<float>(kept[i]) * step;
 }

@@ -5,9 +5,9 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 
+#include "environment.h"
 #include "tensor.h"
 
 namespace cosface::cuda {
@@ -34,12 +34,7 @@ at::ScalarType operand_dtype(at::ScalarType x, at::ScalarType w) {
 int64_t chunk_classes(int64_t n, int64_t d, int64_t classes, int64_t operand_bytes, const Device& device) {
   const int64_t row_bytes = (n + d) * (sizeof(float) + operand_bytes);
   int64_t chunk = std::max(device.l2_bytes / 2 / row_bytes, device.least_chunk);
-  if (const char* wanted = std::getenv("COSFACE_CUDA_CHUNK")) {
-    char* end = nullptr;
-    chunk = std::strtoll(wanted, &end, 10);
-    TORCH_CHECK_VALUE(end != wanted && *end == '\0' && chunk > 0,
-                      "COSFACE_CUDA_CHUNK must be a positive number of classes, got '", wanted, "'.");
-  }
+  chunk = classes_in_environment("COSFACE_CUDA_CHUNK").value_or(chunk);
   return ceil_div(std::min(chunk, classes), kChunkStep) * kChunkStep;
 }
 

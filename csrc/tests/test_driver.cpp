@@ -434,7 +434,8 @@ void with_a_cache() {
     const Forward<T> without(p, runtime(2, 100));
     without.hand_over(p);
     const Backward<T> exact(p, runtime(2, 100));
-    const int64_t tile = 100 * shape.n * (sizeof(T) == 4 ? 2 : 8), all = 64 + 6 * tile;
+    const int64_t tile = std::min<int64_t>(100, shape.classes) * shape.n * (sizeof(T) == 4 ? 2 : 8),
+                  all = 64 + 6 * tile;
     for (int64_t bytes : {int64_t{64}, 64 + tile - 1, 64 + 2 * tile, all, all + 1000}) {
       const auto run = [&](const Runtime& host, const Runtime& later) {
         Exact<char> cache(bytes);

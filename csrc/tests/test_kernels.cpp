@@ -409,6 +409,40 @@ void test_backward_tile() {
   }
 }
 
+// Both passes round a cosine alike, so that probabilities sum to 1 however large the logits are: an fma in one of
+// them would be off by an ulp of z.
+template <typename T>
+void test_probabilities_of_large_logits() {
+  constexpr int64_t kRows = 33, kCols = 65;
+  for (double scale : {1e2, 1e5, 1e8, 1e12, 1e18, 1e30}) {
+    const Problem<T> p(kRows, kCols, scale);
+    Exact<T> top(kRows, kLowest<T>), target_cos(kRows), log_sum(kRows), ones(kRows, T(1)), zeros(kRows, T(0));
+    Exact<double> row_sum(kRows, 0), row_dot(kRows, 0), dscale(kRows, 0);
+    std::vector<double> sum(kRows, 0);
+    const auto each_tile = [&](auto body) {
+      for (int64_t first = 0; first < p.classes; first += kCols) {
+        Exact<T> z = p.tile(first, kRows), inv_norm(kCols);
+        std::copy_n(p.inv_norm + first, kCols, inv_norm.begin());
+        body(first, z, inv_norm);
+      }
+    };
+    each_tile([&](int64_t first, Exact<T>& z, Exact<T>& inv_norm) {
+      kernels<T>().forward_tile(z, kCols, kRows, kRows, inv_norm, p.y, first, p.s, {}, top, nullptr, row_sum,
+                                target_cos);
+    });
+    for (int64_t i = 0; i < kRows; ++i) log_sum[i] = static_cast<T>(std::log(row_sum[i]));
+    each_tile([&](int64_t first, Exact<T>& z, Exact<T>& inv_norm) {
+      Exact<T> col_dot(kCols, T(0));
+      kernels<T>().backward_tile(z, kCols, kRows, kRows, inv_norm, p.y, first, p.s, {}, top, log_sum, ones, zeros,
+                                 col_dot, row_dot, dscale);
+      for (int64_t j = 0; j < kCols; ++j) {
+        for (int64_t i = 0; i < kRows; ++i) sum[i] += double{z[j * kRows + i]} / inv_norm[j] / p.s[i];
+      }
+    });
+    for (int64_t i = 0; i < kRows; ++i) CHECK(close(sum[i], 1, 64 * kUlp<T>), scale, i, sum[i]);
+  }
+}
+
 // A nan of one sample and one class stays with that sample and that class.
 template <typename T>
 void test_backward_isolates() {
@@ -573,6 +607,7 @@ void all_of() {
   test_forward_without_negatives<T>();
   test_forward_isolates_rows<T>();
   test_backward_tile<T>();
+  test_probabilities_of_large_logits<T>();
   test_backward_isolates<T>();
   test_exp<T>();
   test_project<T>();
