@@ -120,15 +120,25 @@ class AdaCosMargin(CosFaceMargin):
 
         s <- log( mean_i sum_{j != y} e^{s cos_ij} ) / cos( min(pi / 4, median_i theta_i) )
 
+    s is kept within bounds, which neither the paper nor the public code does: with a few classes in two dimensions
+    it would grow from batch to batch without end, or fall below 0, where all negatives are opposite.
     State: `scale`.
+
+    Args:
+        margin: m.
+        scale: the first s.
+        bounds: (low, high) of s; None: a quarter and four times the first.
 
     Source: Zhang et al., AdaCos, arXiv:1905.00292, Eq. 15-17.
     """
 
     scale: Tensor
 
-    def __init__(self, margin: float, scale: float) -> None:
+    def __init__(self, margin: float, scale: float, *, bounds: Sequence[float] | None = None) -> None:
         super().__init__(margin)
+        self.bounds = _check_pair("bounds", (scale / 4, 4 * scale) if bounds is None else bounds)
+        check_interval("the smallest scale", self.bounds[0], "(0, inf)", math.ulp(0.0), math.inf)
+        check_interval("the largest scale", self.bounds[1], "[smallest, inf)", self.bounds[0], math.inf)
         self._register_state("scale", scale)
 
     def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
@@ -136,7 +146,7 @@ class AdaCosMargin(CosFaceMargin):
             lse = (scale * top + log_sum).detach().double()  # (N,)
             mean = lse.where(rows.valid, -math.inf).logsumexp(0) - rows.valid.sum().double().log()
             theta = _angle(cos.detach()).where(rows.valid, math.nan).nanmedian().clamp_max(math.pi / 4)
-            update_average(self.scale, mean / theta.cos(), rate=1)
+            update_average(self.scale, (mean / theta.cos()).clamp(*self.bounds), rate=1)
         return super().loss(top, log_sum, cos, scale, rows)
 
 
@@ -237,12 +247,16 @@ class MVSoftmaxMargin(Margin):
 
 
 class CombinedMargin(Margin):
-    """psi = cos(m1 theta + m2) - m3: SphereFace's, ArcFace's and CosFace's margin at once, without a guard.
+    """psi = cos(m1 theta + m2) - m3: SphereFace's, ArcFace's and CosFace's margin at once.
+
+    Beyond m1 theta + m2 = pi the cosine would rise again; it is continued to fall, as `SphereFaceMargin` has it.
 
     Args:
-        margins: m1 >= 1, m2 in [0, pi) radians, m3.
-        filter_above: insightface's inter-class filter: a negative cosine above it is taken for 0, because its
-            class is likely to be the same person under another label. None: no filter.
+        margins: m1 >= 1, m2 in [0, pi) radians, m3. insightface's code leaves m1 and m2 out once m3 > 0: the same
+            as (1, 0, m3) here.
+        filter_above: insightface's inter-class filter: a negative cosine above it, in (0, 1], is taken for 0,
+            because its class is likely to be the same person under another label. None or 0: no filter.
+        guard: continue psi as above; None: unless straight_through, since insightface's has no guard.
         straight_through: the gradient of psi = c, as in insightface; Paddle's is exact.
 
     Source: Deng et al., ArcFace, arXiv:1801.07698, Eq. 4; deepinsight/insightface
@@ -257,6 +271,7 @@ class CombinedMargin(Margin):
         margins: Sequence[float] = (1.0, 0.5, 0.0),
         *,
         filter_above: float | None = None,
+        guard: bool | None = None,
         straight_through: bool = False,
     ) -> None:
         super().__init__(straight_through=straight_through)
@@ -266,20 +281,23 @@ class CombinedMargin(Margin):
         check_interval("m2", margins[1], "[0, pi) radians", 0, math.pi)
         check_margin(margins[2])
         if filter_above is not None:
-            check_interval("filter_above", filter_above, "[-1, 1]", -1, math.nextafter(1, 2))
-        self.margins, self.filter_above = tuple(margins), filter_above
-        self.reshapes_negatives = filter_above is not None
+            check_interval("filter_above", filter_above, "[0, 1]", 0, math.nextafter(1, 2))
+        self.margins, self.filter_above = tuple(margins), filter_above or None
+        self.guard = not straight_through if guard is None else guard
+        self.reshapes_negatives = self.filter_above is not None
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         return torch.full_like(cos, self.filter_above or 0.0), cos.new_zeros(3)
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
         m1, m2, m3 = self.margins
-        return torch.cos(m1 * _angle(cos) + m2) - m3
+        angle = m1 * _angle(cos) + m2  # (N,)
+        return (_falling_cos(angle) if self.guard else angle.cos()) - m3
 
     def extra_repr(self) -> str:
         return (
-            f"margins={self.margins}, filter_above={self.filter_above}, straight_through={self.straight_through}"
+            f"margins={self.margins}, filter_above={self.filter_above}, guard={self.guard}, "
+            f"straight_through={self.straight_through}"
         )
 
 
@@ -302,9 +320,7 @@ class SphereFaceMargin(Margin):
         self.margin = margin
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
-        angle = self.margin * _angle(cos)  # (N,)
-        k = (angle.detach() / math.pi).floor()  # (N,)
-        return (1 - 2 * (k % 2)) * torch.cos(angle) - 2 * k
+        return _falling_cos(self.margin * _angle(cos))
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, straight_through={self.straight_through}"
@@ -382,7 +398,8 @@ class AdaFaceMargin(Margin):
         straight_through: the gradient of psi = c, as in CVLface.
 
     Raises:
-        ValueError: all norms are 1: embeddings were normalised. On the CPU alone, where it needs no wait.
+        ValueError: several samples all have norm 1: embeddings were normalised. On the CPU alone, where that
+            needs no wait.
 
     Source: Kim et al., AdaFace, arXiv:2204.00964, Eq. 15-17; mk-minchul/AdaFace (head.py, whose command line has
     rate 0.01). There the cosines of other classes are kept within 0.999 too; here they are not.
@@ -525,7 +542,8 @@ class KappaFaceMargin(Margin):
             )
         r = class_sums.double().norm(dim=1) / self.class_counts  # (C,)
         kappa = r * (class_sums.shape[1] - r**2) / (1 - r**2)  # (C,); infinite for a class of one sample
-        kappa = kappa.where(kappa.isfinite() & (kappa >= 0), kappa[kappa.isfinite()].max())
+        largest = kappa.where(kappa.isfinite(), 0).max()  # 0 where every class is a single point
+        kappa = kappa.where(kappa.isfinite() & (kappa >= 0), largest)
         z = ((kappa - kappa.mean()) / kappa.std()).nan_to_num(0)  # (C,)
         size = (1 + torch.cos(torch.pi / 1.05 * self.class_counts / self.class_counts.max())) / 2  # (C,)
         self.weights.copy_(self.gamma * (1 - torch.sigmoid(self.temperature * z)) + (1 - self.gamma) * size)
@@ -652,6 +670,12 @@ def _angle(cos: Tensor) -> Tensor:
     return torch.atan2(_sine(cos), cos)
 
 
+def _falling_cos(angle: Tensor) -> Tensor:
+    """(-1)^k cos(a) - 2k with k = floor(a / pi), which falls for any a >= 0."""
+    k = (angle.detach() / math.pi).floor()
+    return (1 - 2 * (k % 2)) * torch.cos(angle) - 2 * k
+
+
 def _cos_of_sum(cos: Tensor, angle: float) -> Tensor:
     return cos * math.cos(angle) - _sine(cos) * math.sin(angle)
 
@@ -672,8 +696,8 @@ def _check_pair(name: str, values: Sequence[float]) -> tuple[float, float]:
 
 
 def _refuse_unit_norms(norms: Tensor, valid: Tensor) -> None:
-    if torch.compiler.is_compiling() or norms.device.type != "cpu" or not valid.any():
-        return
+    if torch.compiler.is_compiling() or norms.device.type != "cpu" or valid.sum() < 2:
+        return  # the norm of one sample may be 1 by chance
     if bool(((norms - 1).abs() < UNIT_NORM)[valid].all()):
         seen = norms[valid]
         raise ValueError(
