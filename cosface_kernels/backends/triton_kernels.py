@@ -527,7 +527,6 @@ def logit_gradients(
     row_log_sum = tl.load(log_sum + rows, mask=active, other=float("inf"))
     row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
-    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)
     cos = dot * x_inverse[:, None] * _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
     is_target = classes[None, :] == target[:, None]
     shaped = cos
@@ -536,11 +535,8 @@ def logit_gradients(
         shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
     # The difference from the largest is class_statistics' own, unless products of another tile round otherwise.
     below = tl.where(is_target, -float("inf"), shaped) - row_top[:, None]
-    p = tl.exp2(
-        tl.minimum(
-            _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL
-        )
-    )
+    log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
+    p = tl.exp2(tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
     slots = tile.to(tl.int64) * N + rows
     if RESHAPE:
         scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
@@ -550,6 +546,7 @@ def logit_gradients(
     tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
 
+    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
     mask = is_row[:, None] & is_class[None, :]
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
     tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
