@@ -27,19 +27,19 @@ class Head:
         return 2 * self.x.numel() * len(self.w)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """loss, lse, target_cos, max_neg, each (N,), and the cache."""
+        """loss, top, log_sum, target_cos, max_neg, each (N,), and the cache."""
         return torch.ops.cosface.lmcl(self.x, self.w, self.labels, self.scale, MARGIN, self.backend)
 
-    def upstream(self, lse: Tensor, target_cos: Tensor) -> tuple[Tensor, Tensor]:
+    def upstream(self, top: Tensor, log_sum: Tensor, target_cos: Tensor) -> tuple[Tensor, Tensor]:
         """The summed loss's gradients of lse and target_cos, (N,) each; the mean's might not fit float16."""
-        ones = torch.ones_like(lse)
-        g_lse, g_cos, _ = fold_loss(self.labels, self.scale, lse, target_cos - MARGIN, ones, None, None)
+        ones = torch.ones_like(top)
+        g_lse, g_cos, _ = fold_loss(self.labels, self.scale, top, log_sum, target_cos - MARGIN, ones, None, None)
         return g_lse, g_cos
 
     def backward(self) -> Callable[..., tuple[Tensor, ...]]:
         """Of (need_dx, need_dw), gives dx, dw and dscale again and again, from one forward."""
-        _, lse, target_cos, _, cache = self.forward()
-        saved = (self.x, self.w, self.labels, self.scale, lse, *self.upstream(lse, target_cos), cache)
+        _, *rows, _, cache = self.forward()  # top, log_sum, target_cos
+        saved = (self.x, self.w, self.labels, self.scale, *rows[:2], *self.upstream(*rows), cache)
         return lambda need_dx=True, need_dw=True: torch.ops.cosface.lmcl_backward(
             *saved, need_dx, need_dw, self.backend
         )

@@ -152,6 +152,7 @@ def other_tiles(dim: int) -> dict[str, Tile]:
     samples, rows = Tile(16, 0, 64, 4, 3), Tile(0, *row_block(dim), 4, 3)
     return {
         "class_norms": rows,
+        "embedding_norms": samples,
         "merge_statistics": samples,
         "normalize_embeddings": samples,
         "finish_embedding_gradients": samples,

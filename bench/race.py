@@ -38,7 +38,7 @@ def examinations(
                 def examine(kernel=kernel, is_forward=is_forward, run=run, tile=tile) -> dict[str, Any]:  # type: ignore[no-untyped-def]
                     with launches.pinned(kernel, tile):
                         differing, first = repeat(kernel, run, repeats)
-                    errors = worst_rows(first[1:4] if is_forward else first[:2], wanted[is_forward])
+                    errors = worst_rows(first[1:5] if is_forward else first[:2], wanted[is_forward])
                     right = all(e <= a for e, a in zip(errors, allowed[is_forward], strict=True))
                     return {
                         "repeats": repeats,
@@ -82,18 +82,18 @@ def _differ(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
 def _expectations(
     head: Head, dtype: torch.dtype, tf32: bool
 ) -> tuple[tuple[list[float], list[float]], tuple[list[Tensor], list[Tensor]]]:
-    """For backward (dx, dw) and forward (lse, target_cos, max_neg): the errors allowed, and what float64 gives.
+    """For backward (dx, dw) and forward (top, log_sum, target_cos, max_neg): errors allowed, and float64's.
 
     Allowed is twice the error of float32 arithmetic on the same inputs, and a few ulp, of logits and of operands.
     """
-    _, lse, target_cos, *_ = head.forward()
-    upstream = head.upstream(lse, target_cos)
+    _, top, log_sum, target_cos, *_ = head.forward()
+    upstream = (top, log_sum, *head.upstream(top, log_sum, target_cos))
 
     def evaluate(number: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         given = replace(head, x=head.x.to(number), w=head.w.to(number), scale=head.scale.to(number))
         inputs = (given.x, given.w, given.labels, given.scale)
-        gradients = reference.backward(*inputs, *(t.to(number) for t in (lse, *upstream)))[:2]
-        return list(gradients), list(reference.forward(*inputs, MARGIN)[1:4])
+        gradients = reference.backward(*inputs, *(t.to(number) for t in upstream))[:2]
+        return list(gradients), list(reference.forward(*inputs, MARGIN)[1:5])
 
     wanted, plain = evaluate(torch.float64), evaluate(torch.float32)
     of_logits = FEW_ULP * SCALE * FLOAT32_EPS

@@ -1,7 +1,7 @@
 """Class weights from other projects and from checkpoints, as a plain (C, D) tensor in a safetensors file.
 
     python -m cosface_kernels.convert insightface OUTPUT_FOLDER weight.safetensors
-    python -m cosface_kernels.convert pml loss.pt weight.safetensors
+    python -m cosface_kernels.convert pml loss.pt weight.safetensors --classes 1000
     python -m cosface_kernels.convert checkpoint FOLDER weight.safetensors --name head/weight
 
 `load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not. Files of torch.save are
@@ -10,11 +10,13 @@ read with weights_only=True, which runs no code of theirs.
 
 import argparse
 import os
+import pickle
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -41,7 +43,7 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
 
     Raises:
         FileNotFoundError: there are no such files, or that of a rank is missing.
-        ValueError: the files' embedding sizes differ.
+        ValueError: the files' embedding sizes differ, or one holds more than tensors and plain numbers.
 
     Source: insightface, recognition/arcface_torch: train_v2.py, partial_fc_v2.py, partial_fc.py.
     """
@@ -54,7 +56,7 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
         )
     shards = []
     for file in files:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = _load(file, mmap=True)
         shards.append(content["state_dict_softmax_fc"]["weight"] if isinstance(content, Mapping) else content)
     if len({shard.shape[1:] for shard in shards}) != 1:
         shapes = ", ".join(
@@ -64,18 +66,30 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
     return torch.cat([shard.detach() for shard in shards])
 
 
-def from_pytorch_metric_learning(state: Mapping[str, Tensor]) -> Tensor:
+def from_pytorch_metric_learning(state: Mapping[str, Tensor], num_classes: int | None = None) -> Tensor:
     """The (C, D) weight from the state_dict of a loss that has a (D, C) `W`, such as `CosFaceLoss`.
+
+    Args:
+        state: of a loss.
+        num_classes: C, if it is to be checked: `SubCenterArcFaceLoss` has a W with several columns a class, which
+            only their number tells.
 
     Raises:
         KeyError: the state has no W, or more than one.
+        ValueError: W has not num_classes columns.
 
     Source: pytorch-metric-learning, losses/large_margin_softmax_loss.py.
     """
     names = [name for name in state if name.rpartition(".")[2] == "W"]
     if len(names) != 1:
         raise KeyError(f"the state should have one entry named W, got {', '.join(state)}.")
-    return state[names[0]].detach().T.contiguous()
+    weight = state[names[0]].detach().T.contiguous()
+    if num_classes not in (None, len(weight)):
+        raise ValueError(
+            f"W should have a column for each of {num_classes} classes, got {len(weight)} columns. The several "
+            "centres a class of SubCenterArcFaceLoss have no place in a head of one each."
+        )
+    return weight
 
 
 def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
@@ -123,6 +137,18 @@ def load_weight_(weight: Tensor, path: str | os.PathLike[str]) -> Tensor:
     return weight
 
 
+def _load(file: Path, **options: Any) -> Any:
+    """What torch.save wrote, if it is tensors, numbers and text in dicts and lists."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors and numbers: a whole module, or numpy's numbers. Reading it "
+            "could run code of whoever wrote it. If that is you, save its state_dict, or the dict without those "
+            f"numbers. ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def _rank_of(file: Path) -> int:
     """The number in a file's name."""
     digits = re.search(r"\d+", file.name)
@@ -134,13 +160,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", choices=("insightface", "pml", "checkpoint"))
     parser.add_argument("input", type=Path, help="a folder of per-rank files, a file of torch.save, a checkpoint")
     parser.add_argument("output", type=Path, help="the safetensors file to write")
+    parser.add_argument(
+        "--classes", type=int, help="how many pml's W must have, which may hold several centres each"
+    )
     parser.add_argument("--name", default="head/weight", help="of the weight in a checkpoint (%(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.source == "insightface":
             weight = from_insightface(args.input)
         elif args.source == "pml":
-            weight = from_pytorch_metric_learning(torch.load(args.input, map_location="cpu", weights_only=True))
+            state = _load(args.input)
+            if not isinstance(state, Mapping):
+                raise ValueError(f"{args.input} should hold a state_dict, got {type(state).__name__}.")
+            weight = from_pytorch_metric_learning(state, args.classes)
+            if args.classes is None:
+                print("--classes was not given: a W of SubCenterArcFaceLoss would pass.", file=sys.stderr)
         else:
             weight = checkpoint.load_tensor(args.input, args.name)
     except (OSError, KeyError, ValueError) as error:

@@ -1,8 +1,8 @@
 """Class-parallel training: each rank of a process group owns some class centres and sees the whole batch.
 
     x = all_gather(x_r)                             (N, D), N = sum of the ranks' N_r
-    lse_r, cos_r, max_r = op(x, w_r, y)             each (N,), over the classes of this rank
-    lse = log sum_r e^{lse_r},  cos_y = sum_r cos_r,  max_neg = max_r max_r
+    top_r, log_sum_r, cos_r, max_r = op(x, w_r, y)  each (N,), over the classes of this rank
+    lse = log sum_r e^{lse_r},  cos_y = sum_r cos_r,  max_neg = max_r max_r,  where lse_r = s top_r + log_sum_r
     dx_r = reduce_scatter(dx)
 
 Between gathering and reducing, every rank computes the same numbers from the same (N,) vectors, so margins, their
@@ -233,9 +233,19 @@ class Exchange:
         x, scale = (_scale_gradient(t, self.world_size) for t in (x, scale))
         return x, self.weight, targets, scale
 
-    def combine(self, lse: Tensor, target_cos: Tensor, max_neg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """lse, target_cos and max_neg, each (N,), over all classes from those over the classes of each rank."""
-        return _combine(lse, target_cos, max_neg, self.group)
+    def combine(
+        self, scale: Tensor, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """top, log_sum, target_cos and max_neg, each (N,), over all classes from those over each rank's.
+
+        Two reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
+        """
+        largest = torch.stack([top.masked_fill(log_sum.isneginf(), -torch.inf), max_neg])  # (2, N)
+        with _naming("combining the shards", self.group):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        all_top = largest[0].masked_fill(largest[0].isneginf(), 0)  # (N,)
+        log_sum, target_cos = _combine(log_sum + scale * (top - all_top), target_cos, self.group)  # (N,) each
+        return all_top, log_sum, target_cos, largest[1].clone()
 
     def sum(self, rows: Tensor) -> Tensor:
         """The sum over the ranks, without a gradient."""
@@ -269,36 +279,31 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """lse = log sum_r e^{lse_r}, d lse / d lse_r = e^{lse_r - lse}, of the mean over the ranks' losses.
+    """log_sum = log sum_r e^{l_r} of l_r = lse_r - s top, and the sum of cos_r.
 
-    Two reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
+    d log_sum / d l_r = e^{l_r - log_sum}. The gradient is that of the mean over the ranks' losses.
     """
 
     @staticmethod
-    def forward(ctx, lse_r, cos_r, max_r, group):  # type: ignore[no-untyped-def]
-        largest = torch.stack([lse_r, max_r])  # (2, N)
-        with _naming("combining the shards", group):
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        top, max_neg = largest[0].masked_fill(largest[0].isneginf(), 0), largest[1]  # (N,)
-        sums = torch.stack([(lse_r - top).exp(), cos_r])  # (2, N)
+    def forward(ctx, l_r, cos_r, group):  # type: ignore[no-untyped-def]
+        sums = torch.stack([l_r.exp(), cos_r])  # (2, N)
         with _naming("combining the shards", group):
             dist.all_reduce(sums, group=group)
-        lse = top + sums[0].log()  # (N,)
+        log_sum = sums[0].log()  # (N,)
         ctx.group = group
-        ctx.save_for_backward(lse_r, lse)
-        ctx.mark_non_differentiable(max_neg)
-        return lse, sums[1].clone(), max_neg.clone()
+        ctx.save_for_backward(l_r, log_sum)
+        return log_sum, sums[1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_lse, g_cos, _):  # type: ignore[no-untyped-def]
-        lse_r, lse = ctx.saved_tensors
-        g = torch.stack([g_lse, g_cos])  # (2, N)
+    def backward(ctx, g_log_sum, g_cos):  # type: ignore[no-untyped-def]
+        l_r, log_sum = ctx.saved_tensors
+        g = torch.stack([g_log_sum, g_cos])  # (2, N)
         with _naming("averaging the ranks' gradients", ctx.group):
             dist.all_reduce(g, group=ctx.group)
         g /= dist.get_world_size(ctx.group)
-        flows = (g[0] != 0) & ~lse_r.isneginf()  # no gradient stays none where lse is nan or has no terms
-        return torch.where(flows, g[0] * (lse_r - lse).exp(), 0), g[1], None, None
+        flows = (g[0] != 0) & ~l_r.isneginf()  # no gradient stays none where log_sum is nan or has no terms
+        return torch.where(flows, g[0] * (l_r - log_sum).exp(), 0), g[1], None
 
 
 class _Replicate(torch.autograd.Function):
@@ -342,7 +347,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 _gather: Callable[..., Tensor] = _Gather.apply
-_combine: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Combine.apply
+_combine: Callable[..., tuple[Tensor, Tensor]] = _Combine.apply
 _replicate: Callable[..., Tensor] = _Replicate.apply
 _dense_gradient: Callable[..., Tensor] = _DenseGradient.apply
 _scale_gradient: Callable[..., Tensor] = _ScaleGradient.apply

@@ -34,6 +34,9 @@ from cosface_kernels.validation import check_positive, check_scale
 class FusedNormalizedSoftmaxLoss(FusedCosFaceLoss):
     """NSL, softmax over scaled cosines: CosFace with m = 0.
 
+    margin and scale are keyword arguments: the third of pytorch-metric-learning's `NormalizedSoftmaxLoss` is a
+    temperature, 1 / scale.
+
     Source: Wang et al., NormFace, arXiv:1704.06369; CosFace, arXiv:1801.09414, Eq. 3.
     """
 
@@ -41,6 +44,7 @@ class FusedNormalizedSoftmaxLoss(FusedCosFaceLoss):
         self,
         num_classes: int,
         embedding_size: int,
+        *,
         margin: float = 0.0,
         scale: float | Tensor = 64.0,
         **options: Any,
@@ -76,7 +80,8 @@ class FusedArcFaceLoss(FusedMarginLoss):
 class FusedCombinedMarginLoss(FusedMarginLoss):
     """psi = cos(m1 theta + m2) - m3; `margin` is (m1, m2, m3); see `CombinedMargin`.
 
-    Source: deepinsight/insightface (recognition/arcface_torch), whose margin_list and s = 64 are the defaults.
+    Source: deepinsight/insightface (recognition/arcface_torch), whose margin_list and s = 64 are the defaults. It
+    trains with straight_through=True, and with (1, 0, m3) where m3 > 0.
     """
 
     def __init__(
@@ -87,10 +92,11 @@ class FusedCombinedMarginLoss(FusedMarginLoss):
         scale: float | Tensor = 64.0,
         *,
         filter_above: float | None = None,
+        guard: bool | None = None,
         straight_through: bool = False,
         **options: Any,
     ) -> None:
-        psi = CombinedMargin(margin, filter_above=filter_above, straight_through=straight_through)
+        psi = CombinedMargin(margin, filter_above=filter_above, guard=guard, straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
 
 
@@ -346,7 +352,7 @@ class FusedAdaCosLoss(FusedMarginLoss):
         s <- log( mean_i sum_{j != y} e^{s cos_ij} ) / cos( min(pi / 4, median_i theta_i) )
 
     That takes a forward pass of its own: 10 N C D of arithmetic a step instead of 8. The scale is a buffer of the
-    margin.
+    margin. It is kept within a quarter and four times sqrt(2) ln(C - 1); see `AdaCosMargin`.
 
     Args:
         margin: m, 0 in the paper; subtracted from the target's cosine.
@@ -367,9 +373,10 @@ class FusedAdaCosLoss(FusedMarginLoss):
     ) -> None:
         if scale is None:
             check_positive("num_classes - 2, of which AdaCos takes a logarithm,", num_classes - 2)
-            scale = math.sqrt(2) * math.log(num_classes - 1)
+        fixed = math.sqrt(2) * math.log(max(num_classes - 1, 2))
+        scale = fixed if scale is None else scale
         check_scale(scale)
-        psi = AdaCosMargin(margin, scale)
+        psi = AdaCosMargin(margin, scale, bounds=(fixed / 4, 4 * fixed))
         super().__init__(num_classes, embedding_size, psi, torch.tensor(float(scale)), **options)
 
     @property

@@ -14,9 +14,10 @@ from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import Exchange
 from cosface_kernels.margins import Margin, Rows
-from cosface_kernels.reference import EPS, compute_dtype, softplus
+from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
+    check_integer,
     check_labels,
     check_margin,
     check_per_sample,
@@ -200,6 +201,8 @@ def margin_softmax_loss(
         check_reduction(reduction)
         check_name(backend)
         check_scale(scale)
+        check_integer("ignore_index", ignore_index)
+        check_integer("cache_bytes", cache_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=ranks is not None)
         if not callable(margin):
             check_margin(margin)
@@ -209,7 +212,7 @@ def margin_softmax_loss(
             check_per_sample("sample_weight", sample_weight, labels)
         if validate_labels is None:
             validate_labels = labels.device.type == "cpu"
-        targets = ops.targets(labels, weight.shape[0], ignore_index, validate_labels)  # (N,)
+        targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate_labels)  # (N,)
     m = 0.0 if callable(margin) else float(margin)
     s = _row_scale(ranks.replicate(scale) if ranks else scale, embeddings, weight)  # (N,)
     if ranks:  # from here on N counts the samples of all ranks
@@ -227,7 +230,7 @@ def margin_softmax_loss(
     rows = Rows(embeddings, targets, weight if ranks is None else None)
     options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}
     if differentiable:
-        options |= {"cache_bytes": cache_bytes, "gradient_tolerance": float(gradient_tolerance)}
+        options |= {"cache_bytes": int(cache_bytes), "gradient_tolerance": float(gradient_tolerance)}
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
             target_cos = _target_cosines(x, w, own_targets)  # (N,)
@@ -236,24 +239,23 @@ def margin_softmax_loss(
     lmcl: Any = ops.lmcl
     if moves:
         lmcl = partial(optim.lmcl, weight, whole_gradient=isinstance(margin, Margin) and margin.reads_weight)
-    loss, lse, target_cos, max_neg, cache = lmcl(x, w, positions, own_s, m, backend, **options)  # each (N,)
-    if ranks:
-        lse, target_cos, max_neg = ranks.combine(lse, target_cos, max_neg)  # each (N,)
+    loss, *rows_of_x, cache = lmcl(x, w, positions, own_s, m, backend, **options)  # each (N,)
+    top, log_sum, target_cos, max_neg = ranks.combine(own_s, *rows_of_x) if ranks else rows_of_x  # each (N,)
     if isinstance(margin, Margin):
         # masked before and after: a nan in an ignored sample must not reach a gradient
-        loss = margin.loss(torch.where(valid, lse, 0), target_cos, s, rows)  # (N,)
+        loss = margin.loss(torch.where(valid, top, 0), torch.where(valid, log_sum, 0), target_cos, s, rows)  # (N,)
         loss = torch.where(valid, loss, 0)  # (N,)
     elif ranks or callable(margin):
         psi = margin(target_cos) if callable(margin) else target_cos - m  # (N,)
         check_per_sample("the margin's result", psi, targets)
-        loss = torch.where(valid, softplus(torch.where(valid, lse - s * psi, 0)), 0)  # (N,)
+        loss = torch.where(valid, softplus(torch.where(valid, excess(s, top, log_sum, psi), 0)), 0)  # (N,)
     if not validate_labels:
         loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
     accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
     sparsity = Sparsity(*ops.kept_entries(cache, len(targets))) if options.get("gradient_tolerance") else None
-    stats = LossStats(lse.detach(), target_cos.detach(), max_neg, accuracy, sparsity)
+    stats = LossStats((s * top + log_sum).detach(), target_cos.detach(), max_neg, accuracy, sparsity)
     if ranks:
         reduced = ranks.keep_own(reduced) if reduction == "none" else reduced
         lse, target_cos, max_neg = map(ranks.keep_own, stats[:3])
@@ -279,8 +281,13 @@ def cosine_logits(
 
     Returns:
         (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
+
+    Raises:
+        ValueError: a shape does not fit, or the scale is not one number; the message shows it.
     """
     check_rows(embeddings, weight)
+    if isinstance(scale, Tensor) and scale.dim():
+        raise ValueError(f"scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
     if getattr(weight, optim.MARK, False):
         optim.note_use(weight)
     dtype = compute_dtype(embeddings, weight)

@@ -16,7 +16,10 @@ def describe() -> str:
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}",
     ]
     for name, backend in BACKENDS.items():
-        reason = backend.unavailable()
+        try:
+            reason = backend.unavailable()
+        except RuntimeError as error:  # COSFACE_CPU_ISA names no set of this processor
+            reason = str(error)
         lines.append(
             f"backend {name}: " + (f"unavailable: {reason}" if reason else f"available: {backend.describe()}")
         )

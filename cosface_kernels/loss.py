@@ -15,6 +15,7 @@ from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
+    check_integer,
     check_margin,
     check_positive,
     check_reduction,
@@ -98,6 +99,8 @@ class FusedMarginLoss(nn.Module):
         check_scale(scale)
         check_reduction(reduction)
         check_name(backend)
+        check_integer("ignore_index", ignore_index)
+        check_integer("cache_bytes", cache_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=process_group is not None)
         if self.normalize_embeddings and not isinstance(scale, Tensor):
             theory.warn_of_scale(scale, num_classes, stacklevel=2)

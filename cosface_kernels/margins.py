@@ -1,9 +1,10 @@
 """The margins of the family: what a loss does to its target's cosine, on (N,) vectors. No kernel knows them.
 
 Letters: c = cos(theta), the (N,) target cosines; psi, what takes their place; s, the scale; lse = log sum_{j != y}
-e^{s cos_ij}. Where a paper and its code differ, the code's formula is here. Gradients are exact unless a margin is
-told to be `straight_through`: the gradient with respect to c is then that of psi(c) = c, as in the code of
-insightface and others, who compute the margin without a graph.
+e^{s cos_ij} = s top + log_sum, where top is the largest of these cosines. Where a paper and its code differ, the
+code's formula is here. Gradients are exact unless a margin is told to be `straight_through`: the gradient with
+respect to c is then that of psi(c) = c, as in the code of insightface and others, who compute the margin without a
+graph.
 
 State (statistics of batches, counters) is in float32 buffers, whatever the dtype of the module. It changes in
 training mode alone, once for each forward pass, and samples that are ignored have no part in it.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cosface_kernels.reference import EPS, softplus
+from cosface_kernels.reference import EPS, excess, softplus
 from cosface_kernels.validation import check_interval, check_margin
 
 UNIT_NORM = 1e-2  # norms that are all this close to 1 are those of normalised embeddings, in any dtype
@@ -66,11 +67,12 @@ class Margin(nn.Module):
         self.straight_through = straight_through
         self._initial: dict[str, float] = {}
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
         """softplus(lse - s psi(c)), and 0 for a sample that has no loss.
 
         Args:
-            lse, cos, scale: (N,), finite for samples without a loss; lse is -inf where there is no other class.
+            top, log_sum, cos, scale: (N,), finite for samples without a loss; log_sum is -inf, and top 0, where
+                there is no other class.
 
         Returns:
             (N,); what it holds for a sample without a loss is dropped.
@@ -78,7 +80,7 @@ class Margin(nn.Module):
         psi = self(cos, rows)  # (N,)
         if self.straight_through:
             psi = cos + (psi - cos).detach()
-        return softplus(torch.where(rows.valid, lse - scale * psi, 0))
+        return softplus(torch.where(rows.valid, excess(scale, top, log_sum, psi), 0))
 
     def reset_parameters(self) -> None:
         """Sets the state to what it was before the first batch."""
@@ -120,25 +122,34 @@ class AdaCosMargin(CosFaceMargin):
 
         s <- log( mean_i sum_{j != y} e^{s cos_ij} ) / cos( min(pi / 4, median_i theta_i) )
 
+    s is kept within bounds, which neither the paper nor the public code does: with a few classes in two dimensions
+    it would grow from batch to batch without end, or fall below 0, where all negatives are opposite.
     State: `scale`.
+
+    Args:
+        margin: m.
+        scale: the first s.
+        bounds: (low, high) of s; None: a quarter and four times the first.
 
     Source: Zhang et al., AdaCos, arXiv:1905.00292, Eq. 15-17.
     """
 
     scale: Tensor
 
-    def __init__(self, margin: float, scale: float) -> None:
+    def __init__(self, margin: float, scale: float, *, bounds: Sequence[float] | None = None) -> None:
         super().__init__(margin)
+        self.bounds = _check_pair("bounds", (scale / 4, 4 * scale) if bounds is None else bounds)
+        check_interval("the smallest scale", self.bounds[0], "(0, inf)", math.ulp(0.0), math.inf)
+        check_interval("the largest scale", self.bounds[1], "[smallest, inf)", self.bounds[0], math.inf)
         self._register_state("scale", scale)
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
         if self.training:
-            mean = (
-                lse.detach().double().where(rows.valid, -math.inf).logsumexp(0) - rows.valid.sum().double().log()
-            )
+            lse = (scale * top + log_sum).detach().double()  # (N,)
+            mean = lse.where(rows.valid, -math.inf).logsumexp(0) - rows.valid.sum().double().log()
             theta = _angle(cos.detach()).where(rows.valid, math.nan).nanmedian().clamp_max(math.pi / 4)
-            update_average(self.scale, mean / theta.cos(), rate=1)
-        return super().loss(lse, cos, scale, rows)
+            update_average(self.scale, (mean / theta.cos()).clamp(*self.bounds), rate=1)
+        return super().loss(top, log_sum, cos, scale, rows)
 
 
 class ArcFaceMargin(Margin):
@@ -238,12 +249,16 @@ class MVSoftmaxMargin(Margin):
 
 
 class CombinedMargin(Margin):
-    """psi = cos(m1 theta + m2) - m3: SphereFace's, ArcFace's and CosFace's margin at once, without a guard.
+    """psi = cos(m1 theta + m2) - m3: SphereFace's, ArcFace's and CosFace's margin at once.
+
+    Beyond m1 theta + m2 = pi the cosine would rise again; it is continued to fall, as `SphereFaceMargin` has it.
 
     Args:
-        margins: m1 >= 1, m2 in [0, pi) radians, m3.
-        filter_above: insightface's inter-class filter: a negative cosine above it is taken for 0, because its
-            class is likely to be the same person under another label. None: no filter.
+        margins: m1 >= 1, m2 in [0, pi) radians, m3. insightface's code leaves m1 and m2 out once m3 > 0: the same
+            as (1, 0, m3) here.
+        filter_above: insightface's inter-class filter: a negative cosine above it, in (0, 1], is taken for 0,
+            because its class is likely to be the same person under another label. None or 0: no filter.
+        guard: continue psi as above; None: unless straight_through, since insightface's has no guard.
         straight_through: the gradient of psi = c, as in insightface; Paddle's is exact.
 
     Source: Deng et al., ArcFace, arXiv:1801.07698, Eq. 4; deepinsight/insightface
@@ -258,6 +273,7 @@ class CombinedMargin(Margin):
         margins: Sequence[float] = (1.0, 0.5, 0.0),
         *,
         filter_above: float | None = None,
+        guard: bool | None = None,
         straight_through: bool = False,
     ) -> None:
         super().__init__(straight_through=straight_through)
@@ -267,20 +283,23 @@ class CombinedMargin(Margin):
         check_interval("m2", margins[1], "[0, pi) radians", 0, math.pi)
         check_margin(margins[2])
         if filter_above is not None:
-            check_interval("filter_above", filter_above, "[-1, 1]", -1, math.nextafter(1, 2))
-        self.margins, self.filter_above = tuple(margins), filter_above
-        self.reshapes_negatives = filter_above is not None
+            check_interval("filter_above", filter_above, "[0, 1]", 0, math.nextafter(1, 2))
+        self.margins, self.filter_above = tuple(margins), filter_above or None
+        self.guard = not straight_through if guard is None else guard
+        self.reshapes_negatives = self.filter_above is not None
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         return torch.full_like(cos, self.filter_above or 0.0), cos.new_zeros(3)
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
         m1, m2, m3 = self.margins
-        return torch.cos(m1 * _angle(cos) + m2) - m3
+        angle = m1 * _angle(cos) + m2  # (N,)
+        return (_falling_cos(angle) if self.guard else angle.cos()) - m3
 
     def extra_repr(self) -> str:
         return (
-            f"margins={self.margins}, filter_above={self.filter_above}, straight_through={self.straight_through}"
+            f"margins={self.margins}, filter_above={self.filter_above}, guard={self.guard}, "
+            f"straight_through={self.straight_through}"
         )
 
 
@@ -303,9 +322,7 @@ class SphereFaceMargin(Margin):
         self.margin = margin
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
-        angle = self.margin * _angle(cos)  # (N,)
-        k = (angle.detach() / math.pi).floor()  # (N,)
-        return (1 - 2 * (k % 2)) * torch.cos(angle) - 2 * k
+        return _falling_cos(self.margin * _angle(cos))
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, straight_through={self.straight_through}"
@@ -385,7 +402,8 @@ class AdaFaceMargin(Margin):
         straight_through: the gradient of psi = c, as in CVLface.
 
     Raises:
-        ValueError: all norms are 1: embeddings were normalised. On the CPU alone, where it needs no wait.
+        ValueError: several samples all have norm 1: embeddings were normalised. On the CPU alone, where that
+            needs no wait.
 
     Source: Kim et al., AdaFace, arXiv:2204.00964, Eq. 15-17; mk-minchul/AdaFace (head.py, whose command line has
     rate 0.01). There the cosines of other classes are kept within 0.999 too; here they are not.
@@ -460,10 +478,10 @@ class MagFaceMargin(Margin):
         m = l_m + (u_m - l_m) / (u_a - l_a) * (rows.norms().clamp(l_a, u_a) - l_a)  # (N,)
         return torch.where(cos > 0, cos * m.cos() - _sine(cos) * m.sin(), cos)
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
         l_a, u_a = self.norms
         a = rows.norms().clamp(l_a, u_a)  # (N,)
-        return super().loss(lse, cos, scale, rows) + self.regularizer * (a / u_a**2 + 1 / a)
+        return super().loss(top, log_sum, cos, scale, rows) + self.regularizer * (a / u_a**2 + 1 / a)
 
     def extra_repr(self) -> str:
         return f"margins={self.margins}, norms={self.norms}, regularizer={self.regularizer}"
@@ -528,7 +546,8 @@ class KappaFaceMargin(Margin):
             )
         r = class_sums.double().norm(dim=1) / self.class_counts  # (C,)
         kappa = r * (class_sums.shape[1] - r**2) / (1 - r**2)  # (C,); infinite for a class of one sample
-        kappa = kappa.where(kappa.isfinite() & (kappa >= 0), kappa[kappa.isfinite()].max())
+        largest = kappa.where(kappa.isfinite(), 0).max()  # 0 where every class is a single point
+        kappa = kappa.where(kappa.isfinite() & (kappa >= 0), largest)
         z = ((kappa - kappa.mean()) / kappa.std()).nan_to_num(0)  # (C,)
         size = (1 + torch.cos(torch.pi / 1.05 * self.class_counts / self.class_counts.max())) / 2  # (C,)
         self.weights.copy_(self.gamma * (1 - torch.sigmoid(self.temperature * z)) + (1 - self.gamma) * size)
@@ -612,9 +631,9 @@ class GBCosFaceMargin(Margin):
         """c - m, which is what has to reach the boundary."""
         return cos - self.margin
 
-    def loss(self, lse: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-        counts = rows.valid & (lse > -math.inf)  # (N,); without another class there is nothing to be told from
-        negative = torch.where(counts, lse, 0) / scale  # (N,)
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        counts = rows.valid & (log_sum > -math.inf)  # (N,); without another class there is nothing to be told from
+        negative = top + torch.where(counts, log_sum, 0) / scale  # (N,)
         middle = ((cos + negative) / 2).detach()  # (N,)
         mean, _ = mean_and_std(middle, counts)
         boundary = self.boundary.where(self.boundary.isfinite(), mean).clamp(*self.bounds)
@@ -655,6 +674,12 @@ def _angle(cos: Tensor) -> Tensor:
     return torch.atan2(_sine(cos), cos)
 
 
+def _falling_cos(angle: Tensor) -> Tensor:
+    """(-1)^k cos(a) - 2k with k = floor(a / pi), which falls for any a >= 0."""
+    k = (angle.detach() / math.pi).floor()
+    return (1 - 2 * (k % 2)) * torch.cos(angle) - 2 * k
+
+
 def _cos_of_sum(cos: Tensor, angle: float) -> Tensor:
     return cos * math.cos(angle) - _sine(cos) * math.sin(angle)
 
@@ -675,8 +700,8 @@ def _check_pair(name: str, values: Sequence[float]) -> tuple[float, float]:
 
 
 def _refuse_unit_norms(norms: Tensor, valid: Tensor) -> None:
-    if torch.compiler.is_compiling() or norms.device.type != "cpu" or not valid.any():
-        return
+    if torch.compiler.is_compiling() or norms.device.type != "cpu" or valid.sum() < 2:
+        return  # the norm of one sample may be 1 by chance
     if bool(((norms - 1).abs() < UNIT_NORM)[valid].all()):
         seen = norms[valid]
         raise ValueError(

@@ -8,10 +8,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.options import Options, Update, empty_cache
-from cosface_kernels.reference import compute_dtype
+from cosface_kernels.reference import compute_dtype, excess
 
 IGNORED, INVALID = -1, -2  # targets that are no class
 
@@ -39,6 +40,15 @@ def _(labels, num_classes, ignore_index, validate=True):  # type: ignore[no-unty
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
 
+def refuse_forward_mode() -> None:
+    """Tangents do not pass through an op; without this, torch.func.jvp would take them for 0."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "The loss has no forward-mode derivative, which torch.func.jvp, jacfwd and dual tensors ask for. "
+            "Take backward, or cosface_kernels.reference.forward, which is plain PyTorch."
+        )
+
+
 @torch.library.custom_op("cosface::lmcl", mutates_args=())
 def lmcl(
     x: Tensor,
@@ -53,24 +63,28 @@ def lmcl(
     normalize_weight: bool = True,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, top, log_sum, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them.
 
-    The arguments after `backend` are those of `Options`; the fifth result, uint8, is lmcl_backward's cache.
+    The arguments after `backend` are those of `Options`; the sixth result, uint8, is lmcl_backward's cache.
     """
+    refuse_forward_mode()
     options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
     if not w.shape[0]:  # a rank that owns no class
-        zeros, nothing = (x.new_full((2, x.shape[0]), fill, dtype=compute_dtype(x, w)) for fill in (0, -torch.inf))
-        return zeros[0], nothing[0].clone(), zeros[1].clone(), nothing[1].clone(), empty_cache(x)
-    loss, lse, target_cos, max_neg, cache = select(backend, x, w, options).forward(
+        fills = (0, 0, -torch.inf, 0, -torch.inf)
+        loss, top, log_sum, target_cos, max_neg = (
+            x.new_full(x.shape[:1], fill, dtype=compute_dtype(x, w)) for fill in fills
+        )
+        return loss, top, log_sum, target_cos, max_neg, empty_cache(x)
+    loss, top, log_sum, target_cos, max_neg, cache = select(backend, x, w, options).forward(
         x, w, targets, scale, margin, options
     )
-    return loss, lse, target_cos, max_neg, cache
+    return loss, top, log_sum, target_cos, max_neg, cache
 
 
 @lmcl.register_fake
 def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0, gradient_tolerance=0.0, *rest):  # type: ignore[no-untyped-def]
-    rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(4))
+    rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(5))
     options = Options(classes, cache_bytes, gradient_tolerance, *rest)
     size = select(backend, x, w, options).cache_size(x, w, options) if w.shape[0] else 0
     return *rows, x.new_empty(size, dtype=torch.uint8)
@@ -82,7 +96,8 @@ def lmcl_backward(
     w: Tensor,
     targets: Tensor,
     scale: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     g_lse: Tensor,
     g_cos: Tensor,
     cache: Tensor,
@@ -100,21 +115,22 @@ def lmcl_backward(
 
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
+    refuse_forward_mode()
     options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
-        return dx, dw, torch.zeros_like(lse)
+        return dx, dw, torch.zeros_like(log_sum)
     return _that_cached(backend, x, w, cache, options).backward(
-        x, w, targets, scale, lse, g_lse, g_cos, cache, options=options, need_dx=need_dx, need_dw=need_dw
+        x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, options=options, need_dx=need_dx, need_dw=need_dw
     )
 
 
 @lmcl_backward.register_fake
-def _(x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, backend, classes=None, *_):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, backend, classes=None, *_):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape if need_dx else (0,))
     rows = w.shape[0] if classes is None else classes.shape[0]
     dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
-    return dx, dw, lse.new_empty(lse.shape)
+    return dx, dw, log_sum.new_empty(log_sum.shape)
 
 
 @torch.library.custom_op("cosface::lmcl_backward_update_", mutates_args=("w", "state"))
@@ -123,7 +139,8 @@ def lmcl_backward_update_(
     w: Tensor,
     targets: Tensor,
     scale: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     g_lse: Tensor,
     g_cos: Tensor,
     cache: Tensor,
@@ -150,14 +167,15 @@ def lmcl_backward_update_(
         classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives, updates=True
     )
     if not w.shape[0]:
-        return x.new_zeros(x.shape if need_dx else 0), torch.zeros_like(lse)
+        return x.new_zeros(x.shape if need_dx else 0), torch.zeros_like(log_sum)
     update = Update.unflat(rule, step, seed, numbers)
     return cast(UpdatingBackend, _that_cached(backend, x, w, cache, options)).backward_update_(
         x,
         w,
         targets,
         scale,
-        lse,
+        top,
+        log_sum,
         g_lse,
         g_cos,
         cache,
@@ -170,8 +188,8 @@ def lmcl_backward_update_(
 
 
 @lmcl_backward_update_.register_fake
-def _(x, w, targets, scale, lse, g_lse, g_cos, cache, state, finite, rule, step, seed, numbers, need_dx, *_):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape if need_dx else (0,)), lse.new_empty(lse.shape)
+def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, state, finite, rule, step, seed, numbers, need_dx, *_):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+    return x.new_empty(x.shape if need_dx else (0,)), log_sum.new_empty(log_sum.shape)
 
 
 @torch.library.custom_op("cosface::apply_update_", mutates_args=("w", "state"))
@@ -213,24 +231,24 @@ def kept_entries(cache: Tensor, samples: int) -> tuple[Tensor, Tensor]:
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, w, targets, scale, ctx.margin, ctx.backend, classes, *settings, thresholds, negatives = inputs
     ctx.settings = settings  # the options that are numbers
-    _, lse, target_cos, max_neg, cache = output
+    _, top, log_sum, target_cos, max_neg, cache = output
     ctx.set_materialize_grads(False)  # that of a cache would be as large
-    ctx.mark_non_differentiable(max_neg, cache)
-    ctx.save_for_backward(x, w, targets, scale, lse, target_cos, classes, cache, thresholds, negatives)
+    ctx.mark_non_differentiable(top, max_neg, cache)
+    ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, classes, cache, thresholds, negatives)
 
 
 def fold_loss(
-    targets: Tensor, scale: Tensor, lse: Tensor, psi: Tensor, *upstream: Tensor | None
+    targets: Tensor, scale: Tensor, top: Tensor, log_sum: Tensor, psi: Tensor, *upstream: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of lse and target_cos with the loss's folded in, and what it adds to dscale; (N,) each.
 
-    upstream: the gradients of loss, lse and target_cos, None where there is none. loss = softplus(z) with
-    z = lse - s psi, where there is a target; no gradient stays none where z is nan.
+    upstream: the gradients of loss, log_sum and target_cos, None where there is none. loss = softplus(z) with
+    z = lse - s psi, where there is a target; no gradient stays none where z is nan. log_sum = lse - s top.
     """
-    g_loss, g_lse, g_cos = (torch.zeros_like(lse) if g is None else g for g in upstream)  # (N,) each
+    g_loss, g_lse, g_cos = (torch.zeros_like(log_sum) if g is None else g for g in upstream)  # (N,) each
     flows = (targets >= 0) & (g_loss != 0)  # (N,)
-    g_z = torch.where(flows, g_loss * torch.sigmoid(lse - scale * psi), 0)  # (N,)
-    return g_lse + g_z, g_cos - scale * g_z, -g_z * psi
+    g_z = torch.where(flows, g_loss * torch.sigmoid(excess(scale, top, log_sum, psi)), 0)  # (N,)
+    return g_lse + g_z, g_cos - scale * g_z, -g_lse * top - g_z * psi
 
 
 def of_all_classes(dw: Tensor, classes: Tensor | None, w: Tensor) -> Tensor:
@@ -242,14 +260,14 @@ def of_all_classes(dw: Tensor, classes: Tensor | None, w: Tensor) -> Tensor:
     )
 
 
-def _backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
-    x, w, targets, scale, lse, target_cos, classes, cache, *negatives = ctx.saved_tensors
+def _backward(ctx, g_loss, _, g_log_sum, g_cos, *__):  # type: ignore[no-untyped-def]
+    x, w, targets, scale, top, log_sum, target_cos, classes, cache, *negatives = ctx.saved_tensors
     need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
     g_lse, g_cos, dscale_of_psi = fold_loss(
-        targets, scale, lse, target_cos - ctx.margin, g_loss, g_lse, g_cos
+        targets, scale, top, log_sum, target_cos - ctx.margin, g_loss, g_log_sum, g_cos
     )  # (N,) each
     dx, dw, dscale = lmcl_backward(
-        x, w, targets, scale, lse, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes,
+        x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes,
         *ctx.settings, *negatives,
     )  # fmt: skip
     dscale = dscale + dscale_of_psi  # (N,)

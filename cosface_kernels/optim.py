@@ -351,13 +351,13 @@ class RowOptimizer(Optimizer):
     def _move(self, weight: Tensor, tensors: tuple[Tensor, ...], need_dx: bool, backend: str | None,
               options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
         """dx and dscale of lmcl_backward's arguments, having moved the rows."""
-        x, w, *_, lse, g_lse, g_cos, _ = tensors
+        x, w, *_, log_sum, g_lse, g_cos, _ = tensors
         if own_rows(weight).data_ptr() != w.data_ptr():
             raise RuntimeError(
                 f"The memory of a weight of shape {tuple(weight.shape)} was replaced between forward and "
                 "backward, so that backward would move the old one."
             )
-        finite = _finite_rows(x, lse, g_lse, g_cos)  # (N,)
+        finite = _finite_rows(x, log_sum, g_lse, g_cos)  # (N,)
         all_finite = None
         if self.grad_scaler is not None or x.device.type == "cpu":
             if not agreed(weight, bool(finite.all())):
@@ -621,24 +621,24 @@ class _MovesRows(torch.autograd.Function):
         ctx.whole_gradient = False
         _owned[weight].nodes.add(ctx)
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
-        _, lse, target_cos, max_neg, cache = outputs
+        _, top, log_sum, target_cos, max_neg, cache = outputs
         ctx.set_materialize_grads(False)  # that of a cache would be as large
-        ctx.mark_non_differentiable(max_neg, cache)
-        ctx.save_for_backward(x, w, targets, scale, lse, target_cos, cache)
+        ctx.mark_non_differentiable(top, max_neg, cache)
+        ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache)
         return outputs
 
     @staticmethod
-    def backward(ctx, g_loss, g_lse, g_cos, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_loss, _, g_log_sum, g_cos, *__):  # type: ignore[no-untyped-def]
         weight, backend, options = ctx.weight, ctx.backend, ctx.options
         adds, whole = _wanted(ctx)
         if adds and not whole:
             ctx.owner._check_ready(weight)
-        x, w, targets, scale, lse, target_cos, cache = ctx.saved_tensors
+        x, w, targets, scale, top, log_sum, target_cos, cache = ctx.saved_tensors
         need_dx, _, _, need_dscale, *_ = ctx.needs_input_grad
         g_lse, g_cos, dscale_of_psi = ops.fold_loss(
-            targets, scale, lse, target_cos - ctx.margin, g_loss, g_lse, g_cos
+            targets, scale, top, log_sum, target_cos - ctx.margin, g_loss, g_log_sum, g_cos
         )  # (N,) each
-        tensors = (x, w, targets, scale, lse, g_lse, g_cos, cache)
+        tensors = (x, w, targets, scale, top, log_sum, g_lse, g_cos, cache)
         dw = None
         if adds and not whole:
             dx, dscale = ctx.owner._move(weight, tensors, need_dx, backend, options)
@@ -668,9 +668,9 @@ def _wanted(node: Any) -> tuple[bool, bool]:
     return adds, adds and node.whole_gradient
 
 
-def _finite_rows(x: Tensor, lse: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
-    """(N,) bool: a sample without a gradient, or with a finite one; lse is -inf without negatives."""
-    finite = x.isfinite().all(1) & (lse < math.inf) & g_lse.isfinite() & g_cos.isfinite()  # (N,)
+def _finite_rows(x: Tensor, log_sum: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
+    """(N,) bool: a sample without a gradient, or with a finite one; log_sum is -inf without negatives."""
+    finite = x.isfinite().all(1) & (log_sum < math.inf) & g_lse.isfinite() & g_cos.isfinite()  # (N,)
     return finite | ((g_lse == 0) & (g_cos == 0))
 
 
@@ -713,7 +713,7 @@ def lmcl(
     *,
     whole_gradient: bool = False,
     **fields: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.lmcl`, whose backward moves w, the weight's rows that are here, if an optimizer of this module owns it.
 
     whole_gradient: the loss has another use of the weight, so that `step()` must move it by an ordinary gradient.

@@ -25,27 +25,37 @@ def softplus(z: Tensor) -> Tensor:
     return torch.logaddexp(z, torch.zeros_like(z))
 
 
+def excess(scale: Tensor, top: Tensor, log_sum: Tensor, psi: Tensor) -> Tensor:
+    """lse - s psi of lse = s top + log_sum, (N,): what is large cancels before it is rounded."""
+    return log_sum + scale * (top - psi)
+
+
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options = PLAIN
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """LMCL per sample, differentiable by autograd.
 
     lse_i = log sum_{j != y_i} e^{z_ij},  loss_i = softplus(lse_i - s_i (cos_iy - m)): CosFace (arXiv:1801.09414),
     Eq. 4, with the target split off, so that a loss of 1e-20 does not cancel to 0. Without a target, cos_iy and
     loss_i are 0 and lse_i runs over all classes.
 
+    lse_i comes as s_i top_i + log_sum_i, where top_i is the largest cos_ij, j != y_i (0 if there is none), and
+    log_sum_i is in [0, log C]: in one number the rounding of a large z would be that of the probabilities.
+
     Returns:
-        loss, lse, target_cos and max_neg = max_{j != y_i} cos_ij, each (N,).
+        loss, top (a constant to autograd), log_sum, target_cos and max_neg = max_{j != y_i} cos_ij, each (N,).
     """
     dtype = compute_dtype(x, w)
     w_hat = F.normalize(w.to(dtype), eps=EPS) if options.normalize_weight else w.to(dtype)  # (C, D)
     cos = F.normalize(x.to(dtype), eps=EPS) @ w_hat.T  # (N, C)
     is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
     target_cos = cos.masked_fill(~is_target, 0).sum(1)  # (N,)
-    lse = (scale[:, None] * _reshape(cos, options)[0]).masked_fill(is_target, -torch.inf).logsumexp(1)  # (N,)
-    max_neg = cos.detach().masked_fill(is_target, -torch.inf).amax(1)  # (N,)
-    loss = softplus(lse - scale * (target_cos - margin)).masked_fill(targets < 0, 0)  # (N,)
-    return loss, lse, target_cos, max_neg
+    shaped, _ = _reshape(cos, options)  # (N, C)
+    max_neg, top = (c.detach().masked_fill(is_target, -torch.inf).amax(1) for c in (cos, shaped))  # (N,) each
+    top = top.where(top > -torch.inf, 0)  # (N,)
+    log_sum = (scale[:, None] * (shaped - top[:, None])).masked_fill(is_target, -torch.inf).logsumexp(1)  # (N,)
+    loss = softplus(excess(scale, top, log_sum, target_cos - margin)).masked_fill(targets < 0, 0)  # (N,)
+    return loss, top, log_sum, target_cos, max_neg
 
 
 def backward(
@@ -53,7 +63,8 @@ def backward(
     w: Tensor,
     targets: Tensor,
     scale: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     g_lse: Tensor,
     g_cos: Tensor,
     *,
@@ -62,8 +73,9 @@ def backward(
     """Gradients from those of lse and target_cos, written out.
 
     G_ij = dL/dcos_ij = s_i g_lse_i p_ij for j != y_i with p_ij = e^{z_ij - lse_i}, and g_cos_i for j = y_i. Where
-    negatives are reshaped, z_ij = s_i N(cos_ij) and G_ij has N'(cos_ij) for a factor. A row without gradient is
-    zero even if its embedding is not finite.
+    negatives are reshaped, z_ij = s_i N(cos_ij) and G_ij has N'(cos_ij) for a factor. The difference of cosines is
+    taken first: it is exact near the largest, if both passes round a cosine alike. A row without gradient is zero
+    even if its embedding is not finite.
 
     Returns:
         dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.
@@ -75,7 +87,8 @@ def backward(
     cos = x_hat @ w_hat.T  # (N, C)
     is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
     shaped, slope = _reshape(cos, options)  # (N, C)
-    p = (scale[:, None] * shaped - lse.where(active, torch.inf)[:, None]).exp()  # (N, C)
+    below = scale[:, None] * (shaped - top.where(active, 0)[:, None])  # (N, C) from the largest
+    p = (below - log_sum.where(active, torch.inf)[:, None]).exp()  # (N, C)
     g_neg = (g_lse[:, None] * p).masked_fill(is_target, 0)  # (N, C)
     g = torch.where(is_target, g_cos[:, None], scale[:, None] * g_neg * slope)  # (N, C)
     dx = _unnormalize(g @ w_hat, (g * cos).sum(1), x_hat, x_norm)

@@ -15,6 +15,12 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
 
+def check_integer(name: str, value: int, least: float = -math.inf) -> None:
+    if not isinstance(value, numbers.Integral) or value < least:
+        kind = "an integer" if least == -math.inf else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {kind}, got {value!r}.")
+
+
 def check_margin(margin: float) -> None:
     if not isinstance(margin, numbers.Real) or not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be a finite number, got {margin!r}.")

@@ -3,13 +3,13 @@
 #include <torch/extension.h>
 
 #include <array>
-#include <cstdlib>
 #include <optional>
 #include <set>
 #include <thread>
 #include <vector>
 
 #include "cpu/memory.h"
+#include "environment.h"
 #include "lmcl.h"
 #include "tensor.h"
 #ifdef COSFACE_CUDA
@@ -25,7 +25,6 @@ namespace {
 using at::Tensor;
 
 cosface::Runtime runtime() {
-  const char* tile = std::getenv("COSFACE_CPU_TILE");
   return {
       at::get_num_threads(),
       [](int64_t parts, const std::function<void(int64_t)>& body) {
@@ -33,7 +32,7 @@ cosface::Runtime runtime() {
           for (int64_t part = first; part < last; ++part) body(part);
         });
       },
-      tile == nullptr ? 0 : std::atoll(tile),
+      cosface::classes_in_environment("COSFACE_CPU_TILE").value_or(0),
   };
 }
 
@@ -89,15 +88,15 @@ struct Arguments {
 };
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                   const Tensor& s, double margin, const Options& options) {
+std::array<Tensor, 5> forward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+                              const Options& options) {
   const Arguments<T> arguments(options.checked(x, w, y, s));
-  Tensor loss = at::empty_like(arguments.s), lse = at::empty_like(loss), target_cos = at::empty_like(loss),
-         max_neg = at::empty_like(loss);
+  Tensor loss = at::empty_like(arguments.s), top = at::empty_like(loss), log_sum = at::empty_like(loss),
+         target_cos = at::empty_like(loss), max_neg = at::empty_like(loss);
   cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), options.raw(), runtime(),
-                           {loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>(),
+                           {loss.mutable_data_ptr<T>(), top.mutable_data_ptr<T>(), log_sum.mutable_data_ptr<T>(),
                             target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>()});
-  return {loss, lse, target_cos, max_neg};
+  return {loss, top, log_sum, target_cos, max_neg};
 }
 
 // Uninitialised memory: for gigabytes, the pages of a tensor of the same size that was freed.
@@ -114,35 +113,39 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                            const Options& options, bool need_dx, bool need_dw) {
+                                            const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
+                                            const Tensor& g_cos, const Options& options, bool need_dx,
+                                            bool need_dw) {
   const Arguments<T> arguments(options.checked(x, w, y, s));
-  const std::vector<Tensor> up = cosface::upstream_of(x, w, lse, g_lse, g_cos);
+  const std::vector<Tensor> up = cosface::upstream_of(x, w, top, log_sum, g_lse, g_cos);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
                       : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
-  cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(),
-                            {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()},
-                            options.raw(), runtime(),
-                            {need_dx ? dx.mutable_data_ptr<T>() : nullptr,
-                             need_dw ? dw.mutable_data_ptr() : nullptr, dscale.mutable_data_ptr<T>()});
+  cosface::lmcl_backward<T>(
+      arguments.batch(), arguments.weight(),
+      {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>(), up[3].const_data_ptr<T>()},
+      options.raw(), runtime(),
+      {need_dx ? dx.mutable_data_ptr<T>() : nullptr, need_dw ? dw.mutable_data_ptr() : nullptr,
+       dscale.mutable_data_ptr<T>()});
   return {dx.to(x.scalar_type()), dw, dscale};
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                           const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                           const Options& options, const cosface::Update& numbers,
-                                           const std::vector<Tensor>& state, bool need_dx) {
+                                           const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
+                                           const Tensor& g_cos, const Options& options,
+                                           const cosface::Update& numbers, const std::vector<Tensor>& state,
+                                           bool need_dx) {
   const Arguments<T> arguments(options.checked(x, w, y, s));
-  const std::vector<Tensor> up = cosface::upstream_of(x, w, lse, g_lse, g_cos);
+  const std::vector<Tensor> up = cosface::upstream_of(x, w, top, log_sum, g_lse, g_cos);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dscale = at::empty_like(up[0]);
   const cosface::Update update = cosface::bound(numbers, w, state);
   cosface::lmcl_backward<T>(
       arguments.batch(), arguments.weight(),
-      {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>()}, options.raw(), runtime(),
+      {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>(), up[3].const_data_ptr<T>()},
+      options.raw(), runtime(),
       {need_dx ? dx.mutable_data_ptr<T>() : nullptr, nullptr, dscale.mutable_data_ptr<T>(), &update});
   return {dx.to(x.scalar_type()), dscale};
 }
@@ -200,10 +203,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       no_gil);
   m.def(
       "lmcl_backward",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-         const Tensor& g_lse, const Tensor& g_cos, const Options& options, bool need_dx, bool need_dw) {
-        return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, lse, g_lse, g_cos,
-                                                                               options, need_dx, need_dw);
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& top,
+         const Tensor& log_sum, const Tensor& g_lse, const Tensor& g_cos, const Options& options, bool need_dx,
+         bool need_dw) {
+        return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, top, log_sum, g_lse,
+                                                                               g_cos, options, need_dx, need_dw);
       },
       no_gil);
   py::class_<cosface::Update>(m, "Update")
@@ -227,12 +231,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("eps", &cosface::Update::eps);
   m.def(
       "lmcl_backward_update",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-         const Tensor& g_lse, const Tensor& g_cos, const Options& options, const cosface::Update& update,
-         const std::vector<Tensor>& state, bool need_dx) {
-        return (cosface::in_double(x, w)
-                    ? backward_update<double>
-                    : backward_update<float>)(x, w, y, s, lse, g_lse, g_cos, options, update, state, need_dx);
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& top,
+         const Tensor& log_sum, const Tensor& g_lse, const Tensor& g_cos, const Options& options,
+         const cosface::Update& update, const std::vector<Tensor>& state, bool need_dx) {
+        return (cosface::in_double(x, w) ? backward_update<double>
+                                         : backward_update<float>)(x, w, y, s, top, log_sum, g_lse, g_cos, options,
+                                                                   update, state, need_dx);
       },
       no_gil);
   m.def("empty_bytes", [](int64_t bytes) { return empty({bytes}, at::kByte); });

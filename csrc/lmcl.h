@@ -61,10 +61,12 @@ struct Options {
   int64_t cache_bytes = 0;
 };
 
-// lse_i = log sum_{j != y_i} e^{z_ij};  loss_i = softplus(lse_i - s_i (target_cos_i - m));  max_neg_i = max cos_ij
+// lse_i = log sum_{j != y_i} e^{z_ij} = s_i top_i + log_sum_i with top_i = max_{j != y_i} N(cos_ij), 0 if there is
+// no j; apart, because where z is large there is no place for log_sum_i in their sum. loss_i = softplus(lse_i -
+// s_i (target_cos_i - m));  max_neg_i = max cos_ij
 template <typename T>
 struct Results {
-  T *loss, *lse, *target_cos, *max_neg;  // (N) each
+  T *loss, *top, *log_sum, *target_cos, *max_neg;  // (N) each
 };
 
 template <typename T>
@@ -73,7 +75,8 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
 
 template <typename T>
 struct Upstream {
-  const T *lse, *g_lse, *g_cos;  // (N) each; a row whose g_lse and g_cos are 0 has no gradient, whatever x holds
+  // (N) each; a row whose g_lse and g_cos are 0 has no gradient, whatever x holds
+  const T *top, *log_sum, *g_lse, *g_cos;
 };
 
 // How rows of the weight move once their gradient g is known, which is multiplied by gradient_factor and then,
@@ -95,7 +98,7 @@ struct Update {
   double lr, weight_decay;
   double momentum, dampening;  // SGD
   bool nesterov;
-  double beta1, beta2, eps;  // AdamW
+  double beta1, beta2, eps;      // AdamW
   const bool* finite = nullptr;  // on a GPU, in its memory: nothing moves if it is there and false
 };
 

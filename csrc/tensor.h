@@ -93,14 +93,15 @@ struct Inputs {
   }
 };
 
-// lse, g_lse and g_cos, (N) each in the dtype of the results.
-inline std::vector<at::Tensor> upstream_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& lse,
-                                           const at::Tensor& g_lse, const at::Tensor& g_cos) {
+// top, log_sum, g_lse and g_cos, (N) each in the dtype of the results.
+inline std::vector<at::Tensor> upstream_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& top,
+                                           const at::Tensor& log_sum, const at::Tensor& g_lse,
+                                           const at::Tensor& g_cos) {
   const at::ScalarType dtype = in_double(x, w) ? at::kDouble : at::kFloat;
   const auto row = [&](const char* name, const at::Tensor& values) {
     return fitting(name, values, {x.size(0)}, x.device(), dtype).contiguous();
   };
-  return {row("lse", lse), row("g_lse", g_lse), row("g_cos", g_cos)};
+  return {row("top", top), row("log_sum", log_sum), row("g_lse", g_lse), row("g_cos", g_cos)};
 }
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {

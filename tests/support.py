@@ -7,7 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ class Backend:
     def lmcl(
         self, x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, **options
     ) -> tuple[Tensor, ...]:
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, self.name, **options)[:4]
+        return with_lse(scale, torch.ops.cosface.lmcl(x, w, targets, scale, margin, self.name, **options))
 
     def loss(self, x: Tensor, w: Tensor, labels: Tensor, **options) -> Tensor:
         return cosface_kernels.cosface_loss(x, w, labels, backend=self.name, **options)
@@ -174,6 +174,18 @@ def random_upstream(problem: Problem, *names: str, seed: int = 1) -> Upstream:
     return Upstream(**{name: torch.randn(len(problem.targets), **double).to(**to) for name in names})
 
 
+def with_lse(scale: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, target_cos and max_neg of the op's outputs."""
+    loss, top, log_sum, target_cos, max_neg, *_ = outputs
+    return loss, scale * top + log_sum, target_cos, max_neg
+
+
+def specification(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return with_lse(scale, reference.forward(x, w, targets, scale, margin))
+
+
 class Result(NamedTuple):
     loss: Tensor
     lse: Tensor
@@ -202,7 +214,7 @@ def evaluate(forward: Forward, problem: Problem, upstream: Upstream) -> Result:
 def evaluate_oracle(problem: Problem, upstream: Upstream) -> Result:
     """The specification on float64 copies."""
     doubled = replace(problem, x=problem.x.double(), w=problem.w.double(), scale=problem.scale.double())
-    return evaluate(reference.forward, doubled, Upstream(*(g if g is None else g.double() for g in upstream)))
+    return evaluate(specification, doubled, Upstream(*(g if g is None else g.double() for g in upstream)))
 
 
 def logits(x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float) -> Tensor:
@@ -262,7 +274,7 @@ def natural_rows(problem: Problem, upstream: Upstream) -> Result:
     x, w, s = problem.x.double(), problem.w.double(), problem.scale.double()
     zeros = torch.zeros_like(s)
     g_loss, g_lse, g_cos = (zeros if g is None else g.double() for g in upstream)
-    _, lse, target_cos, _ = (t.detach() for t in reference.forward(x, w, problem.targets, s, problem.margin))
+    _, lse, target_cos, _ = (t.detach() for t in specification(x, w, problem.targets, s, problem.margin))
     has_target = (problem.targets >= 0).double()
     sigma = torch.sigmoid(lse - s * (target_cos - problem.margin)) * has_target  # (N,)
     is_target = problem.targets[:, None] == torch.arange(w.shape[0], device=w.device)

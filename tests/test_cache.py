@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from support import BF16, F32, F64, evaluate, evaluate_oracle, make_problem, random_upstream, relative_error
+from support import (
+    BF16,
+    F32,
+    F64,
+    evaluate,
+    evaluate_oracle,
+    make_problem,
+    random_upstream,
+    relative_error,
+    with_lse,
+)
 
 from cosface_kernels import FusedCosFaceLoss
 from cosface_kernels.optim import FusedSGD
@@ -13,7 +23,7 @@ STEP = 2.0**-16  # of a cosine in 16-bit fixed point, by which it may be off
 
 def cached(bytes_, classes=None):
     def forward(x, w, targets, scale, margin):
-        return torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu", classes, bytes_)[:4]
+        return with_lse(scale, torch.ops.cosface.lmcl(x, w, targets, scale, margin, "cpu", classes, bytes_))
 
     return forward
 
@@ -45,14 +55,14 @@ def test_every_tile_fits_and_counts():
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     arguments = (problem.targets, problem.scale, 0.35, "cpu", None, 10**9)
     outputs = torch.ops.cosface.lmcl(x, w, *arguments)
-    assert outputs[4].numel() == size
-    lse, target_cos, cache = outputs[1], outputs[2], outputs[4]
+    _, top, log_sum, target_cos, _, cache = outputs
+    assert cache.numel() == size
     zeroed = cache.clone()
     zeroed[64:] = 0
     backward = [
         torch.ops.cosface.lmcl_backward(
-            problem.x, problem.w, problem.targets, problem.scale, lse.detach(), torch.ones(20), torch.zeros(20),
-            kept, True, True, "cpu", None, 10**9,
+            problem.x, problem.w, problem.targets, problem.scale, top, log_sum.detach(), torch.ones(20),
+            torch.zeros(20), kept, True, True, "cpu", None, 10**9,
         )[2]
         for kept in (cache, zeroed)
     ]  # fmt: skip
@@ -108,3 +118,15 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
         head(torch.randn(3, 8), torch.tensor([1, 2, 3]))
     head(torch.randn(3, 8), torch.tensor([1, 2, 3]))
     assert sizes == [0, 64 + 2 * 3 * (50 + 252)]
+
+
+@pytest.mark.parametrize("rows", ["x", "w"])
+def test_rows_whose_norm_overflows(rows):
+    """1e20 squared is infinite in float32, and the row counts as 0, cached or not."""
+    problem = make_problem(6, 40, 8, scale=10.0)
+    getattr(problem, rows)[3] = 1e20
+    upstream = random_upstream(problem, "loss")
+    got, plain = (evaluate(cached(bytes_), problem, upstream) for bytes_ in (10**6, 0))
+    for name in got._fields:
+        torch.testing.assert_close(getattr(got, name), getattr(plain, name), rtol=1e-2, atol=1e-3)
+        assert getattr(got, name).isfinite().all()

@@ -69,8 +69,8 @@ def _fitting(backend, sampled: bool, **numbers) -> tuple[dict[str, Tensor], dict
         options |= {"thresholds": rows(N) / 8, "negatives": rows(3)}
     scale = rows(N).abs() + 1
     forward = torch.ops.cosface.lmcl(x, w, targets, scale, 0.3, backend.name, **options, **numbers)
-    arguments = {"x": x, "w": w, "targets": targets, "scale": scale, "lse": forward[1], "g_lse": g_lse}
-    return {**arguments, "g_cos": g_cos, "cache": forward[4], "dw": dw}, options
+    arguments = {"x": x, "w": w, "targets": targets, "scale": scale, "top": forward[1], "log_sum": forward[2]}
+    return {**arguments, "g_lse": g_lse, "g_cos": g_cos, "cache": forward[5], "dw": dw}, options
 
 
 # name -> what it makes of a tensor that fits
@@ -91,7 +91,7 @@ def _cases():
     for op in OPS:
         names = ("w", "dw", "state") if op == "apply_update_" else ("x", "w", "targets", "scale")
         if op in ("lmcl_backward", "lmcl_backward_update_"):
-            names += ("lse", "g_lse", "g_cos", "cache")
+            names += ("top", "log_sum", "g_lse", "g_cos", "cache")
         if op == "lmcl_backward_update_":
             names += ("state",)
         if op != "apply_update_":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -58,7 +59,7 @@ class Dangerous:
 
 def test_insightface_runs_no_code_of_a_file(tmp_path, capsys):
     torch.save({"state_dict_softmax_fc": {"weight": Dangerous()}}, tmp_path / "checkpoint_gpu_0.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ValueError, match="holds more than tensors and numbers"):
         convert.from_insightface(tmp_path)
     assert "this ran" not in capsys.readouterr().out
 
@@ -111,3 +112,29 @@ def test_sharded_weight(ranks, tmp_path, world, classes):
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(ValueError, match=rf"has a weight of shape \({classes}, 5\), not \(3, 5\)"):
         convert.load_weight_(torch.empty(3, 5), tmp_path / "given.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content", [nn.Linear(2, 3), {"W": torch.ones(2, 3), "lr": np.float64(0.1)}], ids=["module", "numpy"]
+)
+def test_a_file_of_more_than_tensors_is_refused_with_a_sentence(tmp_path, capsys, content):
+    torch.save(content, tmp_path / "loss.pt")
+    assert convert.main(["pml", str(tmp_path / "loss.pt"), str(tmp_path / "weight.safetensors")]) == 1
+    message = capsys.readouterr().err
+    assert "loss.pt holds more than tensors and numbers" in message
+    assert "Traceback" not in message
+
+
+def test_several_centres_a_class_are_seen_by_their_number(tmp_path, capsys):
+    """SubCenterArcFaceLoss has a W of (D, 3 C) by default."""
+    torch.save({"W": torch.randn(8, 30)}, tmp_path / "loss.pt")
+    arguments = ["pml", str(tmp_path / "loss.pt"), str(tmp_path / "weight.safetensors")]
+    assert convert.main([*arguments, "--classes", "10"]) == 1
+    assert "each of 10 classes, got 30 columns" in capsys.readouterr().err
+    assert convert.main(arguments) == 0
+    assert "--classes was not given" in capsys.readouterr().err
+    assert convert.main([*arguments, "--classes", "30"]) == 0
+    assert capsys.readouterr().err == ""
+    torch.save([1], tmp_path / "loss.pt")
+    assert convert.main(arguments) == 1
+    assert "should hold a state_dict, got list" in capsys.readouterr().err

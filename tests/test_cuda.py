@@ -41,9 +41,9 @@ def _step(problem, update, state_dtype=None, classes=None, **options):
         for _ in range(1 if update.rule == "sgd" else 3)
     ]
     inputs = (problem.x, problem.w, problem.targets, problem.scale)
-    _, lse, *_, cache = ops.lmcl(*inputs, 0.35, "cuda_host", classes, **options)
-    g_lse, g_cos = (torch.randn(len(lse), generator=rng, dtype=torch.float64).to(lse.dtype) for _ in range(2))
-    upstream = (lse, g_lse, g_cos, cache)
+    _, top, log_sum, *_, cache = ops.lmcl(*inputs, 0.35, "cuda_host", classes, **options)
+    g_lse, g_cos = (torch.randn(len(top), generator=rng, dtype=torch.float64).to(top.dtype) for _ in range(2))
+    upstream = (top, log_sum, g_lse, g_cos, cache)
     want_dx, dw, want_dscale = ops.lmcl_backward(*inputs, *upstream, True, True, "cuda_host", classes, **options)
     w, moved = problem.w.clone(), [values.clone() for values in state]
     inputs = (problem.x, w, *inputs[2:])

@@ -145,9 +145,9 @@ def _filtered(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     """Partial FC's inter-class filter: what is above 0.2 becomes 0."""
     cos = F.normalize(x) @ F.normalize(w).T
     is_target = F.one_hot(labels, len(w)).bool()
-    theta = cos[is_target].acos()
+    angle = cos[is_target].acos() + 0.5
     logits = torch.where((cos > 0.2) & ~is_target, 0, cos)
-    logits[is_target] = (theta + 0.5).cos()
+    logits[is_target] = torch.where(angle <= math.pi, angle.cos(), -angle.cos() - 2)
     return F.cross_entropy(16 * logits, labels, reduction="none")
 
 
@@ -208,13 +208,18 @@ def _adacos(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(scale * cos, labels, reduction="none")
 
 
+def _combined(theta, *_):
+    angle = 1.2 * theta + 0.3
+    return torch.where(angle <= math.pi, angle.cos(), -angle.cos() - 2) - 0.1
+
+
 LOSSES = {
     "nsl": (FusedNormalizedSoftmaxLoss, Formula(lambda theta, *_: theta.cos())),
     "cosface": (FusedCosFaceLoss, Formula(lambda theta, *_: theta.cos() - 0.35)),
     "arcface": (FusedArcFaceLoss, Formula(_arcface)),
     "combined": (
         lambda *args, **options: FusedCombinedMarginLoss(*args, (1.2, 0.3, 0.1), **options),
-        Formula(lambda theta, *_: torch.cos(1.2 * theta + 0.3) - 0.1),
+        Formula(_combined),
     ),
     "sphereface": (FusedSphereFaceLoss, Formula(_sphereface, 30.0)),
     "a_softmax": (FusedASoftmaxLoss, Formula(_annealed, 1.0, by_norm=True)),
@@ -294,6 +299,8 @@ def test_straight_through_gradient(name, regime):
         theirs = LOSSES[name][1]
         if name == "arcface":  # insightface has no guard
             theirs = Formula(lambda theta, *_: (theta + 0.5).cos())
+        if name == "combined":
+            theirs = Formula(lambda theta, *_: (1.2 * theta + 0.3).cos() - 0.1)
         return theirs(x, w, labels, straight_through=True)
 
     _check_against_formula(head, formula, x, labels)
@@ -616,7 +623,8 @@ def test_repr_shows_the_margin():
         (lambda: FusedCurricularFaceLoss(9, 4, 4.0), r"margin must be in \[0, pi\) radians, got 4.0"),
         (lambda: FusedMVSoftmaxLoss(9, 4, t=-0.1), r"t must be in \[0, inf\), got -0.1"),
         (lambda: FusedMVSoftmaxLoss(9, 4, 3.5, arc=True), r"margin must be in \[0, pi\) radians, got 3.5"),
-        (lambda: FusedCombinedMarginLoss(9, 4, filter_above=40), r"filter_above must be in \[-1, 1\], got 40"),
+        (lambda: FusedCombinedMarginLoss(9, 4, filter_above=40), r"filter_above must be in \[0, 1\], got 40"),
+        (lambda: margins.AdaCosMargin(0.0, 1.0, bounds=(2, 1)), r"largest scale must be in .*, got 1"),
         (lambda: FusedAdaCosLoss(2, 4), r"num_classes - 2, .*, must be a positive integer, got 0"),
         (lambda: FusedCosFaceLoss(9, 4, margins.CosFaceMargin()), "margin must be a finite number, got CosFace"),
     ],
@@ -638,3 +646,62 @@ def test_kappaface_refuses_sums_of_other_classes():
     head = FusedKappaFaceLoss(3, 4, class_counts=[5, 6, 7])
     with pytest.raises(ValueError, match=r"class_sums must have shape \(3, D\), got shape \(4, 3\)"):
         head.margin.update(torch.ones(4, 3))
+
+
+def test_adaface_takes_one_sample_whose_norm_is_one():
+    """By chance; and its statistics need two."""
+    x, w, labels = _problem("random")
+    assert _head("adaface", w)(F.normalize(x[:1]) * 1.005, labels[:1]).isfinite()
+
+
+def test_kappaface_of_classes_that_are_single_points():
+    """Every r is 1 and every kappa infinite: no class is more concentrated than another."""
+    margin = margins.KappaFaceMargin([3, 3, 3], gamma=1.0)
+    margin.update(3 * torch.eye(3))
+    assert margin.weights.tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("num_classes", [3, 4, 60])
+@pytest.mark.parametrize("opposite", [False, True])
+def test_the_scale_of_adacos_stays_within_bounds(num_classes, opposite):
+    """In two dimensions a few classes drive it up without end, and negatives that are all opposite below 0."""
+    head = FusedAdaCosLoss(num_classes, 2)
+    labels = torch.arange(num_classes)
+    fixed = math.sqrt(2) * math.log(num_classes - 1)
+    for _ in range(50):
+        x = head.weight.detach()
+        if opposite:
+            x = torch.tensor([[1.0, 0.0]]).expand(num_classes, 2)
+            head.weight.data.copy_(-x)
+        assert head(x, labels).isfinite()
+        assert fixed / 4 * 0.999 <= head.scale <= 4 * fixed * 1.001
+
+
+@pytest.mark.parametrize("margin", [(1.0, 0.5, 0.0), (1.3, 0.4, 0.1), (3.0, 1.0, 0.0)], ids=str)
+def test_the_combined_margin_falls_up_to_pi(margin):
+    """Without its guard it rises again beyond m1 theta + m2 = pi, as in insightface."""
+    cos = torch.linspace(1, -1, 2001, dtype=torch.float64)
+    psi = margins.CombinedMargin(margin)(cos)
+    assert bool((psi.diff() < 0).all())
+    for bare in (
+        margins.CombinedMargin(margin, guard=False),
+        margins.CombinedMargin(margin, straight_through=True),
+    ):
+        assert bool((bare(cos).diff() > 0).any())
+        falling = margin[0] * cos.acos() + margin[1] <= math.pi
+        torch.testing.assert_close(bare(cos)[falling], psi[falling])
+
+
+def test_no_filter_above_0():
+    """insightface's 0, its default, means off."""
+    x, w, labels = _problem("random")
+    heads = [FusedCombinedMarginLoss(*w.shape, filter_above=above, dtype=w.dtype) for above in (None, 0, 0.0)]
+    for head in heads:
+        head.weight.data.copy_(w)
+    assert len({head(x, labels).item() for head in heads}) == 1
+
+
+def test_the_normalised_softmax_takes_no_third_position():
+    """It is a temperature in pytorch-metric-learning and would be a margin here."""
+    with pytest.raises(TypeError, match="positional"):
+        FusedNormalizedSoftmaxLoss(9, 4, 0.05)

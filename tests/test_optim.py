@@ -148,7 +148,7 @@ def test_frozen_embeddings_and_learned_scale():
 
 def test_opcheck_update():
     x, w, state = torch.randn(3, 4), torch.randn(6, 4), [torch.zeros(6, 4)]
-    rows = [torch.rand(3) for _ in range(4)]
+    rows = [torch.rand(3) for _ in range(5)]
     update = Update("sgd", 1, 0, 1.0, math.inf, 0.1, 0.0, 0.9)
     cache = torch.empty(0, dtype=torch.uint8)
     targets = torch.tensor([0, 5, -1])

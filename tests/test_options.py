@@ -129,10 +129,11 @@ def test_reference_backward_is_its_forward_s_gradient():
     for normalize_weight in (True, False):
         options = Options(**_options(problem, "all", normalize_weight))
         x, w, scale = (t.requires_grad_() for t in (problem.x, problem.w, problem.scale))
-        _, lse, target_cos, _ = reference.forward(x, w, problem.targets, scale, 0.0, options)
+        _, top, log_sum, target_cos, _ = reference.forward(x, w, problem.targets, scale, 0.0, options)
+        lse = scale * top + log_sum
         g_lse, g_cos = torch.randn(2, 9, dtype=torch.float64)
         want = torch.autograd.grad((lse, target_cos), (x, w, scale), (g_lse, g_cos))
-        got = reference.backward(x, w, problem.targets, scale, lse, g_lse, g_cos, options=options)
+        got = reference.backward(x, w, problem.targets, scale, top, log_sum, g_lse, g_cos, options=options)
         for g, r in zip(got, want, strict=True):
             assert relative_error(g, r) < 1e-12
 

@@ -17,6 +17,7 @@ from support import (
     make_problem,
     natural_norms,
     random_upstream,
+    specification,
 )
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def test_statistics_are_those_of_the_negatives():
     problem = make_problem(9, 31, 8, F64, scale=20.0)
     problem.targets[4] = -1
     cos = F.normalize(problem.x) @ F.normalize(problem.w).T
-    _, lse, target_cos, max_neg = reference.forward(
+    _, lse, target_cos, max_neg = specification(
         problem.x, problem.w, problem.targets, problem.scale, problem.margin
     )
     for i, target in enumerate(problem.targets.tolist()):
@@ -127,12 +128,12 @@ def test_written_out_backward_equals_autograd():
     problem.targets[3] = -1
     upstream = random_upstream(problem, "lse", "target_cos")
     want = evaluate_oracle(problem, upstream)
+    inputs = (problem.x, problem.w, problem.targets, problem.scale)
+    _, top, log_sum, *_ = reference.forward(*inputs, problem.margin)
     dx, dw, dscale = reference.backward(
-        problem.x,
-        problem.w,
-        problem.targets,
-        problem.scale,
-        want.lse,
+        *inputs,
+        top,
+        log_sum,
         upstream.lse,
         upstream.target_cos.where(problem.targets >= 0, 0),
     )

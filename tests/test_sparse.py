@@ -97,23 +97,37 @@ def lmcl(i: Inputs, tolerance: float, classes: Tensor | None = None, cache_bytes
 
 
 def backward(i: Inputs, outputs: tuple[Tensor, ...], tolerance: float, classes: Tensor | None = None) -> Gradients:
-    lse, cache = outputs[1], outputs[4]
+    top, log_sum, cache = outputs[1], outputs[2], outputs[5]
     return Gradients(
         *ops.lmcl_backward(
-            i.x, i.w, i.targets, i.scale, lse, i.g_lse, i.g_cos, cache, True, True, "cpu", classes, 0, tolerance
+            i.x,
+            i.w,
+            i.targets,
+            i.scale,
+            top,
+            log_sum,
+            i.g_lse,
+            i.g_cos,
+            cache,
+            True,
+            True,
+            "cpu",
+            classes,
+            0,
+            tolerance,
         )
     )
 
 
 def run(i: Inputs, tolerance: float, classes: Tensor | None = None) -> tuple[Gradients, Sparsity]:
     outputs = lmcl(i, tolerance, classes)
-    return backward(i, outputs, tolerance, classes), Sparsity(*ops.kept_entries(outputs[4], len(i.x)))
+    return backward(i, outputs, tolerance, classes), Sparsity(*ops.kept_entries(outputs[5], len(i.x)))
 
 
 def oracle(i: Inputs) -> Gradients:
     x, w, scale, g_lse, g_cos = (t.double() for t in (i.x, i.w, i.scale, i.g_lse, i.g_cos))
-    lse = reference.forward(x, w, i.targets, scale, 0.35)[1]
-    return Gradients(*reference.backward(x, w, i.targets, scale, lse, g_lse, g_cos))
+    _, top, log_sum, *_ = reference.forward(x, w, i.targets, scale, 0.35)
+    return Gradients(*reference.backward(x, w, i.targets, scale, top, log_sum, g_lse, g_cos))
 
 
 def assert_within_bound(got: Gradients, sparsity: Sparsity, tolerance: float, i: Inputs) -> None:
@@ -226,7 +240,7 @@ def test_exact_and_sparse_samples_in_one_batch(dtypes):
 def test_no_room_is_the_exact_path():
     i = with_cosines(cosines("heavy tail"))
     outputs = lmcl(i, 1e-2, None, 1000)
-    assert bool((ops.kept_entries(outputs[4], N)[1] == 1).all())
+    assert bool((ops.kept_entries(outputs[5], N)[1] == 1).all())
     for mine, exact in zip(backward(i, outputs, 1e-2), run_exact(i), strict=True):
         assert torch.equal(mine, exact)
 
@@ -237,7 +251,7 @@ def test_little_room_is_within_the_bound(room):
     cos = torch.cat([cosines("equal", 3, 30_000), cosines("heavy tail", 5, 30_000)]) * 0.8
     i = with_cosines(cos, scale=80.0)
     outputs = lmcl(i, 1e-2, None, room)
-    sparsity = Sparsity(*ops.kept_entries(outputs[4], 8))
+    sparsity = Sparsity(*ops.kept_entries(outputs[5], 8))
     assert bool(sparsity.exact[:3].all())
     assert_within_bound(backward(i, outputs, 1e-2), sparsity, 1e-2, i)
 
@@ -370,7 +384,7 @@ def test_weights_that_are_not_normalised():
         ops.lmcl(i.x, w, i.targets, i.scale, 0.35, "cpu", None, 0, 1e-2, normalize)
         for w, normalize in ((torch.nn.functional.normalize(i.w), False), (i.w, True))
     ]
-    for mine, want in zip(*(ops.kept_entries(o[4], N) for o in outputs), strict=True):
+    for mine, want in zip(*(ops.kept_entries(o[5], N) for o in outputs), strict=True):
         torch.testing.assert_close(mine, want)
 
 

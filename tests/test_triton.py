@@ -398,11 +398,12 @@ def test_no_grid_passes_what_a_gpu_takes(backend, num_samples, num_classes, dim,
     monkeypatch.setattr(backend_triton, "kernels", Launches())
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(2**24))
     x, w = torch.empty(num_samples, dim, device="meta"), torch.empty(num_classes, dim, device="meta")
-    rows = [torch.empty(num_samples, device="meta") for _ in range(5)]
+    rows = [torch.empty(num_samples, device="meta") for _ in range(6)]
     tile = triton_tiles.INTERPRETED_TILE
-    backend_triton._forward(x, w, w[:, 0], rows[0], rows[1], 0.0, PLAIN, tile)
+    norms = w[:, 0], rows[0]
+    backend_triton._forward(x, w, norms, rows[0], rows[1], 0.0, PLAIN, tile)
     tiles = dict.fromkeys(GEMM_KERNELS[1:], tile)
-    backend_triton._backward(x, w, w[:, 0], rows, PLAIN, True, True, tiles)
+    backend_triton._backward(x, w, norms, rows, PLAIN, True, True, tiles)
     assert len(grids) >= 7
     for first, *others in grids:
         assert first < 2**31

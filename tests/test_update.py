@@ -160,12 +160,12 @@ def _draw(rule: str, dtype: torch.dtype, num_classes: int, device: str, seed: in
 
 
 def _upstream(w: Tensor, targets: int, samples: int = N):
-    """x, targets, scale, lse, g_lse and g_cos."""
+    """x, targets, scale, top, log_sum, g_lse and g_cos."""
     on_device = {"generator": torch.Generator(w.device).manual_seed(4), "device": w.device}
     compute = reference.compute_dtype(w, w)
     x = torch.randn(samples, D, **on_device).to(compute)
     y = torch.randint(-1, targets, (samples,), **on_device)
-    return [x, y, *(torch.rand(samples, **on_device).to(compute) for _ in range(4))]
+    return [x, y, *(torch.rand(samples, **on_device).to(compute) for _ in range(5))]
 
 
 def _move(
@@ -181,7 +181,7 @@ def _move(
     """dx, dscale, and copies of the weight and its state that have moved."""
     w, state = w.clone(), [values.clone() for values in state]
     x, *rows = upstream
-    cache = ops.lmcl(x, w, *rows[:2], 0.0, name, classes)[4]
+    cache = ops.lmcl(x, w, *rows[:2], 0.0, name, classes)[5]
     outputs = ops.lmcl_backward_update_(x, w, *rows, cache, state, finite, *update.flat(), need_dx, name, classes)
     return *outputs, w, *state
 
@@ -234,7 +234,7 @@ def test_gradient_of_embeddings_sees_the_weight_before_the_step(backend, rule):
     update = replace(UPDATES[rule], lr=1e4)
     dx, dscale, moved, *_ = _move(backend.name, w, state, update, upstream)
     x, *rows = upstream
-    cache = torch.empty(0, dtype=torch.uint8, device=w.device)
+    cache = ops.lmcl(x, w, *rows[:2], 0.0, backend.name)[5]
     want, _, want_dscale = torch.ops.cosface.lmcl_backward(x, w, *rows, cache, True, False, backend.name)
     assert relative_error(dx, want) < 1e-5
     assert relative_error(dscale, want_dscale) < 1e-5
@@ -256,8 +256,8 @@ def test_without_a_gradient_of_embeddings_rows_move_alike(backend):
 @pytest.mark.parametrize("samples", [0, 3], ids=["no_samples", "ignored"])
 def test_without_a_gradient_momentum_and_decay_move_the_rows(backend, samples):
     w, (momentum,) = _draw("sgd", torch.float32, C, backend.device)
-    x, y, scale, lse, g_lse, g_cos = _upstream(w, 4, samples)
-    upstream = [x * torch.nan, torch.full_like(y, -1), scale, lse, g_lse * 0, g_cos * 0]
+    x, y, scale, top, log_sum, g_lse, g_cos = _upstream(w, 4, samples)
+    upstream = [x * torch.nan, torch.full_like(y, -1), scale, top, log_sum, g_lse * 0, g_cos * 0]
     dx, _, moved, new_momentum = _move(backend.name, w, [momentum], UPDATES["sgd"], upstream)
     want = 0.9 * momentum + 0.9 * 0.2 * w
     torch.testing.assert_close(new_momentum, want)
@@ -347,8 +347,8 @@ def test_rounding_depends_on_the_place_in_the_weight(backend):
     """Rows that are chosen are rounded as they are among all; the reference draws for those that it moves."""
     tolerance = 2**-7 if backend.name == "reference" else 0
     w, state = _draw("adamw", torch.bfloat16, 700, backend.device)
-    x, y, scale, lse, g_lse, g_cos = _upstream(w, 4)
-    upstream = [x, y, scale, lse, g_lse * 0, g_cos * 0]  # only decay, of which every row has its own
+    x, y, scale, top, log_sum, g_lse, g_cos = _upstream(w, 4)
+    upstream = [x, y, scale, top, log_sum, g_lse * 0, g_cos * 0]  # only decay, of which every row has its own
     classes = torch.arange(0, 700, 2, device=backend.device)
     everywhere = _move(backend.name, w, state, UPDATES["adamw"], upstream)[2:]
     chosen = _move(backend.name, w, state, UPDATES["adamw"], upstream, classes)[2:]

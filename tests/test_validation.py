@@ -6,9 +6,11 @@ import re
 import pytest
 import torch
 from support import run_python
+from torch.autograd import forward_ad
 
 from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss
 from cosface_kernels.backends import BACKENDS, select
+from cosface_kernels.functional import cosine_logits
 
 
 def _batch(device=None):
@@ -274,3 +276,67 @@ def test_ops_check_their_labels():
     targets = torch.ops.cosface.targets(torch.tensor([4, -100, 0], dtype=torch.int32), 5, -100)
     assert targets.tolist() == [4, -1, 0]
     assert targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("cache_bytes", -5), ("cache_bytes", 1e6), ("ignore_index", None), ("ignore_index", 1.5)]
+)
+def test_an_option_that_is_no_integer(option, value):
+    message = rf"{option} must be an integer.*, got {value}\."
+    if option == "ignore_index":
+        _refused(ValueError, message, ignore_index=value)
+    _refused(ValueError, message, function=margin_softmax_loss, margin=0.1, **{option: value})
+    with pytest.raises(ValueError, match=message):
+        FusedCosFaceLoss(5, 3, **{option: value})
+
+
+def test_logits_take_one_scale():
+    with pytest.raises(ValueError, match=r"scale must be a number or a 0-d tensor, got shape \(4,\)\."):
+        cosine_logits(torch.randn(4, 4), torch.randn(5, 4), scale=torch.ones(4))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("of", ["embeddings", "scale"])
+def test_forward_mode_is_refused(backend, of, requires_grad):
+    """A tangent would not pass through the op, and count as 0."""
+    inputs = {**_batch(backend.device), "scale": torch.tensor(9.0, device=backend.device)}
+    inputs = {
+        k: v.detach().requires_grad_(requires_grad) if v.is_floating_point() else v for k, v in inputs.items()
+    }
+
+    def loss(value):
+        return cosface_loss(**{**inputs, of: value}, backend=backend.name)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(loss, (inputs[of],), (torch.ones_like(inputs[of]),))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"), forward_ad.dual_level():
+        loss(forward_ad.make_dual(inputs[of], torch.ones_like(inputs[of])))
+
+
+@pytest.mark.parametrize("value", ["abc", "1e3", "0", "-4", ""])
+def test_a_tile_that_is_no_number_of_classes(value, monkeypatch):
+    monkeypatch.setenv("COSFACE_CPU_TILE", value)
+    message = rf"COSFACE_CPU_TILE must be a positive number of classes, got '{value}'\."
+    _refused(ValueError, message, backend="cpu")
+
+
+def test_a_tile_of_more_classes_than_there_are(monkeypatch):
+    torch.manual_seed(0)
+    want = cosface_loss(**_batch(), backend="cpu")
+    monkeypatch.setenv("COSFACE_CPU_TILE", str(10**9))
+    torch.manual_seed(0)
+    assert torch.equal(cosface_loss(**_batch(), backend="cpu"), want)
+
+
+def test_an_unknown_instruction_set_never_falls_to_the_reference():
+    code = """
+import torch
+from cosface_kernels import cosface_loss
+from cosface_kernels.info import describe
+print(describe())
+cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]))
+"""
+    done = run_python(code, COSFACE_CPU_ISA="AVX2")
+    assert "COSFACE_CPU_ISA must be one that this processor runs" in done.stderr
+    assert done.returncode != 0
+    assert "backend cpu: unavailable: COSFACE_CPU_ISA must be one" in done.stdout

@@ -8,8 +8,8 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
     describe()                   how it runs on this machine
     cache_size(x, w, options)    bytes that forward leaves for backward, also of tensors without memory
     forward(x, w, targets, scale, margin, options)
-        -> loss, lse, target_cos, max_neg, each (N,), and cache, uint8
-    backward(x, w, targets, scale, lse, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
+        -> loss, top, log_sum, target_cos, max_neg, each (N,), and cache, uint8
+    backward(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
         -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
     backward_update_(..., state=..., finite=..., update=..., options=..., need_dx=...), the same tensors
         -> dx, dscale; w and the optimizer's state move, unless the 0-d `finite` is there and false. Only where

@@ -11,7 +11,7 @@ from cosface_kernels.reference import compute_dtype
 
 
 def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor, *upstream: Tensor) -> None:
-    """Of forward's tensors, and of backward's with lse, g_lse and g_cos.
+    """Of forward's tensors, and of backward's with top, log_sum, g_lse and g_cos.
 
     Raises:
         ValueError: a shape or a device does not fit; the message names the tensor and shows both.
@@ -26,7 +26,7 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     _check_one("w", w, (len(w), D), x.device)
     _check_one("targets", targets, (N,), x.device, torch.int64)
     _check_one("scale", scale, (N,), x.device)
-    for name, values in zip(("lse", "g_lse", "g_cos"), upstream, strict=False):
+    for name, values in zip(("top", "log_sum", "g_lse", "g_cos"), upstream, strict=False):
         _check_one(name, values, (N,), x.device, compute_dtype(x, w))
     if options.thresholds is not None:
         _check_one("thresholds", options.thresholds, (N,), x.device)

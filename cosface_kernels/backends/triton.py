@@ -23,6 +23,7 @@ MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
 TUNING_CLASSES = 1 << 16  # enough to fill a GPU with any tile
 CHUNK_STEP = 256  # a multiple of every tile's number of classes
 PROGRAMS_PER_PROCESSOR = 2
+ALIGNED = 4  # float32 numbers, 16 bytes, for which Triton compiles wide loads
 ROWS, COLUMNS, SPLITS = 16, 64, 64  # blocks of the kernels without a matrix product
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
 
@@ -58,7 +59,8 @@ def _compile_failure() -> str | None:
     """Why a kernel cannot be compiled or launched here (no C compiler, too old a driver), or None."""
     one = torch.ones(1, 1, device="cuda")
     try:
-        _forward(one, one, one[0], one.new_zeros(1, dtype=torch.int64), one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
+        label = one.new_zeros(1, dtype=torch.int64)
+        _forward(one, one, (one[0], one[0]), label, one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
     except (RuntimeError, OSError, triton.errors.TritonError) as error:
         return f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
     return None
@@ -85,48 +87,64 @@ def forward(
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
     with torch.cuda.device_of(x):
-        w_norm = _class_norms(x, w, options)
+        cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
-            return *_four_rows(x), w_norm.view(torch.uint8)
+            return *_five_rows(x), cache
+        norms = _norms(x, w, options, cache)
         some_w, some_options = _tuning_sample(w, options)
         tile = triton_tiles.choose(
             "class_statistics",
             _key(x, w, options),
-            lambda tile: _forward(x, some_w, w_norm, targets, scale, margin, some_options, tile),
+            lambda tile: _forward(x, some_w, norms, targets, scale, margin, some_options, tile),
         )
-        return *_forward(x, w, w_norm, targets, scale, margin, options, tile), w_norm.view(torch.uint8)
+        return *_forward(x, w, norms, targets, scale, margin, options, tile), cache
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    """Of the norms of the classes."""
-    return torch.float32.itemsize * options.count(w) if options.normalize_weight else 0
+    """Of the norms."""
+    return torch.float32.itemsize * (_class_slots(w, options) + x.shape[0])
 
 
-def _class_norms(x: Tensor, w: Tensor, options: Options) -> Tensor:
-    """|w_j| of the classes, (C,) float32; nothing without normalize_weight."""
-    C = options.count(w)
-    w_norm = x.new_empty(C if options.normalize_weight else 0, dtype=torch.float32)
+Norms = tuple[Tensor, Tensor]  # |w_j|, (C,), nothing without normalize_weight, and |x_i|, (N,); float32
+
+
+def _class_slots(w: Tensor, options: Options) -> int:
+    """Places for norms of classes in the cache, so many that those of embeddings behind them are aligned."""
+    return -(-options.count(w) // ALIGNED) * ALIGNED if options.normalize_weight else 0
+
+
+def _norms_in(cache: Tensor, w: Tensor, options: Options) -> Norms:
+    norms, slots = cache.view(torch.float32), _class_slots(w, options)
+    return norms[:slots], norms[slots:]
+
+
+def _norms(x: Tensor, w: Tensor, options: Options, cache: Tensor) -> Norms:
+    """Of these rows, which fill the cache."""
+    (N, D), C = x.shape, options.count(w)
+    w_norm, x_norm = _norms_in(cache, w, options)
+    kernels.embedding_norms[(triton.cdiv(N, ROWS),)](x, x_norm, N, *x.stride(), D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS)
     if options.normalize_weight:
-        block_c, block_d = triton_tiles.row_block(w.shape[1])
+        block_c, block_d = triton_tiles.row_block(D)
         chosen, is_chosen = _chosen(w, options)
         kernels.class_norms[(triton.cdiv(C, block_c),)](
             w, chosen, w_norm, C,
-            D=w.shape[1], BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=is_chosen,
+            D=D, BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=is_chosen,
         )  # fmt: skip
-    return w_norm
+    return w_norm, x_norm
 
 
 def _forward(
     x: Tensor,
     w: Tensor,
-    w_norm: Tensor,
+    norms: Norms,
     targets: Tensor,
     scale: Tensor,
     margin: float,
     options: Options,
     tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     (N, D), C = x.shape, options.count(w)
+    w_norm, x_norm = norms
     scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
     row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
     tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
@@ -136,12 +154,12 @@ def _forward(
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen}
     kernels.class_statistics[row_blocks, splits](
-        x, w, chosen, w_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, N, C,
+        x, w, chosen, w_norm, x_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, N, C,
         *x.stride(), tiles_per_split, **_blocks(tile, x, w), **variant,
     )  # fmt: skip
-    results = _four_rows(x)  # loss, lse, target_cos, max_neg
+    results = _five_rows(x)  # loss, top, log_sum, target_cos, max_neg
     kernels.merge_statistics[(triton.cdiv(N, ROWS),)](
-        top, max_cos, sum_exp, x, w, chosen, targets, scale, *results, N, C, splits, margin, *x.stride(),
+        top, max_cos, sum_exp, x, w, chosen, x_norm, targets, scale, *results, N, C, splits, margin, *x.stride(),
         BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D, OPERAND=_operand(x, w), **variant,
     )  # fmt: skip
     return results
@@ -165,9 +183,8 @@ def _polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
     return options.thresholds.float().contiguous(), options.negatives.float().contiguous()
 
 
-def _four_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = (x.new_empty(len(x), dtype=torch.float32) for _ in range(4))  # an op's outputs share no storage
-    return a, b, c, d
+def _five_rows(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(5))  # an op's outputs share no storage
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +217,8 @@ def _tuned_backward(
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return _backward_of_nothing(x, w, options, need_dx, need_dw, move)
-        per_row = [values.contiguous() for values in per_row]  # targets, scale, lse, g_lse, g_cos: (N,)
-        w_norm = cache.view(torch.float32)  # (C,), or nothing
+        per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
+        norms = _norms_in(cache, w, options)
         key, (some_w, some_options) = _key(x, w, options), _tuning_sample(w, options)
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
 
@@ -210,13 +227,13 @@ def _tuned_backward(
         def choose(kernel: str) -> Tile:
             def run(tile: Tile) -> object:
                 candidate = {**tiles, kernel: tile}
-                return _backward(x, some_w, w_norm, per_row, some_options, need_dx, need_dw, candidate, stay)
+                return _backward(x, some_w, norms, per_row, some_options, need_dx, need_dw, candidate, stay)
 
             return triton_tiles.choose(kernel, key, run)
 
         for kernel in tiles:
             tiles[kernel] = choose(kernel)
-        return _backward(x, w, w_norm, per_row, options, need_dx, need_dw, tiles, move)
+        return _backward(x, w, norms, per_row, options, need_dx, need_dw, tiles, move)
 
 
 def _backward_of_nothing(
@@ -237,7 +254,7 @@ def _backward_of_nothing(
 def _backward(
     x: Tensor,
     w: Tensor,
-    w_norm: Tensor,
+    norms: Norms,
     per_row: list[Tensor],
     options: Options,
     need_dx: bool,
@@ -255,13 +272,14 @@ def _backward(
     over dx to add. Which is faster has not been measured.
     """
     (N, D), C, half = x.shape, options.count(w), operand_dtype(x.dtype, w.dtype)
-    targets, scale, lse, g_lse, g_cos = per_row
+    w_norm, x_norm = norms
+    targets, scale, top, log_sum, g_lse, g_cos = per_row
     of_g, of_dx, of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
     chunk = min(_chunk_classes(x, w, updates=bool(move)), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
     row_blocks, class_tiles = triton.cdiv(N, of_g.n), triton.cdiv(chunk, of_g.c)
 
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
-    x_norm, class_dot = float32(N), float32(row_blocks, chunk)
+    class_dot = float32(row_blocks, chunk)
     negative_dot, target_dot = float32(class_tiles, N).zero_(), float32(N)
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     scale_dot = torch.zeros_like(negative_dot) if reshape else negative_dot
@@ -272,7 +290,7 @@ def _backward(
     unit = _units(scale, g_lse, g_cos)  # (N,)
     largest_unit = unit.amax()
     kernels.normalize_embeddings[(triton.cdiv(N, ROWS),)](
-        x, w, chosen, targets, g_lse, g_cos, unit, largest_unit, x_hat, x_norm, target_dot, N, C, *x.stride(),
+        x, w, chosen, x_norm, targets, g_lse, g_cos, unit, largest_unit, x_hat, target_dot, N, C, *x.stride(),
         D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=_operand(x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
     )  # fmt: skip
 
@@ -284,9 +302,9 @@ def _backward(
     dw_of_chunk = float32(chunk if move else 0, D)
     for first in range(0, C, chunk):
         kernels.logit_gradients[(row_blocks * class_tiles,)](
-            x, w, chosen, w_norm, targets, scale, lse, g_lse, g_cos, *_polynomial(options, scale), x_norm, unit, g,
-            negative_dot, scale_dot, class_dot, N, C, first, chunk, row_blocks, *x.stride(), **_blocks(of_g, x, w),
-            NORMALIZE=normalize, RESHAPE=reshape, CHOSEN=is_chosen,
+            x, w, chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos, *_polynomial(options, scale), x_norm,
+            unit, g, negative_dot, scale_dot, class_dot, N, C, first, chunk, row_blocks, *x.stride(),
+            **_blocks(of_g, x, w), NORMALIZE=normalize, RESHAPE=reshape, CHOSEN=is_chosen,
         )  # fmt: skip
         if need_dx:
             kernels.embedding_gradients[dx_blocks, splits](

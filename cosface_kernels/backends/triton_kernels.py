@@ -1,9 +1,9 @@
 """The Triton kernels of backend `triton`; `triton.py` launches them.
 
 Letters as in `cosface_kernels.reference`: x (N, D), w (C, D), s (N,), cos_ij, z_ij = s_i cos_ij and
-p_ij = e^{z_ij - lse_i}. Products accumulate in float32, logits never leave the chip, offsets are 64-bit, and no
-result is made by atomics: what several programs contribute to goes into a slot each, summed in order. Where
-classes are chosen, class j is row chosen_j of w, read and moved in place.
+p_ij = e^{s_i (cos_ij - top_i) - log_sum_i}. Products accumulate in float32, logits never leave the chip, offsets
+are 64-bit, and no result is made by atomics: what several programs contribute to goes into a slot each, summed in
+order. Where classes are chosen, class j is row chosen_j of w, read and moved in place.
 
 FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has been measured.
 
@@ -148,6 +148,18 @@ def class_norms(
     tl.store(w_norm + classes, norm, mask=is_class)
 
 
+@triton.jit(do_not_specialize=["N"])
+def embedding_norms(
+    x, x_norm, N, x_row_stride, x_column_stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """x_norm (N,), |x_i|, once for both passes: a sum in another order would round the cosines differently."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = rows < N
+    tl.store(
+        x_norm + rows, _norms(x, rows, is_row, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D), mask=is_row
+    )
+
+
 @triton.jit
 def _reshape(cos, thresholds, negatives, rows, is_row):
     """N(c) = (q c + a) c + b where c > tau_i, else c; and N'(c)."""
@@ -164,8 +176,14 @@ def _finite(running_max):
 
 
 @triton.jit
+def _factor(s):
+    """e^{s c} = 2^{factor c}; not 0, which would turn a masked -inf to nan."""
+    return tl.where(s == 0.0, TINY, s * LOG2_E)
+
+
+@triton.jit
 def _shrink(factor, old_max, new_max):
-    """Factor of a sum of 2^{factor (u - max)} when its maximum grows; a sum over nothing stays, be it 0 or nan."""
+    """Factor of a sum of 2^{factor (c - max)} when its maximum grows; a sum over nothing stays, be it 0 or nan."""
     return tl.exp2(factor * tl.where(old_max == -float("inf"), 0.0, old_max - new_max))
 
 
@@ -175,6 +193,7 @@ def class_statistics(
     w,
     chosen,
     w_norm,
+    x_norm,
     targets,
     scale,
     thresholds,
@@ -207,13 +226,8 @@ def class_statistics(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < N
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
-    x_norm = _norms(x, rows, is_row, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D)
-    x_inverse = 1 / tl.maximum(x_norm, EPS)
-    # In the loop u_ij = |x_i| cos_ij, and e^{s cos} = 2^{factor u}. A factor of 0 would turn a masked -inf to nan.
-    # With RESHAPE, u_ij = N(cos_ij).
-    unit = 1.0 if RESHAPE else x_inverse
-    factor = tl.load(scale + rows, mask=is_row, other=0.0) * unit * LOG2_E
-    factor = tl.where(factor == 0.0, TINY, factor)
+    x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
+    factor = _factor(tl.load(scale + rows, mask=is_row, other=0.0))
 
     running_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -240,19 +254,19 @@ def class_statistics(
         )
         w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
         is_negative = is_class[None, :] & (classes[None, :] != target[:, None])
-        u = tl.where(is_negative, dot * w_inverse[None, :], -float("inf"))
+        # Rounded as in logit_gradients; the choice keeps the product out of an fma with what is subtracted.
+        cos = tl.where(is_negative, dot * x_inverse[:, None] * w_inverse[None, :], -float("inf"))
         if RESHAPE:
-            cos = u * x_inverse[:, None]
             running_cos = tl.maximum(running_cos, tl.max(cos, 1))
-            u, _ = _reshape(cos, thresholds, negatives, rows, is_row)
-        new_max = tl.maximum(running_max, tl.max(u, 1))
+            cos, _ = _reshape(cos, thresholds, negatives, rows, is_row)
+        new_max = tl.maximum(running_max, tl.max(cos, 1))
         base = _finite(new_max)
-        terms = tl.exp2(factor[:, None] * u - (factor * base)[:, None])
+        terms = tl.exp2(factor[:, None] * (cos - base[:, None]))
         running_sum = running_sum * _shrink(factor, running_max, base) + tl.sum(terms, 1)
         running_max = new_max
 
     slots = split.to(tl.int64) * N + rows
-    tl.store(top + slots, running_max * unit, mask=is_row)
+    tl.store(top + slots, running_max, mask=is_row)
     if RESHAPE:
         tl.store(max_cos + slots, running_cos, mask=is_row)
     tl.store(sum_exp + slots, running_sum, mask=is_row)
@@ -270,6 +284,7 @@ def _target_cos(
     x,
     w,
     chosen,
+    x_norm,
     target,
     rows,
     is_row,
@@ -283,11 +298,10 @@ def _target_cos(
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """cos of each row with its target, 0 where it has none, and |x_i|; operands rounded as for the product."""
+    """cos of each row with its target, 0 where it has none; operands rounded as for the product."""
     has_target = is_row & (target >= 0) & (target < C)
     w_rows = _weight_rows(chosen, target, has_target, CHOSEN)
     dot = tl.zeros((BLOCK_N,), tl.float32)
-    x_squares = tl.zeros((BLOCK_N,), tl.float32)
     w_squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -296,14 +310,11 @@ def _target_cos(
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
         w_tile = w_tile.to(OPERAND).to(tl.float32)
         dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile, 1)
-        x_tile = x_tile.to(tl.float32)
-        x_squares += tl.sum(x_tile * x_tile, 1)
         w_squares += tl.sum(w_tile * w_tile, 1)
-    x_norm = tl.sqrt(x_squares)
-    cos = dot * (1 / tl.maximum(x_norm, EPS))
+    cos = dot * (1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS))
     if NORMALIZE:
         cos *= 1 / tl.maximum(tl.sqrt(w_squares), EPS)
-    return tl.where(has_target, cos, 0.0), x_norm
+    return tl.where(has_target, cos, 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "C", "splits"])
@@ -314,10 +325,12 @@ def merge_statistics(
     x,
     w,
     chosen,
+    x_norm,
     targets,
     scale,
     loss,
-    lse,
+    row_top,
+    log_sum,
     target_cos,
     max_neg,
     N,
@@ -335,7 +348,7 @@ def merge_statistics(
     RESHAPE: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """The splits' statistics in their order, then LMCL: loss, lse, target_cos and max_neg, (N,) each."""
+    """The splits' statistics in order, then LMCL: loss, row_top, log_sum, target_cos and max_neg, each (N,)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < N
     s = tl.load(scale + rows, mask=is_row, other=0.0)
@@ -358,17 +371,17 @@ def merge_statistics(
         running_max = new_max
 
     is_empty = running_sum == 0.0  # no negatives: with one, the largest term is 1
-    lse_row = s * _finite(running_max) + tl.log(tl.where(is_empty, 1.0, running_sum))
-    lse_row = tl.where(is_empty, -float("inf"), lse_row)
+    log_sum_row = tl.where(is_empty, -float("inf"), tl.log(tl.where(is_empty, 1.0, running_sum)))
     target = tl.load(targets + rows, mask=is_row, other=-1)
-    cos, _ = _target_cos(
-        x, w, chosen, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
+    cos = _target_cos(
+        x, w, chosen, x_norm, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
         NORMALIZE, CHOSEN,
     )  # fmt: skip
-    z = lse_row - s * (cos - margin)
+    z = log_sum_row + s * (_finite(running_max) - (cos - margin))
     softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
     tl.store(loss + rows, tl.where(target >= 0, softplus, 0.0), mask=is_row)
-    tl.store(lse + rows, lse_row, mask=is_row)
+    tl.store(row_top + rows, _finite(running_max), mask=is_row)
+    tl.store(log_sum + rows, log_sum_row, mask=is_row)
     tl.store(target_cos + rows, cos, mask=is_row)
     tl.store(max_neg + rows, running_cos if RESHAPE else running_max, mask=is_row)
 
@@ -384,13 +397,13 @@ def normalize_embeddings(
     x,
     w,
     chosen,
+    x_norm,
     targets,
     g_lse,
     g_cos,
     unit,
     largest_unit,
     x_hat,
-    x_norm,
     target_dot,
     N,
     C,
@@ -403,7 +416,7 @@ def normalize_embeddings(
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """x_hat (N, D) = X_LIFT unit_i / max unit * x_i / |x_i|, the right-hand side of dw; x_norm (N,).
+    """x_hat (N, D) = X_LIFT unit_i / max unit * x_i / |x_i|, the right-hand side of dw.
 
     target_dot: (N,), g_cos cos_iy.
     """
@@ -413,12 +426,12 @@ def normalize_embeddings(
     row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
     active = is_row & _is_active(row_g_lse, row_g_cos)
     target = tl.load(targets + rows, mask=is_row, other=-1)
-    cos, norm = _target_cos(
-        x, w, chosen, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
+    cos = _target_cos(
+        x, w, chosen, x_norm, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
         NORMALIZE, CHOSEN,
     )  # fmt: skip
-    tl.store(x_norm + rows, norm, mask=is_row)
     tl.store(target_dot + rows, row_g_cos * cos, mask=is_row)
+    norm = tl.load(x_norm + rows, mask=active, other=1.0)
     factor = tl.load(unit + rows, mask=is_row, other=1.0) / tl.load(largest_unit) * X_LIFT / tl.maximum(norm, EPS)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -441,7 +454,8 @@ def logit_gradients(
     w_norm,
     targets,
     scale,
-    lse,
+    top,
+    log_sum,
     g_lse,
     g_cos,
     thresholds,
@@ -507,19 +521,22 @@ def logit_gradients(
     # on sm_90, where the other order takes 255 and spills.
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
     s = tl.load(scale + rows, mask=is_row, other=0.0)
-    # Rows and classes that are not there have cos = 0, and lse = inf keeps the p of such rows, and of rows without
-    # negatives, at 0.
-    row_lse = tl.load(lse + rows, mask=active, other=float("inf"))
-    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-    x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
-    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)
+    # Rows and classes that are not there have cos = 0, and log_sum = inf keeps the p of such rows, and of rows
+    # without negatives, at 0.
+    row_top = tl.load(top + rows, mask=active, other=0.0)
+    row_log_sum = tl.load(log_sum + rows, mask=active, other=float("inf"))
+    row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
+    x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
     cos = dot * x_inverse[:, None] * _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
     is_target = classes[None, :] == target[:, None]
     shaped = cos
     if RESHAPE:
         shaped, slope = _reshape(cos, thresholds, negatives, rows, is_row)
         shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
-    p = tl.where(is_target, 0.0, tl.exp2((s * LOG2_E)[:, None] * shaped - (row_lse * LOG2_E)[:, None]))
+    # The difference from the largest is class_statistics' own, unless products of another tile round otherwise.
+    below = tl.where(is_target, -float("inf"), shaped) - row_top[:, None]
+    log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
+    p = tl.exp2(tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
     slots = tile.to(tl.int64) * N + rows
     if RESHAPE:
         scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
@@ -529,6 +546,7 @@ def logit_gradients(
     tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
 
+    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
     mask = is_row[:, None] & is_class[None, :]
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
     tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
@@ -852,7 +870,7 @@ def finish_embedding_gradients(
             part += N * D
         row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
         active = _is_active(row_g_lse, tl.load(g_cos + rows, mask=is_row, other=0.0))
-        norm = tl.load(x_norm + rows, mask=is_row, other=1.0)
+        norm = tl.load(x_norm + rows, mask=is_row & active, other=1.0)
         inverse = 1 / tl.maximum(norm, EPS)
         x_tile = tl.load(
             x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask & active[:, None], other=0.0
@@ -861,5 +879,5 @@ def finish_embedding_gradients(
         dot += tl.load(target_dot + rows, mask=is_row, other=0.0)
         dot = tl.where(norm > EPS, dot, 0.0)  # no projection where the norm was clamped
         unlift = tl.load(unit + rows, mask=is_row, other=1.0) / G_LIFT
-        gradient = (sums * unlift[:, None] - dot[:, None] * x_tile * inverse[:, None]) * inverse[:, None]
+        gradient = (sums * unlift[:, None] - dot[:, None] * (x_tile * inverse[:, None])) * inverse[:, None]
         tl.store(dx + _offsets(rows, d, D, 1), gradient.to(dx.dtype.element_ty), mask=mask)

@@ -23,15 +23,16 @@ inline To bit_cast(From from) {
 inline float sqrt(float v) { return __builtin_sqrtf(v); }
 inline double sqrt(double v) { return __builtin_sqrt(v); }
 
-// e^x. Cody-Waite reduction x = k ln 2 + f, then 1 + f + f^2 q(f) with q the minimax fit of degree 4 on
-// |f| <= ln(2)/2 (relative error 3e-9), then k into the exponent. Below the smallest normal number the result is
-// 0.
+// e^x for x <= 0, and 1 beyond: the distance of a logit from the largest, or the logarithm of a probability, which
+// rounded cosines of a cache could put above 0. Cody-Waite reduction x = k ln 2 + f, then 1 + f + f^2 q(f) with q
+// the minimax fit of degree 4 on |f| <= ln(2)/2 (relative error 3e-9), then k into the exponent. Below the
+// smallest normal number the result is 0.
 inline float exp(float x) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // their sum is ln 2, k * high is exact
-  constexpr float kRound = 12582912.0f;                 // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kMin = -87.33654f, kMax = 88.37626f;  // ln 2^-126, ln 2^127.5
-  float clamped = x > kMax ? kMax : x;                  // written so that nan passes
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kMin = -87.33654f;     // ln 2^-126
+  float clamped = x > 0.0f ? 0.0f : x;   // written so that nan passes
   float shifted = clamped * kLog2E + kRound;
   float k = shifted - kRound;
   float f = (clamped - k * kLn2High) - k * kLn2Low;
@@ -44,7 +45,7 @@ inline float exp(float x) {
   float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + bit_cast<uint32_t>(1.0f));  // 2^k
   return x < kMin ? 0.0f : r * power;
 }
-inline double exp(double x) { return __builtin_exp(x); }
+inline double exp(double x) { return __builtin_exp(x > 0 ? 0 : x); }
 
 // -- matrix product ----------------------------------------------------------------------------------------------
 //
@@ -331,8 +332,9 @@ void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv
 
 template <typename T, bool kReshaped>
 void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                      int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse, const T* g_lse,
-                      const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
+                      int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
+                      const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
+                      double* dscale) {
   T target[kTileRows], dot[kTileRows] = {}, ds[kTileRows] = {};
   const T *tau = negatives.tau, q = negatives.q, a = negatives.a, b = negatives.b;
   targets_in_tile(y, n, first_class, classes, target);
@@ -343,14 +345,14 @@ void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T*
 #pragma omp simd reduction(+ : col)
     for (int64_t i = 0; i < n; ++i) {
       const bool is_target = target[i] == here;
-      const T cos = row[i] * inv;
+      const T cos = row[i] * inv;  // rounded as in forward: other uses than the difference keep it out of an fma
       T shaped = cos, slope = 1;
       if constexpr (kReshaped) {
         const bool hard = cos > tau[i];
         shaped = hard ? (q * cos + a) * cos + b : cos;
         slope = hard ? 2 * q * cos + a : T(1);
       }
-      const T g_neg = g_lse[i] * exp(s[i] * shaped - lse[i]);
+      const T g_neg = g_lse[i] * exp(s[i] * (shaped - top[i]) - log_sum[i]);
       const T p = is_target ? T(0) : g_neg;
       const T g = is_target ? g_cos[i] : s[i] * p * slope;
       ds[i] += p * shaped;
@@ -377,7 +379,7 @@ inline void keep_row(const float* z, int64_t n, float inv_norm, int16_t* kept) {
   }
 }
 inline void recall_row(const int16_t* kept, int64_t n, float inv_norm, float* z) {
-  const float step = kCosineStep / inv_norm;
+  const float step = inv_norm > 0 ? kCosineStep / inv_norm : 0.0f;  // a norm that overflows makes cosines of 0
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) z[i] = static_cast<float>(kept[i]) * step;
 }
@@ -414,11 +416,11 @@ void recall_cosines(const void* kept, int64_t classes, int64_t n, int64_t stride
 
 template <typename T>
 void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                   int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse, const T* g_lse,
-                   const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
+                   int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top, const T* log_sum,
+                   const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
   (negatives.tau ? backward_tile_of<T, true> : backward_tile_of<T, false>)(z, classes, n, stride, inv_norm, y,
-                                                                           first_class, s, negatives, lse, g_lse,
-                                                                           g_cos, col_dot, row_dot, dscale);
+                                                                           first_class, s, negatives, top, log_sum,
+                                                                           g_lse, g_cos, col_dot, row_dot, dscale);
 }
 
 template <typename T>
@@ -738,8 +740,9 @@ int64_t prune(const T* kept, const Place* place, int64_t count, const T* cut, co
 }
 
 template <typename T>
-int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s, const T* lse,
-                  const T* g_lse, T* col_dot, double* dscale, T* g, uint8_t* classes, uint8_t* samples) {
+int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s, const T* top,
+                  const T* log_sum, const T* g_lse, T* col_dot, double* dscale, T* g, uint8_t* classes,
+                  uint8_t* samples) {
   T p[kBatch];
   int64_t left = 0;
   for (int64_t first = 0; first < count; first += kBatch) {
@@ -747,7 +750,7 @@ int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv
 #pragma omp simd
     for (int64_t k = 0; k < some; ++k) {
       const int32_t i = place[first + k] & 255;
-      p[k] = g_lse[i] * exp(s[i] * kept[first + k] - lse[i]);
+      p[k] = g_lse[i] * exp(s[i] * (kept[first + k] - top[i]) - log_sum[i]);
     }
     for (int64_t k = 0; k < some; ++k) {
       const int64_t i = place[first + k] & 255, j = place[first + k] >> 8;

@@ -70,8 +70,8 @@ struct SparseKernels {
   // G_ij / |w_j| of entries, each with its class and sample apart; those of samples with g_lse_i = 0 are left out,
   // and the number of others is returned. Adds G_ij cos_ij to col_dot_j, and g_lse_i p_ij cos_ij to dscale_i.
   int64_t (*gradients)(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s,
-                       const T* lse, const T* g_lse, T* col_dot, double* dscale, T* g, uint8_t* classes,
-                       uint8_t* samples);
+                       const T* top, const T* log_sum, const T* g_lse, T* col_dot, double* dscale, T* g,
+                       uint8_t* classes, uint8_t* samples);
 
   // to = sum_k factor_k rows_{index_k}, or to += it; rows have `width` numbers, a multiple of the panel.
   void (*weighted_sum)(const T* rows, int64_t stride, const uint8_t* index, const T* factor, int64_t count,
@@ -110,12 +110,13 @@ struct Kernels {
                        double* row_sum, T* target_cos);
 
   // Gradient of one tile. z is as in forward_tile and is overwritten by G_ij / |w_j|, where
-  // G_ij = s_i g_lse_i p_ij with p_ij = e^{s_i cos_ij - lse_i} for j != y_i, and g_cos_i for j = y_i. Adds
-  // sum_i G_ij cos_ij to col_dot_j, sum_j G_ij cos_ij to row_dot_i and sum_{j != y_i} g_lse_i p_ij cos_ij to
-  // dscale_i. With reshaped negatives, p_ij and dscale_i have N(cos_ij), and G_ij the factor N'(cos_ij).
+  // G_ij = s_i g_lse_i p_ij with p_ij = e^{s_i (cos_ij - top_i) - log_sum_i} for j != y_i, and g_cos_i for j =
+  // y_i. Adds sum_i G_ij cos_ij to col_dot_j, sum_j G_ij cos_ij to row_dot_i and sum_{j != y_i} g_lse_i p_ij
+  // cos_ij to dscale_i. With reshaped negatives, p_ij and dscale_i have N(cos_ij), and G_ij the factor N'(cos_ij).
   void (*backward_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                        int64_t first_class, const T* s, const Negatives<T>& negatives, const T* lse,
-                        const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale);
+                        int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
+                        const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
+                        double* dscale);
 
   // Cosines <w_j, x_hat_i> / |w_j| of one tile to a cache, class by class, in fixed point of 16 bits for float;
   // and back to z (classes, n), as forward_tile takes it.

@@ -303,32 +303,36 @@ class ExactSamples {
         x_.insert(x_.end(), all.x + i * all.d, all.x + (i + 1) * all.d);
         y_.push_back(all.y[i]);
         s_.push_back(all.s[i]);
-        lse_.push_back(up.lse[i]);
+        top_.push_back(up.top[i]);
+        log_sum_.push_back(up.log_sum[i]);
         g_lse_.push_back(up.g_lse[i]);
         g_cos_.push_back(up.g_cos[i]);
       }
       batch = {x_.data(), y_.data(), s_.data(), static_cast<int64_t>(index_.size()), all.d, {}};
-      upstream = {lse_.data(), g_lse_.data(), g_cos_.data()};
+      upstream = {top_.data(), log_sum_.data(), g_lse_.data(), g_cos_.data()};
     } else {
       s_.assign(all.s, all.s + all.n);
-      lse_.assign(up.lse, up.lse + all.n);
+      top_.assign(up.top, up.top + all.n);
+      log_sum_.assign(up.log_sum, up.log_sum + all.n);
     }
     for (int64_t i = 0; i < batch.n; ++i) {
-      if (!active(i)) lse_[i] = s_[i] = 0;
+      if (!active(i)) top_[i] = log_sum_[i] = s_[i] = 0;
     }
   }
 
   bool active(int64_t i) const { return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0; }
   int64_t index(int64_t i) const { return index_.empty() ? i : index_[i]; }  // among all samples
-  const T* s(int64_t i) const { return &s_[i]; }                             // 0 without gradient, and so lse
-  const T* lse(int64_t i) const { return &lse_[i]; }
+  // 0 without gradient
+  const T* s(int64_t i) const { return &s_[i]; }
+  const T* top(int64_t i) const { return &top_[i]; }
+  const T* log_sum(int64_t i) const { return &log_sum_[i]; }
 
   Batch<T> batch;
   Upstream<T> upstream;
 
  private:
   std::vector<int64_t> index_, y_;
-  std::vector<T> x_, s_, lse_, g_lse_, g_cos_;
+  std::vector<T> x_, s_, top_, log_sum_, g_lse_, g_cos_;
 };
 
 // What each thread sums up for each sample.
@@ -433,8 +437,9 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
       sum += row_sum[part * n + i] * std::exp(s[i] * (row_max[part * n + i] - top));
     }
     results.max_neg[i] = top_cos == kLowest ? -std::numeric_limits<T>::infinity() : top_cos;
-    results.lse[i] = static_cast<T>(batch.s[i] * top + std::log(sum));
-    const T z = results.lse[i] - batch.s[i] * (results.target_cos[i] - margin);
+    results.top[i] = top == kLowest ? 0 : top;
+    results.log_sum[i] = static_cast<T>(std::log(sum));
+    const T z = results.log_sum[i] + batch.s[i] * (results.top[i] - (results.target_cos[i] - margin));
     results.loss[i] = batch.y[i] < 0 ? 0 : softplus(z);
   }
 }
@@ -483,9 +488,9 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
           w.dot(x, i, classes, g, {});
         }
         kernels<T>().backward_tile(g, classes, rows, stride, w.inv_norm, exact.batch.y + i, first, exact.s(i),
-                                   exact.batch.negatives.from(i), exact.lse(i), exact.upstream.g_lse + i,
-                                   exact.upstream.g_cos + i, col_dot, sums.row_dot_of(part, i),
-                                   sums.dscale_of(part, i));
+                                   exact.batch.negatives.from(i), exact.top(i), exact.log_sum(i),
+                                   exact.upstream.g_lse + i, exact.upstream.g_cos + i, col_dot,
+                                   sums.row_dot_of(part, i), sums.dscale_of(part, i));
         if (gradients.dx) {
           kernels<T>().matmul({g, 1, stride}, {w.rows, kernels<T>().panel, w.stride}, sums.dx_hat_of(part, i),
                               x.width, rows, x.width, classes, true,

@@ -51,7 +51,7 @@ struct Partition {
   Partition(int64_t classes, const Runtime& runtime, int64_t most = INT64_MAX) : classes(classes) {
     const int64_t fair = round_up((classes + runtime.threads - 1) / runtime.threads, kClassesStep);
     tile = runtime.tile_classes > 0 ? runtime.tile_classes : std::clamp(fair, kClassesStep, kTileClasses);
-    tile = std::min(tile, most);
+    tile = std::min({tile, most, std::max<int64_t>(classes, 1)});  // buffers are as large as a tile
     tiles = (classes + tile - 1) / tile;
     parts = std::min<int64_t>(runtime.threads, tiles);
   }

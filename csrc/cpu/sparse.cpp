@@ -343,11 +343,18 @@ void Keeper<T>::finish(const Runtime& runtime) {
 
 template <typename T>
 SparseGradient<T>::SparseGradient(const EntryCache<T>& cache, const Batch<T>& batch, const Upstream<T>& upstream)
-    : cache_(cache), batch_(batch), s_(batch.n), lse_(batch.n), g_lse_(batch.n), g_cos_(batch.n) {
+    : cache_(cache),
+      batch_(batch),
+      s_(batch.n),
+      top_(batch.n),
+      log_sum_(batch.n),
+      g_lse_(batch.n),
+      g_cos_(batch.n) {
   for (int64_t i = 0; i < batch.n; ++i) {
     if (cache.exact(i)) continue;
     s_[i] = batch.s[i];
-    lse_[i] = upstream.lse[i];
+    top_[i] = upstream.top[i];
+    log_sum_[i] = upstream.log_sum[i];
     g_lse_[i] = upstream.g_lse[i];
     g_cos_[i] = upstream.g_cos[i];
   }
@@ -397,8 +404,9 @@ void SparseGradient<T>::Walk::block(int64_t i, int64_t count, int64_t classes, T
     for (auto* v : {&g_, &sorted_g_}) v->resize(count);
     for (auto* v : {&class_, &sorted_class_, &sample_}) v->resize(count);
   }
-  const int64_t left = sparse.gradients(cos_, place_, count, w.inv_norm, &of_.s_[i], &of_.lse_[i], &of_.g_lse_[i],
-                                        col_dot, dscale_ + i, g_.data(), class_.data(), sample_.data());
+  const int64_t left =
+      sparse.gradients(cos_, place_, count, w.inv_norm, &of_.s_[i], &of_.top_[i], &of_.log_sum_[i], &of_.g_lse_[i],
+                       col_dot, dscale_ + i, g_.data(), class_.data(), sample_.data());
   cos_ += count;
   place_ += count;
   for (int64_t k = 0; dw.data != nullptr && k < left;) {

@@ -175,7 +175,7 @@ class SparseGradient {
  private:
   const EntryCache<T>& cache_;
   const Batch<T>& batch_;
-  std::vector<T> s_, lse_, g_lse_, g_cos_;  // (N), 0 where a sample is exact
+  std::vector<T> s_, top_, log_sum_, g_lse_, g_cos_;  // (N), 0 where a sample is exact
 };
 
 }  // namespace cosface

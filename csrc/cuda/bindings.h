@@ -31,20 +31,23 @@ void define(py::module_& m, WithDevice with_device) {
       no_gil);
   m.def(
       "cuda_backward",
-      [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-          const Tensor& g_lse, const Tensor& g_cos, const Options& options, bool need_dx, bool need_dw) {
+      [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& top,
+          const Tensor& log_sum, const Tensor& g_lse, const Tensor& g_cos, const Options& options, bool need_dx,
+          bool need_dw) {
         return with_device(x, [&](const Device& device) {
-          return backward(x, w, y, s, lse, g_lse, g_cos, options, need_dx, need_dw, device);
+          return backward(x, w, y, s, top, log_sum, g_lse, g_cos, options, need_dx, need_dw, device);
         });
       },
       no_gil);
   m.def(
       "cuda_backward_update",
-      [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& lse,
-          const Tensor& g_lse, const Tensor& g_cos, const Options& options, const Update& numbers,
-          const std::vector<Tensor>& state, const std::optional<Tensor>& finite, bool need_dx) {
+      [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& top,
+          const Tensor& log_sum, const Tensor& g_lse, const Tensor& g_cos, const Options& options,
+          const Update& numbers, const std::vector<Tensor>& state, const std::optional<Tensor>& finite,
+          bool need_dx) {
         return with_device(x, [&](const Device& device) {
-          return backward_update(x, w, y, s, lse, g_lse, g_cos, options, numbers, state, finite, need_dx, device);
+          return backward_update(x, w, y, s, top, log_sum, g_lse, g_cos, options, numbers, state, finite, need_dx,
+                                 device);
         });
       },
       no_gil);

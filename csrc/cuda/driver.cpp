@@ -5,9 +5,9 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 
+#include "environment.h"
 #include "tensor.h"
 
 namespace cosface::cuda {
@@ -34,12 +34,7 @@ at::ScalarType operand_dtype(at::ScalarType x, at::ScalarType w) {
 int64_t chunk_classes(int64_t n, int64_t d, int64_t classes, int64_t operand_bytes, const Device& device) {
   const int64_t row_bytes = (n + d) * (sizeof(float) + operand_bytes);
   int64_t chunk = std::max(device.l2_bytes / 2 / row_bytes, device.least_chunk);
-  if (const char* wanted = std::getenv("COSFACE_CUDA_CHUNK")) {
-    char* end = nullptr;
-    chunk = std::strtoll(wanted, &end, 10);
-    TORCH_CHECK_VALUE(end != wanted && *end == '\0' && chunk > 0,
-                      "COSFACE_CUDA_CHUNK must be a positive number of classes, got '", wanted, "'.");
-  }
+  chunk = classes_in_environment("COSFACE_CUDA_CHUNK").value_or(chunk);
   return ceil_div(std::min(chunk, classes), kChunkStep) * kChunkStep;
 }
 
@@ -153,23 +148,23 @@ class Step {
 };
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_in(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                      const Tensor& s, double margin, const Options& options,
-                                                      const Device& device) {
+std::array<Tensor, 5> forward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+                                 const Options& options, const Device& device) {
   const Step<T> step(checked(x, w, y, s, options), options.normalize_weight, device);
-  const Tensor loss = at::empty({step.n}, step.sums), lse = at::empty_like(loss),
+  const Tensor loss = at::empty({step.n}, step.sums), top = at::empty_like(loss), log_sum = at::empty_like(loss),
                target_cos = at::zeros_like(loss), max_neg = at::empty_like(loss);
-  const Tensor top = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
-  const Tensor max_cos = options.thresholds ? top.clone() : top;
+  const Tensor tops = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
+  const Tensor max_cos = options.thresholds ? tops.clone() : tops;
   const Tensor sum_exp = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
-  const RunningStatistics<T> running{data<T>(top), data<T>(max_cos), data<double>(sum_exp)};
+  const RunningStatistics<T> running{data<T>(tops), data<T>(max_cos), data<double>(sum_exp)};
   normalize_rows<T>(rows_of(step.x), nullptr, data<T>(step.x_inv_norm), nullptr, device.stream);
   step.each_part(Tensor(), [&](const auto& part) {
     accumulate_statistics(part.chunk, running, data<T>(target_cos), device.stream);
   });
   finish_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
-                    {data<T>(loss), data<T>(lse), data<T>(target_cos), data<T>(max_neg)}, device.stream);
-  return {loss, lse, target_cos, max_neg};
+                    {data<T>(loss), data<T>(top), data<T>(log_sum), data<T>(target_cos), data<T>(max_neg)},
+                    device.stream);
+  return {loss, top, log_sum, target_cos, max_neg};
 }
 
 // (N) powers of two that bound |G_ij| of each row. One per row: then no row of dx depends on the rest of the
@@ -197,17 +192,17 @@ void unnormalize(const Tensor& g_hat, const Tensor& v, const Tensor& inv_norm, c
 // dx, dw and dscale; with an update the rows of w move by dw, of which no more than a chunk exists.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                               const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                               const Options& options, bool need_dx, bool need_dw,
-                                               const Update* update, const Device& device) {
+                                               const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
+                                               const Tensor& g_cos, const Options& options, bool need_dx,
+                                               bool need_dw, const Update* update, const Device& device) {
   const Step<T> step(checked(x, w, y, s, options), options.normalize_weight, device);
-  const std::vector<Tensor> up = upstream_of(x, w, lse, g_lse, g_cos);
-  const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2])};
+  const std::vector<Tensor> up = upstream_of(x, w, top, log_sum, g_lse, g_cos);
+  const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2]), data<T>(up[3])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const Tensor dw = need_dw ? at::empty({step.classes, step.d}, w.options()) : at::empty({0}, w.options());
 
   // Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
-  const Tensor active = up[1].ne(0).logical_or(up[2].ne(0)), unit = units(step.s, up[1], up[2]);
+  const Tensor active = up[2].ne(0).logical_or(up[3].ne(0)), unit = units(step.s, up[2], up[3]);
   const Tensor largest_unit = step.n > 0 ? unit.amax() : at::ones({}, step.sums);
   const Tensor to_x_hat = unit / largest_unit * kEmbeddingLift * active,
                from_dx_hat = unit / kGradientLift * active;
@@ -258,29 +253,29 @@ void apply_in(const Tensor& w, const Tensor& dw, const Update& update, const Dev
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                   const Tensor& s, double margin, const Options& options,
-                                                   const Device& device) {
+std::array<Tensor, 5> forward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+                              const Options& options, const Device& device) {
   return (in_double(x, w) ? forward_in<double> : forward_in<float>)(x, w, y, s, margin, options, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                            const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                            const Options& options, bool need_dx, bool need_dw,
-                                            const Device& device) {
-  return (in_double(x, w) ? backward_in<double> : backward_in<float>)(x, w, y, s, lse, g_lse, g_cos, options,
-                                                                      need_dx, need_dw, nullptr, device);
+                                            const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
+                                            const Tensor& g_cos, const Options& options, bool need_dx,
+                                            bool need_dw, const Device& device) {
+  return (in_double(x, w) ? backward_in<double> : backward_in<float>)(x, w, y, s, top, log_sum, g_lse, g_cos,
+                                                                      options, need_dx, need_dw, nullptr, device);
 }
 
 std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                           const Tensor& lse, const Tensor& g_lse, const Tensor& g_cos,
-                                           const Options& options, const Update& numbers,
+                                           const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
+                                           const Tensor& g_cos, const Options& options, const Update& numbers,
                                            const std::vector<Tensor>& state, const std::optional<Tensor>& finite,
                                            bool need_dx, const Device& device) {
   Update update = bound(numbers, w, state);
   if (finite) update.finite = fitting("finite", *finite, {}, w.device(), at::kBool).const_data_ptr<bool>();
   const auto run = in_double(x, w) ? backward_in<double> : backward_in<float>;
-  const auto [dx, dw, dscale] = run(x, w, y, s, lse, g_lse, g_cos, options, need_dx, false, &update, device);
+  const auto [dx, dw, dscale] =
+      run(x, w, y, s, top, log_sum, g_lse, g_cos, options, need_dx, false, &update, device);
   return {dx, dscale};
 }
 

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,27 +27,26 @@ struct Options {
   std::optional<at::Tensor> thresholds, negatives;
 };
 
-// As in cosface_kernels.reference: loss, lse, target_cos and max_neg.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& w,
-                                                                   const at::Tensor& y, const at::Tensor& s,
-                                                                   double margin, const Options& options,
-                                                                   const Device& device);
+// As in cosface_kernels.reference: loss, top, log_sum, target_cos and max_neg.
+std::array<at::Tensor, 5> forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                                  const at::Tensor& s, double margin, const Options& options,
+                                  const Device& device);
 
 // dx, dw and dscale; what is not needed comes back empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& x, const at::Tensor& w,
                                                         const at::Tensor& y, const at::Tensor& s,
-                                                        const at::Tensor& lse, const at::Tensor& g_lse,
-                                                        const at::Tensor& g_cos, const Options& options,
-                                                        bool need_dx, bool need_dw, const Device& device);
+                                                        const at::Tensor& top, const at::Tensor& log_sum,
+                                                        const at::Tensor& g_lse, const at::Tensor& g_cos,
+                                                        const Options& options, bool need_dx, bool need_dw,
+                                                        const Device& device);
 
-// dx and dscale; the rows of w that take part move, chunk by chunk, and so does their state, unless `finite`, 0-d, is
-// there and false. No dw exists.
-// `numbers`: as cosface_kernels/options.py's Update has them.
+// dx and dscale; the rows of w that take part move, chunk by chunk, and so does their state, unless `finite`, 0-d,
+// is there and false. No dw exists. `numbers`: as cosface_kernels/options.py's Update has them.
 std::tuple<at::Tensor, at::Tensor> backward_update(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
-                                                   const at::Tensor& s, const at::Tensor& lse,
-                                                   const at::Tensor& g_lse, const at::Tensor& g_cos,
-                                                   const Options& options, const Update& numbers,
-                                                   const std::vector<at::Tensor>& state,
+                                                   const at::Tensor& s, const at::Tensor& top,
+                                                   const at::Tensor& log_sum, const at::Tensor& g_lse,
+                                                   const at::Tensor& g_cos, const Options& options,
+                                                   const Update& numbers, const std::vector<at::Tensor>& state,
                                                    const std::optional<at::Tensor>& finite, bool need_dx,
                                                    const Device& device);
 

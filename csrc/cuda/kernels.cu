@@ -89,6 +89,15 @@ __device__ T reduce(T value, Combine combine) {
   return value;
 }
 
+// <x, w> / (|x| |w|), rounded as written: in an fma, the difference of a cosine and the largest would not be that
+// of two numbers that both passes see alike.
+__device__ inline float cosine(float dot, float x_inv_norm, float w_inv_norm) {
+  return __fmul_rn(__fmul_rn(dot, x_inv_norm), w_inv_norm);
+}
+__device__ inline double cosine(double dot, double x_inv_norm, double w_inv_norm) {
+  return __dmul_rn(__dmul_rn(dot, x_inv_norm), w_inv_norm);
+}
+
 // The row of this thread: blocks are (threads of a row, rows of the block).
 __device__ int64_t this_row() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
 
@@ -163,7 +172,7 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
     const auto dots = load<kPack>(dot + j);
     const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
     for (int l = 0; l < kPack; ++l) {
-      const T cos = dots.values[l] * x_inv_norm * inv_norms.values[l];
+      const T cos = cosine(dots.values[l], x_inv_norm, inv_norms.values[l]);
       if (j + l == target) {
         target_cos[row] = cos;
         continue;
@@ -205,11 +214,12 @@ __global__ void finish_statistics_kernel(RunningStatistics<T> running, int64_t s
     const T below = running.top[slot] - top;  // 0 - 0, or far below
     sum += running.sum_exp[slot] * std::exp(below == 0 ? 0 : s[i] * below);
   }
-  const T lse = static_cast<T>(s[i] * top + std::log(sum));
-  const T z = lse - s[i] * (results.target_cos[i] - margin);
+  if (top == kLowest<T>) top = 0;
+  const T log_sum = static_cast<T>(std::log(sum)), z = log_sum + s[i] * (top - (results.target_cos[i] - margin));
   const T softplus = (z > 0 ? z : 0) + std::log1p(std::exp(z > 0 ? -z : z));
   results.max_neg[i] = max_cos == kLowest<T> ? -kInfinity<T> : max_cos;
-  results.lse[i] = lse;
+  results.top[i] = top;
+  results.log_sum[i] = log_sum;
   results.loss[i] = y[i] < 0 ? 0 : softplus;
 }
 
@@ -222,7 +232,8 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
   this_segment<kPack>(chunk.classes, &begin, &end);
   const T* dot = chunk.dot + row * chunk.classes;
   g += row * chunk.classes;
-  const T x_inv_norm = chunk.x_inv_norm[row], s = chunk.s[row], lse = upstream.lse[row];
+  const T x_inv_norm = chunk.x_inv_norm[row], s = chunk.s[row];
+  const T top = upstream.top[row], log_sum = upstream.log_sum[row];
   const T g_lse = upstream.g_lse[row], g_cos = upstream.g_cos[row];
   const T lift = static_cast<T>(kGradientLift) / unit[row];
   const int64_t target = chunk.y[row] - chunk.first_class;
@@ -235,13 +246,14 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
     const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
     Pack<G, kPack> gradients;
     for (int l = 0; l < kPack; ++l) {
-      const T cos = dots.values[l] * x_inv_norm * inv_norms.values[l];
+      const T cos = cosine(dots.values[l], x_inv_norm, inv_norms.values[l]);
       T gradient = 0;
       if (active && j + l == target) {
         gradient = g_cos;
       } else if (active) {
         const T shaped = reshape.value(cos);
-        const T p = std::exp(std::fma(s, shaped, -lse));  // one rounding less where z and lse are large
+        const T log_p = s * (shaped - top) - log_sum;
+        const T p = std::exp(log_p > 0 ? 0 : log_p);  // should the library's products differ from forward's
         negative += p * shaped;
         gradient = s * g_lse * p * reshape.slope(cos);
       }

@@ -49,7 +49,7 @@ struct Problem {
   Shape shape;
   DType dtype;
   int64_t row_stride;
-  Exact<T> x, s, lse, g_lse, g_cos;
+  Exact<T> x, s, top, log_sum, g_lse, g_cos;
   Exact<char> w;
   Exact<int64_t> y;
   T margin = T(0.35);
@@ -60,7 +60,8 @@ struct Problem {
         row_stride(row_stride),
         x(shape.n * shape.d),
         s(shape.n),
-        lse(shape.n),
+        top(shape.n),
+        log_sum(shape.n),
         g_lse(shape.n),
         g_cos(shape.n),
         w(shape.classes ? ((shape.classes - 1) * row_stride + shape.d) * size_of(dtype) : 0),

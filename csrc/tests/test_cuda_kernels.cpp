@@ -212,6 +212,12 @@ struct Logits {
     }
   }
 
+  double top(int64_t i) const {
+    double top = -std::numeric_limits<double>::infinity();
+    for (int64_t j = 0; j < classes; ++j) top = j == y[i] ? top : std::max(top, shaped(i, j));
+    return std::isinf(top) ? 0 : top;
+  }
+
   double lse(int64_t i) const {
     double sum = 0;
     for (int64_t j = 0; j < classes; ++j) sum += j == y[i] ? 0 : std::exp(s[i] * shaped(i, j));
@@ -234,16 +240,16 @@ template <typename T>
 void statistics(bool reshaped) {
   each_logits([reshaped](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
     const Logits<T> logits(n, classes, chunk, 32, reshaped);
-    Exact<T> top(segments * n, std::numeric_limits<T>::lowest());
+    Exact<T> tops(segments * n, std::numeric_limits<T>::lowest());
     Exact<T> max_cos(segments * n, std::numeric_limits<T>::lowest());
     Exact<double> sum_exp(segments * n, 0.0);
-    const cuda::RunningStatistics<T> running{reshaped ? top : max_cos, max_cos, sum_exp};
-    Exact<T> loss(n), lse(n), target_cos(n, T(0)), max_neg(n);
+    const cuda::RunningStatistics<T> running{reshaped ? tops : max_cos, max_cos, sum_exp};
+    Exact<T> loss(n), top(n), log_sum(n), target_cos(n, T(0)), max_neg(n);
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
       cuda::accumulate_statistics(part, running, target_cos.begin(), nullptr);
     });
-    cuda::finish_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35), {loss, lse, target_cos, max_neg},
-                               nullptr);
+    cuda::finish_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35),
+                               {loss, top, log_sum, target_cos, max_neg}, nullptr);
     for (int64_t i = 0; i < n; ++i) {
       const double want_lse = logits.lse(i), tolerance = 200 * rounding(kDTypeOf<T>);
       const double want_cos = logits.y[i] < 0 ? 0 : logits.cos(i, logits.y[i]);
@@ -252,7 +258,9 @@ void statistics(bool reshaped) {
         want_max = j == logits.y[i] ? want_max : std::max(want_max, logits.cos(i, j));
       const double z = want_lse - logits.s[i] * (want_cos - T(0.35));
       const double want_loss = logits.y[i] < 0 ? 0 : std::max(z, 0.0) + std::log1p(std::exp(-std::fabs(z)));
-      CHECK(lse[i] == want_lse || close(lse[i], want_lse, tolerance * 2), i, classes, segments, lse[i], want_lse);
+      const double lse = logits.s[i] * double{top[i]} + log_sum[i];
+      CHECK(lse == want_lse || close(lse, want_lse, tolerance * 2), i, classes, segments, lse, want_lse);
+      CHECK(close(top[i], logits.top(i), tolerance), i, classes, segments, top[i], logits.top(i));
       CHECK(close(target_cos[i], want_cos, tolerance), i, classes, target_cos[i], want_cos);
       CHECK(max_neg[i] == want_max || close(max_neg[i], want_max, tolerance), i, classes, max_neg[i], want_max);
       CHECK(close(loss[i], want_loss, tolerance * (2 + want_loss)), i, classes, segments, loss[i], want_loss);
@@ -264,16 +272,17 @@ template <typename T>
 void logit_gradients(DType dtype, bool reshaped) {
   each_logits([dtype, reshaped](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
     const Logits<T> logits(n, classes, chunk, 16, reshaped);
-    Exact<T> lse(n), g_lse(n), g_cos(n), unit(n);
+    Exact<T> top(n), log_sum(n), g_lse(n), g_cos(n), unit(n);
     for (int64_t i = 0; i < n; ++i) {
-      lse[i] = static_cast<T>(logits.lse(i));
+      top[i] = static_cast<T>(logits.top(i));
+      log_sum[i] = static_cast<T>(logits.lse(i) - double{logits.s[i]} * double{top[i]});
       const bool active = i % 3 != 1;
       g_lse[i] = static_cast<T>(active ? normal() : 0);
       g_cos[i] = static_cast<T>(active && logits.y[i] >= 0 ? 16 * normal() : 0);
       unit[i] = static_cast<T>(std::ldexp(1, 7));
-      if (!active) lse[i] = std::numeric_limits<T>::quiet_NaN();
+      if (!active) log_sum[i] = std::numeric_limits<T>::quiet_NaN();
     }
-    const Upstream<T> upstream{lse, g_lse, g_cos};
+    const Upstream<T> upstream{top, log_sum, g_lse, g_cos};
     Exact<double> negative_dot(segments * n, 0.0);
     std::vector<double> want_dot(n, 0.0);
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
@@ -283,7 +292,8 @@ void logit_gradients(DType dtype, bool reshaped) {
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < part.classes; ++j) {
           const int64_t global = part.first_class + j;
-          const double shaped = logits.shaped(i, global), p = std::exp(logits.s[i] * shaped - lse[i]);
+          const double shaped = logits.shaped(i, global);
+          const double p = std::exp(logits.s[i] * (shaped - top[i]) - log_sum[i]);
           const bool active = g_lse[i] != 0 || g_cos[i] != 0, is_target = global == logits.y[i];
           const double from_lse = logits.s[i] * g_lse[i] * p * logits.slope(i, global);
           const double gradient = !active ? 0 : is_target ? double{g_cos[i]} : from_lse;

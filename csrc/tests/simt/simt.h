@@ -97,3 +97,13 @@ T __shfl_down_sync(uint32_t mask, T value, unsigned delta) {
   const unsigned source = simt::lane() + delta;
   return simt::shuffle("__shfl_down_sync", mask, value, source < 32 ? source : simt::lane());
 }
+
+// Products that no fma takes in: they go through memory.
+inline float __fmul_rn(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+inline double __dmul_rn(double a, double b) {
+  volatile double product = a * b;
+  return product;
+}
