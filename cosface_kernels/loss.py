@@ -1,6 +1,7 @@
 """The heads as modules: they own the class centres and call the functional form."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from cosface_kernels.distributed import empty_weight, own_classes
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
+from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
     check_margin,
@@ -124,8 +126,13 @@ class FusedMarginLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the class centres anew; the same for the same `torch.manual_seed`, on any number of threads."""
+        """Draws the class centres anew; the same for the same `torch.manual_seed`, on any number of threads.
+
+        All other state is then as before the first batch, also of a head that was made without memory.
+        """
         normal_(self.weight, INIT_STD)
+        if self.sampler is not None:
+            self.sampler.reset_parameters()
         if isinstance(self.margin, Margin):
             self.margin.reset_parameters()
 
@@ -142,7 +149,24 @@ class FusedMarginLoss(nn.Module):
         Returns:
             The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats).
         """
-        return self._loss(embeddings, labels, self.margin, return_stats)
+        with self._state_of_pass(embeddings, labels):
+            return self._loss(embeddings, labels, self.margin, return_stats)
+
+    def _state_of_pass(self, embeddings: Tensor, labels: Tensor) -> AbstractContextManager[None]:
+        """Under torch.utils.checkpoint a batch changes the state once; see `cosface_kernels.recomputation`."""
+        state = [] if self.sampler is None else [self.sampler.draws]
+        state += self.margin.batch_state() if isinstance(self.margin, Margin) else []
+        if not (state and self.training) or torch.compiler.is_compiling():
+            return nullcontext()
+        return state_of_pass(self, state, embeddings, labels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        draws = f"{prefix}sampler.draws"
+        if self.sampler is None:  # the number of draws is nothing to a head that draws none
+            state_dict.pop(draws, None)
+        else:
+            state_dict.setdefault(draws, self.sampler.draws)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _loss(
         self,

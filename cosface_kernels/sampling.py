@@ -53,6 +53,10 @@ class ClassSampler(nn.Module):
         self.seed = seed
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
 
+    def reset_parameters(self) -> None:
+        """Begins the draws anew."""
+        self.draws.zero_()
+
     def forward(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of the next step.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import Backend, evaluate, random_upstream, relative_error
 
-from cosface_kernels import FusedMarginLoss, cosface_loss
+from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, cosface_loss
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.sampling import ClassSampler
 
@@ -139,6 +139,28 @@ def test_evaluation_takes_all_classes():
     x, labels = torch.randn(8, D), torch.randint(C, (8,))
     assert torch.equal(head(x, labels), cosface_loss(x, head.weight, labels, scale=16.0, backend="cpu"))
     assert int(head.sampler.draws) == 0
+
+
+def test_a_sampler_without_memory_begins_at_the_first_draw():
+    head = FusedCosFaceLoss(C, D, sample_rate=0.1, device="meta").to_empty(device="cpu")
+    head.sampler.draws.fill_(94586482045886)  # what memory holds
+    head.reset_parameters()
+    assert int(head.sampler.draws) == 0
+
+
+@pytest.mark.parametrize(("saved", "loaded", "draws"), [(0.1, 1.0, None), (1.0, 0.1, 1), (0.1, 0.2, 3)])
+def test_heads_load_each_other_strictly(saved, loaded, draws):
+    """Those that sample and those that do not, alone and in a model."""
+    saved, loaded = (torch.nn.ModuleDict({"head": make_head(rate)}) for rate in (saved, loaded))
+    x, labels = torch.randn(8, D), torch.randint(C, (8,))
+    for model, count in ((saved, 3), (loaded, 1)):
+        for _ in range(count):
+            model["head"](x, labels)
+    for source, target in ((saved, loaded), (saved["head"], loaded["head"])):
+        torch.nn.init.normal_(saved["head"].weight)
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert torch.equal(loaded["head"].weight, saved["head"].weight)
+        assert draws is None or int(loaded["head"].sampler.draws) == draws
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, 1.1, math.nan, "half"])
