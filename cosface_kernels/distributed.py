@@ -109,7 +109,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     """`torch.nn.utils.clip_grad_norm_` over a replicated backbone and sharded heads together.
 
     Args:
-        parameters: plain ones, whose gradients every rank holds in full, and DTensors, in any order.
+        parameters: plain ones, whose gradients every rank holds in full and which may be sparse, and DTensors, in
+            any order.
         max_norm: the gradients are multiplied by max_norm / norm if their norm is larger.
         norm_type: p of the p-norm; inf for the largest magnitude.
 
@@ -119,12 +120,17 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     meshes = _by_mesh(parameters)
     norms = []
     for members in meshes:
-        norm = get_total_norm([p.grad for p in members if p.grad is not None], norm_type)
+        norm = get_total_norm([_entries(p.grad) for p in members if p.grad is not None], norm_type)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = get_total_norm(norms, norm_type)
     for members in meshes:
         clip_grads_with_norm_(members, max_norm, total)
     return total
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """All that can differ from 0: of one of sampled classes, their rows."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 class GradScaler(torch.amp.GradScaler):
