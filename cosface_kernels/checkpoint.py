@@ -18,6 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -34,6 +35,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels.distributed import own_rows
+
+if find_spec("safetensors") is None:
+    raise ModuleNotFoundError(
+        "cosface_kernels.checkpoint and cosface_kernels.convert need safetensors, which is not installed: "
+        "pip install safetensors, or cosface_kernels[checkpoint]."
+    )
 
 NAME, PARTIAL = re.compile(r"step-(\d{12})(?:-(\d{6,}))?"), ".partial"
 STRUCTURE = "structure"  # the uint8 tensor that holds the JSON

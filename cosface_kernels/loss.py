@@ -96,13 +96,13 @@ class FusedMarginLoss(nn.Module):
         check_positive("embedding_size", embedding_size)
         if not callable(margin):
             check_margin(margin)
-            theory.warn_of_margin(margin, num_classes, embedding_size, stacklevel=2)
+            theory.warn_of_margin(margin, num_classes, embedding_size)
         check_scale(scale)
         check_reduction(reduction)
         check_name(backend)
         check_tolerance(gradient_tolerance, sharded=process_group is not None)
         if self.normalize_embeddings and not isinstance(scale, Tensor):
-            theory.warn_of_scale(scale, num_classes, stacklevel=2)
+            theory.warn_of_scale(scale, num_classes)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.margin = margin

@@ -80,6 +80,11 @@ class RowOptimizer(Optimizer):
     ) -> None:
         self.accumulate, self.state_dtype, self.grad_scaler, self.seed = accumulate, state_dtype, grad_scaler, seed
         self._phases: dict[Tensor, str] = {}
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} takes parameters, got the module {type(params).__name__}: give it "
+                "head.parameters()."
+            )
         if state_dtype not in (None, torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be None, float64, float32 or bfloat16, got {state_dtype}.")
         super().__init__(params, defaults)

@@ -1,6 +1,7 @@
 """What CosFace's theory says about its two numbers, s and m."""
 
 import math
+import sys
 import warnings
 
 from cosface_kernels.validation import check_interval, check_positive
@@ -61,19 +62,25 @@ def max_margin(num_classes: int, embedding_size: int) -> float:
     return num_classes / (num_classes - 1)
 
 
-def warn_of_scale(scale: float, num_classes: int, stacklevel: int) -> None:
+def warn_of_scale(scale: float, num_classes: int) -> None:
     if num_classes > 1 and scale < (least := min_scale(num_classes)):
-        warnings.warn(
+        _warn(
             f"scale {scale} is below {least:.3g}, and so no embedding can have a probability of {PROBABILITY} "
-            f"of its class among {num_classes} (CosFace, Eq. 6).",
-            stacklevel=stacklevel + 1,
+            f"of its class among {num_classes} (CosFace, Eq. 6)."
         )
 
 
-def warn_of_margin(margin: float, num_classes: int, embedding_size: int, stacklevel: int) -> None:
+def warn_of_margin(margin: float, num_classes: int, embedding_size: int) -> None:
     if num_classes > 1 and margin > (most := max_margin(num_classes, embedding_size)):
-        warnings.warn(
+        _warn(
             f"margin {margin} is above {most:.3g}, and so {num_classes} class centres of size {embedding_size} "
-            "cannot all be that far from each other (CosFace, Eq. 7).",
-            stacklevel=stacklevel + 1,
+            "cannot all be that far from each other (CosFace, Eq. 7)."
         )
+
+
+def _warn(message: str) -> None:
+    """Of the line outside this package that led here, however many constructors are between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

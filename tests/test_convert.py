@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import safetensors.torch
 import torch
+from support import run_python
 from torch import nn
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint, convert, cosface_loss
@@ -111,3 +112,14 @@ def test_sharded_weight(ranks, tmp_path, world, classes):
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(ValueError, match=rf"has a weight of shape \({classes}, 5\), not \(3, 5\)"):
         convert.load_weight_(torch.empty(3, 5), tmp_path / "given.safetensors")
+
+
+def test_says_what_to_install_without_safetensors():
+    for module in ("convert", "checkpoint"):
+        done = run_python(
+            "import importlib.util as util\n"
+            "find = util.find_spec\n"
+            "util.find_spec = lambda name, *rest: None if name == 'safetensors' else find(name, *rest)\n"
+            f"import cosface_kernels.{module}"
+        )
+        assert "need safetensors, which is not installed: pip install safetensors" in done.stderr, done.stderr
