@@ -186,9 +186,20 @@ def margin_softmax_loss(
     """
     ranks = Exchange(weight) if isinstance(weight, DTensor) else None
     moves = getattr(weight, optim.MARK, False)
-    facts: dict[str, Any] = {"reduction": reduction, "sample_rate": sampler.rate if sampler else 1}
-    if ranks and moves:
-        facts["optimizer"] = optim.progress(weight)
+    facts: dict[str, Any] = {}
+    if ranks:
+        facts = {
+            "reduction": reduction,
+            "sample_rate": sampler.rate if sampler else 1,
+            "margin": _described(margin),
+            "scale": _described(scale),
+            "ignore_index": ignore_index,
+            "validate_labels": validate_labels,
+            "dtype of sample_weight": getattr(sample_weight, "dtype", None),
+            "normalization of embeddings and weight": (normalize_embeddings, normalize_weight),
+        }
+        if moves:
+            facts["optimizer"] = optim.progress(weight)
     with ranks.agreement(embeddings, sample_weight, **facts) if ranks else nullcontext():
         if moves:
             optim.check_whole(weight)
@@ -283,6 +294,16 @@ def cosine_logits(
         x = scale * (F.normalize(x) if normalize_embeddings else x)
         chunks = (w.to(dtype) for w in torch.split(weight, LOGITS_CHUNK))
         return torch.cat([x @ (F.normalize(w) if normalize_weight else w).T for w in chunks], dim=1)  # (N, C)
+
+
+def _described(value: object) -> object:
+    """What of a margin or a scale must be the same on every rank, for its text; a function has only a name."""
+    if isinstance(value, Tensor):
+        return value.item() if not value.dim() else "one per sample"
+    if isinstance(value, Margin):
+        settings = {name: setting for name, setting in vars(value).items() if not name.startswith("_")}
+        return type(value).__name__, settings, [state.item() for state in value.batch_state()]
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 
 def _target_cosines(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from cosface_kernels import (
     margin_softmax_loss,
 )
 from cosface_kernels.distributed import GradScaler, class_range, clip_grad_norm_, empty_weight
+from cosface_kernels.margins import ArcFaceMargin, CurricularFaceMargin
 
 WORLDS = range(1, LARGEST_WORLD + 1)
 IGNORED = -100
@@ -333,6 +334,71 @@ def test_what_one_rank_refuses_all_refuse(ranks, name):
         assert message is not None
         assert sentence in message
     assert len({loss for _, loss in results}) == 1
+
+
+def _curricular(margin=0.5, t=0.0):
+    psi = CurricularFaceMargin(margin)
+    psi.t.fill_(t)
+    return psi
+
+
+# Of rank 1, where it is not what the others have, and what every rank is told; {} is the same on all.
+UNLIKE = {
+    "margin": ({"margin": 0.3}, "margin {}, got 0.35 on rank 0 and 0.3 on rank 1."),
+    "kind of margin": ({"margin": ArcFaceMargin(0.35)}, "margin {}, got 0.35 on rank 0 and ('ArcFaceMargin', "),
+    "function": ({"margin": torch.cos}, "margin {}, got 0.35 on rank 0 and "),
+    "scale": ({"scale": 32.0}, "scale {}, got 64.0 on rank 0 and 32.0 on rank 1."),
+    "learned scale": ({"scale": torch.tensor(32.0)}, "scale {}, got 64.0 on rank 0 and 32.0 on rank 1."),
+    "scales": ({"scale": torch.full((3,), 64.0)}, "scale {}, got 64.0 on rank 0 and one per sample on rank 1."),
+    "ignore_index": ({"ignore_index": 0}, "ignore_index {}, got -100 on rank 0 and 0 on rank 1."),
+    "validate_labels": ({"validate_labels": False}, "validate_labels {}, got None on rank 0 and False on rank 1."),
+    "reduction": ({"reduction": "sum"}, "reduction {}, got mean on rank 0 and sum on rank 1."),
+    "sample_weight": (
+        {"sample_weight": torch.ones(3, dtype=torch.float64)},
+        "dtype of sample_weight {}, got torch.float32 on rank 0 and torch.float64 on rank 1.",
+    ),
+    "no sample_weight": (
+        {"sample_weight": None},
+        "dtype of sample_weight {}, got torch.float32 on rank 0 and None",
+    ),
+    "normalization": ({"normalize_weight": False}, "normalization of embeddings and weight {}, got (True, True)"),
+    "settings": (
+        {"margin": (_curricular(), _curricular(0.4), _curricular())},
+        "margin {}, got ('CurricularFaceMargin', {{'training': True, 'straight_through': False, 'margin': 0.5, ",
+    ),
+    "state": ({"margin": (_curricular(), _curricular(t=0.25), _curricular())}, "margin {}, got ('CurricularFaceM"),
+    "mode": ({"margin": (_curricular(), _curricular().eval(), _curricular())}, "margin {}, got ('CurricularFaceM"),
+}
+
+
+def _unlike(rank, group, changes):
+    """A good batch, once with the changes of rank 1 and once without."""
+    torch.manual_seed(0)
+    weight, x, labels = empty_weight(7, 5, group), torch.ones(3, 5), torch.tensor([0, 6, 3])
+    nn.init.normal_(weight.to_local())
+    options = {"margin": 0.35, "sample_weight": torch.ones(3)}
+    try:
+        own = {
+            k: v[rank] if isinstance(v, tuple) else v
+            for k, v in changes.items()
+            if isinstance(v, tuple) or rank == 1
+        }
+        margin_softmax_loss(x, weight, labels, **{**options, **own})
+        message = None
+    except ValueError as error:
+        message = f"{error}"
+    return message, margin_softmax_loss(x, weight, labels, **options)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_differs_on_one_rank_all_refuse(ranks, name):
+    """Else each would return its own loss, or gloo abort; and all go on with the next batch."""
+    changes, sentence = UNLIKE[name]
+    results = ranks.results(3, _unlike, changes)
+    for message, _ in results:
+        assert message is not None
+        assert sentence.format(ALIKE) in message
+    assert len({loss.item() for _, loss in results}) == 1
 
 
 def _weight_of_seed(rank, group):
