@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name
-from cosface_kernels.distributed import Exchange
+from cosface_kernels.distributed import Exchange, dense_gradient, several_ranks
 from cosface_kernels.margins import Margin, Rows
 from cosface_kernels.reference import EPS, compute_dtype, softplus
 from cosface_kernels.sampling import ClassSampler
@@ -174,7 +174,7 @@ def margin_softmax_loss(
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
-            weight is then sparse, except of a sharded one.
+            weight is then sparse, except where there are several ranks.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
@@ -231,6 +231,8 @@ def margin_softmax_loss(
     # x (N, D), w (C, D), and of the classes of w: targets (N,), which take part (S,), targets among those (N,)
     x, w, own_targets, own_s = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
     classes, positions = sampler(own_targets) if sampler else (None, own_targets)
+    if sampler and not moves and not ranks and several_ranks():
+        w = dense_gradient(w)
     differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     rows = Rows(embeddings, targets, weight if ranks is None else None)
     options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}

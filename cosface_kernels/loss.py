@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from cosface_kernels import theory
 from cosface_kernels.backends import check_name
-from cosface_kernels.distributed import empty_weight, own_classes
+from cosface_kernels.distributed import (
+    empty_weight,
+    leave_to_its_rank,
+    own_classes,
+    several_ranks,
+    warn_of_drift,
+)
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
@@ -47,8 +54,8 @@ class FusedMarginLoss(nn.Module):
         process_group: shards the classes over these ranks; see `cosface_kernels.distributed`.
         sample_rate, sample_seed: share of the classes that take part in a training step, the batch's own among
             them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
-            gradient of the weight is sparse, unless it is sharded or an optimizer of `cosface_kernels.optim` moves
-            the rows.
+            gradient of the weight is sparse, unless there are several ranks or an optimizer of
+            `cosface_kernels.optim` moves the rows.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
@@ -123,6 +130,8 @@ class FusedMarginLoss(nn.Module):
             self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start, device=device)
         self.to(device)  # the margin's state
         self.weight = nn.Parameter(weight)
+        if process_group is not None:
+            leave_to_its_rank(self.weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -175,6 +184,14 @@ class FusedMarginLoss(nn.Module):
         margin: float | Callable[..., Tensor],
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, LossStats]:
+        trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if (
+            trains
+            and not torch.compiler.is_compiling()
+            and not isinstance(self.weight, DTensor)
+            and several_ranks()
+        ):
+            warn_of_drift()
         return margin_softmax_loss(
             embeddings,
             self.weight,

@@ -1,10 +1,8 @@
 """What CosFace's theory says about its two numbers, s and m."""
 
 import math
-import sys
-import warnings
 
-from cosface_kernels.validation import check_interval, check_positive
+from cosface_kernels.validation import check_interval, check_positive, warn
 
 PROBABILITY = 0.9  # of the target at its class centre, below which a scale is worth a warning
 
@@ -64,7 +62,7 @@ def max_margin(num_classes: int, embedding_size: int) -> float:
 
 def warn_of_scale(scale: float, num_classes: int) -> None:
     if num_classes > 1 and scale < (least := min_scale(num_classes)):
-        _warn(
+        warn(
             f"scale {scale} is below {least:.3g}, and so no embedding can have a probability of {PROBABILITY} "
             f"of its class among {num_classes} (CosFace, Eq. 6)."
         )
@@ -72,15 +70,7 @@ def warn_of_scale(scale: float, num_classes: int) -> None:
 
 def warn_of_margin(margin: float, num_classes: int, embedding_size: int) -> None:
     if num_classes > 1 and margin > (most := max_margin(num_classes, embedding_size)):
-        _warn(
+        warn(
             f"margin {margin} is above {most:.3g}, and so {num_classes} class centres of size {embedding_size} "
             "cannot all be that far from each other (CosFace, Eq. 7)."
         )
-
-
-def _warn(message: str) -> None:
-    """Of the line outside this package that led here, however many constructors are between."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(f"{__package__}."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

@@ -3,12 +3,22 @@
 import math
 import numbers
 import reprlib
+import sys
+import warnings
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
+
+
+def warn(message: str) -> None:
+    """Of the user's line, however many calls of this package and of torch's modules lie between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(("cosface_kernels.", "torch.nn.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def check_positive(name: str, value: int) -> None:
