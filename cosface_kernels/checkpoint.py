@@ -1,36 +1,55 @@
 """Checkpoints of a training run that a crash cannot spoil and another number of ranks can load.
 
-    folder/step-000000012000/*.safetensors     each rank's rows of every sharded tensor, shares of the rest
+    folder/step-000000012000-000007/*.safetensors     each rank's rows of every sharded tensor, shares of the rest
 
-Tensors go through torch.distributed.checkpoint into safetensors files; all else (learning rates, step counts) is
-JSON in a further tensor. Nothing is unpickled. A checkpoint appears under its name once every rank has written all
-of it. Of a tensor that every rank has, such as BatchNorm's statistics, it is rank 0's that is kept, as in
+The second number counts the checkpoints of the folder: the newest has the largest, also after a run went back to
+an earlier step, and none takes the name of another. Tensors go through torch.distributed.checkpoint into
+safetensors files; all else (learning rates, step counts) is JSON in a further tensor. Nothing is unpickled. A
+checkpoint appears under its name once every rank has written all of it, and loses that name before any of it is
+removed. Of a tensor that every rank has, such as BatchNorm's statistics, it is rank 0's that is kept, as in
 DistributedDataParallel.
 """
 
 import json
+import numbers
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+from torch.distributed.tensor import DTensor
 
-PREFIX, PARTIAL = "step-", ".partial"
+from cosface_kernels.distributed import own_rows
+
+if find_spec("safetensors") is None:
+    raise ModuleNotFoundError(
+        "cosface_kernels.checkpoint and cosface_kernels.convert need safetensors, which is not installed: "
+        "pip install safetensors, or cosface_kernels[checkpoint]."
+    )
+
+NAME, PARTIAL = re.compile(r"step-(\d{12})(?:-(\d{6,}))?"), ".partial"
 STRUCTURE = "structure"  # the uint8 tensor that holds the JSON
 
 
+T = TypeVar("T")
+
+
+@runtime_checkable
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -46,41 +65,42 @@ def save(
     process_group: ProcessGroup | None = None,
     **objects: Stateful,
 ) -> Path:
-    """Writes folder/step-..., on every rank together, and removes all but the newest `keep`.
+    """Writes folder/step-..., on every rank together, and removes all but the `keep` that were written last.
 
     Args:
         folder: on a file system that all ranks see.
-        step: the number by which `load` says where to go on.
+        step: the number by which `load` says where to go on; it may be less than that of the checkpoint before.
         generators: random generators, of which each rank keeps its own state.
         process_group: the ranks that save; None for all.
         objects: anything with state_dict and load_state_dict: the backbone (under DistributedDataParallel its
-            `module`), heads, optimizers, schedulers, a GradScaler.
+            `module`), heads, optimizers, schedulers, a GradScaler. Tensors that are one, such as tied weights
+            or those of a head that is given beside the model it is in, are written once.
 
     Returns:
         The checkpoint's folder. Until it has that name, the one before it is the newest.
 
     Raises:
-        TypeError: a state holds something other than tensors, numbers, strings and containers of them.
-        ValueError: keep is less than 1.
+        TypeError: an object has no state, or its state holds something other than tensors, numbers, strings and
+            containers of them.
+        ValueError: keep is less than 1, or step is no number of steps.
+        RuntimeError: a rank could not write its part; the message says which and why.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}.")
+    if not isinstance(step, numbers.Integral) or not 0 <= step < 10**12:
+        raise ValueError(f"step must be an integer in [0, 10^12), got {step!r}.")
+    _check_stateful(objects)
     tensors: dict[str, Tensor] = {}
     structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
+    shared = _drop_shared(tensors)
     rank = _rank(process_group)
     for name, generator in (generators or {}).items():
         tensors[_generator_key(name, rank)] = generator.get_state()
-    final = Path(folder) / f"{PREFIX}{step:012d}"
-    partial = final.with_name(final.name + PARTIAL)
     if rank == 0:
-        tensors[STRUCTURE] = torch.frombuffer(
-            bytearray(json.dumps({"step": step, "objects": structure}).encode()), dtype=torch.uint8
-        )
-        for abandoned in Path(folder).glob(f"{PREFIX}*{PARTIAL}"):
-            shutil.rmtree(abandoned)
-        partial.mkdir(parents=True)
-    _barrier(process_group)
-    with _silence():
+        content = {"step": int(step), "objects": structure, "shared": shared}
+        tensors[STRUCTURE] = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+    partial = _on_first(lambda: _begin(Path(folder), step), process_group)
+    with _storage(f"writing {partial}"):
         save_state_dict(
             {key: tensor.contiguous() for key, tensor in tensors.items()},  # as safetensors has them
             storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
@@ -88,15 +108,7 @@ def save(
             process_group=process_group,
             no_dist=not dist.is_initialized(),
         )
-    if rank == 0:
-        if final.exists():  # the same step of an earlier run
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync(final.parent)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    _barrier(process_group)
-    return final
+    return _on_first(lambda: _end(partial, keep), process_group)
 
 
 def load(
@@ -110,36 +122,37 @@ def load(
 
     Args:
         folder: as for `save`; or one checkpoint in it.
-        generators, process_group, objects: as for `save`, under the same names, on any number of ranks. A rank
-            that did not exist leaves its generators as they are.
+        generators, process_group, objects: as for `save`, under the same names, on any number of ranks; what is
+            not given is not loaded. A rank that did not exist leaves its generators as they are.
 
     Returns:
         The step with which it was saved; None if there is no checkpoint, and nothing has been changed.
 
     Raises:
-        ValueError: names, shapes or dtypes are not those of the checkpoint; the message shows both.
+        TypeError: an object has no state.
+        ValueError: the checkpoint lacks an object, or has other shapes or dtypes; the message shows both.
+        RuntimeError: a rank could not read its part; the message says which and why.
     """
-    path = latest(folder)
+    _check_stateful(objects)
+    path = _on_first(lambda: latest(folder), process_group)
     if path is None:
         return None
-    saved: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    structure = _empty(saved[STRUCTURE])
-    _read({STRUCTURE: structure}, path, process_group)
-    content = json.loads(structure.numpy().tobytes())
-    if content["objects"].keys() != objects.keys():
-        raise ValueError(
-            f"{path} holds {', '.join(content['objects'])}, but {', '.join(objects)} were to be loaded from it."
-        )
+    saved, content = _contents(path, process_group, not dist.is_initialized())
+    if missing := [name for name in objects if name not in content["objects"]]:
+        raise ValueError(f"{path} holds {', '.join(content['objects'])}, but no {', '.join(missing)}.")
+    shared = content.get("shared", {})  # absent before tensors could be shared
     tensors: dict[str, Tensor] = {}
     for name, item in objects.items():
         likeness = _likeness(name, item)
-        for key in _tensor_keys(content["objects"][name]):
-            tensors[key] = _destination(key, saved[key], likeness)
+        for place in _places(content["objects"][name]):
+            key = shared.get(place, place)
+            tensors.setdefault(key, _destination(place, saved[key], likeness))
     own = {name: _generator_key(name, _rank(process_group)) for name in generators or {}}
     tensors |= {key: _empty(saved[key]) for key in own.values() if key in saved}
-    _read(tensors, path, process_group)
+    _read(tensors, path, process_group, not dist.is_initialized())
+    everywhere = tensors | {place: tensors[key] for place, key in shared.items() if key in tensors}
     for name, item in objects.items():
-        item.load_state_dict(_decode(content["objects"][name], tensors))
+        item.load_state_dict(_decode(content["objects"][name], everywhere))
     for name, generator in (generators or {}).items():
         if own[name] in tensors:
             generator.set_state(tensors[own[name]])
@@ -159,28 +172,68 @@ def load_tensor(folder: str | os.PathLike[str], name: str) -> Tensor:
     path = latest(folder)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
-    saved: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    if name not in saved:
-        raise KeyError(f"{path} has no tensor {name}; it has {', '.join(sorted(saved.keys() - {STRUCTURE}))}.")
-    tensor = _empty(saved[name])
-    _read({name: tensor}, path, None)
+    saved, content = _contents(path, None, alone=True)
+    shared = content.get("shared", {})
+    key = shared.get(name, name)
+    if key not in saved:
+        names = sorted((saved.keys() | shared.keys()) - {STRUCTURE})
+        raise KeyError(f"{path} has no tensor {name}; it has {', '.join(names)}.")
+    tensor = _empty(saved[key])
+    _read({key: tensor}, path, None, alone=True)
     return tensor
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a folder, or the folder if it is one, or None."""
-    complete = [Path(folder)] if Path(folder).name.startswith(PREFIX) else _complete(folder)
+    """The complete checkpoint of a folder that was written last, or the folder if it is one, or None."""
+    complete = [Path(folder)] if NAME.fullmatch(Path(folder).name) else _complete(Path(folder))
     return complete[-1] if complete else None
 
 
-def _complete(folder: str | os.PathLike[str]) -> list[Path]:
+def _complete(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in Path(folder).glob(f"{PREFIX}*") if path.suffix != PARTIAL)
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_age)
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """The number of a checkpoint among those of its folder, or its step if it is from before they were counted."""
+    step, count = map(int, cast(re.Match[str], NAME.fullmatch(path.name)).groups("0"))
+    return count, step
+
+
+def _begin(folder: Path, step: int) -> Path:
+    """A new folder for a checkpoint that is to be written, and none of those that were never ended."""
+    for abandoned in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(abandoned)
+    count = max((_age(path)[0] for path in _complete(folder)), default=0) + 1
+    partial = folder / f"step-{step:012d}-{count:06d}{PARTIAL}"
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _end(partial: Path, keep: int) -> Path:
+    """The checkpoint, under its name, once it is on the disk; then all but the newest are removed."""
+    _sync(partial)
+    final = partial.rename(partial.with_suffix(""))
+    _sync(final.parent)
+    for old in _complete(final.parent)[:-keep]:
+        shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+    return final
+
+
+def _check_stateful(objects: Mapping[str, object]) -> None:
+    for name, item in objects.items():
+        if not isinstance(item, Stateful):
+            raise TypeError(
+                f"{name} must have state_dict and load_state_dict, got {item!r}; a number can be kept as a buffer "
+                "of a module."
+            )
 
 
 def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """The value as JSON, with the key of each tensor in its place."""
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            raise TypeError(f"{key} is a sparse tensor; a checkpoint holds dense ones.")
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):  # as pairs, because an optimizer's keys are integers
@@ -208,16 +261,41 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {k: _decode(v, tensors) for k, v in content}
 
 
-def _tensor_keys(value: Any) -> Iterator[str]:
+def _drop_shared(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Leaves of tensors that are one the first; of each other, by its place, the place of that.
+
+    Of tensors that are different views of one memory, all but the first become copies.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    views: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    shared = {}
+    for place, tensor in list(tensors.items()):
+        if not (rows := own_rows(tensor)).numel():
+            continue
+        memory = rows.device, rows.data_ptr()
+        view = rows.dtype, rows.shape, rows.stride(), isinstance(tensor, DTensor)
+        key = first.setdefault(memory, place)
+        if key == place:
+            views[memory] = view
+        elif views[memory] == view:
+            shared[place] = key
+            del tensors[place]
+        else:
+            tensors[place] = tensor.clone()
+    return shared
+
+
+def _places(value: Any) -> Iterator[str]:
+    """Those of the tensors in a structure."""
     if isinstance(value, list):
         for item in value:
-            yield from _tensor_keys(item)
+            yield from _places(item)
     elif isinstance(value, dict):
         ((kind, content),) = value.items()
         if kind == "tensor":
             yield content
         else:
-            yield from _tensor_keys([v for _, v in content] if kind == "dict" else content)
+            yield from _places([v for _, v in content] if kind == "dict" else content)
 
 
 def _likeness(name: str, item: Stateful) -> dict[str, Tensor]:
@@ -249,18 +327,31 @@ def _empty(saved: TensorStorageMetadata) -> Tensor:
     return torch.empty(saved.size, dtype=saved.properties.dtype)
 
 
-def _read(tensors: dict[str, Tensor], path: Path, group: ProcessGroup | None) -> None:
+def _contents(path: Path, group: ProcessGroup | None, alone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is known of each tensor, and the JSON."""
+    with _storage(f"reading {path}"):
+        saved: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    structure = _empty(saved[STRUCTURE])
+    _read({STRUCTURE: structure}, path, group, alone)
+    return saved, json.loads(structure.numpy().tobytes())
+
+
+def _read(tensors: dict[str, Tensor], path: Path, group: ProcessGroup | None, alone: bool) -> None:
     reader = HuggingFaceStorageReader(str(path))
-    with _silence():
-        load_state_dict(tensors, storage_reader=reader, process_group=group, no_dist=not dist.is_initialized())
+    with _storage(f"reading {path}"):
+        load_state_dict(tensors, storage_reader=reader, process_group=group, no_dist=alone)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Without torch's warning that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _storage(work: str) -> Iterator[None]:
+    """Without torch's warning that one process is one process, and its error that is no `Exception`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"{work} failed on rank {rank}: {cause}") from cause
 
 
 def _generator_key(name: str, rank: int) -> str:
@@ -271,9 +362,20 @@ def _rank(group: ProcessGroup | None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def _barrier(group: ProcessGroup | None) -> None:
-    if dist.is_initialized():
-        dist.barrier(group)
+def _on_first(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """The result of work on rank 0, or its exception, on every rank."""
+    if not dist.is_initialized():
+        return work()
+    answer: list[Any] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            answer = [work()]
+        except Exception as error:  # whatever it is, the others must not wait for its result
+            answer = [error]
+    dist.broadcast_object_list(answer, group=group, group_src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def _sync(folder: Path) -> None:

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,8 +25,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels import checkpoint
+from cosface_kernels import checkpoint  # before safetensors, since it says how to install that
 from cosface_kernels.distributed import Exchange
+
+# isort: split
+import safetensors
+import safetensors.torch
 
 NAME = "weight"  # of the tensor in the file
 INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt")

@@ -18,6 +18,7 @@ DistributedDataParallel and FSDP: the weight's is exact, and the embeddings' is 
 on one process, so that averaging the backbone's gradient over the ranks makes it exact too.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,15 +27,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
 from cosface_kernels import ops
+from cosface_kernels.validation import warn
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -76,6 +80,43 @@ def empty_weight(
     )
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several, which DistributedDataParallel may then keep alike."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def warn_of_drift() -> None:
+    """Of a head that no group shards, in a forward pass of one of several ranks that DDP knows nothing of."""
+    if DistributedDataParallel._active_ddp_module is None:
+        warn(
+            f"Each of {dist.get_world_size()} ranks trains a copy of this head by its own samples, and the copies "
+            "drift apart, unless their gradients are averaged: construct the head with process_group=..., or make "
+            "it part of the module that DistributedDataParallel wraps and calls."
+        )
+
+
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # attribute of a module that is to be wrapped
+
+
+def leave_to_its_rank(weight: nn.Parameter) -> None:
+    """Keeps DistributedDataParallel from a sharded weight, whatever module it wraps, such as Lightning's."""
+    weight._ddp_ignored = True  # type: ignore[attr-defined]  # torch's mark of those
+    _watch_modules()
+
+
+@functools.cache  # once
+def _watch_modules() -> None:
+    register_module_module_registration_hook(_pass_ignored_on)
+
+
+def _pass_ignored_on(module: nn.Module, name: str, part: nn.Module | None) -> None:
+    """Adds the sharded weights of a part, which is about to become one, to those that DDP is to ignore."""
+    known = [each for each in getattr(module, IGNORED_BY_DDP, ()) if not each.startswith(f"{name}.")]
+    sharded = [] if part is None else [n for n, p in part.named_parameters() if getattr(p, "_ddp_ignored", False)]
+    if known or sharded or hasattr(module, IGNORED_BY_DDP):
+        setattr(module, IGNORED_BY_DDP, [*known, *(f"{name}.{each}" for each in sharded)])
+
+
 def own_classes(weight: Tensor) -> range:
     """The classes whose rows are here: all of a plain weight, this rank's of a sharded one."""
     return Exchange(weight).classes if isinstance(weight, DTensor) else range(weight.shape[0])
@@ -109,7 +150,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     """`torch.nn.utils.clip_grad_norm_` over a replicated backbone and sharded heads together.
 
     Args:
-        parameters: plain ones, whose gradients every rank holds in full, and DTensors, in any order.
+        parameters: plain ones, whose gradients every rank holds in full and which may be sparse, and DTensors, in
+            any order.
         max_norm: the gradients are multiplied by max_norm / norm if their norm is larger.
         norm_type: p of the p-norm; inf for the largest magnitude.
 
@@ -119,12 +161,17 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     meshes = _by_mesh(parameters)
     norms = []
     for members in meshes:
-        norm = get_total_norm([p.grad for p in members if p.grad is not None], norm_type)
+        norm = get_total_norm([_entries(p.grad) for p in members if p.grad is not None], norm_type)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = get_total_norm(norms, norm_type)
     for members in meshes:
         clip_grads_with_norm_(members, max_norm, total)
     return total
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """All that can differ from 0: of one of sampled classes, their rows."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -176,7 +223,7 @@ class Exchange:
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.shape = weight.shape
         self.classes = class_range(weight.shape[0], self.rank, self.world_size)
-        self.weight = _dense_gradient(weight.to_local())
+        self.weight = dense_gradient(weight.to_local())
         self._counts: list[int] = []
 
     @contextmanager
@@ -322,7 +369,7 @@ class _Replicate(torch.autograd.Function):
 
 
 class _DenseGradient(torch.autograd.Function):
-    """A gradient of sampled classes as one of all, because a DTensor cannot be sparse."""
+    """A gradient of sampled classes as one of all, because neither a DTensor nor DDP's buckets can be sparse."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -349,7 +396,7 @@ class _ScaleGradient(torch.autograd.Function):
 _gather: Callable[..., Tensor] = _Gather.apply
 _combine: Callable[..., tuple[Tensor, Tensor]] = _Combine.apply
 _replicate: Callable[..., Tensor] = _Replicate.apply
-_dense_gradient: Callable[..., Tensor] = _DenseGradient.apply
+dense_gradient: Callable[..., Tensor] = _DenseGradient.apply
 _scale_gradient: Callable[..., Tensor] = _ScaleGradient.apply
 
 

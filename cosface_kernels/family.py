@@ -391,7 +391,8 @@ class FusedAdaCosLoss(FusedMarginLoss):
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, LossStats]:
-        if self.training:
-            with torch.no_grad():
-                self._loss(embeddings, labels, self.margin)
-        return self._loss(embeddings, labels, self.margin.margin, return_stats)
+        with self._state_of_pass(embeddings, labels):
+            if self.training:
+                with torch.no_grad():
+                    self._loss(embeddings, labels, self.margin)
+            return self._loss(embeddings, labels, self.margin.margin, return_stats)

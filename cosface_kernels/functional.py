@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name
-from cosface_kernels.distributed import Exchange
+from cosface_kernels.distributed import Exchange, dense_gradient, several_ranks
 from cosface_kernels.margins import Margin, Rows
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
@@ -176,7 +176,7 @@ def margin_softmax_loss(
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
-            weight is then sparse, except of a sharded one.
+            weight is then sparse, except where there are several ranks.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
@@ -188,9 +188,20 @@ def margin_softmax_loss(
     """
     ranks = Exchange(weight) if isinstance(weight, DTensor) else None
     moves = getattr(weight, optim.MARK, False)
-    facts: dict[str, Any] = {"reduction": reduction, "sample_rate": sampler.rate if sampler else 1}
-    if ranks and moves:
-        facts["optimizer"] = optim.progress(weight)
+    facts: dict[str, Any] = {}
+    if ranks:
+        facts = {
+            "reduction": reduction,
+            "sample_rate": sampler.rate if sampler else 1,
+            "margin": _described(margin),
+            "scale": _described(scale),
+            "ignore_index": ignore_index,
+            "validate_labels": validate_labels,
+            "dtype of sample_weight": getattr(sample_weight, "dtype", None),
+            "normalization of embeddings and weight": (normalize_embeddings, normalize_weight),
+        }
+        if moves:
+            facts["optimizer"] = optim.progress(weight)
     with ranks.agreement(embeddings, sample_weight, **facts) if ranks else nullcontext():
         if moves:
             optim.note_use(weight)
@@ -226,6 +237,8 @@ def margin_softmax_loss(
     # x (N, D), w (C, D), and of the classes of w: targets (N,), which take part (S,), targets among those (N,)
     x, w, own_targets, own_s = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
     classes, positions = sampler(own_targets) if sampler else (None, own_targets)
+    if sampler and not moves and not ranks and several_ranks():
+        w = dense_gradient(w)
     differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     rows = Rows(embeddings, targets, weight if ranks is None else None)
     options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}
@@ -297,6 +310,16 @@ def cosine_logits(
         x = scale * (F.normalize(x) if normalize_embeddings else x)
         chunks = (w.to(dtype) for w in torch.split(weight, LOGITS_CHUNK))
         return torch.cat([x @ (F.normalize(w) if normalize_weight else w).T for w in chunks], dim=1)  # (N, C)
+
+
+def _described(value: object) -> object:
+    """What of a margin or a scale must be the same on every rank, for its text; a function has only a name."""
+    if isinstance(value, Tensor):
+        return value.item() if not value.dim() else "one per sample"
+    if isinstance(value, Margin):
+        settings = {name: setting for name, setting in vars(value).items() if not name.startswith("_")}
+        return type(value).__name__, settings, [state.item() for state in value.batch_state()]
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 
 def _target_cosines(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:

@@ -1,18 +1,27 @@
 """The heads as modules: they own the class centres and call the functional form."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from cosface_kernels import optim, theory
 from cosface_kernels.backends import check_name
-from cosface_kernels.distributed import empty_weight, own_classes
+from cosface_kernels.distributed import (
+    empty_weight,
+    leave_to_its_rank,
+    own_classes,
+    several_ranks,
+    warn_of_drift,
+)
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
+from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
     check_integer,
@@ -46,8 +55,8 @@ class FusedMarginLoss(nn.Module):
         process_group: shards the classes over these ranks; see `cosface_kernels.distributed`.
         sample_rate, sample_seed: share of the classes that take part in a training step, the batch's own among
             them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
-            gradient of the weight is sparse, unless it is sharded or an optimizer of `cosface_kernels.optim` moves
-            the rows.
+            gradient of the weight is sparse, unless there are several ranks or an optimizer of
+            `cosface_kernels.optim` moves the rows.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
@@ -95,7 +104,7 @@ class FusedMarginLoss(nn.Module):
         check_positive("embedding_size", embedding_size)
         if not callable(margin):
             check_margin(margin)
-            theory.warn_of_margin(margin, num_classes, embedding_size, stacklevel=2)
+            theory.warn_of_margin(margin, num_classes, embedding_size)
         check_scale(scale)
         check_reduction(reduction)
         check_name(backend)
@@ -103,7 +112,7 @@ class FusedMarginLoss(nn.Module):
         check_integer("cache_bytes", cache_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=process_group is not None)
         if self.normalize_embeddings and not isinstance(scale, Tensor):
-            theory.warn_of_scale(scale, num_classes, stacklevel=2)
+            theory.warn_of_scale(scale, num_classes)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.margin = margin
@@ -124,11 +133,18 @@ class FusedMarginLoss(nn.Module):
             self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start, device=device)
         self.to(device)  # the margin's state
         self.weight = nn.Parameter(weight)
+        if process_group is not None:
+            leave_to_its_rank(self.weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the class centres anew; the same for the same `torch.manual_seed`, on any number of threads."""
+        """Draws the class centres anew; the same for the same `torch.manual_seed`, on any number of threads.
+
+        All other state is then as before the first batch, also of a head that was made without memory.
+        """
         normal_(self.weight, INIT_STD)
+        if self.sampler is not None:
+            self.sampler.reset_parameters()
         if isinstance(self.margin, Margin):
             self.margin.reset_parameters()
 
@@ -145,7 +161,24 @@ class FusedMarginLoss(nn.Module):
         Returns:
             The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats).
         """
-        return self._loss(embeddings, labels, self.margin, return_stats)
+        with self._state_of_pass(embeddings, labels):
+            return self._loss(embeddings, labels, self.margin, return_stats)
+
+    def _state_of_pass(self, embeddings: Tensor, labels: Tensor) -> AbstractContextManager[None]:
+        """Under torch.utils.checkpoint a batch changes the state once; see `cosface_kernels.recomputation`."""
+        state = [] if self.sampler is None else [self.sampler.draws]
+        state += self.margin.batch_state() if isinstance(self.margin, Margin) else []
+        if not (state and self.training) or torch.compiler.is_compiling():
+            return nullcontext()
+        return state_of_pass(self, state, embeddings, labels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        draws = f"{prefix}sampler.draws"
+        if self.sampler is None:  # the number of draws is nothing to a head that draws none
+            state_dict.pop(draws, None)
+        else:
+            state_dict.setdefault(draws, self.sampler.draws)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _loss(
         self,
@@ -157,6 +190,14 @@ class FusedMarginLoss(nn.Module):
         weight: Tensor = self.weight
         if not self.training and getattr(weight, optim.MARK, False):
             weight = weight.detach()  # no step is meant, and so no row moves
+        trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if (
+            trains
+            and not torch.compiler.is_compiling()
+            and not isinstance(self.weight, DTensor)
+            and several_ranks()
+        ):
+            warn_of_drift()
         return margin_softmax_loss(
             embeddings,
             weight,

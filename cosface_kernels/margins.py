@@ -87,6 +87,10 @@ class Margin(nn.Module):
         for name, value in self._initial.items():
             self.get_buffer(name).fill_(value)
 
+    def batch_state(self) -> list[Tensor]:
+        """What a batch may change; a state of each class is changed between batches."""
+        return [state for state in map(self.get_buffer, self._initial) if not state.dim()]
+
     def _register_state(self, name: str, initial: float, *shape: int) -> None:
         self._initial[name] = initial
         self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))

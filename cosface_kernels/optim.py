@@ -119,14 +119,15 @@ class RowOptimizer(Optimizer):
         self.accumulate, self.state_dtype, self.grad_scaler, self.seed = accumulate, state_dtype, grad_scaler, seed
         self.nonfinite = nonfinite
         self._skipped: dict[torch.device, Tensor] = {}
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} takes parameters, got the module {type(params).__name__}: give it "
+                "head.parameters()."
+            )
         if state_dtype not in (None, torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be None, float64, float32 or bfloat16, got {state_dtype}.")
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}.")
-        if isinstance(params, torch.nn.Module):
-            raise TypeError(
-                f"params must be parameters or param groups, got a module: give it {_name(params)}.parameters()."
-            )
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -739,10 +740,6 @@ def _check_weight(weight: Tensor) -> None:
         )
     if not rows.is_contiguous():
         raise ValueError(f"A weight must be contiguous to be moved in place, got strides {rows.stride()}.")
-
-
-def _name(module: torch.nn.Module) -> str:
-    return type(module).__name__.lower()
 
 
 def _check_not_negative(**values: float) -> None:

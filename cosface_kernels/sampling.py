@@ -1,10 +1,16 @@
 """Class sampling in the manner of Partial FC: the positives of a batch and random negatives."""
 
+import functools
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+TAKE_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)  # of torch.optim
+ADVICE = "take FusedSGD or FusedAdamW, which move the drawn rows, or sample_rate=1"
 
 
 class ClassSampler(nn.Module):
@@ -52,6 +58,11 @@ class ClassSampler(nn.Module):
         self.rate = rate
         self.seed = seed
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
+        _watch_optimizers()
+
+    def reset_parameters(self) -> None:
+        """Begins the draws anew."""
+        self.draws.zero_()
 
     def forward(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of the next step.
@@ -75,6 +86,33 @@ class ClassSampler(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, rate={self.rate}, seed={self.seed}"
+
+
+@functools.cache  # once
+def _watch_optimizers() -> None:
+    """Lets torch's optimizers refuse a sparse gradient before they have moved other parameters, and say why."""
+    register_optimizer_step_pre_hook(_check_optimizer)
+
+
+def _check_optimizer(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        RuntimeError: it is one of torch.optim and cannot step on a sparse gradient that it has.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    for group in optimizer.param_groups:
+        if not any(p.grad is not None and p.grad.layout is torch.sparse_coo for p in group["params"]):
+            continue
+        name, why = type(optimizer).__name__, ""
+        if not isinstance(optimizer, TAKE_SPARSE):
+            why = f"{name} takes none"
+        elif group.get("weight_decay"):
+            why = f"{name} with weight_decay={group['weight_decay']} takes none"
+        elif group.get("fused"):
+            why = f"{name} with fused=True takes none"
+        if why:
+            raise RuntimeError(f"The gradient of sampled classes is sparse, and {why}: {ADVICE}.")
 
 
 def _distinct(count: int, below: int, generator: torch.Generator) -> Tensor:

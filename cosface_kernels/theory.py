@@ -1,9 +1,8 @@
 """What CosFace's theory says about its two numbers, s and m."""
 
 import math
-import warnings
 
-from cosface_kernels.validation import check_interval, check_positive
+from cosface_kernels.validation import check_interval, check_positive, warn
 
 PROBABILITY = 0.9  # of the target at its class centre, below which a scale is worth a warning
 
@@ -61,19 +60,17 @@ def max_margin(num_classes: int, embedding_size: int) -> float:
     return num_classes / (num_classes - 1)
 
 
-def warn_of_scale(scale: float, num_classes: int, stacklevel: int) -> None:
+def warn_of_scale(scale: float, num_classes: int) -> None:
     if num_classes > 1 and scale < (least := min_scale(num_classes)):
-        warnings.warn(
+        warn(
             f"scale {scale} is below {least:.3g}, and so no embedding can have a probability of {PROBABILITY} "
-            f"of its class among {num_classes} (CosFace, Eq. 6).",
-            stacklevel=stacklevel + 1,
+            f"of its class among {num_classes} (CosFace, Eq. 6)."
         )
 
 
-def warn_of_margin(margin: float, num_classes: int, embedding_size: int, stacklevel: int) -> None:
+def warn_of_margin(margin: float, num_classes: int, embedding_size: int) -> None:
     if num_classes > 1 and margin > (most := max_margin(num_classes, embedding_size)):
-        warnings.warn(
+        warn(
             f"margin {margin} is above {most:.3g}, and so {num_classes} class centres of size {embedding_size} "
-            "cannot all be that far from each other (CosFace, Eq. 7).",
-            stacklevel=stacklevel + 1,
+            "cannot all be that far from each other (CosFace, Eq. 7)."
         )

@@ -2,12 +2,23 @@
 
 import math
 import numbers
+import reprlib
+import sys
+import warnings
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
+
+
+def warn(message: str) -> None:
+    """Of the user's line, however many calls of this package and of torch's modules lie between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(("cosface_kernels.", "torch.nn.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def check_positive(name: str, value: int) -> None:
@@ -29,7 +40,9 @@ def check_margin(margin: float) -> None:
 def check_interval(name: str, value: float, interval: str, low: float, high: float) -> None:
     """low <= value < high, which the message calls `interval`."""
     if not isinstance(value, numbers.Real) or not low <= value < high:
-        raise ValueError(f"{name} must be in {interval}, got {value!r}.")
+        degrees = "radians" in interval and isinstance(value, numbers.Real) and high <= value <= 180
+        hint = f"; if these are degrees, give {math.radians(value):.4g}" if degrees else ""
+        raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}.")
 
 
 def check_tolerance(tolerance: float, sharded: bool) -> None:
@@ -60,9 +73,18 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__} {reprlib.repr(value)}; torch.as_tensor "
+            "makes one of it."
+        )
+
+
 def check_rows(embeddings: Tensor, weight: Tensor) -> None:
     """Shapes (N, D) and (C, D) with C and D positive, floating dtypes, one device."""
     for name, tensor, shape in (("embeddings", embeddings, "(N, D)"), ("weight", weight, "(C, D)")):
+        check_tensor(name, tensor)
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got shape {tuple(tensor.shape)}.")
         if tensor.dtype not in FLOAT_DTYPES:
@@ -88,6 +110,7 @@ def check_sampler(sampled: int, classes: int) -> None:
 
 def check_labels(labels: Tensor, embeddings: Tensor) -> None:
     """Shape (N,), an integer dtype, the embeddings' device; their range is checked by the op."""
+    check_tensor("labels", labels)
     if labels.dim() != 1:
         raise ValueError(f"labels must have shape (N,), got shape {tuple(labels.shape)}.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -101,6 +124,7 @@ def check_labels(labels: Tensor, embeddings: Tensor) -> None:
 
 
 def check_per_sample(name: str, values: Tensor, labels: Tensor) -> None:
+    check_tensor(name, values)
     if values.shape != labels.shape:
         raise ValueError(
             f"{name} must hold one value per sample, shape {tuple(labels.shape)}, got shape {tuple(values.shape)}."

@@ -1,6 +1,7 @@
 // The pybind11 module cosface_kernels._C.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
+#include <torch/version.h>
 
 #include <array>
 #include <optional>
@@ -185,6 +186,7 @@ cosface::cuda::Device cuda_device(int index) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("torch_version") = TORCH_VERSION;
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "Options")
       .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache,

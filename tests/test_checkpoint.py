@@ -108,10 +108,39 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10, 11):
         run.train(1)
         checkpoint.save(tmp_path, step, keep=2, **run.objects)
-    checkpoint.save(tmp_path, 11, keep=2, **run.objects)  # once more
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000010", "step-000000000011"]
-    assert checkpoint.latest(tmp_path).name == "step-000000000011"
-    assert checkpoint.load(tmp_path / "step-000000000010", **run.objects) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000000010-000003",
+        "step-000000000011-000004",
+    ]
+    assert checkpoint.latest(tmp_path).name == "step-000000000011-000004"
+    assert checkpoint.load(tmp_path / "step-000000000010-000003", **run.objects) == 10
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_is_what_was_written_last(tmp_path, keep):
+    """Whatever its step: after a rollback, a restart from 0, the same step again."""
+    for count, step in enumerate([5, 9, 3, 0, 0, 7, 2], start=1):
+        path = checkpoint.save(tmp_path, step, keep=keep, odd=Odd(count))
+        assert checkpoint.latest(tmp_path) == path
+        loaded = Odd(None)
+        assert checkpoint.load(tmp_path, odd=loaded) == step
+        assert loaded.value == count
+        assert len(list(tmp_path.iterdir())) == min(keep, count)
+
+
+def test_a_folder_from_before_checkpoints_were_counted(tmp_path):
+    for step in (8, 9):
+        path = checkpoint.save(tmp_path, step, odd=Odd(step))
+        path.rename(tmp_path / f"step-{step:012d}")
+    (tmp_path / "step-by-step").mkdir()
+    loaded = Odd(None)
+    assert checkpoint.load(tmp_path, odd=loaded) == 9
+    checkpoint.save(tmp_path, 1, odd=Odd(1))
+    assert checkpoint.load(tmp_path, odd=loaded) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000000001-000001", "step-000000000009", "step-by-step"
+    ]  # fmt: skip
+    assert checkpoint.load(tmp_path / "step-by-step", odd=loaded) is None
 
 
 def test_nothing_to_load(tmp_path):
@@ -123,35 +152,77 @@ def test_nothing_to_load(tmp_path):
 
 
 CRASH = """
-import os, signal, sys
-import safetensors.torch, pathlib
+import os, shutil, sys
+from pathlib import Path
+import torch
 from cosface_kernels import checkpoint
-from test_checkpoint import Run
 
-run = Run()
-run.train(2)
-checkpoint.save(sys.argv[1], 2, **run.objects)
-run.train(2)
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[2] == "before the rename":
-    pathlib.Path.rename = die
-elif sys.argv[2] == "while writing":
-    import torch.distributed.checkpoint.filesystem as filesystem
-    filesystem.os.fsync = die
-checkpoint.save(sys.argv[1], 4, **run.objects)
+torch.set_num_threads(1)  # of others a fork would have none
+folder, left = Path(sys.argv[1]), [0]
+
+def change(*file):
+    left[0] -= 1
+    if left[0] == 0:
+        for descriptor in file:  # what is not yet on the disk
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os._exit(9)
+
+def watch(event, args):
+    writes = event == "open" and isinstance(args[1], str) and args[1] != "r"
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"):
+        change()
+
+def fsync(descriptor):
+    change(*([descriptor] if os.path.isfile(f"/proc/self/fd/{descriptor}") else []))
+
+sys.addaudithook(watch)
+os.fsync = fsync
+
+def state(value):
+    layer = torch.nn.Linear(3, 2)
+    torch.nn.init.constant_(layer.weight, value)
+    return layer
+
+def save(step, value, keep):
+    checkpoint.save(folder, step, keep=keep, layer=state(value))
+
+def load():
+    layer = state(0.0)
+    return checkpoint.load(folder, layer=layer), layer.weight[0, 0].item()
+
+moments = []
+for before, step, keep in (([], 3, 2), ([(3, 1.0)], 3, 1), ([(3, 1.0), (6, 2.0)], 0, 2)):
+    old, died = (before[-1] if before else (None, 0.0)), 9
+    while died:
+        shutil.rmtree(folder, ignore_errors=True)
+        for s, value in before:
+            save(s, value, keep=2)
+        child, moment = os.fork(), moments.count((step, keep)) + 1
+        if not child:
+            left[0] = moment
+            save(step, 9.0, keep)
+            os._exit(0)
+        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert died in (0, 9), died
+        appeared = any(path.name.startswith(f"step-{step:012d}-{len(before) + 1:06d}") and not path.suffix
+                       for path in folder.glob("*"))
+        assert load() == ((step, 9.0) if appeared else old), (step, keep, moment)
+        assert appeared or died, "it was saved"
+        save(5, 7.0, keep=1)  # what was left is in the way of nothing
+        assert load() == (5, 7.0)
+        assert len(list(folder.iterdir())) == 1
+        moments.append((step, keep))
+print(*map(moments.count, dict.fromkeys(moments)))
 """
 
 
-@pytest.mark.parametrize("moment", ["before the rename", "while writing"])
-def test_crash_while_saving_leaves_the_last_good_one(tmp_path, moment):
-    died = run_python(CRASH, str(tmp_path), moment)
-    assert died.returncode == -9, died.stderr
-    assert any(path.name.endswith(checkpoint.PARTIAL) for path in tmp_path.iterdir())
-    run = Run(seed=5)
-    assert checkpoint.load(tmp_path, **run.objects) == 2
-    checkpoint.save(tmp_path, 3, **run.objects)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000002", "step-000000000003"]
+def test_crash_at_any_change_of_the_folder_leaves_the_newest_complete_checkpoint(tmp_path):
+    """The process ends before the k-th call that makes, writes, renames or removes something, for every k."""
+    run = run_python(CRASH, str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    first, *others = map(int, run.stdout.split())
+    assert first > 5  # the folders, the file, its bytes, the two names
+    assert all(moments > first for moments in others)  # no folder for all, but one checkpoint is removed
 
 
 def test_tensors_of_any_layout(tmp_path):
@@ -187,10 +258,87 @@ def test_what_does_not_fit_is_named(tmp_path):
     other = Run(classes=8)
     with pytest.raises(ValueError, match=r"head/weight is torch.float64 of shape \(7, 6\) in the checkpoint, but"):
         checkpoint.load(tmp_path, **other.objects)
-    with pytest.raises(ValueError, match="holds backbone, head, optimizer, schedule, but head were to be loaded"):
-        checkpoint.load(tmp_path, head=run.head)
+    with pytest.raises(ValueError, match="holds backbone, head, optimizer, schedule, but no ema, scaler"):
+        checkpoint.load(tmp_path, head=run.head, ema=run.backbone, scaler=run.head)
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         checkpoint.save(tmp_path, 1, keep=0)
+    for step in (-1, 0.5, "1", 10**12):
+        with pytest.raises(ValueError, match=rf"step must be an integer in \[0, 10\^12\), got {step!r}"):
+            checkpoint.save(tmp_path, step, **run.objects)
+
+
+def test_parts_load_by_choice(tmp_path):
+    saved, loaded = Run(), Run(seed=1)
+    saved.train(1)
+    checkpoint.save(tmp_path, 1, **saved.objects)
+    other_parts = {key: tensor for key, tensor in loaded.everything().items() if not key.startswith("head")}
+    assert checkpoint.load(tmp_path, head=loaded.head) == 1
+    assert torch.equal(loaded.head.weight, saved.head.weight)
+    assert all(torch.equal(loaded.everything()[key], tensor) for key, tensor in other_parts.items())
+
+
+class Tied(nn.Module):
+    """One weight under two names, and a second view of its memory."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        layer = nn.Linear(3, 3)
+        self.layers = nn.Sequential(layer, layer)
+        self.register_buffer("flat", layer.weight.detach().view(-1))
+
+
+def test_tensors_that_are_one(tmp_path):
+    """They are written once, and load into those that are one or not, each by itself or together."""
+    saved = Tied(0)
+    path = checkpoint.save(tmp_path, 1, model=saved, layer=saved.layers[0], empty=Odd([torch.empty(0)] * 2))
+    assert sum(file.stat().st_size for file in path.iterdir()) < 3000
+    for name in ("model/layers.0.weight", "model/layers.1.weight", "layer/weight"):
+        assert torch.equal(checkpoint.load_tensor(path, name), saved.layers[0].weight)
+    assert torch.equal(checkpoint.load_tensor(path, "model/flat"), saved.flat)
+    layer, model = nn.Linear(3, 3), Tied(1)
+    checkpoint.load(tmp_path, layer=layer)
+    checkpoint.load(tmp_path, model=model)
+    both = Tied(2)
+    checkpoint.load(tmp_path, layer=both.layers[0], model=both)
+    for weight in (layer.weight, model.layers[1].weight, both.layers[0].weight):
+        assert torch.equal(weight, saved.layers[0].weight)
+    apart = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    checkpoint.save(tmp_path, 2, model=saved.layers)
+    checkpoint.load(tmp_path, model=apart)
+    assert torch.equal(apart[1].weight, saved.layers[0].weight)
+    assert apart[1].weight.data_ptr() != apart[0].weight.data_ptr()
+
+
+def save_twice(rank, group, folder):
+    run = Run(group)
+    model = nn.ModuleDict({"backbone": run.backbone, "head": run.head})
+    checkpoint.save(folder, 1, model=model, head=run.head, process_group=group)
+    return run.head.weight.full_tensor()
+
+
+def load_part(rank, group, folder):
+    run = Run(group, seed=rank)
+    checkpoint.load(folder, head=run.head, process_group=group)
+    return run.head.weight.full_tensor()
+
+
+def test_a_sharded_tensor_given_twice(ranks, tmp_path):
+    want, *_ = ranks.results(2, save_twice, tmp_path)
+    assert all(torch.equal(got, want) for got in ranks.results(3, load_part, tmp_path))
+
+
+def save_where_it_cannot(rank, group, folder):
+    checkpoint.save(folder, 1, process_group=group, **({"layer": nn.Linear(2, 2)} if group else {}))
+
+
+def test_every_rank_says_why_it_could_not_be_written(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    for result in ranks.run(2, save_where_it_cannot, tmp_path / "file"):
+        assert isinstance(result, NotADirectoryError | FileExistsError), result
+    meta = nn.Linear(2, 2, device="meta")
+    with pytest.raises(RuntimeError, match=r"writing .*step-000000000001-000001.partial failed on rank 0: .*"):
+        checkpoint.save(tmp_path, 1, meta=meta)
 
 
 class Odd:
@@ -224,4 +372,10 @@ def test_keeps_values_of_every_kind(tmp_path, value):
 def test_refuses_other_objects(tmp_path):
     with pytest.raises(TypeError, match="odd/value is a set; a checkpoint holds tensors, numbers"):
         checkpoint.save(tmp_path, 1, odd=Odd({1}))
+    with pytest.raises(TypeError, match="odd/value is a sparse tensor; a checkpoint holds dense ones"):
+        checkpoint.save(tmp_path, 1, odd=Odd(torch.eye(2).to_sparse()))
+    for call in (checkpoint.save, checkpoint.load):
+        arguments = (tmp_path, 1) if call is checkpoint.save else (tmp_path,)
+        with pytest.raises(TypeError, match="epoch must have state_dict and load_state_dict, got 3; a number can"):
+            call(*arguments, odd=Odd(1), epoch=3)
     assert not list(tmp_path.iterdir())

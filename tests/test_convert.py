@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from support import run_python
 from torch import nn
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint, convert, cosface_loss
@@ -138,3 +139,14 @@ def test_several_centres_a_class_are_seen_by_their_number(tmp_path, capsys):
     torch.save([1], tmp_path / "loss.pt")
     assert convert.main(arguments) == 1
     assert "should hold a state_dict, got list" in capsys.readouterr().err
+
+
+def test_says_what_to_install_without_safetensors():
+    for module in ("convert", "checkpoint"):
+        done = run_python(
+            "import importlib.util as util\n"
+            "find = util.find_spec\n"
+            "util.find_spec = lambda name, *rest: None if name == 'safetensors' else find(name, *rest)\n"
+            f"import cosface_kernels.{module}"
+        )
+        assert "need safetensors, which is not installed: pip install safetensors" in done.stderr, done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from cosface_kernels import (
     margin_softmax_loss,
 )
 from cosface_kernels.distributed import GradScaler, class_range, clip_grad_norm_, empty_weight
+from cosface_kernels.margins import ArcFaceMargin, CurricularFaceMargin
 
 WORLDS = range(1, LARGEST_WORLD + 1)
 IGNORED = -100
@@ -333,6 +336,178 @@ def test_what_one_rank_refuses_all_refuse(ranks, name):
         assert message is not None
         assert sentence in message
     assert len({loss for _, loss in results}) == 1
+
+
+def _curricular(margin=0.5, t=0.0):
+    psi = CurricularFaceMargin(margin)
+    psi.t.fill_(t)
+    return psi
+
+
+# Of rank 1, where it is not what the others have, and what every rank is told; {} is the same on all.
+UNLIKE = {
+    "margin": ({"margin": 0.3}, "margin {}, got 0.35 on rank 0 and 0.3 on rank 1."),
+    "kind of margin": ({"margin": ArcFaceMargin(0.35)}, "margin {}, got 0.35 on rank 0 and ('ArcFaceMargin', "),
+    "function": ({"margin": torch.cos}, "margin {}, got 0.35 on rank 0 and "),
+    "scale": ({"scale": 32.0}, "scale {}, got 64.0 on rank 0 and 32.0 on rank 1."),
+    "learned scale": ({"scale": torch.tensor(32.0)}, "scale {}, got 64.0 on rank 0 and 32.0 on rank 1."),
+    "scales": ({"scale": torch.full((3,), 64.0)}, "scale {}, got 64.0 on rank 0 and one per sample on rank 1."),
+    "ignore_index": ({"ignore_index": 0}, "ignore_index {}, got -100 on rank 0 and 0 on rank 1."),
+    "validate_labels": ({"validate_labels": False}, "validate_labels {}, got None on rank 0 and False on rank 1."),
+    "reduction": ({"reduction": "sum"}, "reduction {}, got mean on rank 0 and sum on rank 1."),
+    "sample_weight": (
+        {"sample_weight": torch.ones(3, dtype=torch.float64)},
+        "dtype of sample_weight {}, got torch.float32 on rank 0 and torch.float64 on rank 1.",
+    ),
+    "no sample_weight": (
+        {"sample_weight": None},
+        "dtype of sample_weight {}, got torch.float32 on rank 0 and None",
+    ),
+    "normalization": ({"normalize_weight": False}, "normalization of embeddings and weight {}, got (True, True)"),
+    "settings": (
+        {"margin": (_curricular(), _curricular(0.4), _curricular())},
+        "margin {}, got ('CurricularFaceMargin', {{'training': True, 'straight_through': False, 'margin': 0.5, ",
+    ),
+    "state": ({"margin": (_curricular(), _curricular(t=0.25), _curricular())}, "margin {}, got ('CurricularFaceM"),
+    "mode": ({"margin": (_curricular(), _curricular().eval(), _curricular())}, "margin {}, got ('CurricularFaceM"),
+}
+
+
+def _unlike(rank, group, changes):
+    """A good batch, once with the changes of rank 1 and once without."""
+    torch.manual_seed(0)
+    weight, x, labels = empty_weight(7, 5, group), torch.ones(3, 5), torch.tensor([0, 6, 3])
+    nn.init.normal_(weight.to_local())
+    options = {"margin": 0.35, "sample_weight": torch.ones(3)}
+    try:
+        own = {
+            k: v[rank] if isinstance(v, tuple) else v
+            for k, v in changes.items()
+            if isinstance(v, tuple) or rank == 1
+        }
+        margin_softmax_loss(x, weight, labels, **{**options, **own})
+        message = None
+    except ValueError as error:
+        message = f"{error}"
+    return message, margin_softmax_loss(x, weight, labels, **options)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_differs_on_one_rank_all_refuse(ranks, name):
+    """Else each would return its own loss, or gloo abort; and all go on with the next batch."""
+    changes, sentence = UNLIKE[name]
+    results = ranks.results(3, _unlike, changes)
+    for message, _ in results:
+        assert message is not None
+        assert sentence.format(ALIKE) in message
+    assert len({loss.item() for _, loss in results}) == 1
+
+
+class Wrapped(nn.Module):
+    """A model that DistributedDataParallel wraps whole, head and all, at one depth or another."""
+
+    def __init__(self, make, depth):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Linear(6, 8)
+        head = make(40, 8)
+        for _ in range(depth):
+            head = nn.ModuleDict({"head": head})
+        self.part = head
+
+    @property
+    def head(self):
+        part = self.part
+        while isinstance(part, nn.ModuleDict):
+            part = part["head"]
+        return part
+
+    def forward(self, data, labels):
+        return self.head(self.backbone(data), labels)
+
+
+def _train_wrapped(rank, group, make, sharded, depth=0):
+    """Parameters and buffers after three steps, whole, and the warnings."""
+    options = {"process_group": group} if sharded else {}
+    model = Wrapped(functools.partial(make, **options), depth)
+    module = DistributedDataParallel(model, process_group=group) if group else model
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.backbone, model.head)]
+    rng = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            data, labels = torch.randn(12, 6, generator=rng), torch.randint(40, (12,), generator=rng)
+            if group:
+                data, labels = (t.chunk(group.size())[rank] for t in (data, labels))
+            module(data, labels).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    state = {name.replace("head.", ""): tensor for name, tensor in model.state_dict().items()}
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in state.items()}
+    return whole, [str(warning.message) for warning in warned if "drift" in str(warning.message)]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize(
+    "make", [FusedCosFaceLoss, family.FusedCurricularFaceLoss], ids=lambda make: make.__name__
+)
+def test_a_sharded_head_in_a_wrapped_module(ranks, make, depth):
+    """It trains as one process does on the whole batch, statistics included."""
+    want, _ = _train_wrapped(0, None, make, False, depth)
+    for got, _ in ranks.results(3, _train_wrapped, make, True, depth):
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            assert relative_error(got[name], tensor) < 1e-4, name
+
+
+REPLICATED = {
+    "plain": FusedCosFaceLoss,
+    "sampled": functools.partial(FusedCosFaceLoss, sample_rate=0.3),
+    "learned scale": lambda *sizes: FusedCosFaceLoss(*sizes, scale=nn.Parameter(torch.tensor(16.0))),
+    "statistics": family.FusedAdaFaceLoss,
+}
+
+
+def _train_replicated(rank, group, name):
+    return _train_wrapped(rank, group, lambda *sizes: REPLICATED[name](*sizes), False)
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_a_replicated_head_in_a_wrapped_module(ranks, name):
+    """It stays the same on all ranks, without a warning, and one of CosFace trains as on one process."""
+    results = ranks.results(2, _train_replicated, name)
+    initial = Wrapped(REPLICATED[name], 0).head.weight
+    for got, warned in results:
+        assert not warned
+        assert torch.equal(got["part.weight"], results[0][0]["part.weight"])
+        assert not torch.equal(got["part.weight"], initial)
+    if name in ("plain", "learned scale"):
+        want, _ = _train_replicated(0, None, name)
+        for key, tensor in want.items():
+            torch.testing.assert_close(results[0][0][key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def _outside(rank, group):
+    """Where the head is called without DDP: trained, evaluated, and in a group of one."""
+    head, x, labels = FusedCosFaceLoss(40, 8), torch.randn(4, 8), torch.arange(4)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        head(x, labels)
+        trained = [(warning.filename, str(warning.message)) for warning in warned]
+        head.eval()(x, labels)
+        head.train().get_logits(x)
+        with torch.no_grad():
+            head(x, labels)
+    return trained, len(warned)
+
+
+def test_a_replicated_head_outside_warns(ranks):
+    for trained, count in ranks.results(2, _outside):
+        ((file, message),) = trained
+        assert file == __file__
+        assert "copy of this head by its own samples, and the copies drift apart" in message
+        assert count == 1
 
 
 def _weight_of_seed(rank, group):

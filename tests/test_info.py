@@ -54,6 +54,45 @@ def test_info_says_why_a_backend_is_missing():
     assert "reference: available" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (
+            "types.SimpleNamespace(torch_version='1.9.0')",
+            r"is for PyTorch 1\.9\.0, and PyTorch \S+ runs: build it again",
+        ),
+        ("None", r"cannot be imported \(.*\): it has not been built"),
+    ],
+)
+def test_info_says_that_the_module_is_for_another_pytorch(module, reason):
+    done = run_python(
+        "import runpy, sys, types\n"
+        f"sys.modules['cosface_kernels._C'] = {module}\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')"
+    )
+    assert done.returncode == 0, done.stderr
+    for backend in ("cpu", "cuda"):
+        assert re.search(f"backend {backend}: unavailable: .*cosface_kernels._C {reason}", done.stdout), (
+            done.stdout
+        )
+
+
+def test_a_module_that_lacks_symbols_is_to_be_built_again(tmp_path):
+    """What an import of one for another PyTorch raises."""
+    done = run_python(
+        "import importlib, runpy\n"
+        "plain = importlib.import_module\n"
+        "def load(name, *rest):\n"
+        "    if name == 'cosface_kernels._C': raise ImportError('undefined symbol: _ZN3c10')\n"
+        "    return plain(name, *rest)\n"
+        "importlib.import_module = load\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')"
+    )
+    assert re.search(r"cpu: unavailable: .*undefined symbol: _ZN3c10\): build it again with the", done.stdout), (
+        done
+    )
+
+
 def test_info_shows_the_forced_backend():
     assert re.search("COSFACE_BACKEND.*reference", _info(COSFACE_BACKEND="reference"))
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from support import Backend, evaluate, random_upstream, relative_error
 
-from cosface_kernels import FusedMarginLoss, cosface_loss
+from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, cosface_loss
+from cosface_kernels.distributed import clip_grad_norm_
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.sampling import ClassSampler
 
@@ -139,6 +140,83 @@ def test_evaluation_takes_all_classes():
     x, labels = torch.randn(8, D), torch.randint(C, (8,))
     assert torch.equal(head(x, labels), cosface_loss(x, head.weight, labels, scale=16.0, backend="cpu"))
     assert int(head.sampler.draws) == 0
+
+
+OPTIMIZERS = [
+    ("SGD", {"lr": 0.1}, None),
+    ("SGD", {"lr": 0.1, "maximize": True, "foreach": True}, None),
+    ("SGD", {"lr": 0.1, "momentum": 0.9}, None),
+    ("SGD", {"lr": 0.1, "weight_decay": 5e-4}, r"SGD with weight_decay=0\.0005 takes none"),
+    ("SGD", {"lr": 0.1, "fused": True}, "SGD with fused=True takes none"),
+    ("SparseAdam", {}, None),
+    ("Adagrad", {}, None),
+    ("Adagrad", {"weight_decay": 0.1}, r"Adagrad with weight_decay=0\.1 takes none"),
+    *(
+        (name, {}, f"{name} takes none")
+        for name in ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adadelta", "Rprop", "ASGD")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "refusal"), OPTIMIZERS)
+def test_what_torch_does_with_rows_that_are_not_drawn(name, options, refusal):
+    """The README's table, and that a refusal leaves every parameter as it was."""
+    other, head = torch.nn.Parameter(torch.ones(3)), make_head(0.1)
+    optimizer = getattr(torch.optim, name)(
+        [head.weight] if name == "SparseAdam" else [other, head.weight], **options
+    )
+    strays = False
+    for _ in range(3):
+        optimizer.zero_grad()
+        (head(torch.randn(8, D), torch.randint(C, (8,))) + other.sum()).backward()
+        before, others_before = head.weight.detach().clone(), other.detach().clone()
+        if refusal:
+            with pytest.raises(RuntimeError, match=f"sampled classes is sparse, and {refusal}: take FusedSGD or"):
+                optimizer.step()
+            assert torch.equal(head.weight, before)
+            assert torch.equal(other, others_before)
+            return
+        optimizer.step()
+        moved = (head.weight != before).any(1)
+        drawn = torch.zeros(C, dtype=torch.bool)
+        drawn[head.weight.grad.coalesce().indices()[0]] = True
+        assert bool(moved[drawn].all())
+        strays |= bool(moved[~drawn].any())
+    assert strays == ("momentum" in options)
+
+
+def test_a_sparse_gradient_is_clipped():
+    """To the norm of the dense one, beside another parameter; rows that are in it twice are summed first."""
+    head, other = make_head(0.2), torch.nn.Parameter(torch.ones(3))
+    for _ in range(2):
+        (head(torch.randn(8, D), torch.randint(C, (8,))) + 5 * other.sum()).backward()
+    assert not head.weight.grad.is_coalesced()
+    whole = torch.cat([head.weight.grad.to_dense().flatten(), other.grad])
+    torch.testing.assert_close(clip_grad_norm_([other, head.weight], 0.5), whole.norm())
+    clipped = torch.cat([head.weight.grad.to_dense().flatten(), other.grad])
+    torch.testing.assert_close(clipped, whole * (0.5 / whole.norm()))
+
+
+def test_a_sampler_without_memory_begins_at_the_first_draw():
+    head = FusedCosFaceLoss(C, D, sample_rate=0.1, device="meta").to_empty(device="cpu")
+    head.sampler.draws.fill_(94586482045886)  # what memory holds
+    head.reset_parameters()
+    assert int(head.sampler.draws) == 0
+
+
+@pytest.mark.parametrize(("saved", "loaded", "draws"), [(0.1, 1.0, None), (1.0, 0.1, 1), (0.1, 0.2, 3)])
+def test_heads_load_each_other_strictly(saved, loaded, draws):
+    """Those that sample and those that do not, alone and in a model."""
+    saved, loaded = (torch.nn.ModuleDict({"head": make_head(rate)}) for rate in (saved, loaded))
+    x, labels = torch.randn(8, D), torch.randint(C, (8,))
+    for model, count in ((saved, 3), (loaded, 1)):
+        for _ in range(count):
+            model["head"](x, labels)
+    for source, target in ((saved, loaded), (saved["head"], loaded["head"])):
+        torch.nn.init.normal_(saved["head"].weight)
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert torch.equal(loaded["head"].weight, saved["head"].weight)
+        assert draws is None or int(loaded["head"].sampler.draws) == draws
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, 1.1, math.nan, "half"])

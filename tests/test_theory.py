@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cosface_kernels import FusedASoftmaxLoss, FusedCosFaceLoss, max_margin, min_scale
+from cosface_kernels import (
+    FusedASoftmaxLoss,
+    FusedCosFaceLoss,
+    FusedMarginLoss,
+    FusedNormalizedSoftmaxLoss,
+    max_margin,
+    min_scale,
+)
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 100])
@@ -52,6 +59,30 @@ def test_the_modules_warn_once():
         FusedCosFaceLoss(1763, 64, scale=12.0)
         FusedCosFaceLoss(1763, 64, scale=torch.nn.Parameter(torch.tensor(1.0)))
         FusedASoftmaxLoss(1763, 64)  # whose scale is a factor of the norm
+
+
+class MyHead(FusedCosFaceLoss):
+    """A subclass of a user, whose line is that of the call of its parent."""
+
+    def __init__(self) -> None:
+        super().__init__(1763, 64, scale=4.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FusedMarginLoss(1763, 64, 0.35, scale=4.0),
+        lambda: FusedCosFaceLoss(1763, 64, scale=4.0),
+        lambda: FusedNormalizedSoftmaxLoss(1763, 64, scale=4.0),
+        lambda: FusedMarginLoss(8, 2, 0.35),
+        lambda: FusedCosFaceLoss(8, 2),
+        MyHead,
+    ],
+)
+def test_warnings_are_of_the_line_that_made_the_head(make):
+    with pytest.warns(UserWarning, match="CosFace, Eq") as warned:
+        make()
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 @pytest.mark.parametrize(

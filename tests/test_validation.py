@@ -3,14 +3,33 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from support import run_python
 from torch.autograd import forward_ad
 
-from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss
+from cosface_kernels import (
+    FusedArcFaceLoss,
+    FusedCombinedMarginLoss,
+    FusedCosFaceLoss,
+    FusedCurricularFaceLoss,
+    FusedKappaFaceLoss,
+    FusedMagFaceLoss,
+    cosface_loss,
+    margin_softmax_loss,
+)
 from cosface_kernels.backends import BACKENDS, select
 from cosface_kernels.functional import cosine_logits
+from cosface_kernels.optim import FusedAdamW, FusedSGD
+
+HEADS_WITH_ANGLES = (
+    FusedArcFaceLoss,
+    FusedCombinedMarginLoss,
+    FusedCurricularFaceLoss,
+    FusedKappaFaceLoss,
+    FusedMagFaceLoss,
+)
 
 
 def _batch(device=None):
@@ -340,3 +359,52 @@ cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]))
     assert "COSFACE_CPU_ISA must be one that this processor runs" in done.stderr
     assert done.returncode != 0
     assert "backend cpu: unavailable: COSFACE_CPU_ISA must be one" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "seen"),
+    [
+        ("embeddings", [[1.0] * 3] * 4, r"list \[\[1.0, 1.0, 1.0\], .*\]"),
+        ("embeddings", np.ones((4, 3)), r"ndarray array\("),
+        ("weight", np.ones((5, 3)), r"ndarray array\("),
+        ("labels", [0, 1, 2, 4], r"list \[0, 1, 2, 4\]"),
+        ("labels", np.arange(4), r"ndarray array\(\[0, 1, 2, 3\]\)"),
+        ("sample_weight", (1.0, 1.0, 1.0, 1.0), r"tuple \(1.0, 1.0, 1.0, 1.0\)"),
+    ],
+)
+def test_no_tensor(name, value, seen):
+    """Of another library, or none: told at the door."""
+    message = f"{name} must be a torch.Tensor, got {seen}.*; torch.as_tensor makes one of it"
+    _refused(TypeError, message, **{name: value})
+    if name in ("embeddings", "labels"):
+        batch = {"embeddings": torch.ones(4, 3), "labels": torch.arange(4), name: value}
+        for head in (
+            FusedCosFaceLoss(5, 3),
+            FusedCosFaceLoss(5, 3, sample_rate=0.9),
+            FusedCurricularFaceLoss(5, 3),
+        ):
+            with pytest.raises(TypeError, match=message):
+                head(**batch)
+    if name == "embeddings":
+        with pytest.raises(TypeError, match=message):
+            FusedCosFaceLoss(5, 3).get_logits(value)
+
+
+@pytest.mark.parametrize("module", HEADS_WITH_ANGLES, ids=lambda module: module.__name__)
+def test_an_angle_in_degrees(module):
+    """What pytorch-metric-learning calls 28.6 is 0.4992 here."""
+    options = {"class_counts": [1] * 5} if module is FusedKappaFaceLoss else {}
+    margin = {FusedCombinedMarginLoss: (1, 28.6, 0), FusedMagFaceLoss: (28.6, 45)}.get(module, 28.6)
+    with pytest.raises(ValueError, match=r"in \[0, pi\) radians, got 28.6; if these are degrees, give 0.4992\."):
+        module(5, 3, margin, **options)
+    with pytest.raises(ValueError, match=r"in \[0, pi\) radians, got -0.1\."):
+        FusedArcFaceLoss(5, 3, -0.1)
+
+
+def test_a_head_in_place_of_its_parameters():
+    head = FusedCosFaceLoss(5, 3)
+    for optimizer in (FusedSGD, FusedAdamW):
+        with pytest.raises(
+            TypeError, match=f"{optimizer.__name__} takes parameters, got the module FusedCosFaceLoss"
+        ):
+            optimizer(head, lr=0.1)
