@@ -197,6 +197,15 @@ class RowOptimizer(Optimizer):
                 f"A weight of shape {tuple(weight.shape)} has moved by one gradient, and another was refused: "
                 "step() would end half an update. Call zero_grad() to go on with the first alone."
             )
+        if not ownership.is_head or weight.grad is None or isinstance(weight.grad, ConsumedGradient):
+            return
+        if weight.grad.is_sparse:
+            raise RuntimeError(
+                f"step() needs the gradient of all classes of a weight of shape {tuple(weight.shape)}, got one of "
+                "sampled classes, of which rows move inside backward alone."
+            )
+        _check_weight(weight)
+        self._check_state(weight, self.state.get(weight, {}))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops ordinary gradients. Rows that have moved stay so, and their step is not over before `step()`.
@@ -294,7 +303,7 @@ class RowOptimizer(Optimizer):
                 f"A hook on a weight of shape {tuple(weight.shape)} would see no gradient, because its rows move "
                 "inside backward: remove the hook, or construct the optimizer with accumulate=True."
             )
-        around = DistributedDataParallel._active_ddp_module
+        around = None if isinstance(weight, DTensor) else DistributedDataParallel._active_ddp_module
         if around is not None and any(weight is parameter for parameter in around.parameters()):
             raise RuntimeError(
                 f"DistributedDataParallel averages gradients, but a weight of shape {tuple(weight.shape)} has "
@@ -320,7 +329,6 @@ class RowOptimizer(Optimizer):
     ) -> tuple[Update, list[Tensor]]:
         """The update of the step that begins now, and the state that it moves; scaled: its gradient is."""
         state, dtype = self.state[weight], self.state_dtype or weight.dtype
-        self._check_state(weight, state)
         if "step" not in state:
             state["step"] = _count(0.0)
         state["step"] += 1
@@ -396,14 +404,7 @@ class RowOptimizer(Optimizer):
         self._skipped[skipped.device] = self._skipped.get(skipped.device, 0) + skipped.long()
 
     def _apply(self, weight: Tensor, group: dict[str, Any]) -> None:
-        if weight.grad is None:
-            return
-        if weight.grad.is_sparse:
-            raise RuntimeError(
-                f"step() needs the gradient of all classes of a weight of shape {tuple(weight.shape)}, got one of "
-                "sampled classes, of which rows move inside backward alone."
-            )
-        _check_weight(weight)
+        assert weight.grad is not None
         update, state = self._next_update(weight, group)
         _owned[weight].phase = MOVING
         with torch.no_grad():

@@ -28,6 +28,7 @@ from cosface_kernels import (
 )
 from cosface_kernels.distributed import GradScaler, class_range, clip_grad_norm_, empty_weight
 from cosface_kernels.margins import ArcFaceMargin, CurricularFaceMargin
+from cosface_kernels.optim import FusedSGD
 
 WORLDS = range(1, LARGEST_WORLD + 1)
 IGNORED = -100
@@ -426,12 +427,12 @@ class Wrapped(nn.Module):
         return self.head(self.backbone(data), labels)
 
 
-def _train_wrapped(rank, group, make, sharded, depth=0):
+def _train_wrapped(rank, group, make, sharded, depth=0, kind=torch.optim.SGD):
     """Parameters and buffers after three steps, whole, and the warnings."""
     options = {"process_group": group} if sharded else {}
     model = Wrapped(functools.partial(make, **options), depth)
     module = DistributedDataParallel(model, process_group=group) if group else model
-    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.backbone, model.head)]
+    optimizers = [kind(part.parameters(), lr=0.1) for part in (model.backbone, model.head)]
     rng = torch.Generator().manual_seed(1)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -457,6 +458,13 @@ def test_a_sharded_head_in_a_wrapped_module(ranks, make, depth):
     want, _ = _train_wrapped(0, None, make, False, depth)
     for got, _ in ranks.results(3, _train_wrapped, make, True, depth):
         assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            assert relative_error(got[name], tensor) < 1e-4, name
+
+
+def test_rows_of_a_sharded_head_move_in_a_wrapped_module(ranks):
+    want, _ = _train_wrapped(0, None, FusedCosFaceLoss, False)
+    for got, _ in ranks.results(2, _train_wrapped, FusedCosFaceLoss, True, 1, FusedSGD):
         for name, tensor in want.items():
             assert relative_error(got[name], tensor) < 1e-4, name
 
