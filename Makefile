@@ -1,5 +1,6 @@
 # `make demo` and `make test` set up what they need in .venv, without root; a second call rebuilds only what changed.
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -16,10 +17,11 @@ BUILT := .venv/built.stamp
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py
 
+# JOBS processes share the tests.
 # The second run executes the Triton kernels in Triton's interpreter; it and the compiler cannot share a process.
 test: $(BUILT)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -W "ignore::RuntimeWarning"
+	$(BIN)/python -m pytest -n $(JOBS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -W "ignore::RuntimeWarning"
 
 # The suites in environments of their own, with the oldest versions that are promised and with those of a GPU machine.
 environments:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name
+from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, dense_gradient, several_ranks
 from cosface_kernels.margins import Margin, Rows
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
@@ -237,6 +238,8 @@ def margin_softmax_loss(
     # x (N, D), w (C, D), and of the classes of w: targets (N,), which take part (S,), targets among those (N,)
     x, w, own_targets, own_s = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
     classes, positions = sampler(own_targets) if sampler else (None, own_targets)
+    if classes is not None and validate_labels and classes.device.type != "cpu":  # on a CPU the op looks at them
+        check_classes(classes, w.shape[0])
     if sampler and not moves and not ranks and several_ranks():
         w = dense_gradient(w)
     differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
