@@ -111,10 +111,11 @@ def _watch_modules() -> None:
 
 def _pass_ignored_on(module: nn.Module, name: str, part: nn.Module | None) -> None:
     """Adds the sharded weights of a part, which is about to become one, to those that DDP is to ignore."""
-    known = [each for each in getattr(module, IGNORED_BY_DDP, ()) if not each.startswith(f"{name}.")]
+    known = vars(module).get(IGNORED_BY_DDP)  # by vars, since torch.compile's wrapper looks for others in its part
     sharded = [] if part is None else [n for n, p in part.named_parameters() if getattr(p, "_ddp_ignored", False)]
-    if known or sharded or hasattr(module, IGNORED_BY_DDP):
-        setattr(module, IGNORED_BY_DDP, [*known, *(f"{name}.{each}" for each in sharded)])
+    if known is not None or sharded:
+        others = [each for each in known or () if not each.startswith(f"{name}.")]
+        vars(module)[IGNORED_BY_DDP] = [*others, *(f"{name}.{each}" for each in sharded)]
 
 
 def own_classes(weight: Tensor) -> range:

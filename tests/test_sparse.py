@@ -96,7 +96,13 @@ def lmcl(i: Inputs, tolerance: float, classes: Tensor | None = None, cache_bytes
     return ops.lmcl(i.x, i.w, i.targets, i.scale, 0.35, "cpu", classes, cache_bytes, tolerance)
 
 
-def backward(i: Inputs, outputs: tuple[Tensor, ...], tolerance: float, classes: Tensor | None = None) -> Gradients:
+def backward(
+    i: Inputs,
+    outputs: tuple[Tensor, ...],
+    tolerance: float,
+    classes: Tensor | None = None,
+    cache_bytes: int = 0,
+) -> Gradients:
     top, log_sum, cache = outputs[1], outputs[2], outputs[5]
     return Gradients(
         *ops.lmcl_backward(
@@ -113,7 +119,7 @@ def backward(i: Inputs, outputs: tuple[Tensor, ...], tolerance: float, classes: 
             True,
             "cpu",
             classes,
-            0,
+            cache_bytes,
             tolerance,
         )
     )
@@ -241,7 +247,7 @@ def test_no_room_is_the_exact_path():
     i = with_cosines(cosines("heavy tail"))
     outputs = lmcl(i, 1e-2, None, 1000)
     assert bool((ops.kept_entries(outputs[5], N)[1] == 1).all())
-    for mine, exact in zip(backward(i, outputs, 1e-2), run_exact(i), strict=True):
+    for mine, exact in zip(backward(i, outputs, 1e-2, None, 1000), run_exact(i), strict=True):
         assert torch.equal(mine, exact)
 
 
@@ -253,7 +259,7 @@ def test_little_room_is_within_the_bound(room):
     outputs = lmcl(i, 1e-2, None, room)
     sparsity = Sparsity(*ops.kept_entries(outputs[5], 8))
     assert bool(sparsity.exact[:3].all())
-    assert_within_bound(backward(i, outputs, 1e-2), sparsity, 1e-2, i)
+    assert_within_bound(backward(i, outputs, 1e-2, None, room), sparsity, 1e-2, i)
 
 
 def test_bad_samples_do_not_spread():

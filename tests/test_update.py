@@ -165,7 +165,8 @@ def _upstream(w: Tensor, targets: int, samples: int = N):
     compute = reference.compute_dtype(w, w)
     x = torch.randn(samples, D, **on_device).to(compute)
     y = torch.randint(-1, targets, (samples,), **on_device)
-    return [x, y, *(torch.rand(samples, **on_device).to(compute) for _ in range(5))]
+    scale, top, *others = (torch.rand(samples, **on_device).to(compute) for _ in range(5))
+    return [x, y, scale, 1 + top, *others]  # no cosine is larger than top
 
 
 def _move(
