@@ -34,7 +34,8 @@ DTYPES = (
 DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
-POINTERS = {"targets": torch.int64, "chosen": torch.int64, "dx": "x", "g": "operand", "x_hat": "operand"}
+POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool}
+POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand"}
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
 INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "dot_blocks", "seed", "step")

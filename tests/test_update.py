@@ -453,7 +453,7 @@ def test_choosing_tiles_moves_nothing(backend, classes, monkeypatch):
     monkeypatch.setattr(backend_triton, "TUNING_CLASSES", 100)
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
     got = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
-    assert len(timed) == 6
+    assert len(timed) == 8  # two tiles of each kernel with a matrix product
     for mine, other in zip(got[2:], want[2:], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
@@ -474,12 +474,13 @@ def test_no_gradient_of_the_weight_is_allocated(backend, monkeypatch):
     monkeypatch.setenv("COSFACE_TRITON_TUNE", "0")  # which would allocate as well
     w, state = _draw("sgd", torch.float32, 1500, backend.device)
     x, *rows = _upstream(w, 1500, 3)
+    cache = ops.lmcl(x, w, *rows[:2], 0.0, backend.name)[5]
     with _Allocations() as allocations:
         backend_triton.backward_update_(
             x,
             w,
             *rows,
-            w.norm(dim=1).view(torch.uint8),
+            cache,
             state=state,
             finite=None,
             update=UPDATES["sgd"],

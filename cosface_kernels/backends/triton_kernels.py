@@ -737,9 +737,9 @@ def sgd_rows(
     w -= lr (of_gradient g + of_momentum b) with b = momentum b + fresh g, where there is momentum.
     """
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_class = (columns < chunk) & (first_class + columns < C)
     if MAY_STAY:
-        is_class &= tl.load(finite)
+        C *= tl.load(finite).to(tl.int32)
+    is_class = (columns < chunk) & (first_class + columns < C)
     rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
     factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
     for first in range(0, D, BLOCK_D):
@@ -794,9 +794,9 @@ def adamw_rows(
     q = beta2 q + fresh2 g^2, with AMSGRAD the largest q so far.
     """
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_class = (columns < chunk) & (first_class + columns < C)
     if MAY_STAY:
-        is_class &= tl.load(finite)
+        C *= tl.load(finite).to(tl.int32)
+    is_class = (columns < chunk) & (first_class + columns < C)
     rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
     factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
     for first in range(0, D, BLOCK_D):
