@@ -135,7 +135,8 @@ struct Step {
     Exact<T> dx(p.shape.n * p.shape.d), dscale(p.shape.n);
     Weight weight = p.weights();
     weight.data = r.w.begin();
-    lmcl_backward<T>(p.batch(), weight, {p.lse, p.g_lse, p.g_cos}, options(), host, {dx, nullptr, dscale, &u});
+    lmcl_backward<T>(p.batch(), weight, {p.top, p.log_sum, p.g_lse, p.g_cos}, options(), host,
+                     {dx, nullptr, dscale, &u});
     return dx;
   }
 
@@ -145,7 +146,7 @@ struct Step {
     Exact<T> wide(classes * d), dw(rows() * d), dscale(n);
     for (int64_t k = 0; k < classes * d; ++k) wide[k] = static_cast<T>(p.weight(k / d, k % d));
     const DType dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-    lmcl_backward<T>(p.batch(), {wide, dtype, classes, d}, {p.lse, p.g_lse, p.g_cos}, options(), host,
+    lmcl_backward<T>(p.batch(), {wide, dtype, classes, d}, {p.top, p.log_sum, p.g_lse, p.g_cos}, options(), host,
                      {dx, dw, dscale});
     return dw;
   }
@@ -212,7 +213,7 @@ void rows_move_inside_backward() {
         const Runtime reversed = runtime(static_cast<int>(turn % 3) + 1, tile, Order::kReversed);
         Exact<T> loss(shape.n), target_cos(shape.n), max_neg(shape.n), dx(shape.n * shape.d);
         lmcl_forward<T>(p.batch(), p.weights(), p.margin, step.options(), host,
-                        {loss, p.lse, target_cos, max_neg});
+                        {loss, p.top, p.log_sum, target_cos, max_neg});
         const Exact<T> dw = step.gradient(dx, host);
         const Rows before = step.begin();
         Rows moved = before, again = before;
