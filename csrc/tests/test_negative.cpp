@@ -55,7 +55,7 @@ void kernel_overrun() {
 // Every part at once on two threads, which no host may do.
 void driver_race() {
   constexpr int64_t kN = 3, kClasses = 40, kD = 4;
-  Exact<float> x(kN * kD, 1.0f), w(kClasses * kD, 1.0f), s(kN, 8.0f), results(4 * kN);
+  Exact<float> x(kN * kD, 1.0f), w(kClasses * kD, 1.0f), s(kN, 8.0f), results(5 * kN);
   Exact<int64_t> y(kN, 0);
   const Runtime runtime{2,
                         [](int64_t parts, const std::function<void(int64_t)>& body) {
@@ -63,7 +63,7 @@ void driver_race() {
                         },
                         16};
   lmcl_forward<float>({x, y, s, kN, kD}, {w, DType::kFloat32, kClasses, kD}, 0.35f, {}, runtime,
-                      {results, results + kN, results + 2 * kN, results + 3 * kN});
+                      {results, results + kN, results + 2 * kN, results + 3 * kN, results + 4 * kN});
 }
 
 }  // namespace
