@@ -394,7 +394,7 @@ class RowOptimizer(Optimizer):
                 'nonfinite="skip" leaves such batches out.'
             )
         if self.grad_scaler is None:
-            self._count_skipped(torch.ones_like(finite[:1]).any())
+            self._count_skipped(finite.new_ones(()))
         weight.grad = ConsumedGradient(weight, False, self.grad_scaler)
         _owned[weight].phase = SKIPPED
         dx, _, dscale = ops.lmcl_backward(*tensors, need_dx, False, backend, *options.flat())
@@ -425,7 +425,7 @@ class FusedSGD(RowOptimizer):
     """torch.optim.SGD whose rows move inside backward; equal to it to rounding.
 
     Args:
-        params: weights of heads, or param groups of them.
+        params: parameters, heads' weights among them, or param groups.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see `RowOptimizer`.
 
@@ -499,7 +499,7 @@ class FusedAdamW(RowOptimizer):
     With class sampling, the bias correction counts steps of the optimizer, not of a row.
 
     Args:
-        params: weights of heads, or param groups of them.
+        params: parameters, heads' weights among them, or param groups.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
         gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see `RowOptimizer`.
     """
