@@ -659,8 +659,10 @@ def _wanted(node: Any) -> tuple[bool, bool]:
     ownership.nodes.discard(node)
     try:
         adds = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
-    except RuntimeError:  # what it says where torch.autograd.grad is asked for the gradient of this leaf
-        return False, True
+    except RuntimeError as error:
+        if "autograd.grad()" not in str(error):
+            raise
+        return False, True  # torch.autograd.grad is asked for the gradient of this leaf
     if adds and ownership.phase in (IDLE, SKIPPED):
         for other in ownership.nodes:  # that run in this backward too
             if torch._C._will_engine_execute_node(other):
