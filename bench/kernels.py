@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.hazards import hazards
-from cosface_kernels.backends.triton import operand_dtype
+from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
 from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile, row_block, table
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -149,8 +149,8 @@ VARIANTS = {
 
 
 def other_tiles(dim: int) -> dict[str, Tile]:
-    """Of kernels without a matrix product; `triton.py` has their block sizes."""
-    samples, rows = Tile(16, 0, 64, 4, 3), Tile(0, *row_block(dim), 4, 3)
+    """Of kernels without a matrix product."""
+    samples, rows = Tile(ROWS, 0, COLUMNS, 4, 3), Tile(0, *row_block(dim), 4, 3)
     return {
         "class_norms": rows,
         "embedding_norms": samples,
@@ -217,7 +217,7 @@ def compile_case(case: Case):
         "MOMENTUM": True,
         "AMSGRAD": True,
         "MAY_STAY": True,
-        "BLOCK_SPLITS": 64,
+        "BLOCK_SPLITS": SPLITS,
     }
     arguments = []  # all that precede the options
     for name in function.arg_names:

@@ -24,7 +24,7 @@ TUNING_CLASSES = 1 << 16  # enough to fill a GPU with any tile
 CHUNK_STEP = 256  # a multiple of every tile's number of classes
 PROGRAMS_PER_PROCESSOR = 2
 ALIGNED = 4  # float32 numbers, 16 bytes, for which Triton compiles wide loads
-ROWS, COLUMNS, SPLITS = 16, 64, 64  # blocks of the kernels without a matrix product
+ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -69,7 +69,7 @@ OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
 # With options: reshaped negatives need registers.
 WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("class_statistics", 2): (Tile(64, 128, 32, 8, 3), Tile(16, 128, 32, 4, 3)),
-    ("logit_gradients", 2): (Tile(64, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 64, 4, 3)),
+    ("logit_gradients", 2): (Tile(64, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
     ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
 }
