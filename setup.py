@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [
-                "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+                cmake(), "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",
@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
             check=True,
         )  # fmt: skip
         targets = ["_C", "cosface_cuda_host"] if os.environ.get("COSFACE_TESTS") == "1" else ["_C"]
-        subprocess.run(["cmake", "--build", str(build), "--target", *targets], check=True)
+        subprocess.run([cmake(), "--build", str(build), "--target", *targets], check=True)
 
 
 def cuda_options(torch_cuda: str | None) -> list[str]:
@@ -79,9 +79,18 @@ def check_tools() -> None:
             f"cosface_kernels needs a C++20 compiler to build, and found none of: {', '.join(compilers)}. "
             "Install g++ 11 or clang++ 14 or newer, or name one in the environment variable CXX."
         )
-    for tool in ("cmake", "ninja"):
-        if not shutil.which(tool):
-            sys.exit(f"cosface_kernels needs {tool} to build: `pip install {tool}`.")
+    for name, path in (("cmake", cmake()), ("ninja", shutil.which("ninja"))):
+        if not path:
+            sys.exit(f"cosface_kernels needs {name} to build: `pip install {name}`.")
+
+
+def cmake() -> str:
+    """That of PyPI's package if this Python has it, for the one on PATH may be too old; empty without either."""
+    try:
+        from cmake import CMAKE_BIN_DIR
+    except ImportError:
+        return shutil.which("cmake") or ""
+    return str(Path(CMAKE_BIN_DIR) / "cmake")
 
 
 setup(ext_modules=[Extension("cosface_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

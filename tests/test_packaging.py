@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,7 +31,19 @@ def test_missing_build_tool_is_named_in_a_sentence(tmp_path: Path) -> None:
     compiler.touch(mode=0o755)
     result = build(tmp_path, CXX=str(compiler), PATH=str(tmp_path))
     assert result.returncode != 0
-    assert "needs cmake to build" in result.stderr
+    assert "needs ninja to build: `pip install ninja`." in result.stderr
+
+
+def test_cmake_of_this_python_precedes_the_one_on_path(setup_script, monkeypatch, tmp_path) -> None:
+    on_path = tmp_path / "cmake"
+    on_path.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "cmake", SimpleNamespace(CMAKE_BIN_DIR="/of/this/python"))
+    assert setup_script["cmake"]() == "/of/this/python/cmake"
+    monkeypatch.setitem(sys.modules, "cmake", None)
+    assert setup_script["cmake"]() == str(on_path)
+    on_path.unlink()
+    assert not setup_script["cmake"]()
 
 
 def test_version_is_the_installed_one() -> None:
