@@ -15,6 +15,7 @@ from cosface_kernels.backends import check_name
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, dense_gradient, several_ranks
 from cosface_kernels.margins import Margin, Rows
+from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
@@ -163,6 +164,7 @@ def margin_softmax_loss(
     normalize_weight: bool = True,
     sampler: ClassSampler | None = None,
     cache_bytes: int = 0,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
 
@@ -179,6 +181,7 @@ def margin_softmax_loss(
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
             weight is then sparse, except where there are several ranks.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
+        workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
 
@@ -215,6 +218,7 @@ def margin_softmax_loss(
         check_scale(scale)
         check_integer("ignore_index", ignore_index)
         check_integer("cache_bytes", cache_bytes, 0)
+        check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=ranks is not None)
         if not callable(margin):
             check_margin(margin)
@@ -244,7 +248,11 @@ def margin_softmax_loss(
         w = dense_gradient(w)
     differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     rows = Rows(embeddings, targets, weight if ranks is None else None)
-    options: dict[str, Any] = {"normalize_weight": normalize_weight, "classes": classes}
+    options: dict[str, Any] = {
+        "normalize_weight": normalize_weight,
+        "classes": classes,
+        "workspace_bytes": int(workspace_bytes),
+    }
     if differentiable:
         options |= {"cache_bytes": int(cache_bytes), "gradient_tolerance": float(gradient_tolerance)}
     if isinstance(margin, Margin) and margin.reshapes_negatives:

@@ -21,6 +21,7 @@ from cosface_kernels.distributed import (
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin
+from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
@@ -58,6 +59,7 @@ class FusedMarginLoss(nn.Module):
             gradient of the weight is sparse, unless there are several ranks or an optimizer of
             `cosface_kernels.optim` moves the rows.
         cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
+        workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
     Attributes:
@@ -96,6 +98,7 @@ class FusedMarginLoss(nn.Module):
         sample_rate: float = 1.0,
         sample_seed: int = 0,
         cache_bytes: int = 0,
+        workspace_bytes: int = WORKSPACE_BYTES,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -110,6 +113,7 @@ class FusedMarginLoss(nn.Module):
         check_name(backend)
         check_integer("ignore_index", ignore_index)
         check_integer("cache_bytes", cache_bytes, 0)
+        check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=process_group is not None)
         if self.normalize_embeddings and not isinstance(scale, Tensor):
             theory.warn_of_scale(scale, num_classes)
@@ -123,6 +127,7 @@ class FusedMarginLoss(nn.Module):
         self.backend = backend
         self.gradient_tolerance = gradient_tolerance
         self.cache_bytes = cache_bytes
+        self.workspace_bytes = workspace_bytes
         if process_group is None:
             weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
         else:
@@ -214,6 +219,7 @@ class FusedMarginLoss(nn.Module):
             normalize_weight=self.normalize_weight,
             sampler=self.sampler if self.training else None,
             cache_bytes=self.cache_bytes,
+            workspace_bytes=self.workspace_bytes,
         )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

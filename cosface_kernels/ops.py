@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
-from cosface_kernels.options import Options, Update, empty_cache
+from cosface_kernels.options import WORKSPACE_BYTES, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, excess
 
 IGNORED, INVALID = -1, -2  # targets that are no class
@@ -61,6 +61,7 @@ def lmcl(
     cache_bytes: int = 0,
     gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -69,7 +70,9 @@ def lmcl(
     The arguments after `backend` are those of `Options`; the sixth result, uint8, is lmcl_backward's cache.
     """
     refuse_forward_mode()
-    options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
+    options = Options(
+        classes, cache_bytes, gradient_tolerance, normalize_weight, workspace_bytes, thresholds, negatives
+    )
     if not w.shape[0]:  # a rank that owns no class
         fills = (0, 0, -torch.inf, 0, -torch.inf)
         loss, top, log_sum, target_cos, max_neg = (
@@ -108,6 +111,7 @@ def lmcl_backward(
     cache_bytes: int = 0,
     gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +120,9 @@ def lmcl_backward(
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
     refuse_forward_mode()
-    options = Options(classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives)
+    options = Options(
+        classes, cache_bytes, gradient_tolerance, normalize_weight, workspace_bytes, thresholds, negatives
+    )
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
         return dx, dw, torch.zeros_like(log_sum)
@@ -156,6 +162,7 @@ def lmcl_backward_update_(
     cache_bytes: int = 0,
     gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -164,7 +171,14 @@ def lmcl_backward_update_(
     rule, step, seed and numbers are the fields of `Update`, in order. Where `finite`, 0-d, is false nothing moves.
     """
     options = Options(
-        classes, cache_bytes, gradient_tolerance, normalize_weight, thresholds, negatives, updates=True
+        classes,
+        cache_bytes,
+        gradient_tolerance,
+        normalize_weight,
+        workspace_bytes,
+        thresholds,
+        negatives,
+        updates=True,
     )
     if not w.shape[0]:
         return x.new_zeros(x.shape if need_dx else 0), torch.zeros_like(log_sum)

@@ -15,6 +15,7 @@ from torch import Tensor
 KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
 LARGEST_TILE = 252  # classes by which the last tile may pass the end
+WORKSPACE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,9 @@ class Options:
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
             entries in the cache. 0: backward is exact.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
+        workspace_bytes: memory that a chunk of classes may take on a GPU for its logit gradients and, where rows
+            move, for their gradients, but at least what 256 classes take. The more, the fewer launches. Results
+            are the same to rounding. On a CPU, where a tile fits the processor's cache, it means nothing.
         thresholds: (N,) tau_i, in the dtype of the results, or None. A hard negative, j != y_i with
             cos_ij > tau_i, enters the softmax as N(cos_ij) = (q cos_ij + a) cos_ij + b. Without a gradient.
         negatives: (3,) q, a and b, where there are thresholds. Without a gradient.
@@ -42,6 +46,7 @@ class Options:
     cache_bytes: int = 0
     gradient_tolerance: float = 0.0
     normalize_weight: bool = True
+    workspace_bytes: int = WORKSPACE_BYTES
     thresholds: Tensor | None = None
     negatives: Tensor | None = None
     updates: bool = False
@@ -76,11 +81,14 @@ class Options:
         return torch.sym_min(self.cache_bytes, CACHE_HEADER + itemsize * samples * (classes + LARGEST_TILE))
 
     def refusal(self, supported: Collection[str] = ()) -> str | None:
-        """Why a backend that knows only the `supported` options cannot take these, or None."""
+        """Why a backend that knows only the `supported` options cannot take these, or None.
+
+        It need not know of workspace_bytes, which changes no result.
+        """
         for field in fields(self):
             value = getattr(self, field.name)
             differs = isinstance(value, Tensor) or value != field.default
-            if differs and field.name not in supported:
+            if differs and field.name not in {"workspace_bytes", *supported}:
                 return f"option {field.name!r} is not on this backend yet."
         return None
 

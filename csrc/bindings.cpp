@@ -176,10 +176,9 @@ void normal_(Tensor tensor, uint64_t seed, double std, int64_t start) {
 
 #ifdef COSFACE_CUDA
 cosface::cuda::Device cuda_device(int index) {
-  int l2_bytes = 0, processors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, index));
+  int processors = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-  return {c10::cuda::getCurrentCUDAStream().stream(), l2_bytes, processors};
+  return {c10::cuda::getCurrentCUDAStream().stream(), processors};
 }
 #endif
 

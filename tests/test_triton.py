@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
+from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import (
     BF16,
     F16,
     F32,
     check_backend,
+    check_result,
     evaluate,
     evaluate_oracle,
     random_upstream,
@@ -19,12 +24,13 @@ from support import (
     run_python,
 )
 
+from bench import launches
 from bench.hazards import hazards
 from cosface_kernels import cosface_loss
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends import triton_tiles
 from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Key
-from cosface_kernels.options import PLAIN
+from cosface_kernels.options import PLAIN, WORKSPACE_BYTES
 
 KEY = Key("sm_90", 512, torch.bfloat16, torch.bfloat16, torch.bfloat16, 256)
 
@@ -36,6 +42,62 @@ def test_chunk_of_classes_changes_no_result(backend, dtypes, chunk, monkeypatch)
     """Chunks smaller than, equal to and larger than the problem; 1 and 300 are rounded up."""
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(chunk))
     check_backend(backend, backend.problem(40, 700, 40, dtypes))
+
+
+H100 = {"processors": 132, "block_c": 128}
+
+
+@given(
+    N=st.integers(1, 10**5),
+    D=st.integers(1, 5000),
+    C=st.integers(1, 10**8),
+    class_bytes=st.integers(1, 10**6),
+    workspace_bytes=st.integers(0, 2**32),
+    row_blocks=st.integers(1, 1000),
+    block_c=st.sampled_from([16, 64, 128, 256]),
+    processors=st.integers(1, 300),
+)
+def test_chunks_fit_the_workspace_and_are_few(N, D, C, class_bytes, workspace_bytes, **device):
+    chunk = triton_tiles.chunk_classes(N, D, C, class_bytes=class_bytes, workspace_bytes=workspace_bytes, **device)
+    step, wave = triton_tiles.CHUNK_STEP, math.lcm(256, device["block_c"] * device["processors"])
+    assert chunk > 0
+    assert chunk % step == 0
+    assert chunk == step or chunk * class_bytes <= workspace_bytes
+    assert chunk < C + wave  # a single one is no longer than it need be
+    assert 2 * N * D * (chunk - wave) < triton_tiles.LAUNCH_FLOPS
+    if wave * class_bytes <= workspace_bytes:
+        assert device["row_blocks"] * chunk // device["block_c"] % device["processors"] == 0
+
+
+@pytest.mark.parametrize(("N", "chunks"), [(256, 10), (1024, 17), (4096, 60)])
+def test_a_million_classes_of_an_h100_take_few_chunks_of_whole_waves(N, chunks):
+    class_bytes, row_blocks = 2 * N + 4 * N // 128 + 4 * 512, N // 128
+    chunk = triton_tiles.chunk_classes(
+        N, 512, 10**6, class_bytes=class_bytes, workspace_bytes=WORKSPACE_BYTES, row_blocks=row_blocks, **H100
+    )
+    assert -(-(10**6) // chunk) == chunks
+    assert row_blocks * chunk // 128 % 132 == 0
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+def test_workspace_sets_the_chunks_and_changes_no_result(backend, dtypes, monkeypatch):
+    """A workspace for no more than 256 classes, and one for all."""
+    launched = []
+
+    def count(name, launch, arguments):
+        launched.append(name)
+        launch()
+
+    problem = backend.problem(40, 700, 40, dtypes)
+    upstream = random_upstream(problem, "loss")
+    monkeypatch.setattr(backend_triton, "INTERPRETED_WORKSPACE", 2**30)
+    for workspace_bytes, chunks in ((0, 3), (2**30, 1)):
+        launched.clear()
+        with launches.through(count):
+            got = evaluate(partial(backend.lmcl, workspace_bytes=workspace_bytes), problem, upstream)
+        check_result(got, backend.seen(problem), upstream, backend.operand(problem.dtypes))
+        assert launched.count("logit_gradients") == chunks * launched.count("finish_embedding_gradients") > 0
 
 
 @pytest.mark.triton_only
@@ -273,6 +335,7 @@ def test_report_complains_of_spills_and_of_shared_memory():
 RACE = """
 import sys
 import torch, triton
+from bench import launches
 from bench.hazards import hazards
 from bench.kernels import StandIn
 from racing_kernel import product_and_squares

@@ -298,7 +298,15 @@ def test_ops_check_their_labels():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("cache_bytes", -5), ("cache_bytes", 1e6), ("ignore_index", None), ("ignore_index", 1.5)]
+    ("option", "value"),
+    [
+        ("cache_bytes", -5),
+        ("cache_bytes", 1e6),
+        ("workspace_bytes", -5),
+        ("workspace_bytes", 1e6),
+        ("ignore_index", None),
+        ("ignore_index", 1.5),
+    ],
 )
 def test_an_option_that_is_no_integer(option, value):
     message = rf"{option} must be an integer.*, got {value}\."

@@ -71,4 +71,5 @@ def _kernel_options(options: Options) -> Any:
         normalize_weight=options.normalize_weight,
         thresholds=options.thresholds,
         negatives=options.negatives,
+        workspace_bytes=options.workspace_bytes,
     )

@@ -21,14 +21,13 @@ from cosface_kernels.options import PLAIN, Options, Update
 MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory that a product still reads
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
 TUNING_CLASSES = 1 << 16  # enough to fill a GPU with any tile
-CHUNK_STEP = 256  # a multiple of every tile's number of classes
 PROGRAMS_PER_PROCESSOR = 2
 ALIGNED = 4  # float32 numbers, 16 bytes, for which Triton compiles wide loads
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETED_L2 = 1 << 15  # bytes: several chunks even for problems as small as an interpreter can do
+INTERPRETED_WORKSPACE = 1 << 15  # bytes: several chunks even of problems as small as an interpreter can do
 INTERPRETED_PROCESSORS = 4
 
 triton: Any = None  # imported by unavailable(): a second that a machine without a GPU need not spend
@@ -242,8 +241,8 @@ def _backward_of_nothing(
     """Without samples the gradient is zero; momentum and weight decay still move the rows."""
     C, dw = options.count(w), w.new_empty(0)
     if move:
-        chunk = _chunk_classes(x, w, updates=True)
-        zeros = w.new_zeros(min(chunk, C), w.shape[1])
+        chunk = min(C, max(options.workspace_bytes // (w.element_size() * w.shape[1]), 1))
+        zeros = w.new_zeros(chunk, w.shape[1])
         for first in range(0, C, chunk):
             move(first, zeros)
     elif need_dw:
@@ -275,17 +274,19 @@ def _backward(
     w_norm, x_norm = norms
     targets, scale, top, log_sum, g_lse, g_cos = per_row
     of_g, of_dx, of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
-    chunk = min(_chunk_classes(x, w, updates=bool(move)), triton.cdiv(C, CHUNK_STEP) * CHUNK_STEP)
-    row_blocks, class_tiles = triton.cdiv(N, of_g.n), triton.cdiv(chunk, of_g.c)
+    row_blocks = triton.cdiv(N, of_g.n)
+    chunk = _chunk_classes(x, w, options, of_g, updates=bool(move))
+    class_tiles = triton.cdiv(chunk, of_g.c)
 
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
     class_dot = float32(row_blocks, chunk)
     negative_dot, target_dot = float32(class_tiles, N).zero_(), float32(N)
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     scale_dot = torch.zeros_like(negative_dot) if reshape else negative_dot
-    # Products read G also where a ragged last chunk has no class. What they find must be a number: zeros of w and
-    # rows of dw that are not stored take it away.
-    g, x_hat = x.new_zeros(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
+    g, x_hat = x.new_empty(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
+    # Products read G also where a ragged last chunk has no class. What they find must be a number, one of a chunk
+    # before, or 0 if there is none: zeros of w and rows of dw that are not stored take it away.
+    g[:, C:] = 0
     chosen, is_chosen = _chosen(targets, options)
     unit = _units(scale, g_lse, g_cos)  # (N,)
     largest_unit = unit.amax()
@@ -301,7 +302,8 @@ def _backward(
     dw = w.new_empty((C, D) if need_dw and move is None else 0)
     dw_of_chunk = float32(chunk if move else 0, D)
     for first in range(0, C, chunk):
-        kernels.logit_gradients[(row_blocks * class_tiles,)](
+        classes = min(chunk, C - first)
+        kernels.logit_gradients[(row_blocks * triton.cdiv(classes, of_g.c),)](
             x, w, chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos, *_polynomial(options, scale), x_norm,
             unit, g, negative_dot, scale_dot, class_dot, N, C, first, chunk, row_blocks, *x.stride(),
             **_blocks(of_g, x, w), NORMALIZE=normalize, RESHAPE=reshape, CHOSEN=is_chosen,
@@ -313,7 +315,7 @@ def _backward(
             )  # fmt: skip
         if need_dw:
             rows = dw_of_chunk if move else dw[first:]
-            kernels.weight_gradients[(triton.cdiv(D, of_dw.d) * triton.cdiv(chunk, of_dw.c),)](
+            kernels.weight_gradients[(triton.cdiv(D, of_dw.d) * triton.cdiv(classes, of_dw.c),)](
                 g, x_hat, w, chosen, w_norm, class_dot, largest_unit, rows, N, C, first, chunk, row_blocks,
                 **_blocks(of_dw, x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
             )  # fmt: skip
@@ -323,7 +325,8 @@ def _backward(
     dx, dscale = x.new_empty((N, D) if need_dx else 0), float32(N)
     kernels.finish_embedding_gradients[triton.cdiv(N, ROWS), triton.cdiv(D, COLUMNS) if need_dx else 1](
         dx_hat, negative_dot, scale_dot, target_dot, x, x_norm, scale, g_lse, g_cos, unit, dx, dscale, N, splits,
-        class_tiles, *x.stride(), D=D, NEED_DX=need_dx, RESHAPE=reshape, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
+        class_tiles, *x.stride(), D=D, NEED_DX=need_dx, RESHAPE=reshape, BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS,
+        BLOCK_D=COLUMNS,
     )  # fmt: skip
     return dx, dw, dscale
 
@@ -403,30 +406,39 @@ def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
 
 
-def _chunk_classes(x: Tensor, w: Tensor, *, updates: bool) -> int:
-    """Classes per chunk of backward: G and the class rows that it meets fill half of the L2 cache.
+def _chunk_classes(x: Tensor, w: Tensor, options: Options, tile: Tile, *, updates: bool) -> int:
+    """Classes per chunk of backward; see `triton_tiles.chunk_classes`.
 
-    With updates, so does the gradient of these rows in float32. COSFACE_TRITON_CHUNK overrides it. Rounded up to
-    CHUNK_STEP.
+    A class takes its column of G, a slot of class_dot for each block of rows and, with updates, its gradient in
+    float32. COSFACE_TRITON_CHUNK overrides it, rounded up to CHUNK_STEP.
     """
-    N, D = x.shape
-    class_bytes = (N + D) * operand_dtype(x.dtype, w.dtype).itemsize + (4 * D if updates else 0)
-    classes = _l2_bytes(x.device) // 2 // class_bytes
+    (N, D), C, step = x.shape, options.count(w), triton_tiles.CHUNK_STEP
     if override := os.environ.get("COSFACE_TRITON_CHUNK"):
         if not override.isdecimal() or int(override) == 0:
             raise ValueError(f"COSFACE_TRITON_CHUNK must be a positive number of classes, got {override!r}.")
-        classes = int(override)
-    return triton.cdiv(max(classes, 1), CHUNK_STEP) * CHUNK_STEP
+        return triton.cdiv(min(int(override), C), step) * step
+    row_blocks = triton.cdiv(N, tile.n)
+    return triton_tiles.chunk_classes(
+        N,
+        D,
+        C,
+        class_bytes=N * operand_dtype(x.dtype, w.dtype).itemsize + 4 * row_blocks + (4 * D if updates else 0),
+        workspace_bytes=min(options.workspace_bytes, INTERPRETED_WORKSPACE)
+        if INTERPRETED
+        else options.workspace_bytes,
+        row_blocks=row_blocks,
+        block_c=tile.c,
+        processors=_processors(x),
+    )
 
 
 def _splits(blocks: int, x: Tensor) -> int:
     """How many parts a sum over classes is cut into, so that `blocks` times as many programs fill the GPU."""
-    processors = INTERPRETED_PROCESSORS if INTERPRETED else _device(x.device).multi_processor_count
-    return max(1, PROGRAMS_PER_PROCESSOR * processors // blocks)
+    return max(1, PROGRAMS_PER_PROCESSOR * _processors(x) // blocks)
 
 
-def _l2_bytes(device: torch.device) -> int:
-    return INTERPRETED_L2 if INTERPRETED else _device(device).L2_cache_size
+def _processors(x: Tensor) -> int:
+    return INTERPRETED_PROCESSORS if INTERPRETED else _device(x.device).multi_processor_count
 
 
 @functools.cache

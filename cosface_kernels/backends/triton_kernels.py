@@ -12,25 +12,30 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 | class_norms | 2 C D | b C D |
 | class_statistics | 2 N C D | b C D |
 | logit_gradients | 2 N C D | b C D |
-| embedding_gradients | 2 N C D | b C D, or from L2 |
-| weight_gradients | 2 N C D | 2 b C D: reads w for the projection, or finds it in L2; writes dw |
-| sgd_rows, adamw_rows | 10 C D | 2 b C D for w, or half of it from L2; 2 C D numbers of each state; dw is in L2 |
+| embedding_gradients | 2 N C D | b C D |
+| weight_gradients | 2 N C D | 2 b C D: reads w for the projection; writes dw |
+| sgd_rows, adamw_rows | 10 C D | 2 b C D for w, 2 C D numbers of each state, C D of dw in float32 |
+
+G is written once and read twice: 3 b N C bytes.
 
 Predicted floor of a step in bfloat16, D = 512, from the makers' dense rates (A100 312 TFLOP/s and 2.0 TB/s, H100
-SXM 989 and 3.35, B200 2,250 and 8): the larger of 8 N C D / rate and 4 b C D / bandwidth, where w is read once for
-its norms, once forward, once backward (its chunk staying in L2) and dw written once. Times are in ms.
+SXM 989 and 3.35, B200 2,250 and 8): the larger of 8 N C D / rate and (6 D + 3 N) b C / bandwidth, where w is read
+once for its norms, once forward and thrice backward, dw written once. Times are in ms.
 
 | C | N | A100 | H100 | B200 | bound by |
 |---|---|---|---|---|---|
-| 1M | 256 | 3.4 | 1.2 | 0.5 | memory, but for the A100 (tensor cores: 3.4, 1.1, 0.5) |
-| 1M | 1024 | 13 | 4.2 | 1.9 | tensor cores |
-| 1M | 4096 | 54 | 17 | 7.5 | tensor cores |
-| 10M | 256 | 34 | 12 | 5.1 | memory, but for the A100 (tensor cores: 34, 11, 4.7) |
-| 10M | 1024 | 134 | 42 | 19 | tensor cores |
-| 10M | 4096 | 538 | 170 | 75 | tensor cores |
+| 1M | 256 | 3.8 | 2.3 | 1.0 | memory (tensor cores: 3.4, 1.1, 0.5) |
+| 1M | 1024 | 13 | 4.2 | 1.9 | tensor cores (memory: 6.1, 3.7, 1.5) |
+| 1M | 4096 | 54 | 17 | 7.5 | tensor cores (memory: 15, 9.2, 3.8) |
+| 10M | 256 | 38 | 23 | 9.6 | memory (tensor cores: 34, 11, 4.7) |
+| 10M | 1024 | 134 | 42 | 19 | tensor cores (memory: 61, 37, 15) |
+| 10M | 4096 | 538 | 170 | 75 | tensor cores (memory: 154, 92, 38) |
 
-Where rows move inside backward, dw of a chunk stays in L2, and w is written in its place: the same bytes and, for
-each state, 2 C D numbers more.
+Chunks that stay in L2 would spare up to half of those bytes, but take a launch every 5 us at N = 256, faster than
+they can be made; `triton_tiles.chunk_classes` makes them longer.
+
+Where rows move inside backward, dw is written and read in float32 and w written in its place: 8 C D bytes more
+and, for each state, 2 C D numbers.
 
 The 2 N C exponentials, at 16 a clock and multiprocessor, take a twentieth of the tensor cores' time at D = 512 on
 an A100 and an eighth on an H100, partly hidden under other programs' products.
@@ -842,6 +847,7 @@ def finish_embedding_gradients(
     NEED_DX: tl.constexpr,
     RESHAPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """A row's slots in their order: dscale (N,), and dx (N, D) = (dx_hat - (sum_j G_ij cos_ij) x_hat) / |x_i|.
@@ -852,12 +858,13 @@ def finish_embedding_gradients(
     is_row = rows < N
     from_negatives = tl.zeros((BLOCK_N,), tl.float32)
     from_scale = tl.zeros((BLOCK_N,), tl.float32)
-    slots = rows.to(tl.int64)
-    for _ in range(0, tiles):
-        from_negatives += tl.load(negative_dot + slots, mask=is_row, other=0.0)
+    for first in range(0, tiles, BLOCK_SPLITS):
+        tile = first + tl.arange(0, BLOCK_SPLITS)
+        slots = _offsets(tile, rows, N, 1)
+        mask = (tile < tiles)[:, None] & is_row[None, :]
+        from_negatives += tl.sum(tl.load(negative_dot + slots, mask=mask, other=0.0), 0)
         if RESHAPE:
-            from_scale += tl.load(scale_dot + slots, mask=is_row, other=0.0)
-        slots += N
+            from_scale += tl.sum(tl.load(scale_dot + slots, mask=mask, other=0.0), 0)
     if tl.program_id(1) == 0:
         tl.store(dscale + rows, from_scale if RESHAPE else from_negatives, mask=is_row)
     if NEED_DX:

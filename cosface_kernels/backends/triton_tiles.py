@@ -5,6 +5,7 @@ not spill registers, must fit into shared memory and must use the matrix units: 
 """
 
 import functools
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class Key:
     plain: bool = True
 
 
+CHUNK_STEP = 256  # a multiple of every tile's number of classes
+LAUNCH_FLOPS = 1 << 36  # of a product with a chunk, which longer ones would hide no better: 86 us at 800 TFLOP/s
 INTERPRETED = "interpreter"
 GEMM_KERNELS = ("class_statistics", "logit_gradients", "embedding_gradients", "weight_gradients")
 
@@ -112,6 +115,31 @@ def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     tiles = table(kernel, key.architecture, key.operand, key.plain, key.dim)
     smallest = min(tile.n for tile in tiles)
     return tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
+
+
+def chunk_classes(
+    N: int,
+    D: int,
+    C: int,
+    *,
+    class_bytes: int,
+    workspace_bytes: int,
+    row_blocks: int,
+    block_c: int,
+    processors: int,
+) -> int:
+    """Classes per chunk of backward, a multiple of CHUNK_STEP.
+
+    As few chunks as the workspace and LAUNCH_FLOPS allow, of even sizes, each in whole waves where it can be: a
+    launch has `row_blocks` programs for every `block_c` classes, and its last wave takes as long with one program
+    as with one on every processor.
+    """
+    wave = math.lcm(block_c * processors // math.gcd(processors, row_blocks), CHUNK_STEP)
+    affordable = workspace_bytes // class_bytes
+    step = wave if wave <= affordable else CHUNK_STEP
+    long_enough = -(-LAUNCH_FLOPS // (2 * N * D * step))
+    chunks = -(-C // (step * max(min(affordable // step, long_enough), 1)))
+    return -(-C // (chunks * step)) * step
 
 
 def row_block(dim: int) -> tuple[int, int]:

@@ -17,11 +17,12 @@ void define(py::module_& m, WithDevice with_device) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "CudaOptions", py::module_local())
       .def(py::init([](std::optional<Tensor> classes, bool normalize_weight, std::optional<Tensor> thresholds,
-                       std::optional<Tensor> negatives) {
-             return Options{std::move(classes), normalize_weight, std::move(thresholds), std::move(negatives)};
+                       std::optional<Tensor> negatives, int64_t workspace_bytes) {
+             return Options{std::move(classes), normalize_weight, std::move(thresholds), std::move(negatives),
+                            workspace_bytes};
            }),
            py::kw_only(), py::arg("classes"), py::arg("normalize_weight"), py::arg("thresholds"),
-           py::arg("negatives"));
+           py::arg("negatives"), py::arg("workspace_bytes"));
   m.def(
       "cuda_forward",
       [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,

@@ -16,6 +16,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kChunkStep = 256;         // classes; rows of a chunk stay aligned to any load
+constexpr int64_t kLaunchFlops = 1ll << 36; // of a product with a chunk, as in triton_tiles.py
 constexpr int64_t kBlocksPerProcessor = 4;  // that share the rows of a chunk
 constexpr double kLeastUnit = 0x1p-100, kLargestUnit = 0x1p100;  // kGradientLift over a unit is finite in float
 
@@ -29,12 +30,13 @@ at::ScalarType operand_dtype(at::ScalarType x, at::ScalarType w) {
   return at::promoteTypes(at::promoteTypes(x, w), at::kFloat);
 }
 
-// Classes per chunk: the chunk's products, class rows and gradients fill half of the L2 cache. COSFACE_CUDA_CHUNK
+// Classes per chunk: as few chunks as the workspace and kLaunchFlops allow, of even sizes. COSFACE_CUDA_CHUNK
 // overrides it.
-int64_t chunk_classes(int64_t n, int64_t d, int64_t classes, int64_t operand_bytes, const Device& device) {
-  const int64_t row_bytes = (n + d) * (sizeof(float) + operand_bytes);
-  int64_t chunk = std::max(device.l2_bytes / 2 / row_bytes, device.least_chunk);
-  chunk = classes_in_environment("COSFACE_CUDA_CHUNK").value_or(chunk);
+int64_t chunk_classes(int64_t n, int64_t d, int64_t classes, int64_t class_bytes, int64_t workspace_bytes) {
+  const int64_t long_enough = ceil_div(kLaunchFlops, 2 * std::max<int64_t>(n, 1) * d);
+  const int64_t largest = std::max<int64_t>(std::min(workspace_bytes / class_bytes, long_enough) / kChunkStep, 1);
+  const int64_t chunks = ceil_div(classes, largest * kChunkStep);
+  const int64_t chunk = classes_in_environment("COSFACE_CUDA_CHUNK").value_or(ceil_div(classes, chunks));
   return ceil_div(std::min(chunk, classes), kChunkStep) * kChunkStep;
 }
 
@@ -74,9 +76,9 @@ class Step {
     Tensor w, w_hat;  // (classes, D) operands; w_hat if there is a buffer for it
   };
 
-  Step(const Inputs& given, bool normalize_weight, const Device& device)
+  Step(const Inputs& given, const Options& options, const Device& device)
       : device(device),
-        normalize_weight(normalize_weight),
+        normalize_weight(options.normalize_weight),
         operand(operand_dtype(given.x.scalar_type(), given.w.scalar_type())),
         sums(given.x.options().dtype(c10::CppTypeToScalarType<T>::value)),
         x(given.x.to(operand).contiguous()),
@@ -85,7 +87,8 @@ class Step {
         n(x.size(0)),
         d(x.size(1)),
         classes(given.classes ? given.classes->numel() : given.w.size(0)),
-        chunk(chunk_classes(n, d, classes, x.element_size(), device)),
+        chunk(chunk_classes(n, d, classes, class_bytes(given),
+                            std::min(options.workspace_bytes, device.largest_workspace))),
         segments(std::clamp<int64_t>(kBlocksPerProcessor * device.processors / std::max<int64_t>(n, 1), 1,
                                      chunk / kChunkStep)),
         x_inv_norm(at::empty({n}, sums)),
@@ -135,6 +138,13 @@ class Step {
   const Tensor x_inv_norm, w_inv_norm;           // (N), which the caller fills; (chunk)
 
  private:
+  // What a chunk takes for each of its classes, in backward: its products, G, the gradient of its row, and its row
+  // as operands, normalised, and apart from those that are not chosen.
+  int64_t class_bytes(const Inputs& given) const {
+    const int64_t operand_bytes = x.element_size(), w_bytes = given.w.element_size();
+    return n * (sizeof(T) + operand_bytes) + d * (sizeof(T) + 2 * operand_bytes + (given.classes ? w_bytes : 0));
+  }
+
   Tensor raw_rows(int64_t first, int64_t count) const {
     if (!chosen_.defined()) return w_.narrow(0, first, count);
     Tensor rows = w_chosen_.narrow(0, 0, count);
@@ -150,7 +160,7 @@ class Step {
 template <typename T>
 std::array<Tensor, 5> forward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
                                  const Options& options, const Device& device) {
-  const Step<T> step(checked(x, w, y, s, options), options.normalize_weight, device);
+  const Step<T> step(checked(x, w, y, s, options), options, device);
   const Tensor loss = at::empty({step.n}, step.sums), top = at::empty_like(loss), log_sum = at::empty_like(loss),
                target_cos = at::zeros_like(loss), max_neg = at::empty_like(loss);
   const Tensor tops = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
@@ -195,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
                                                const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
                                                const Tensor& g_cos, const Options& options, bool need_dx,
                                                bool need_dw, const Update* update, const Device& device) {
-  const Step<T> step(checked(x, w, y, s, options), options.normalize_weight, device);
+  const Step<T> step(checked(x, w, y, s, options), options, device);
   const std::vector<Tensor> up = upstream_of(x, w, top, log_sum, g_lse, g_cos);
   const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2]), data<T>(up[3])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
@@ -243,7 +253,8 @@ template <typename T>
 void apply_in(const Tensor& w, const Tensor& dw, const Update& update, const Device& device) {
   const Tensor gradient = gradient_of(w, dw);
   const int64_t classes = w.size(0), d = w.size(1);
-  const int64_t chunk = chunk_classes(0, d, classes, w.element_size(), device);
+  const int64_t chunk = chunk_classes(0, d, classes, d * sizeof(T),
+                                      std::min(Options().workspace_bytes, device.largest_workspace));
   for (int64_t first = 0; first < classes; first += chunk) {
     const int64_t count = std::min(chunk, classes - first);
     const Tensor g = gradient.narrow(0, first, count).to(c10::CppTypeToScalarType<T>::value).contiguous();

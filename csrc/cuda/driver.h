@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,8 +17,8 @@ namespace cosface::cuda {
 
 struct Device {
   Stream stream;
-  int64_t l2_bytes, processors;
-  int64_t least_chunk = 4096;  // classes; with fewer, the launches of a small batch would outlast its arithmetic
+  int64_t processors;
+  int64_t largest_workspace = std::numeric_limits<int64_t>::max();  // bytes; less only in tests
 };
 
 // As in cosface_kernels/options.py.
@@ -25,6 +26,7 @@ struct Options {
   std::optional<at::Tensor> classes;
   bool normalize_weight = true;
   std::optional<at::Tensor> thresholds, negatives;
+  int64_t workspace_bytes = 256 << 20;
 };
 
 // As in cosface_kernels.reference: loss, top, log_sum, target_cos and max_neg.

@@ -5,7 +5,7 @@
 namespace {
 
 // So small that even a test's problem is several chunks, and a row of one several blocks.
-const cosface::cuda::Device kDevice{.stream = nullptr, .l2_bytes = 1 << 15, .processors = 4, .least_chunk = 512};
+const cosface::cuda::Device kDevice{.stream = nullptr, .processors = 4, .largest_workspace = 1 << 15};
 
 }  // namespace
 
