@@ -24,6 +24,7 @@ raises on every rank if a step has ended on some of them alone.
 """
 
 import math
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ MARK = "_moves_in_backward"  # attribute of a weight that has or had an owner, w
 
 IDLE, MOVING, MOVED, SKIPPED, REFUSED = "idle", "moving", "moved", "skipped", "refused"
 NONFINITE = ("raise", "skip")
+OF_THE_OPTIMIZER = ("accumulate", "state_dtype", "grad_scaler", "nonfinite", "seed")  # and of no group
 WEIGHT_SEEDS = 2**40  # between those of an optimizer's weights: more than there are classes
 
 
@@ -57,6 +59,7 @@ class Ownership:
         optimizer: a reference to the one that was made last.
         number: of the parameter among that optimizer's.
         phase: where its step is.
+        finite: whether its gradient in this step was; on a GPU an answer to wait for. None: it had none.
         is_head: a loss function has been given it.
         nodes: autograd nodes that have not run backward.
     """
@@ -64,6 +67,7 @@ class Ownership:
     optimizer: "weakref.ref[RowOptimizer]"
     number: int
     phase: str = IDLE
+    finite: Callable[[], bool] | None = None
     is_head: bool = False
     nodes: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
 
@@ -83,19 +87,21 @@ class RowOptimizer(Optimizer):
             `step()`: the exact mean over micro-batches, for C x D more memory. Concatenating their embeddings and
             labels gives the same mean without that memory.
         state_dtype: of a head's state; None: the weight's. bfloat16 is rounded stochastically.
-        grad_scaler: a `torch.amp.GradScaler` by which the loss is scaled; backward divides by its scale, and a
-            gradient that is not finite, on any rank, moves nothing.
+        grad_scaler: the `torch.amp.GradScaler` by which the loss is scaled; backward divides by its scale, and a
+            gradient that is not finite, on any rank, moves nothing. A copy of the optimizer has a copy of it.
         nonfinite: what a backward does whose gradient is not finite, besides moving nothing, where there is no
             grad_scaler. "raise": tell the first such sample. "skip", and on a GPU, which is not waited for, both:
-            count it in `skipped`.
+            count it in `skipped`, and leave all other parameters out of the next `step()`. With accumulate there
+            is nothing before `step()` to look at, which moves by what it finds, as torch.optim's does.
         seed: of the stochastic rounding of bfloat16; a shard adds the number of its first class.
 
-    Options of each group, which may change between steps, for heads:
+    Options of each group, which may change between steps, for heads alone:
         gradient_factor: multiplies the gradient before anything else: clipping by a norm known beforehand.
         max_row_norm: a row of the gradient that is longer is scaled down to this length.
 
     Raises:
-        ValueError: an option is out of its range, or a head's weight is not one; the message shows the value.
+        TypeError, ValueError: an option is out of its range, or a head's weight is not one; the message shows the
+            value.
         RuntimeError: in whatever reads a weight after a step that was interrupted; in a second backward before
             `step()`, and in a `step()` after that or after a gradient that came too late; in backward, for a
             gradient that is not finite.
@@ -103,6 +109,7 @@ class RowOptimizer(Optimizer):
 
     rule: str
     of_torch: type[torch.optim.SGD] | type[torch.optim.AdamW]
+    of_this_rule: str  # an option of its groups
     state_names: tuple[str, ...]
 
     def __init__(
@@ -128,9 +135,18 @@ class RowOptimizer(Optimizer):
             raise ValueError(f"state_dtype must be None, float64, float32 or bfloat16, got {state_dtype}.")
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}.")
+        if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
+        _check_group(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name in OF_THE_OPTIMIZER:
+            if name in param_group:
+                raise ValueError(
+                    f"{name} is one for all of {type(self).__name__}, got {param_group[name]!r} in a param group: "
+                    "give it to an optimizer of its own."
+                )
         before = sum(1 for _ in self._members())
         super().add_param_group(param_group)
         for number, weight in enumerate(self.param_groups[-1]["params"], before):
@@ -150,17 +166,22 @@ class RowOptimizer(Optimizer):
             for weight in group["params"]:
                 yield group, weight
 
-    def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+    def own_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         """The fields of `Update` that only this rule has."""
         raise NotImplementedError
 
     @property
     def skipped(self) -> int:
-        """How many gradients that were not finite moved nothing, without a grad_scaler; waits for a GPU."""
+        """How many gradients that were not finite moved nothing, without a grad_scaler; waits for a GPU.
+
+        A checkpoint has no count of them.
+        """
         return sum(int(count) for count in self._skipped.values())
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Moves what has an ordinary gradient and ends the step; heads' rows have moved already.
+
+        Nothing moves where the gradient of a head in this step was not finite.
 
         Raises:
             RuntimeError: nothing has been moved by this call, since a weight is half-way through a step that was
@@ -172,16 +193,18 @@ class RowOptimizer(Optimizer):
                 loss = closure()
         for _, weight in self._members():
             self._check_own(weight)
-        others: list[Tensor] = []
-        for group, weight in self._members():
-            ownership = _owned[weight]
+        ordinary = [member for member in self._members() if _has_ordinary_gradient(member[1])]
+        if ordinary and all(_owned[weight].finite() for _, weight in self._members() if _owned[weight].finite):
+            others = {weight for _, weight in ordinary if not _owned[weight].is_head}
+            for group, weight in ordinary:
+                if weight not in others:
+                    self._apply(weight, group)
+            if others:
+                self._move_others(others)
+        for _, weight in self._members():
             if isinstance(weight.grad, ConsumedGradient):
                 weight.grad = None
-            elif weight.grad is not None:
-                self._apply(weight, group) if ownership.is_head else others.append(weight)
-            ownership.phase = IDLE
-        if others:
-            self._move_others(set(others))
+            _owned[weight].phase, _owned[weight].finite = IDLE, None
         return loss
 
     def _check_own(self, weight: Tensor) -> None:
@@ -197,13 +220,15 @@ class RowOptimizer(Optimizer):
                 f"A weight of shape {tuple(weight.shape)} has moved by one gradient, and another was refused: "
                 "step() would end half an update. Call zero_grad() to go on with the first alone."
             )
-        if not ownership.is_head or weight.grad is None or isinstance(weight.grad, ConsumedGradient):
+        if not ownership.is_head or not _has_ordinary_gradient(weight):
             return
-        if weight.grad.is_sparse:
+        if weight.grad is not None and weight.grad.is_sparse:
             raise RuntimeError(
                 f"step() needs the gradient of all classes of a weight of shape {tuple(weight.shape)}, got one of "
-                "sampled classes, of which rows move inside backward alone."
+                "sampled classes, of which rows move inside backward alone: construct the optimizer without "
+                "accumulate=True, or the head with sample_rate=1."
             )
+        _check_group(self._group_of(weight))
         _check_weight(weight)
         self._check_state(weight, self.state.get(weight, {}))
 
@@ -219,7 +244,7 @@ class RowOptimizer(Optimizer):
         super().zero_grad(set_to_none)
         for weight, gradient in zip(consumed, gradients, strict=True):
             if self.grad_scaler is not None:
-                _owned[weight].phase = IDLE
+                _owned[weight].phase, _owned[weight].finite = IDLE, None
                 continue
             weight.grad = gradient
             if _owned[weight].phase == REFUSED:
@@ -228,13 +253,28 @@ class RowOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         for _, weight in self._members():
             self._check_whole(weight)
+            # a scaler leaves step() out, and then nothing but the next zero_grad() tells that the step is over
+            if self.grad_scaler is None and _owned[weight].phase in (MOVED, REFUSED):
+                raise RuntimeError(
+                    f"backward has moved a weight of shape {tuple(weight.shape)}, and its step is not over: a run "
+                    "that resumed from here would move it by the same batch again. Save after step()."
+                )
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or torch.optim's optimizer of the same rule; ends an interrupted step.
 
         The weights must be restored as well, from the same checkpoint.
+
+        Raises:
+            ValueError: it is the state of another rule, or does not fit the weights.
         """
+        for group in state_dict["param_groups"]:
+            if self.of_this_rule not in group:
+                raise ValueError(
+                    f"{type(self).__name__} loads the state of its like or of torch.optim."
+                    f"{self.of_torch.__name__}, got groups without {self.of_this_rule}, with {', '.join(group)}."
+                )
         super().load_state_dict({**state_dict, "state": {}})
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for group in self.param_groups:
@@ -243,14 +283,15 @@ class RowOptimizer(Optimizer):
         for index, (_, weight) in zip(saved_ids, self._members(), strict=True):
             if saved := state_dict["state"].get(index):
                 self.state[weight] = self._loaded(weight, saved)
-            _owned[weight].phase = IDLE
+            _owned[weight].phase, _owned[weight].finite = IDLE, None
 
     def _loaded(self, weight: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
         moments = {name: saved[name] for name in self.state_names if saved.get(name) is not None}
         for name, moment in moments.items():
             if _layout(moment) != _layout(weight):
                 raise ValueError(
-                    f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(moment)}."
+                    f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(moment)}. Were the "
+                    "parameters given in another order?"
                 )
             if not isinstance(moment, DTensor):
                 moments[name] = moment.to(weight.device).contiguous()
@@ -261,10 +302,7 @@ class RowOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            **{
-                name: getattr(self, name)
-                for name in ("accumulate", "state_dtype", "grad_scaler", "nonfinite", "seed")
-            },
+            **{name: getattr(self, name) for name in OF_THE_OPTIMIZER},
             "_skipped": self._skipped,
             "phases": [(_owned[weight].phase, _owned[weight].is_head) for _, weight in self._members()],
         }
@@ -275,6 +313,7 @@ class RowOptimizer(Optimizer):
         for number, ((_, weight), known) in enumerate(zip(self._members(), phases or [], strict=False)):
             self._own(weight, number)
             _owned[weight].phase, _owned[weight].is_head = known
+            _owned[weight].finite = _no if known[0] == SKIPPED else None
 
     def _check_whole(self, weight: Tensor) -> None:
         if _owned[weight].phase == MOVING:
@@ -291,11 +330,13 @@ class RowOptimizer(Optimizer):
             raise RuntimeError(
                 f"backward ran twice on a weight of shape {tuple(weight.shape)} before "
                 f"{type(self).__name__}.step(). Call step() after each backward; to average over micro-batches, "
-                "concatenate their embeddings and labels, or construct the optimizer with accumulate=True."
+                "concatenate their embeddings and labels, or construct the optimizer with accumulate=True. After "
+                "a step that a grad_scaler left out, call zero_grad() of the optimizer, not of the module."
             )
 
     def _check_movable(self, weight: Tensor) -> None:
         """Raises before forward where backward could not move the rows, or would be wrong to."""
+        _check_group(self._group_of(weight))
         _check_weight(weight)
         self._check_state(weight, self.state.get(weight, {}))
         if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
@@ -325,23 +366,21 @@ class RowOptimizer(Optimizer):
         return next(group for group, member in self._members() if member is weight)
 
     def _next_update(
-        self, weight: Tensor, group: dict[str, Any], scaled: bool = False
+        self, weight: Tensor, group: dict[str, Any], loss_scale: float = 1.0
     ) -> tuple[Update, list[Tensor]]:
-        """The update of the step that begins now, and the state that it moves; scaled: its gradient is."""
+        """The update of the step that begins now, and the state that it moves."""
         state, dtype = self.state[weight], self.state_dtype or weight.dtype
         if "step" not in state:
             state["step"] = _count(0.0)
         state["step"] += 1
-        numbers = self.numbers(group)
+        numbers = self.own_numbers(group)
         for name in self.state_names_of(group):
             if name not in state:
                 state[name] = _zeros_like(weight, dtype)
                 numbers |= {"dampening": 0.0} if self.rule == "sgd" else {}  # as in torch: its first gradient
             elif self.state_dtype and state[name].dtype != dtype:
                 state[name] = state[name].to(dtype)
-        factor = float(group["gradient_factor"]) * (-1 if group["maximize"] else 1)
-        if self.grad_scaler is not None and scaled:
-            factor /= self.grad_scaler.get_scale()
+        factor = float(group["gradient_factor"]) * (-1 if group["maximize"] else 1) / loss_scale
         update = Update(
             rule=self.rule,
             step=int(state["step"]),
@@ -366,16 +405,18 @@ class RowOptimizer(Optimizer):
                 f"The memory of a weight of shape {tuple(weight.shape)} was replaced between forward and "
                 "backward, so that backward would move the old one."
             )
+        loss_scale = self._loss_scale()
         finite = _finite_rows(x, log_sum, g_lse, g_cos)  # (N,)
         all_finite = None
         if self.grad_scaler is not None or x.device.type == "cpu":
             if not agreed(weight, bool(finite.all())):
-                return self._skip(weight, tensors, finite, need_dx, backend, options)
+                return self._skip(weight, tensors, finite, loss_scale, need_dx, backend, options)
         else:
             all_finite = finite.all()
             self._count_skipped(~all_finite)
-        update, state = self._next_update(weight, self._group_of(weight), scaled=True)
-        weight.grad = ConsumedGradient(weight, True, self.grad_scaler)
+            _owned[weight].finite = _answer(all_finite)
+        update, state = self._next_update(weight, self._group_of(weight), loss_scale)
+        weight.grad = ConsumedGradient(weight, True, loss_scale)
         _owned[weight].phase = MOVING
         dx, dscale = ops.lmcl_backward_update_(
             *tensors, state, all_finite, *update.flat(), need_dx, backend, *options.flat()
@@ -383,11 +424,24 @@ class RowOptimizer(Optimizer):
         _owned[weight].phase = MOVED
         return dx, dscale
 
-    def _skip(self, weight: Tensor, tensors: tuple[Tensor, ...], finite: Tensor, need_dx: bool,
-              backend: str | None, options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _loss_scale(self) -> float:
+        """What backward divides by."""
+        if self.grad_scaler is None:
+            return 1.0
+        if self.grad_scaler.is_enabled() and getattr(self.grad_scaler, "_scale", 1) is None:
+            raise RuntimeError(
+                "The optimizer's grad_scaler has scaled no loss yet, so that backward would divide by a scale of "
+                f"{self.grad_scaler.get_scale():g} that is not there: call scaler.scale(loss).backward()."
+            )
+        return self.grad_scaler.get_scale()
+
+    def _skip(self, weight: Tensor, tensors: tuple[Tensor, ...], finite: Tensor, loss_scale: float,
+              need_dx: bool, backend: str | None, options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
         if self.grad_scaler is None and self.nonfinite == "raise":
             wrong = (~finite).nonzero()
             where = f"that of sample {int(wrong[0])} is the first" if len(wrong) else "on another rank"
+            if isinstance(weight, DTensor) and len(wrong):
+                where += ", counted over all ranks"
             raise RuntimeError(
                 f"The gradient of this batch is not finite ({where}), so that no row of a weight of shape "
                 f"{tuple(weight.shape)} was moved. Look for nan or inf in the embeddings and the loss; "
@@ -395,8 +449,8 @@ class RowOptimizer(Optimizer):
             )
         if self.grad_scaler is None:
             self._count_skipped(finite.new_ones(()))
-        weight.grad = ConsumedGradient(weight, False, self.grad_scaler)
-        _owned[weight].phase = SKIPPED
+        weight.grad = ConsumedGradient(weight, False, loss_scale)
+        _owned[weight].phase, _owned[weight].finite = SKIPPED, _no
         dx, _, dscale = ops.lmcl_backward(*tensors, need_dx, False, backend, *options.flat())
         return dx, dscale
 
@@ -439,7 +493,7 @@ class FusedSGD(RowOptimizer):
     >>> optimizer.step()
     """
 
-    rule, of_torch = "sgd", torch.optim.SGD
+    rule, of_torch, of_this_rule = "sgd", torch.optim.SGD, "momentum"
     state_names = ("momentum_buffer",)
 
     def __init__(
@@ -460,7 +514,7 @@ class FusedSGD(RowOptimizer):
         nonfinite: str = "raise",
         seed: int = 0,
     ) -> None:
-        _check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay, max_row_norm=max_row_norm)
+        _check_not_negative(momentum=momentum)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(
                 f"nesterov needs a positive momentum and no dampening, got momentum {momentum} and "
@@ -486,7 +540,7 @@ class FusedSGD(RowOptimizer):
             seed=seed,
         )
 
-    def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+    def own_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         return {name: group[name] for name in ("momentum", "dampening", "nesterov")}
 
     def state_names_of(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -504,7 +558,7 @@ class FusedAdamW(RowOptimizer):
         gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see `RowOptimizer`.
     """
 
-    rule, of_torch = "adamw", torch.optim.AdamW
+    rule, of_torch, of_this_rule = "adamw", torch.optim.AdamW, "betas"
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
@@ -525,7 +579,7 @@ class FusedAdamW(RowOptimizer):
         nonfinite: str = "raise",
         seed: int = 0,
     ) -> None:
-        _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
+        _check_not_negative(eps=eps)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}.")
         defaults = {
@@ -548,7 +602,7 @@ class FusedAdamW(RowOptimizer):
             seed=seed,
         )
 
-    def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+    def own_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
 
     def state_names_of(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -563,13 +617,13 @@ class ConsumedGradient(Tensor):
     """
 
     _finite: bool
-    _scaler: torch.amp.GradScaler | None
+    _loss_scale: float
     _weight: "weakref.ref[Tensor]"
 
     @staticmethod
-    def __new__(cls, weight: Tensor, finite: bool, scaler: torch.amp.GradScaler | None) -> "ConsumedGradient":
+    def __new__(cls, weight: Tensor, finite: bool, loss_scale: float) -> "ConsumedGradient":
         gradient = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        gradient._finite, gradient._scaler, gradient._weight = finite, scaler, weakref.ref(weight)
+        gradient._finite, gradient._loss_scale, gradient._weight = finite, loss_scale, weakref.ref(weight)
         return gradient
 
     def _refuse(self) -> None:
@@ -587,7 +641,8 @@ class ConsumedGradient(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         if func is torch.ops.aten.detach.default:
             return args[0]
-        if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor):
+        of_optimizer = any(isinstance(argument, torch.nn.Parameter) for argument in args[:2])
+        if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor) and not of_optimizer:
             args[0]._refuse()
             raise RuntimeError(
                 f"A weight of shape {tuple(args[0].shape)} has moved by the gradient of a head's loss, and one "
@@ -598,11 +653,13 @@ class ConsumedGradient(Tensor):
             gradients, found_inf, inverse_scale = args
             if ordinary := [gradient for gradient in gradients if not isinstance(gradient, ConsumedGradient)]:
                 func(ordinary, found_inf, inverse_scale)
+            inverse = float(inverse_scale)
             for gradient in (gradient for gradient in gradients if isinstance(gradient, ConsumedGradient)):
-                if gradient._scaler is None and inverse_scale.item() != 1:
+                if not math.isclose(inverse * gradient._loss_scale, 1, rel_tol=1e-5):
                     raise RuntimeError(
-                        "The loss was scaled, but backward has moved the weight by its gradient already: "
-                        "construct the optimizer with grad_scaler=scaler, and restore the weight."
+                        f"The loss was scaled by {1 / inverse:g}, but backward has moved the weight already, by "
+                        f"its gradient over {gradient._loss_scale:g}: construct the optimizer with "
+                        "grad_scaler=scaler, or set optimizer.grad_scaler to it, and restore the weight."
                     )
                 if not gradient._finite:
                     found_inf.fill_(1)
@@ -610,7 +667,8 @@ class ConsumedGradient(Tensor):
         raise RuntimeError(
             f"{func} needs the gradient of a weight of which backward has moved the rows already, so that it no "
             "longer exists. To clip, set gradient_factor (from a norm known before backward) or max_row_norm in "
-            "the optimizer's param group; to work on the gradient, construct the optimizer with accumulate=True."
+            "the optimizer's param group; to work on the gradient, construct the optimizer with accumulate=True. "
+            "If another optimizer has the weight too, leave it out of one of them."
         )
 
 
@@ -702,7 +760,9 @@ def progress(weight: Tensor) -> str:
     owner = owner_of(weight)
     if owner is None:
         return "one that moves no rows in backward"
-    return f"step {int(owner.state.get(weight, {}).get('step', 0))}, {_owned[weight].phase}"
+    options = {name: value for name, value in owner._group_of(weight).items() if name != "params"}
+    step = int(owner.state.get(weight, {}).get("step", 0))
+    return f"{type(owner).__name__}({options}, {owner.nonfinite}), step {step}, {_owned[weight].phase}"
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -745,10 +805,47 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"A weight must be contiguous to be moved in place, got strides {rows.stride()}.")
 
 
+def _check_group(group: dict[str, Any]) -> None:
+    """The options that both rules have."""
+    _check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "max_row_norm")})
+    _check_number("gradient_factor", group["gradient_factor"])
+    if not math.isfinite(group["gradient_factor"]):
+        raise ValueError(f"gradient_factor must be finite, got {group['gradient_factor']}.")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real | Tensor):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+
+
 def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
+        _check_number(name, value)
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def _has_ordinary_gradient(weight: Tensor) -> bool:
+    return weight.grad is not None and not isinstance(weight.grad, ConsumedGradient)
+
+
+def _no() -> bool:
+    return False
+
+
+def _answer(flag: Tensor) -> Callable[[], bool]:
+    """The flag's value, to be asked for later; on a GPU that waits for what precedes the flag and no longer."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return wait
 
 
 def _layout(tensor: Tensor) -> str:
