@@ -306,7 +306,7 @@ try:
         step()
 except KeyboardInterrupt:
     pass
-phase = optim._owned[head.weight].phase
+phase = optim.ownership_of(head.weight).phase
 try:
     optimizer.step()
     print("whole" if phase != "moving" else "wrong")
