@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels.distributed import own_rows
+from cosface_kernels.optim import restoring
 
 if find_spec("safetensors") is None:
     raise ModuleNotFoundError(
@@ -143,7 +144,8 @@ def load(
     shared = content.get("shared", {})  # absent before tensors could be shared
     tensors: dict[str, Tensor] = {}
     for name, item in objects.items():
-        likeness = _likeness(name, item)
+        with restoring():
+            likeness = _likeness(name, item)
         for place in _places(content["objects"][name]):
             key = shared.get(place, place)
             tensors.setdefault(key, _destination(place, saved[key], likeness))

@@ -184,6 +184,7 @@ class FusedMarginLoss(nn.Module):
         else:
             state_dict.setdefault(draws, self.sampler.draws)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        optim.note_loaded(self.weight)
 
     def _loss(
         self,

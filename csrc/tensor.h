@@ -40,13 +40,24 @@ inline at::Tensor with_adjacent_elements(const at::Tensor& w) {
 // The weight, whose rows are adjacent elements.
 inline Weight weight_of(const at::Tensor& w) { return {w.const_data_ptr(), dtype_of(w), w.size(0), w.stride(0)}; }
 
-// The tensor, if it has this shape and device.
+// The tensor, if its storage holds all of it, which may have been freed or shrunk under it.
+inline const at::Tensor& allocated(const char* name, const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return tensor;
+  int64_t elements = tensor.storage_offset() + 1;
+  for (int64_t k = 0; k < tensor.dim(); ++k) elements += (tensor.size(k) - 1) * tensor.stride(k);
+  const size_t needed = elements * tensor.element_size(), there = tensor.storage().nbytes();
+  TORCH_CHECK_VALUE(needed <= there, name, " of shape ", tensor.sizes(), " needs ", needed,
+                    " bytes of memory, but its storage has ", there, ".");
+  return tensor;
+}
+
+// The tensor, if it has this shape and device, and memory.
 inline const at::Tensor& fitting(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
                                  at::Device device) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes(), ".");
   TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on device ", device, ", got it on ",
                     tensor.device(), ".");
-  return tensor;
+  return allocated(name, tensor);
 }
 
 inline const at::Tensor& fitting(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
@@ -67,6 +78,7 @@ struct Inputs {
                         rows->sizes(), ".");
       dtype_of(*rows, name);
     }
+    allocated("x", x);
     const int64_t n = x.size(0);
     const at::Device device = x.device();
     fitting("w", w, {w.size(0), x.size(1)}, device);
@@ -123,7 +135,7 @@ inline Update bound(Update update, const at::Tensor& w, const std::vector<at::Te
   TORCH_CHECK_VALUE(sgd ? state.size() <= 1 : state.size() == 2 || state.size() == 3, sgd ? "sgd" : "adamw",
                     " must have ", sgd ? "at most one tensor" : "two or three tensors", " of state, got ",
                     state.size(), ".");
-  movable("w", w);
+  movable("w", allocated("w", w));
   update.weight = w.mutable_data_ptr();
   for (size_t k = 0; k < 3; ++k) update.state[k] = {nullptr, DType::kFloat32};
   for (size_t k = 0; k < state.size(); ++k) {

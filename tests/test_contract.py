@@ -73,6 +73,13 @@ def _fitting(backend, sampled: bool, **numbers) -> tuple[dict[str, Tensor], dict
     return {**arguments, "g_lse": g_lse, "g_cos": g_cos, "cache": forward[5], "dw": dw}, options
 
 
+def _freed(tensor: Tensor) -> Tensor:
+    """As those leave it that put a weight's memory elsewhere."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() - 1)
+    return tensor
+
+
 # name -> what it makes of a tensor that fits
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "longer": lambda t: torch.cat([t, t[:1]]),
@@ -81,6 +88,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "one dimension more": lambda t: t[None],
     "one dimension less": lambda t: t[0],
     "of bytes": lambda t: t.to(torch.uint8) if t.dtype != torch.uint8 else t.float(),
+    "freed": _freed,
 }
 # N is the size of x, C that of w, and S that of classes; what is merely read may have another dtype.
 FREE = {(name, wrong) for name in ("x", "w", "classes") for wrong in ("longer", "shorter", "empty")}
@@ -136,13 +144,15 @@ def test_classes_ascend_within_the_weight(backend, op, place, value):
 @st.composite
 def changes(draw: st.DrawFn, tensor: Tensor) -> Tensor:
     """Any tensor, or this one in any strides."""
-    kind = draw(st.sampled_from(["as it is", "strided", "expanded", "offset", "another"]))
+    kind = draw(st.sampled_from(["as it is", "strided", "expanded", "offset", "freed", "another"]))
     if kind == "as it is":
         return tensor
     if kind == "strided":
         return torch.stack([tensor, tensor], dim=-1)[..., 0]
     if kind == "expanded" and tensor.dim():
         return tensor[:1].expand(tensor.shape)
+    if kind == "freed":
+        return _freed(tensor) if tensor.numel() else tensor
     if kind == "offset":
         return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
     shape = draw(st.lists(st.sampled_from([0, 1, 2, N, D, S, C]), max_size=3))

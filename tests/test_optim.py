@@ -299,13 +299,14 @@ def step():
     head(x, labels).backward()
     optimizer.step()
 step()  # before the interrupt, however slow the machine is
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     while True:
         step()
 except KeyboardInterrupt:
     pass
-phase = optim._owned[head.weight].phase
+phase = optim.ownership_of(head.weight).phase
 try:
     optimizer.step()
     print("whole" if phase != "moving" else "wrong")

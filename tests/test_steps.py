@@ -1,6 +1,7 @@
 """What moves the rows of a head, what adds up, and what is refused: a test for each row of the README's table."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from support import run_python
 from torch import nn
 
-from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, margin_softmax_loss
+from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, checkpoint, margin_softmax_loss
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.sampling import ClassSampler
@@ -556,3 +557,415 @@ dist.destroy_process_group()
     first, second = done.stdout.strip().splitlines()
     assert first == "moved True", done.stderr
     assert second.startswith("True DistributedDataParallel averages gradients"), done.stderr
+
+
+# -- what is not finite, scaled or well formed -------------------------------------------------------------------
+
+
+def _nan_batch():
+    x, labels = batch(1)
+    with torch.no_grad():
+        x[3, 2] = torch.nan
+    return x, labels
+
+
+@rules
+def test_a_batch_that_is_not_finite_moves_no_parameter_of_the_optimizer(fused, torchs, options):
+    """The run is as if that batch had not been, also where backward was then not followed by step()."""
+    head, backbone = make_head(), nn.Linear(D, D)
+    other = copy.deepcopy((head, backbone))
+    optimizer = fused([*backbone.parameters(), *head.parameters()], **options, nonfinite="skip")
+    want = torchs([*other[1].parameters(), *other[0].parameters()], **options)
+    for seed, (is_wrong, steps) in enumerate([(False, True), (True, True), (True, False), (False, True)]):
+        x, labels = _nan_batch() if is_wrong else batch(seed)
+        optimizer.zero_grad()
+        head(backbone(x), labels).backward()
+        if steps:
+            optimizer.step()
+        if not is_wrong:
+            want.zero_grad()
+            other[0](other[1](x), labels).backward()
+            want.step()
+    assert optimizer.skipped == 2
+    for mine, theirs in zip((head.weight, backbone.weight), (other[0].weight, other[1].weight), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
+
+
+def test_of_two_heads_one_batch_that_is_not_finite_holds_back_the_backbone():
+    heads, backbone = [make_head(), make_head()], nn.Linear(D, D)
+    parameters = [*backbone.parameters(), *(head.weight for head in heads)]
+    optimizer = FusedSGD(parameters, lr=0.1, nonfinite="skip")
+    before = copy.deepcopy(backbone.state_dict())
+    heads[0](backbone(_nan_batch()[0]), _nan_batch()[1]).backward()
+    usual(heads[1])
+    optimizer.step()
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert bool(torch.cat([head.weight for head in heads]).isfinite().all())
+
+
+def test_after_a_skipped_batch_other_losses_are_taken():
+    """It has moved nothing, and so nothing can have come too late."""
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, nonfinite="skip")
+    head(*_nan_batch()).backward()
+    both_losses_at_once(head, optimizer)
+    before = head.weight.detach().clone()
+    optimizer.step()  # which ends the step that the batch had spoiled
+    assert torch.equal(head.weight, before)
+    optimizer.zero_grad()
+    both_losses_at_once(head, optimizer)
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
+def test_a_disabled_scaler_is_none():
+    head = make_head()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = FusedSGD(head.parameters(), lr=0.1, grad_scaler=scaler)
+    with pytest.raises(RuntimeError, match=r"not finite .that of sample 3 is the first"):
+        head(*_nan_batch()).backward()
+    usual(head)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="backward ran twice"):
+        usual(head)
+
+
+def test_a_scaler_that_scales_no_loss_is_noticed():
+    head = make_head()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = FusedSGD(head.parameters(), lr=0.1, grad_scaler=scaler)
+    before = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"a scale of 1024 that is not there: call scaler\.scale\(loss\)"):
+        usual(head)
+    assert torch.equal(head.weight, before)
+    scaler.scale(head(*batch())).backward()
+    scaler.step(optimizer)
+
+
+def test_another_scale_than_backward_divided_by_is_noticed():
+    """As in a copy of the optimizer, which has a copy of the scaler."""
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, grad_scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2048.0)
+    optimizer.grad_scaler.scale(torch.zeros(()))
+    scaler.scale(head(*batch())).backward()
+    with pytest.raises(RuntimeError, match=r"scaled by 2048, but backward .* gradient over 1024: .*grad_scaler"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("drop", ["module", "none", "optimizer"])
+def test_a_step_that_a_scaler_left_out_ends_with_any_zero_grad(drop):
+    head, backbone = make_head(), nn.Linear(D, D)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = FusedSGD([*backbone.parameters(), *head.parameters()], lr=0.1, grad_scaler=scaler)
+    for overflow in (True, False):
+        x, labels = batch()
+        loss = head(backbone(x), labels) + ((backbone.weight * torch.inf).sum() if overflow else 0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.state_dict()
+        if drop == "none":
+            head.weight.grad = None
+            backbone.zero_grad()
+        else:
+            (nn.ModuleList([head, backbone]) if drop == "module" else optimizer).zero_grad()
+
+
+def test_a_refused_backward_is_over_after_zero_grad_whoever_dropped_the_gradient():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    usual(head)
+    head.zero_grad()
+    with pytest.raises(RuntimeError, match="backward ran twice"):
+        usual(head)
+    optimizer.zero_grad()
+    optimizer.step()
+    usual(head)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": "0.1"}, TypeError, "lr must be a number, got '0.1'"),
+        ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+        ({"max_row_norm": float("nan")}, ValueError, "max_row_norm must not be negative, got nan"),
+        ({"gradient_factor": float("nan")}, ValueError, "gradient_factor must be finite, got nan"),
+        ({"seed": 1.5}, ValueError, "seed must be an integer, got 1.5"),
+        ({"grad_scaler": True}, TypeError, r"grad_scaler must be a torch\.amp\.GradScaler or None, got True"),
+    ],
+)
+def test_options_that_are_none_are_refused_when_made(options, error, message):
+    with pytest.raises(error, match=message):
+        FusedSGD(make_head().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("gradient_factor", float("inf")), ("max_row_norm", -1.0), ("lr", float("nan"))]
+)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("after_forward", [False, True])
+def test_options_of_a_group_are_looked_at_before_each_step(name, value, accumulate, after_forward):
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, accumulate=accumulate)
+    usual(head)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    group, right = optimizer.param_groups[0], optimizer.param_groups[0][name]
+
+    def step():
+        loss = head(*batch()) if after_forward else None
+        group[name] = value
+        (head(*batch()) if loss is None else loss).backward()
+        optimizer.step()
+
+    with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
+        step()
+    group[name] = right
+    for now, then in zip(_tensors(head, optimizer), _tensors(*before), strict=True):
+        assert torch.equal(now, then)
+    optimizer.zero_grad()
+    usual(head)
+    optimizer.step()
+
+
+def test_options_of_the_optimizer_are_no_groups():
+    head = make_head()
+    with pytest.raises(ValueError, match="accumulate is one for all of FusedSGD, got True in a param group"):
+        FusedSGD([{"params": head.parameters(), "accumulate": True}], lr=0.1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**80])
+def test_any_integer_is_a_seed(seed):
+    head = make_head(dtype=torch.bfloat16)
+    optimizer = FusedSGD(head.parameters(), lr=0.1, seed=seed)
+    head(batch()[0].bfloat16(), batch()[1]).backward()
+    optimizer.step()
+
+
+# -- a call that is refused, and one that is interrupted ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["environment", "memory", "device"])
+@rules
+def test_a_refusal_in_backward_is_as_if_it_had_not_been(fused, torchs, options, wrong, monkeypatch):
+    head = make_head()
+    optimizer = fused(head.parameters(), **options)
+    usual(head)
+    optimizer.step()
+    state = optimizer.state[head.weight]
+    name = next(name for name in state if name != "step")
+    before, right = copy.deepcopy((head.state_dict(), optimizer.state_dict())), state[name]
+    loss = head(*batch())
+    if wrong == "environment":
+        monkeypatch.setenv("COSFACE_CPU_TILE", "abc")
+    elif wrong == "memory":
+        state[name] = right.clone()
+        state[name].untyped_storage().resize_(0)
+    else:
+        state[name] = right.to("meta")
+    with pytest.raises((ValueError, TypeError)):
+        loss.backward()
+    monkeypatch.delenv("COSFACE_CPU_TILE", raising=False)
+    optimizer.state[head.weight][name] = right
+    for now, then in zip(_tensors(head, optimizer), _tensors(*before), strict=True):
+        assert torch.equal(now, then)
+    usual(head)
+    optimizer.step()
+
+
+def test_a_weight_whose_memory_was_freed_is_refused():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, accumulate=True)
+    usual(head)
+    head.weight.grad.untyped_storage().resize_(0)
+    with pytest.raises(
+        ValueError, match=r"dw of shape \[60, 16\] needs 3840 bytes of memory, but its storage has 0"
+    ):
+        optimizer.step()
+    optimizer.zero_grad()
+    head.weight.untyped_storage().resize_(0)
+    with pytest.raises(
+        ValueError, match=r"w of shape \[60, 16\] needs 3840 bytes of memory, but its storage has 0"
+    ):
+        usual(head)
+
+
+def _interrupt(head, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BACKENDS["cpu"], "backward_update_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            usual(head)
+
+
+def test_checkpoint_load_restores_what_is_half_moved(monkeypatch, tmp_path):
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9)
+    usual(head)
+    optimizer.step()
+    checkpoint.save(tmp_path, 1, head=head, optimizer=optimizer)
+    before = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    _interrupt(head, monkeypatch)
+    assert checkpoint.load(tmp_path, head=head, optimizer=optimizer) == 1
+    for now, then in zip(_tensors(head, optimizer), _tensors(*before), strict=True):
+        assert torch.equal(now, then)
+    usual(head)
+    optimizer.step()
+
+
+def test_a_half_moved_weight_stays_so_without_its_optimizer(monkeypatch):
+    head = make_head()
+    whole = copy.deepcopy(head.state_dict())
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    _interrupt(head, monkeypatch)
+    del optimizer
+    gc.collect()
+    another = FusedSGD(head.parameters(), lr=0.1)
+    for read in (lambda: head.get_logits(batch()[0]), head.state_dict, lambda: usual(head), another.step):
+        with pytest.raises(RuntimeError, match="was interrupted"):
+            read()
+    del another, read
+    gc.collect()
+    head.load_state_dict(whole)
+    usual(head)
+
+
+def test_a_save_between_backward_and_step_is_refused():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    usual(head)
+    with pytest.raises(RuntimeError, match=r"its step is not over: .* Save after step"):
+        optimizer.state_dict()
+    optimizer.step()
+    optimizer.state_dict()
+
+
+# -- other optimizers, other parameters --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"foreach": True}], ids=str)
+def test_an_optimizer_of_torch_that_has_the_weight_too_is_told_so(options):
+    head = make_head()
+    owner = FusedSGD(head.parameters(), lr=0.1)
+    other = torch.optim.SGD(head.parameters(), lr=0.1, **options)
+    usual(head)
+    with pytest.raises(RuntimeError, match="If another optimizer has the weight too, leave it out of one of them"):
+        other.step()
+    owner.step()
+
+
+@pytest.mark.parametrize("kinds", [(FusedSGD, FusedAdamW), (torch.optim.AdamW, FusedSGD)], ids=["adamw", "sgd"])
+def test_state_of_another_rule_is_refused_before_anything_is_loaded(kinds):
+    optimizers = [kind(make_head().parameters(), lr=lr) for kind, lr in zip(kinds, (0.1, 0.2), strict=True)]
+    with pytest.raises(ValueError, match=r"loads the state of its like or of torch\.optim.* got groups without"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert optimizers[1].param_groups[0]["lr"] == 0.2
+
+
+def test_state_that_does_not_fit_changes_nothing():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9)
+    usual(head)
+    optimizer.step()
+    before, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    saved["state"][0]["momentum_buffer"] = torch.ones(3, D)
+    with pytest.raises(ValueError, match=r"got \(3, 16\)\. Were the parameters given in another order\?"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert torch.equal(optimizer.state[head.weight]["momentum_buffer"], before["state"][0]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@rules
+def test_state_of_other_parameters_has_their_dtype(fused, torchs, options, dtype):
+    """As torch.optim casts it when it loads it."""
+    layers = [nn.Linear(D, D), nn.Linear(D, D).to(dtype)]
+    optimizers = [fused(layer.parameters(), **options) for layer in layers]
+    layers[0](torch.ones(D)).sum().backward()
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    layers[1](torch.ones(D, dtype=dtype)).sum().backward()
+    optimizers[1].step()
+
+
+def test_a_float16_state_of_a_head_is_taken_in_the_dtype_of_its_weight():
+    half, head = make_head(dtype=torch.float16), make_head()
+    torchs = torch.optim.SGD(half.parameters(), lr=0.1, momentum=0.9)
+    half(batch()[0].half(), batch()[1]).backward()
+    torchs.step()
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(torchs.state_dict())
+    usual(head)
+    optimizer.step()
+    assert optimizer.state[head.weight]["momentum_buffer"].dtype == torch.float32
+
+
+@rules
+def test_a_parameter_that_was_put_into_a_group_is_moved_as_torch_moves_it(fused, torchs, options):
+    """As those do who grow a layer and keep its state."""
+    heads, optimizers = [make_head(), make_head()], []
+    for kind, head in zip((fused, torchs), heads, strict=True):
+        optimizer = kind(head.parameters(), **options)
+        usual(head)
+        optimizer.step()
+        optimizer.zero_grad()
+        old, generator = head.weight, torch.Generator().manual_seed(1)
+        rows = torch.randn(4, D, generator=generator)
+        head.weight = nn.Parameter(torch.cat([old.detach(), rows]))
+        state = optimizer.state.pop(old)
+        optimizer.state[head.weight] = {
+            name: value if name == "step" else torch.cat([value, torch.zeros(4, D)])
+            for name, value in state.items()
+        }
+        optimizer.param_groups[0]["params"][0] = head.weight
+        head.num_classes += 4
+        optimizers.append(optimizer)
+    for _ in range(3):
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            usual(head)
+            optimizer.step()
+            optimizer.state_dict()
+            optimizer.zero_grad()
+    torch.testing.assert_close(*(head.weight for head in heads), rtol=2e-5, atol=2e-6)
+
+
+def test_a_weight_that_was_taken_out_of_its_group_has_an_ordinary_gradient():
+    head, layer = make_head(), nn.Linear(D, D)
+    optimizer = FusedSGD([{"params": layer.parameters()}, {"params": head.parameters()}], lr=0.1)
+    del optimizer.param_groups[1]
+    head(layer(batch()[0]), batch()[1]).backward()
+    optimizer.step()
+    assert bool(head.weight.grad.isfinite().all())
+
+
+def test_a_weight_can_be_swapped_with_another_tensor():
+    """As Module.to does with a sharded weight; torch refuses it for a tensor with weak references."""
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for _ in range(2):
+            usual(head)
+            optimizer.step()
+            optimizer.zero_grad()
+            head.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_a_hook_that_came_after_forward_is_refused_before_rows_move():
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    loss, before = head(*batch()), head.weight.detach().clone()
+    head.weight.register_hook(lambda gradient: None)
+    with pytest.raises(RuntimeError, match="A hook on a weight"):
+        loss.backward()
+    assert torch.equal(head.weight, before)
+    optimizer.step()
