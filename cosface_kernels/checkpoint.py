@@ -14,10 +14,12 @@ import json
 import numbers
 import os
 import re
+import reprlib
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -34,8 +36,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state_di
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels.distributed import own_rows
+from cosface_kernels.distributed import check_group, naming, own_rows
 from cosface_kernels.optim import restoring
+from cosface_kernels.validation import check_integer
 
 if find_spec("safetensors") is None:
     raise ModuleNotFoundError(
@@ -43,8 +46,12 @@ if find_spec("safetensors") is None:
         "pip install safetensors, or cosface_kernels[checkpoint]."
     )
 
+# isort: split
+from safetensors import SafetensorError
+
 NAME, PARTIAL = re.compile(r"step-(\d{12})(?:-(\d{6,}))?"), ".partial"
 STRUCTURE = "structure"  # the uint8 tensor that holds the JSON
+NOT_ALL = "every rank must call save and load, and another did not, has ended, hangs or cannot be reached"
 
 
 T = TypeVar("T")
@@ -71,6 +78,7 @@ def save(
     Args:
         folder: on a file system that all ranks see.
         step: the number by which `load` says where to go on; it may be less than that of the checkpoint before.
+        keep: how many to leave, 1 or more.
         generators: random generators, of which each rank keeps its own state.
         process_group: the ranks that save; None for all.
         objects: anything with state_dict and load_state_dict: the backbone (under DistributedDataParallel its
@@ -81,16 +89,15 @@ def save(
         The checkpoint's folder. Until it has that name, the one before it is the newest.
 
     Raises:
-        TypeError: an object has no state, or its state holds something other than tensors, numbers, strings and
-            containers of them.
+        TypeError: an object has no state, or its state holds something other than dense tensors, numbers, strings
+            and containers of them.
         ValueError: keep is less than 1, or step is no number of steps.
-        RuntimeError: a rank could not write its part; the message says which and why.
+        RuntimeError: a rank could not write its part, or made no call; the message says which and why.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}.")
+    check_integer("keep", keep, 1)
     if not isinstance(step, numbers.Integral) or not 0 <= step < 10**12:
         raise ValueError(f"step must be an integer in [0, 10^12), got {step!r}.")
-    _check_stateful(objects)
+    _check_call(objects, process_group)
     tensors: dict[str, Tensor] = {}
     structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
     shared = _drop_shared(tensors)
@@ -101,7 +108,7 @@ def save(
         content = {"step": int(step), "objects": structure, "shared": shared}
         tensors[STRUCTURE] = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
     partial = _on_first(lambda: _begin(Path(folder), step), process_group)
-    with _storage(f"writing {partial}"):
+    with _storage(f"writing {partial}", process_group, not dist.is_initialized()):
         save_state_dict(
             {key: tensor.contiguous() for key, tensor in tensors.items()},  # as safetensors has them
             storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
@@ -131,10 +138,13 @@ def load(
 
     Raises:
         TypeError: an object has no state.
-        ValueError: the checkpoint lacks an object, or has other shapes or dtypes; the message shows both.
-        RuntimeError: a rank could not read its part; the message says which and why.
+        ValueError: the checkpoint lacks an object, or has other shapes or dtypes, of which the message shows both,
+            or an object does not take what it holds.
+        RuntimeError: a rank could not read its part, or made no call; the message says which and why.
+
+    A call that raised may have changed the objects that it was given; load them again before they are used.
     """
-    _check_stateful(objects)
+    _check_call(objects, process_group)
     path = _on_first(lambda: latest(folder), process_group)
     if path is None:
         return None
@@ -154,7 +164,10 @@ def load(
     _read(tensors, path, process_group, not dist.is_initialized())
     everywhere = tensors | {place: tensors[key] for place, key in shared.items() if key in tensors}
     for name, item in objects.items():
-        item.load_state_dict(_decode(content["objects"][name], everywhere))
+        try:
+            item.load_state_dict(_decode(content["objects"][name], everywhere))
+        except (KeyError, RuntimeError, ValueError) as error:  # what torch's modules and optimizers raise
+            raise ValueError(f"{name} does not take what {path} holds of it: {error}") from error
     for name, generator in (generators or {}).items():
         if own[name] in tensors:
             generator.set_state(tensors[own[name]])
@@ -222,12 +235,19 @@ def _end(partial: Path, keep: int) -> Path:
     return final
 
 
-def _check_stateful(objects: Mapping[str, object]) -> None:
+def _check_call(objects: Mapping[str, object], group: ProcessGroup | None) -> None:
+    if group is not None:
+        check_group(group)
     for name, item in objects.items():
+        if isinstance(item, Tensor):
+            raise TypeError(
+                f"{name} must have state_dict and load_state_dict, got a {type(item).__name__} of shape "
+                f"{tuple(item.shape)}; give the module that it is in."
+            )
         if not isinstance(item, Stateful):
             raise TypeError(
-                f"{name} must have state_dict and load_state_dict, got {item!r}; a number can be kept as a buffer "
-                "of a module."
+                f"{name} must have state_dict and load_state_dict, got {type(item).__name__} "
+                f"{reprlib.repr(item)}; a number can be kept as a buffer of a module."
             )
 
 
@@ -235,11 +255,19 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """The value as JSON, with the key of each tensor in its place."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
-            raise TypeError(f"{key} is a sparse tensor; a checkpoint holds dense ones.")
+            advice = (
+                " For a head of sampled classes take FusedSGD, or torch.optim.SGD without momentum."
+                if key.endswith("/momentum_buffer")
+                else ""
+            )
+            raise TypeError(f"{key} is a sparse tensor; a checkpoint holds dense ones.{advice}")
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):  # as pairs, because an optimizer's keys are integers
-        return {"dict": [[k, _encode(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
+        kind = (
+            "counter" if isinstance(value, Counter) else "dict"
+        )  # MultiStepLR has one, and asks for its elements
+        return {kind: [[k, _encode(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, tuple | list):
         items = [_encode(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
@@ -260,7 +288,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "tuple":
         return tuple(_decode(v, tensors) for v in content)
-    return {k: _decode(v, tensors) for k, v in content}
+    pairs = {k: _decode(v, tensors) for k, v in content}
+    return Counter(pairs) if kind == "counter" else pairs
 
 
 def _drop_shared(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -340,20 +369,22 @@ def _contents(path: Path, group: ProcessGroup | None, alone: bool) -> tuple[dict
 
 def _read(tensors: dict[str, Tensor], path: Path, group: ProcessGroup | None, alone: bool) -> None:
     reader = HuggingFaceStorageReader(str(path))
-    with _storage(f"reading {path}"):
+    with _storage(f"reading {path}", group, alone):
         load_state_dict(tensors, storage_reader=reader, process_group=group, no_dist=alone)
 
 
 @contextmanager
-def _storage(work: str) -> Iterator[None]:
+def _storage(work: str, group: ProcessGroup | None = None, alone: bool = True) -> Iterator[None]:
     """Without torch's warning that one process is one process, and its error that is no `Exception`."""
     try:
-        with warnings.catch_warnings():
+        with nullcontext() if alone else naming(work, group, NOT_ALL), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
             yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"{work} failed on rank {rank}: {cause}") from cause
+    except SafetensorError as error:
+        raise RuntimeError(f"{work} failed: {error}") from error
 
 
 def _generator_key(name: str, rank: int) -> str:
@@ -374,7 +405,8 @@ def _on_first(work: Callable[[], T], group: ProcessGroup | None) -> T:
             answer = [work()]
         except Exception as error:  # whatever it is, the others must not wait for its result
             answer = [error]
-    dist.broadcast_object_list(answer, group=group, group_src=0)
+    with naming("agreeing on a checkpoint", group, NOT_ALL):
+        dist.broadcast_object_list(answer, group=group, group_src=0)
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]

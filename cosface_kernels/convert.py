@@ -14,7 +14,8 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from cosface_kernels.distributed import Exchange
 # isort: split
 import safetensors
 import safetensors.torch
+from safetensors import SafetensorError
 
 NAME = "weight"  # of the tensor in the file
 INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt")
@@ -45,7 +47,9 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
 
     Raises:
         FileNotFoundError: there are no such files, or that of a rank is missing.
-        ValueError: the files' embedding sizes differ, or one holds more than tensors and plain numbers.
+        KeyError: a file has no weight.
+        ValueError: the files' embedding sizes differ, or one is damaged or holds more than tensors and plain
+            numbers.
 
     Source: insightface, recognition/arcface_torch: train_v2.py, partial_fc_v2.py, partial_fc.py.
     """
@@ -59,7 +63,9 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
     shards = []
     for file in files:
         content = _load(file, mmap=True)
-        shards.append(content["state_dict_softmax_fc"]["weight"] if isinstance(content, Mapping) else content)
+        if isinstance(content, Mapping):
+            content = _entry(_entry(content, "state_dict_softmax_fc", file), "weight", file)
+        shards.append(_matrix(content, f"the weight in {file}"))
     if len({shard.shape[1:] for shard in shards}) != 1:
         shapes = ", ".join(
             f"{tuple(shard.shape)} in {file.name}" for file, shard in zip(files, shards, strict=True)
@@ -78,14 +84,14 @@ def from_pytorch_metric_learning(state: Mapping[str, Tensor], num_classes: int |
 
     Raises:
         KeyError: the state has no W, or more than one.
-        ValueError: W has not num_classes columns.
+        ValueError: W is no matrix, or has not num_classes columns.
 
     Source: pytorch-metric-learning, losses/large_margin_softmax_loss.py.
     """
     names = [name for name in state if name.rpartition(".")[2] == "W"]
     if len(names) != 1:
         raise KeyError(f"the state should have one entry named W, got {', '.join(state)}.")
-    weight = state[names[0]].detach().T.contiguous()
+    weight = _matrix(state[names[0]], names[0]).detach().T.contiguous()
     if num_classes not in (None, len(weight)):
         raise ValueError(
             f"W should have a column for each of {num_classes} classes, got {len(weight)} columns. The several "
@@ -98,11 +104,19 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
     """Writes a (C, D) weight under the name "weight"; one that is sharded, on all of its ranks together.
 
     A sharded weight is never whole in memory: the ranks write their rows, and rank 0 joins the files.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
     if not isinstance(weight, DTensor):
         partial = path.with_name(path.name + checkpoint.PARTIAL)
-        safetensors.torch.save_file({NAME: weight.detach().contiguous()}, partial)
+        try:
+            safetensors.torch.save_file({NAME: weight.detach().contiguous()}, partial)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
         partial.replace(path)
         return
     ranks = Exchange(weight)
@@ -125,9 +139,12 @@ def load_weight_(weight: Tensor, path: str | os.PathLike[str]) -> Tensor:
     """Fills a (C, D) weight from a file of `save_weight`; of one that is sharded, each rank reads its rows.
 
     Raises:
-        ValueError: the file's shape is not the weight's.
+        TypeError: the weight is no tensor, such as a head.
+        ValueError: the file's shape is not the weight's, or it is no file of `save_weight`.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, such as head.weight, got {type(weight).__name__}.")
+    with _weights(path) as file:
         rows = file.get_slice(NAME)
         if tuple(rows.get_shape()) != tuple(weight.shape):
             raise ValueError(f"{path} has a weight of shape {tuple(rows.get_shape())}, not {tuple(weight.shape)}.")
@@ -139,16 +156,43 @@ def load_weight_(weight: Tensor, path: str | os.PathLike[str]) -> Tensor:
     return weight
 
 
+@contextmanager
+def _weights(path: str | os.PathLike[str]) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file with a {NAME}: {error}") from error
+
+
+def _entry(content: Any, key: str, file: Path) -> Any:
+    if not isinstance(content, Mapping) or key not in content:
+        names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise KeyError(f"{file} should have an entry named {key}, got {names}.")
+    return content[key]
+
+
+def _matrix(value: Any, what: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what} should be a tensor with two dimensions, got {got}.")
+    return value
+
+
 def _load(file: Path, **options: Any) -> Any:
     """What torch.save wrote, if it is tensors, numbers and text in dicts and lists."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, **options)
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than tensors and numbers: a whole module, or numpy's numbers. Reading it "
             "could run code of whoever wrote it. If that is you, save its state_dict, or the dict without those "
             f"numbers. ({str(error).splitlines()[0]})"
         ) from error
+    except Exception as error:  # bytes that torch.save did not write can raise anything
+        raise ValueError(f"{file} is damaged, or no file of torch.save: {error!r}") from error
 
 
 def _rank_of(file: Path) -> int:
@@ -178,11 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.classes is None:
                 print("--classes was not given: a W of SubCenterArcFaceLoss would pass.", file=sys.stderr)
         else:
-            weight = checkpoint.load_tensor(args.input, args.name)
-    except (OSError, KeyError, ValueError) as error:
+            weight = _matrix(checkpoint.load_tensor(args.input, args.name), args.name)
+        save_weight(weight, args.output)
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
         print(error.args[-1] if isinstance(error, KeyError) else error, file=sys.stderr)
         return 1
-    save_weight(weight, args.output)
     print(f"{args.output}: {weight.shape[0]:,} classes, embedding size {weight.shape[1]}, {weight.dtype}")
     return 0
 

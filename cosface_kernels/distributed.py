@@ -66,8 +66,10 @@ def empty_weight(
     """A (num_classes, embedding_size) weight of which this rank holds its `class_range`, not initialised.
 
     Raises:
-        ValueError: on every rank, if the sizes differ between ranks.
+        TypeError: the group is something other than a process group.
+        ValueError: this rank is not in the group; on every rank, if the sizes differ between ranks.
     """
+    check_group(group)
     device = torch.device(device) if device is not None else torch.get_default_device()
     _agree(group, device, {"num_classes": num_classes, "embedding_size": embedding_size, "dtype": dtype})
     own = class_range(num_classes, dist.get_rank(group), dist.get_world_size(group))
@@ -78,6 +80,16 @@ def empty_weight(
         shape=torch.Size((num_classes, embedding_size)),
         stride=(embedding_size, 1),
     )
+
+
+def check_group(group: object) -> None:
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in process_group, of which new_group() returned {group!r} here: leave "
+            "the call to the ranks that are."
+        )
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}.")
 
 
 def several_ranks() -> bool:
@@ -91,16 +103,18 @@ def warn_of_drift() -> None:
         warn(
             f"Each of {dist.get_world_size()} ranks trains a copy of this head by its own samples, and the copies "
             "drift apart, unless their gradients are averaged: construct the head with process_group=..., or make "
-            "it part of the module that DistributedDataParallel wraps and calls."
+            "it part of the module that DistributedDataParallel wraps and calls. torch.distributed.group.WORLD is "
+            "None before init_process_group(), and a head that is constructed with it then is not sharded."
         )
 
 
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # attribute of a module that is to be wrapped
 
 
-def leave_to_its_rank(weight: nn.Parameter) -> None:
-    """Keeps DistributedDataParallel from a sharded weight, whatever module it wraps, such as Lightning's."""
-    weight._ddp_ignored = True  # type: ignore[attr-defined]  # torch's mark of those
+def leave_to_its_rank(head: nn.Module, name: str) -> None:
+    """Keeps DistributedDataParallel from a sharded weight, whatever module it wraps: the head, or Lightning's."""
+    head.get_parameter(name)._ddp_ignored = True  # type: ignore[attr-defined]  # torch's mark of those
+    vars(head)[IGNORED_BY_DDP] = [name, f".{name}"]  # torch looks for both where it wraps the owner itself
     _watch_modules()
 
 
@@ -142,24 +156,24 @@ def agreed(weight: Tensor, flag: bool) -> bool:
         return flag
     group = weight.device_mesh.get_group()
     everywhere = torch.tensor(flag, dtype=torch.int32, device=weight.device)
-    with _naming("agreeing on an overflow", group):
+    with naming("agreeing on an overflow", group):
         dist.all_reduce(everywhere, dist.ReduceOp.MIN, group)
     return bool(everywhere)
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` over a replicated backbone and sharded heads together.
 
     Args:
         parameters: plain ones, whose gradients every rank holds in full and which may be sparse, and DTensors, in
-            any order.
+            any order; or one of them.
         max_norm: the gradients are multiplied by max_norm / norm if their norm is larger.
         norm_type: p of the p-norm; inf for the largest magnitude.
 
     Returns:
         The 0-d norm of all gradients before clipping, the same on every rank.
     """
-    meshes = _by_mesh(parameters)
+    meshes = _by_mesh([parameters] if isinstance(parameters, Tensor) else parameters)
     norms = []
     for members in meshes:
         norm = get_total_norm([_entries(p.grad) for p in members if p.grad is not None], norm_type)
@@ -289,7 +303,7 @@ class Exchange:
         Two reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
         """
         largest = torch.stack([top.masked_fill(log_sum.isneginf(), -torch.inf), max_neg])  # (2, N)
-        with _naming("combining the shards", self.group):
+        with naming("combining the shards", self.group):
             dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         all_top = largest[0].masked_fill(largest[0].isneginf(), 0)  # (N,)
         log_sum, target_cos = _combine(log_sum + scale * (top - all_top), target_cos, self.group)  # (N,) each
@@ -298,7 +312,7 @@ class Exchange:
     def sum(self, rows: Tensor) -> Tensor:
         """The sum over the ranks, without a gradient."""
         rows = rows.clone()
-        with _naming("combining the shards", self.group):
+        with naming("combining the shards", self.group):
             dist.all_reduce(rows, group=self.group)
         return rows
 
@@ -311,7 +325,7 @@ class _Gather(torch.autograd.Function):
         ctx.counts, ctx.group = counts, group
         own = _pad(rows, [len(rows)], max(1, *counts))
         everyones = rows.new_empty(len(counts) * len(own), *rows.shape[1:])
-        with _naming("gathering the batch", group):
+        with naming("gathering the batch", group):
             all_gather(everyones, own, group=group)
         return torch.cat([block[:n] for block, n in zip(everyones.split(len(own)), counts, strict=True)])
 
@@ -321,7 +335,7 @@ class _Gather(torch.autograd.Function):
         dtype = torch.promote_types(grad.dtype, torch.float32)
         most = max(1, *ctx.counts)
         own = grad.new_empty(most, *grad.shape[1:], dtype=dtype)
-        with _naming("summing the embeddings' gradient", ctx.group):
+        with naming("summing the embeddings' gradient", ctx.group):
             reduce_scatter(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
         return own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
 
@@ -335,7 +349,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, l_r, cos_r, group):  # type: ignore[no-untyped-def]
         sums = torch.stack([l_r.exp(), cos_r])  # (2, N)
-        with _naming("combining the shards", group):
+        with naming("combining the shards", group):
             dist.all_reduce(sums, group=group)
         log_sum = sums[0].log()  # (N,)
         ctx.group = group
@@ -347,7 +361,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, g_log_sum, g_cos):  # type: ignore[no-untyped-def]
         l_r, log_sum = ctx.saved_tensors
         g = torch.stack([g_log_sum, g_cos])  # (2, N)
-        with _naming("averaging the ranks' gradients", ctx.group):
+        with naming("averaging the ranks' gradients", ctx.group):
             dist.all_reduce(g, group=ctx.group)
         g /= dist.get_world_size(ctx.group)
         flows = (g[0] != 0) & ~l_r.isneginf()  # no gradient stays none where log_sum is nan or has no terms
@@ -364,7 +378,7 @@ class _Replicate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         grad = grad.contiguous().clone()
-        with _naming("averaging the ranks' gradients", ctx.group):
+        with naming("averaging the ranks' gradients", ctx.group):
             dist.all_reduce(grad, group=ctx.group)
         return grad / dist.get_world_size(ctx.group), None
 
@@ -412,15 +426,17 @@ def _pad(rows: Tensor, counts: Sequence[int], most: int) -> Tensor:
 
 
 @contextmanager
-def _naming(work: str, group: ProcessGroup) -> Iterator[None]:
+def naming(
+    work: str, group: ProcessGroup | None, cause: str = "another rank has ended, hangs or cannot be reached"
+) -> Iterator[None]:
     """Names a collective to a profiler, and to the user if it fails: the backend knows an address and no rank."""
     try:
         with record_function(f"cosface: {work}"):
             yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"{work} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: another rank has "
-            f"ended, hangs or cannot be reached, and its own output says why. {error}"
+            f"{work} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {cause}, and its own "
+            f"output says why. {error}"
         ) from error
 
 
@@ -440,7 +456,7 @@ def _agree(
     said = {name: str(fact) for name, fact in facts.items()}
     own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
     table = own.new_empty(dist.get_world_size(group) * 3)
-    with _naming("agreeing on the batch", group):
+    with naming("agreeing on the batch", group):
         all_gather(table, own, group=group)
     counts, refused, digests = table.view(-1, 3).T.tolist()
     if not any(refused) and len(set(digests)) == 1:

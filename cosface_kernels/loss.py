@@ -68,7 +68,9 @@ class FusedMarginLoss(nn.Module):
         margin: as given; a `Margin` with state keeps it in this module's state_dict.
 
     Raises:
-        ValueError: an argument is out of its range; the message shows its value.
+        TypeError: process_group is something other than a process group.
+        ValueError: an argument is out of its range, or this rank is not in process_group; the message shows its
+            value.
 
     Warns, when it is made, of a scale below CosFace's Eq. 6 or a margin m above its Eq. 7; see
     `cosface_kernels.theory`.
@@ -131,6 +133,11 @@ class FusedMarginLoss(nn.Module):
         if process_group is None:
             weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
         else:
+            if isinstance(margin, Margin) and margin.reads_weight:
+                raise ValueError(
+                    f"{type(margin).__name__} needs all class centres on one process: process_group must be None, "
+                    f"got {process_group!r}."
+                )
             weight = empty_weight(num_classes, embedding_size, process_group, device, dtype)
         own = own_classes(weight)
         self.sampler = None
@@ -139,7 +146,7 @@ class FusedMarginLoss(nn.Module):
         self.to(device)  # the margin's state
         self.weight = nn.Parameter(weight)
         if process_group is not None:
-            leave_to_its_rank(self.weight)
+            leave_to_its_rank(self, "weight")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -177,13 +184,25 @@ class FusedMarginLoss(nn.Module):
             return nullcontext()
         return state_of_pass(self, state, embeddings, labels)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        draws = f"{prefix}sampler.draws"
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        draws, weight = f"{prefix}sampler.draws", f"{prefix}weight"
         if self.sampler is None:  # the number of draws is nothing to a head that draws none
             state_dict.pop(draws, None)
         else:
             state_dict.setdefault(draws, self.sampler.draws)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        sharded = [isinstance(tensor, DTensor) for tensor in (state_dict.get(weight, self.weight), self.weight)]
+        if sharded[0] != sharded[1] and not local_metadata.get("assign_to_params_buffers"):
+            there, here = ("sharded over ranks" if each else "whole" for each in sharded)
+            args[-1].append(  # torch's error_msgs
+                f"{weight} is {there} in the state and {here} in the head, and neither loads into the other. "
+                "cosface_kernels.checkpoint.save and checkpoint.load take a head from any number of ranks to any "
+                "other; cosface_kernels.convert.load_weight_(head.weight, path) fills either from a file of "
+                "convert.save_weight."
+            )
+            state_dict[weight] = self.weight
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         optim.note_loaded(self.weight)
 
     def _loss(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import LARGEST_WORLD
-from support import run_python
+from support import patience, run_python
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint
+from cosface_kernels.optim import FusedSGD
 
 CLASSES, DIM = 7, 6
 
@@ -260,8 +265,9 @@ def test_what_does_not_fit_is_named(tmp_path):
         checkpoint.load(tmp_path, **other.objects)
     with pytest.raises(ValueError, match="holds backbone, head, optimizer, schedule, but no ema, scaler"):
         checkpoint.load(tmp_path, head=run.head, ema=run.backbone, scaler=run.head)
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        checkpoint.save(tmp_path, 1, keep=0)
+    for keep in (0, None, 1.5):
+        with pytest.raises(ValueError, match=f"keep must be an integer of at least 1, got {keep}"):
+            checkpoint.save(tmp_path, 1, keep=keep)
     for step in (-1, 0.5, "1", 10**12):
         with pytest.raises(ValueError, match=rf"step must be an integer in \[0, 10\^12\), got {step!r}"):
             checkpoint.save(tmp_path, step, **run.objects)
@@ -355,7 +361,7 @@ class Odd:
 @pytest.mark.parametrize(
     "value",
     [
-        None, True, 3, 0.1, float("inf"), "text", (1, 2), [(0.9, 0.999), {}], {1: {"a": [None]}},
+        None, True, 3, 0.1, float("inf"), "text", (1, 2), [(0.9, 0.999), {}], {1: {"a": [None]}}, Counter([2, 4, 4]),
         torch.tensor(2.5), torch.empty(0), torch.empty(0, 3), torch.tensor([True, False]),
         [torch.ones(2), {5: torch.zeros(1, dtype=torch.bfloat16)}],
     ],
@@ -372,10 +378,80 @@ def test_keeps_values_of_every_kind(tmp_path, value):
 def test_refuses_other_objects(tmp_path):
     with pytest.raises(TypeError, match="odd/value is a set; a checkpoint holds tensors, numbers"):
         checkpoint.save(tmp_path, 1, odd=Odd({1}))
-    with pytest.raises(TypeError, match="odd/value is a sparse tensor; a checkpoint holds dense ones"):
+    with pytest.raises(TypeError, match=r"odd/value is a sparse tensor; a checkpoint holds dense ones\.$"):
         checkpoint.save(tmp_path, 1, odd=Odd(torch.eye(2).to_sparse()))
     for call in (checkpoint.save, checkpoint.load):
         arguments = (tmp_path, 1) if call is checkpoint.save else (tmp_path,)
-        with pytest.raises(TypeError, match="epoch must have state_dict and load_state_dict, got 3; a number can"):
-            call(*arguments, odd=Odd(1), epoch=3)
+        for value, shown in (
+            (3, "int 3; a number can"),
+            (None, "NoneType None; a number can"),
+            (nn.Parameter(torch.ones(5, 2)), r"a Parameter of shape \(5, 2\); give the module that it is in\.$"),
+        ):
+            with pytest.raises(TypeError, match=f"epoch must have state_dict and load_state_dict, got {shown}"):
+                call(*arguments, odd=Odd(1), epoch=value)
+        with pytest.raises(
+            TypeError, match=r"process_group must be a torch.distributed.ProcessGroup or None, got 1"
+        ):
+            call(*arguments, odd=Odd(1), process_group=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_momentum_of_sampled_classes(tmp_path):
+    head = FusedCosFaceLoss(50, DIM, scale=16.0, sample_rate=0.3)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    head(torch.randn(4, DIM), torch.arange(4)).backward()
+    optimizer.step()
+    with pytest.raises(
+        TypeError, match=r"optimizer/state/0/momentum_buffer is a sparse tensor; .* take FusedSGD, or"
+    ):
+        checkpoint.save(tmp_path, 1, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("head", lambda: nn.Sequential(nn.Linear(2, 2))),
+        ("optimizer", lambda: torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)),
+        ("optimizer", lambda: FusedSGD(nn.Linear(2, 2).parameters(), lr=0.1)),
+    ],
+    ids=["module", "optimizer", "optimizer of rows"],
+)
+def test_what_an_object_does_not_take_is_named(tmp_path, name, other):
+    path = checkpoint.save(tmp_path, 1, **Run().objects)
+    with pytest.raises(
+        ValueError, match=rf"(?s)^{name} does not take what {path} holds of it: .*(group|Missing key)"
+    ):
+        checkpoint.load(tmp_path, **{name: other()})
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = checkpoint.save(tmp_path, 1, odd=Odd(torch.ones(9)))
+    (file,) = path.iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    for read in (
+        lambda: checkpoint.load(tmp_path, odd=Odd(None)),
+        lambda: checkpoint.load_tensor(path, "odd/value"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^reading {path} failed: .*header"):
+            read()
+
+
+def call_on_some(rank, group, folder, call, callers):
+    own = dist.new_group(range(2), timeout=timedelta(seconds=patience(3)))
+    if rank in callers:
+        arguments = (folder, 2) if call is checkpoint.save else (folder,)
+        call(*arguments, layer=nn.Linear(2, 2), process_group=own)
+
+
+@pytest.mark.parametrize("callers", [(0,), (1,)], ids=["first alone", "last alone"])
+@pytest.mark.parametrize("call", [checkpoint.save, checkpoint.load], ids=lambda call: call.__name__)
+def test_a_rank_that_does_not_call(ranks, tmp_path, call, callers):
+    checkpoint.save(tmp_path, 1, layer=nn.Linear(2, 2))
+    results = ranks.run(LARGEST_WORLD, call_on_some, tmp_path, call, callers)
+    for rank, result in enumerate(results):
+        if rank in callers:
+            assert f"failed on rank {rank} of 2: every rank must call save and load, and another did not" in str(
+                result
+            )
+        elif rank < 2:
+            assert result is None

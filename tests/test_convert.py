@@ -126,6 +126,103 @@ def test_a_file_of_more_than_tensors_is_refused_with_a_sentence(tmp_path, capsys
     assert "Traceback" not in message
 
 
+def _save(content, name):
+    def make(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        torch.save(content, folder / name)
+
+    return make
+
+
+def _shorten(folder):
+    _save({"W": torch.ones(2, 3)}, "loss.pt")(folder)
+    (folder / "loss.pt").write_bytes((folder / "loss.pt").read_bytes()[:200])
+
+
+def _checkpoint(shorten):
+    def make(folder):
+        path = checkpoint.save(folder / "run", 1, head=nn.Linear(2, 3))
+        for file in path.iterdir() if shorten else ():
+            file.write_bytes(file.read_bytes()[:40])
+
+    return make
+
+
+LOSS, HEAD = "loss.pt", "run/checkpoint_gpu_0.pt"
+UNFIT = {
+    "no folder": (
+        _save({"W": torch.ones(2, 3)}, LOSS),
+        ("pml", LOSS, "absent/out"),
+        "absent/out could not be written: ",
+    ),
+    "a folder": (
+        _save({"W": torch.ones(2, 3)}, LOSS),
+        ("pml", LOSS, "."),
+        ". is a folder, not the name of a file to write.",
+    ),
+    "W of no tensor": (
+        _save({"W": 3}, LOSS),
+        ("pml", LOSS, "out"),
+        "W should be a tensor with two dimensions, got int.",
+    ),
+    "short": (_shorten, ("pml", LOSS, "out"), "loss.pt is damaged, or no file of torch.save: "),
+    "empty": (
+        lambda folder: (folder / LOSS).touch(),
+        ("pml", LOSS, "out"),
+        "loss.pt is damaged, or no file of torch.s",
+    ),
+    "text": (
+        lambda folder: (folder / LOSS).write_text("hello"),
+        ("pml", LOSS, "out"),
+        "loss.pt is damaged, or no file",
+    ),
+    "no head": (
+        _save({"epoch": 1}, HEAD),
+        ("insightface", "run", "out"),
+        "should have an entry named state_dict_softm",
+    ),
+    "head of none": (
+        _save({"state_dict_softmax_fc": None}, HEAD),
+        ("insightface", "run", "out"),
+        "should have an entry named weight, got NoneType.",
+    ),
+    "vector": (
+        _checkpoint(shorten=False),
+        ("checkpoint", "run", "out", "--name", "head/bias"),
+        "head/bias should be a tensor with two dimensions, got shape (3,).",
+    ),
+    "short checkpoint": (
+        _checkpoint(shorten=True),
+        ("checkpoint", "run", "out"),
+        "step-000000000001-000001 failed: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_cannot_be_converted_is_said_in_a_line(tmp_path, monkeypatch, capsys, name):
+    make, arguments, sentence = UNFIT[name]
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path)
+    assert convert.main(arguments) == 1
+    *hints, line = capsys.readouterr().err.splitlines()
+    assert sentence in line
+    assert all("--classes was not given" in hint for hint in hints)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_weight_is_not_loaded(tmp_path):
+    (tmp_path / "text").write_text("hello world")
+    safetensors.torch.save_file({"W": torch.ones(3, 2)}, tmp_path / "other")
+    for name in ("text", "other"):
+        with pytest.raises(ValueError, match=f"{name} is no safetensors file with a weight: "):
+            convert.load_weight_(torch.empty(3, 2), tmp_path / name)
+    with pytest.raises(
+        TypeError, match=r"weight must be a torch.Tensor, such as head.weight, got FusedCosFaceLoss\."
+    ):
+        convert.load_weight_(FusedCosFaceLoss(3, 2), tmp_path / "other")
+
+
 def test_several_centres_a_class_are_seen_by_their_number(tmp_path, capsys):
     """SubCenterArcFaceLoss has a W of (D, 3 C) by default."""
     torch.save({"W": torch.randn(8, 30)}, tmp_path / "loss.pt")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import LARGEST_WORLD
 from support import F32, F64, Dtypes, make_problem, relative_error
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from cosface_kernels import (
     margin_softmax_loss,
 )
 from cosface_kernels.distributed import GradScaler, class_range, clip_grad_norm_, empty_weight
-from cosface_kernels.margins import ArcFaceMargin, CurricularFaceMargin
+from cosface_kernels.margins import ArcFaceMargin, CurricularFaceMargin, LSoftmaxMargin
 from cosface_kernels.optim import FusedSGD
 
 WORLDS = range(1, LARGEST_WORLD + 1)
@@ -469,10 +470,41 @@ def test_rows_of_a_sharded_head_move_in_a_wrapped_module(ranks):
             assert relative_error(got[name], tensor) < 1e-4, name
 
 
+def _learned_scale(*sizes, **options):
+    return FusedCosFaceLoss(*sizes, scale=nn.Parameter(torch.tensor(16.0)), **options)
+
+
+def _train_wrapped_alone(rank, group, make):
+    """Whole parameters of a head that is itself what DDP wraps, after three steps."""
+    torch.manual_seed(0)
+    head = make(40, 8, process_group=group) if group else make(40, 8)
+    module = DistributedDataParallel(head, process_group=group) if group else head
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x, labels = torch.randn(12, 8, generator=rng), torch.randint(40, (12,), generator=rng)
+        if group:
+            x, labels = (t.chunk(group.size())[rank] for t in (x, labels))
+        module(x, labels).backward()
+        for parameter in head.parameters():
+            parameter.data -= 0.1 * parameter.grad
+            parameter.grad = None
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in head.parameters()]
+
+
+def test_a_sharded_head_that_is_wrapped_itself(ranks):
+    """Its other parameters are averaged; where it has none, torch says that there is nothing to wrap."""
+    want = _train_wrapped_alone(0, None, _learned_scale)
+    for got in ranks.results(2, _train_wrapped_alone, _learned_scale):
+        for mine, theirs in zip(got, want, strict=True):
+            assert relative_error(mine, theirs) < 1e-4
+    for refusal in ranks.run(2, _train_wrapped_alone, FusedCosFaceLoss):
+        assert "DistributedDataParallel is not needed" in str(refusal)
+
+
 REPLICATED = {
     "plain": FusedCosFaceLoss,
     "sampled": functools.partial(FusedCosFaceLoss, sample_rate=0.3),
-    "learned scale": lambda *sizes: FusedCosFaceLoss(*sizes, scale=nn.Parameter(torch.tensor(16.0))),
+    "learned scale": _learned_scale,
     "statistics": family.FusedAdaFaceLoss,
 }
 
@@ -515,6 +547,7 @@ def test_a_replicated_head_outside_warns(ranks):
         ((file, message),) = trained
         assert file == __file__
         assert "copy of this head by its own samples, and the copies drift apart" in message
+        assert "torch.distributed.group.WORLD is None before init_process_group()" in message
         assert count == 1
 
 
@@ -657,9 +690,67 @@ def _train_state_on_rank(rank, group, loss, samples):
     return _train_state(loss, rank, group, samples)
 
 
-def test_a_margin_that_needs_all_class_centres_refuses_shards(ranks):
-    for refusal in ranks.run(2, _train_state_on_rank, ON_ONE_PROCESS, (3, 4)):
-        assert "needs all class centres on one process" in str(refusal)
+def _shard(rank, group, make):
+    make(9, 6, process_group=group)
+
+
+@pytest.mark.parametrize("make", [ON_ONE_PROCESS, functools.partial(FusedMarginLoss, margin=LSoftmaxMargin())])
+def test_a_margin_that_needs_all_class_centres_refuses_shards(ranks, make):
+    for refusal in ranks.run(2, _shard, make):
+        assert "LSoftmaxMargin needs all class centres on one process: process_group must be None" in str(refusal)
+
+
+def _outside_of_the_group(rank, group):
+    first = dist.new_group([0])
+    head = FusedCosFaceLoss(9, 6, process_group=first)
+    return head(torch.ones(2, 6), torch.tensor([0, 8])).item()
+
+
+def test_a_rank_that_is_not_in_the_group(ranks):
+    on_first, *others = ranks.run(LARGEST_WORLD, _outside_of_the_group)
+    assert on_first > 0
+    for rank, refusal in enumerate(others, 1):
+        assert isinstance(refusal, ValueError)
+        assert f"rank {rank} is not in process_group, of which new_group() returned -100 here" in str(refusal)
+
+
+@pytest.mark.parametrize("value", [True, False, "WORLD", [0, 1]])
+def test_what_is_no_group(value):
+    with pytest.raises(TypeError) as error:
+        FusedCosFaceLoss(9, 6, process_group=value)
+    assert f"{error.value}" == (f"process_group must be a torch.distributed.ProcessGroup or None, got {value!r}.")
+
+
+class Part(nn.Module):
+    def __init__(self, group):
+        super().__init__()
+        self.head = FusedCosFaceLoss(9, 6, process_group=group)
+
+
+def _load_the_other_kind(rank, group):
+    """What a sharded head says of a whole weight, and the other way round, alone and as a part of a module."""
+    heads = [FusedCosFaceLoss(9, 6, process_group=group), FusedCosFaceLoss(9, 6)]
+    models = [Part(group), Part(None)]
+    messages = []
+    for sharded, whole in (heads, models):
+        for into, other in ((sharded, whole), (whole, sharded)):
+            before = into.state_dict()
+            with pytest.raises(RuntimeError) as error:
+                into.load_state_dict(other.state_dict())
+            messages.append(str(error.value))
+            into.load_state_dict(before)
+    return messages
+
+
+def test_a_state_of_the_other_kind_is_refused_with_the_way_to_load_it(ranks):
+    for messages in ranks.results(2, _load_the_other_kind):
+        names = ["weight", "weight", "head.weight", "head.weight"]
+        kinds = 2 * [("whole", "sharded over ranks"), ("sharded over ranks", "whole")]
+        for message, name, (there, here) in zip(messages, names, kinds, strict=True):
+            assert f"{name} is {there} in the state and {here} in the head, and neither loads" in message
+            assert "checkpoint.load take" in message
+            assert "convert.load_weight_(head.weight, path)" in message
+            assert "copy" not in message
 
 
 @pytest.mark.parametrize("loss", [loss for loss in FAMILY if loss is not ON_ONE_PROCESS], ids=lambda x: x.__name__)
