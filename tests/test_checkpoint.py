@@ -361,7 +361,8 @@ class Odd:
 @pytest.mark.parametrize(
     "value",
     [
-        None, True, 3, 0.1, float("inf"), "text", (1, 2), [(0.9, 0.999), {}], {1: {"a": [None]}}, Counter([2, 4, 4]),
+        None, True, 3, 0.1, float("inf"), "text", (1, 2), [(0.9, 0.999), {}], {1: {"a": [None]}},
+        Counter([2, 4, 4]),
         torch.tensor(2.5), torch.empty(0), torch.empty(0, 3), torch.tensor([True, False]),
         [torch.ones(2), {5: torch.zeros(1, dtype=torch.bfloat16)}],
     ],

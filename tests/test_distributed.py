@@ -647,6 +647,18 @@ def _train_in_half_precision(rank, group, broken):
     return embeddings.dtype, scales, weights
 
 
+def test_clipping_takes_one_tensor_as_torch_does():
+    weights = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.full((3, 4), 2.0)
+    norms = [
+        clip(weight, 0.5)
+        for clip, weight in zip((clip_grad_norm_, nn.utils.clip_grad_norm_), weights, strict=True)
+    ]
+    assert norms[0] == norms[1]
+    assert torch.equal(weights[0].grad, weights[1].grad)
+
+
 @pytest.mark.parametrize("broken", ["head", "backbone"])
 def test_an_overflow_on_one_rank_is_agreed(ranks, broken):
     """What overflows on one rank is skipped on all, and all halve their scale."""
