@@ -46,7 +46,7 @@ kernels: $(BUILT)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --json build/kernels-oldest.json
 
 # Compiles the CUDA kernels and, in an environment of its own that later calls find again, the whole extension against
-# a CUDA build of torch; no GPU needed.
+# a CUDA build of torch, for one architecture; no GPU needed.
 cuda-check: $(BUILT)
 ifeq ($(NVCC),)
 	@echo "cuda-check needs nvcc, which is neither on PATH nor in CUDA_HOME: nothing was checked."
@@ -57,7 +57,7 @@ else
 	  torch==$(CUDA_TORCH) `grep -E '^(cmake|ninja|numpy|pybind11|setuptools)==' constraints.txt` && \
 	  touch $(CUDA_VENV)/complete; }
 	rm -rf build/cuda
-	PATH="$(CUDA_VENV)/bin:$$PATH" $(CUDA_VENV)/bin/pip wheel -q --no-build-isolation --no-deps -w build/cuda .
+	TORCH_CUDA_ARCH_LIST=9.0 PATH="$(CUDA_VENV)/bin:$$PATH" $(CUDA_VENV)/bin/pip wheel -q --no-build-isolation --no-deps -w build/cuda .
 	$(CUDA_VENV)/bin/pip install -q --no-deps --target build/cuda/site build/cuda/*.whl
 	PYTHONPATH=build/cuda/site $(CUDA_VENV)/bin/python -P csrc/tests/check_cuda_build.py
 endif
@@ -93,7 +93,7 @@ module-asan: export COSFACE_SANITIZE = address,undefined
 module-asan: asan
 	COSFACE_TESTS=1 $(BIN)/python setup.py -q build --build-lib build/asan/site
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" PYTHONMALLOC=malloc \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest -p no:cacheprovider \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest -p no:cacheprovider -n $(JOBS) \
 	  -o "pythonpath=build/asan/site examples" tests/test_contract.py
 
 bench: $(BUILT)

@@ -110,10 +110,14 @@ def run(args: argparse.Namespace) -> int:
 
 def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
     for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
+        if tf32 and arch.startswith("gfx"):  # which multiplies float32 as it is
+            continue
         for kernel in GEMM_KERNELS:
             for variant in VARIANTS.get(kernel, ("plain",)):
                 words = set(variant.split())
                 if tf32 and "chosen" in words:  # three products in its place need more registers
+                    continue
+                if x == torch.float16 and variant != "plain":  # as bfloat16, in the same tiles
                     continue
                 for tile in table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"}), dim):
                     yield Case(kernel, arch, tile, x, w, tf32, dim, variant)

@@ -108,8 +108,9 @@ def restoring() -> Iterator[None]:
 
 
 def ownership_of(weight: Tensor) -> Ownership | None:
-    """Kept as an attribute, which moves with a tensor that torch.utils.swap_tensors takes apart; a weak reference
-    to the weight would forbid that."""
+    """Kept as an attribute: a dict of weights would hold weak references, and torch.utils.swap_tensors, by which
+    Module.to casts a sharded weight, refuses a tensor that has some.
+    """
     return getattr(weight, OWNERSHIP, None)
 
 
@@ -268,7 +269,7 @@ class RowOptimizer(Optimizer):
                 "sampled classes, of which rows move inside backward alone: construct the optimizer without "
                 "accumulate=True, or the head with sample_rate=1."
             )
-        self._check_movable_now(weight)
+        self._check_fits(weight)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops ordinary gradients. Rows that have moved stay so, and their step is not over before `step()`.
@@ -370,14 +371,14 @@ class RowOptimizer(Optimizer):
                 "concatenate their embeddings and labels, or construct the optimizer with accumulate=True."
             )
 
-    def _check_movable_now(self, weight: Tensor) -> None:
+    def _check_fits(self, weight: Tensor) -> None:
         _check_group(self._group_of(weight))
         _check_weight(weight)
         self._check_state(weight, self.state.get(weight, {}))
 
     def _check_movable(self, weight: Tensor) -> None:
         """Raises where backward could not move the rows, or would be wrong to."""
-        self._check_movable_now(weight)
+        self._check_fits(weight)
         if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
                 f"A hook on a weight of shape {tuple(weight.shape)} would see no gradient, because its rows move "
