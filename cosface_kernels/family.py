@@ -28,7 +28,7 @@ from cosface_kernels.margins import (
     SphereFaceMargin,
     X2SoftmaxMargin,
 )
-from cosface_kernels.validation import check_positive, check_scale
+from cosface_kernels.validation import check_numbers, check_positive, check_scale
 
 
 class FusedNormalizedSoftmaxLoss(FusedCosFaceLoss):
@@ -320,7 +320,7 @@ class FusedX2SoftmaxLoss(FusedMarginLoss):
         straight_through: bool = False,
         **options: Any,
     ) -> None:
-        psi = X2SoftmaxMargin(*margin, straight_through=straight_through)
+        psi = X2SoftmaxMargin(*check_numbers("margin", margin, 3), straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
 
 

@@ -19,6 +19,7 @@ from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
+    check_flag,
     check_integer,
     check_labels,
     check_margin,
@@ -190,6 +191,7 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(weight[:2] + 0.1, weight, torch.tensor([0, 2]), margin=arcface, scale=2.0)
     tensor(1.6890)
     """
+    ops.refuse_transforms()
     ranks = Exchange(weight) if isinstance(weight, DTensor) else None
     moves = getattr(weight, optim.MARK, False)
     facts: dict[str, Any] = {}
@@ -217,6 +219,7 @@ def margin_softmax_loss(
         check_name(backend)
         check_scale(scale)
         check_integer("ignore_index", ignore_index)
+        check_flag("validate_labels", validate_labels)
         check_integer("cache_bytes", cache_bytes, 0)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=ranks is not None)

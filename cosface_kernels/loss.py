@@ -25,6 +25,8 @@ from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
+    check_dtype,
+    check_flag,
     check_integer,
     check_margin,
     check_positive,
@@ -114,6 +116,8 @@ class FusedMarginLoss(nn.Module):
         check_reduction(reduction)
         check_name(backend)
         check_integer("ignore_index", ignore_index)
+        check_flag("validate_labels", validate_labels)
+        check_dtype(dtype)
         check_integer("cache_bytes", cache_bytes, 0)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=process_group is not None)
@@ -142,6 +146,7 @@ class FusedMarginLoss(nn.Module):
         own = own_classes(weight)
         self.sampler = None
         if sample_rate != 1:
+            check_integer("sample_seed", sample_seed)
             self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start, device=device)
         self.to(device)  # the margin's state
         self.weight = nn.Parameter(weight)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cosface_kernels.reference import EPS, excess, softplus
-from cosface_kernels.validation import check_interval, check_margin
+from cosface_kernels.validation import check_interval, check_margin, check_numbers
 
 UNIT_NORM = 1e-2  # norms that are all this close to 1 are those of normalised embeddings, in any dtype
 
@@ -142,7 +142,7 @@ class AdaCosMargin(CosFaceMargin):
 
     def __init__(self, margin: float, scale: float, *, bounds: Sequence[float] | None = None) -> None:
         super().__init__(margin)
-        self.bounds = _check_pair("bounds", (scale / 4, 4 * scale) if bounds is None else bounds)
+        self.bounds = check_numbers("bounds", (scale / 4, 4 * scale) if bounds is None else bounds, 2)
         check_interval("the smallest scale", self.bounds[0], "(0, inf)", math.ulp(0.0), math.inf)
         check_interval("the largest scale", self.bounds[1], "[smallest, inf)", self.bounds[0], math.inf)
         self._register_state("scale", scale)
@@ -467,7 +467,7 @@ class MagFaceMargin(Margin):
         regularizer: float = 35.0,
     ) -> None:
         super().__init__()
-        self.margins, self.norms = _check_pair("margins", margins), _check_pair("norms", norms)
+        self.margins, self.norms = check_numbers("margins", margins, 2), check_numbers("norms", norms, 2)
         check_interval("the smallest margin", self.margins[0], "[0, pi) radians", 0, math.pi)
         check_interval("the largest margin", self.margins[1], "[smallest, pi)", self.margins[0], math.pi)
         check_interval("the smallest norm", self.norms[0], "(0, inf)", math.ulp(0.0), math.inf)
@@ -526,7 +526,10 @@ class KappaFaceMargin(Margin):
         gamma: float = 0.7,
     ) -> None:
         super().__init__()
-        counts = torch.as_tensor(class_counts)
+        try:
+            counts = torch.as_tensor(class_counts)
+        except (TypeError, ValueError, RuntimeError):
+            counts = torch.empty(())  # is none
         if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= 1).all()):
             raise ValueError(f"class_counts must be a vector of positive counts, got {class_counts!r}.")
         check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
@@ -625,7 +628,7 @@ class GBCosFaceMargin(Margin):
         check_margin(margin)
         check_interval("alpha", alpha, "[0, 1]", 0, math.nextafter(1, 2))
         _check_rate(rate)
-        self.bounds = _check_pair("bounds", bounds)
+        self.bounds = check_numbers("bounds", bounds, 2)
         if not self.bounds[0] <= self.bounds[1]:
             raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds!r}.")
         self.margin, self.alpha, self.rate = margin, alpha, rate
@@ -695,12 +698,6 @@ def _polynomial(cos: Tensor, *coefficients: float | Tensor) -> Tensor:
 
 def _check_rate(rate: float) -> None:
     check_interval("rate", rate, "[0, 1]", 0, math.nextafter(1, 2))
-
-
-def _check_pair(name: str, values: Sequence[float]) -> tuple[float, float]:
-    if not isinstance(values, Sequence) or len(values) != 2:
-        raise ValueError(f"{name} must be two numbers, got {values!r}.")
-    return values[0], values[1]
 
 
 def _refuse_unit_norms(norms: Tensor, valid: Tensor) -> None:

@@ -49,6 +49,16 @@ def refuse_forward_mode() -> None:
         )
 
 
+def refuse_transforms() -> None:
+    """Those of torch.func ask an op for what it does not have, and say so in words of their own."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        refuse_forward_mode()
+        raise NotImplementedError(
+            "The loss does not go through torch.func's transforms, such as grad, vjp, jacrev and vmap. Take "
+            "loss.backward() or torch.autograd.grad, or cosface_kernels.reference.forward, which is plain PyTorch."
+        )
+
+
 @torch.library.custom_op("cosface::lmcl", mutates_args=())
 def lmcl(
     x: Tensor,

@@ -43,7 +43,6 @@ from cosface_kernels import ops
 from cosface_kernels.backends import cpu, select
 from cosface_kernels.distributed import Exchange, agreed, own_classes, own_rows, shard_like
 from cosface_kernels.options import Options, Update
-from cosface_kernels.validation import check_integer
 
 MARK = "_moves_in_backward"  # attribute of a weight that has or had an owner, which torch.compile can look at
 OWNERSHIP = "_ownership"  # the attribute that is its Ownership
@@ -176,7 +175,8 @@ class RowOptimizer(Optimizer):
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}.")
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
-        check_integer("seed", seed)
+        if not isinstance(seed, numbers.Integral):
+            raise ValueError(f"seed must be an integer, got {seed!r}.")
         _check_group(defaults)
         super().__init__(params, defaults)
 

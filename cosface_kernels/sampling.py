@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from cosface_kernels.validation import check_integer
+
 TAKE_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)  # of torch.optim
 ADVICE = "take FusedSGD or FusedAdamW, which move the drawn rows, or sample_rate=1"
 
@@ -52,6 +54,8 @@ class ClassSampler(nn.Module):
         self, num_classes: int, rate: float, seed: int = 0, *, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
+        check_integer("num_classes", num_classes, 0)
+        check_integer("seed", seed)
         if not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {rate!r}.")
         self.num_classes = num_classes

@@ -5,6 +5,8 @@ import numbers
 import reprlib
 import sys
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,26 @@ def check_integer(name: str, value: int, least: float = -math.inf) -> None:
     if not isinstance(value, numbers.Integral) or value < least:
         kind = "an integer" if least == -math.inf else f"an integer of at least {least}"
         raise ValueError(f"{name} must be {kind}, got {value!r}.")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}.")
+
+
+def check_numbers(name: str, values: Sequence[float], count: int) -> Any:
+    """The values, as a tuple of `count`."""
+    is_numbers = isinstance(values, Sequence) and all(isinstance(value, numbers.Real) for value in values)
+    if not is_numbers or len(values) != count:
+        raise ValueError(f"{name} must be {count} numbers, got {values!r}.")
+    return tuple(values)
+
+
+def check_flag(name: str, value: bool | None) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} must be True, False or None, got {value!r}.")
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
 
 
 def check_margin(margin: float) -> None:

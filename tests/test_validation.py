@@ -22,6 +22,7 @@ from cosface_kernels import (
 from cosface_kernels.backends import BACKENDS, select
 from cosface_kernels.functional import cosine_logits
 from cosface_kernels.optim import FusedAdamW, FusedSGD
+from cosface_kernels.sampling import ClassSampler
 
 HEADS_WITH_ANGLES = (
     FusedArcFaceLoss,
@@ -302,10 +303,12 @@ def test_ops_check_their_labels():
     [
         ("cache_bytes", -5),
         ("cache_bytes", 1e6),
+        ("cache_bytes", 10**30),
         ("workspace_bytes", -5),
         ("workspace_bytes", 1e6),
         ("ignore_index", None),
         ("ignore_index", 1.5),
+        ("ignore_index", 2**70),
     ],
 )
 def test_an_option_that_is_no_integer(option, value):
@@ -338,6 +341,45 @@ def test_forward_mode_is_refused(backend, of, requires_grad):
         torch.func.jvp(loss, (inputs[of],), (torch.ones_like(inputs[of]),))
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"), forward_ad.dual_level():
         loss(forward_ad.make_dual(inputs[of], torch.ones_like(inputs[of])))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validate_labels": "no"}, "validate_labels must be True, False or None, got 'no'"),
+        ({"dtype": torch.int64}, r"dtype must be float64, .*, got torch\.int64"),
+        ({"sample_rate": 0.5, "sample_seed": None}, "sample_seed must be an integer, got None"),
+        ({"sample_rate": 0.5, "sample_seed": 1.5}, r"sample_seed must be an integer, got 1\.5"),
+    ],
+)
+def test_options_of_a_head(options, message):
+    with pytest.raises(ValueError, match=message):
+        FusedCosFaceLoss(5, 3, **options)
+
+
+@pytest.mark.parametrize("num_classes", [60.5, -3, "a"])
+def test_a_sampler_of_no_number_of_classes(num_classes):
+    with pytest.raises(ValueError, match=f"num_classes must be an integer of at least 0, got {num_classes!r}"):
+        ClassSampler(num_classes, 0.5)
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian, torch.func.vmap, torch.func.vjp]
+)
+def test_transforms_of_functions_are_refused(transform, owned):
+    head = FusedCosFaceLoss(5, 3)
+    optimizer = FusedSGD(head.parameters(), lr=0.1) if owned else None
+    before, x = head.weight.detach().clone(), torch.randn(4, 3)
+
+    def loss(x):
+        return head(x, torch.arange(4))
+
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms|no forward-mode"):
+        transform(loss, x) if transform is torch.func.vjp else transform(loss)(x)
+    assert torch.equal(head.weight, before)
+    if optimizer:
+        optimizer.step()
 
 
 @pytest.mark.parametrize("value", ["abc", "1e3", "0", "-4", ""])
