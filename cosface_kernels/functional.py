@@ -208,6 +208,7 @@ def margin_softmax_loss(
         }
         if moves:
             facts["optimizer"] = optim.progress(weight)
+            facts["options of the optimizer"] = optim.options_of(weight)
     with ranks.agreement(embeddings, sample_weight, **facts) if ranks else nullcontext():
         if moves:
             optim.note_use(weight)

@@ -843,9 +843,17 @@ def progress(weight: Tensor) -> str:
     owner = owner_of(weight)
     if owner is None:
         return "one that moves no rows in backward"
+    return f"step {int(owner.state.get(weight, {}).get('step', 0))}, {owner._ownership(weight).phase}"
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def options_of(weight: Tensor) -> str:
+    """Those of the weight's owner, likewise."""
+    owner = owner_of(weight)
+    if owner is None:
+        return "none"
     options = {name: value for name, value in owner._group_of(weight).items() if name != "params"}
-    step = int(owner.state.get(weight, {}).get("step", 0))
-    return f"{type(owner).__name__}({options}, {owner.nonfinite}), step {step}, {owner._ownership(weight).phase}"
+    return f"{type(owner).__name__} with {options | {'nonfinite': owner.nonfinite}}"
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]

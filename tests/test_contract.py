@@ -177,10 +177,12 @@ def test_anything_is_computed_or_refused(backend, data):
         value = call.arguments[name]
         if isinstance(value, list):
             some = value[: data.draw(st.integers(0, len(value)))]
-            call.arguments[name] = [data.draw(changes(values)) for values in some]
+            call.arguments[name] = changed = [data.draw(changes(values)) for values in some]
         else:
-            call.arguments[name] = data.draw(changes(value))
-        note(f"{name} is {call.arguments[name]}")
+            changed = [data.draw(changes(value))]
+            call.arguments[name] = changed[0]
+        layouts = [(t.dtype, tuple(t.shape), t.stride(), t.untyped_storage().nbytes()) for t in changed]
+        note(f"{name} is {layouts}")  # not the tensors: one without memory has no repr
     with contextlib.suppress(ValueError, TypeError, RuntimeError, IndexError, NotImplementedError):
         call()
 

@@ -128,9 +128,9 @@ def test_gradient_that_exists_is_applied_as_torch_does(backend, fused, torchs, o
     largest = other.detach().abs()
     for step in range(1, 6):
         gradient = torch.randn(C, D, device=backend.device)
-        update, state = optimizer._next_update(w, optimizer.param_groups[0])
+        with optimizer._next_update(w, optimizer.param_groups[0]) as (update, state):
+            ops.apply_update_(w.detach(), gradient, state, *update.flat(), backend.name)
         assert update.step == step
-        ops.apply_update_(w.detach(), gradient, state, *update.flat(), backend.name)
         other.grad = _clip(gradient.double(), **options)
         with DEFAULT_DEVICE:
             theirs.step()
