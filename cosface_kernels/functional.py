@@ -248,7 +248,7 @@ def margin_softmax_loss(
     classes, positions = sampler(own_targets) if sampler else (None, own_targets)
     if classes is not None and validate_labels and classes.device.type != "cpu":  # on a CPU the op looks at them
         check_classes(classes, w.shape[0])
-    if sampler and not moves and not ranks and several_ranks():
+    if sampler and not ranks and several_ranks():
         w = dense_gradient(w)
     differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     rows = Rows(embeddings, targets, weight if ranks is None else None)

@@ -509,14 +509,17 @@ REPLICATED = {
 }
 
 
-def _train_replicated(rank, group, name):
-    return _train_wrapped(rank, group, lambda *sizes: REPLICATED[name](*sizes), False)
+def _train_replicated(rank, group, name, kind=torch.optim.SGD):
+    return _train_wrapped(rank, group, lambda *sizes: REPLICATED[name](*sizes), False, kind=kind)
 
 
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, functools.partial(FusedSGD, accumulate=True)], ids=["torch", "accumulate"]
+)
 @pytest.mark.parametrize("name", REPLICATED)
-def test_a_replicated_head_in_a_wrapped_module(ranks, name):
+def test_a_replicated_head_in_a_wrapped_module(ranks, name, kind):
     """It stays the same on all ranks, without a warning, and one of CosFace trains as on one process."""
-    results = ranks.results(2, _train_replicated, name)
+    results = ranks.results(2, _train_replicated, name, kind)
     initial = Wrapped(REPLICATED[name], 0).head.weight
     for got, warned in results:
         assert not warned
