@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
+from cosface_kernels.backends.contract import check_memory
 from cosface_kernels.options import WORKSPACE_BYTES, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, excess
 
@@ -243,6 +244,7 @@ def _that_cached(name: str | None, x: Tensor, w: Tensor, cache: Tensor, options:
             f"cache must be what lmcl returned for these tensors and options, uint8 of shape {[size]}, got "
             f"{cache.dtype} of shape {list(cache.shape)}."
         )
+    check_memory("cache", cache)
     return backend
 
 

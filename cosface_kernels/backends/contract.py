@@ -22,7 +22,7 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
             raise ValueError(f"{name} must have shape (rows, D), got {list(rows.shape)}.")
         if not rows.is_floating_point():
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {rows.dtype}.")
-        _check_memory(name, rows)
+        check_memory(name, rows)
     N, D = x.shape
     _check_one("w", w, (len(w), D), x.device)
     _check_one("targets", targets, (N,), x.device, torch.int64)
@@ -82,10 +82,10 @@ def _check_one(
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}.")
     if tensor.device != device:
         raise ValueError(f"{name} must be on device {device}, got it on {tensor.device}.")
-    _check_memory(name, tensor)
+    check_memory(name, tensor)
 
 
-def _check_memory(name: str, tensor: Tensor) -> None:
+def check_memory(name: str, tensor: Tensor) -> None:
     """That its storage holds all of it, which may have been freed or shrunk under it."""
     if tensor.numel() and tensor.device.type != "meta":
         last = tensor.storage_offset() + sum(
