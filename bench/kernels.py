@@ -31,6 +31,7 @@ DTYPES = (
     (torch.float32, torch.float32, True),
     (torch.float32, torch.bfloat16, False),
 )
+OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
 DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
@@ -117,7 +118,8 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 words = set(variant.split())
                 if tf32 and "chosen" in words:  # three products in its place need more registers
                     continue
-                if x == torch.float16 and variant != "plain":  # as bfloat16, in the same tiles
+                # As both bfloat16 or both float32, in the same tiles.
+                if variant != "plain" and (x, w) in OTHER_DTYPES:
                     continue
                 for tile in table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"}), dim):
                     yield Case(kernel, arch, tile, x, w, tf32, dim, variant)
