@@ -198,6 +198,7 @@ class FusedMarginLoss(nn.Module):
         else:
             state_dict.setdefault(draws, self.sampler.draws)
         sharded = [isinstance(tensor, DTensor) for tensor in (state_dict.get(weight, self.weight), self.weight)]
+        restored = weight in state_dict and sharded[0] == sharded[1]
         if sharded[0] != sharded[1] and not local_metadata.get("assign_to_params_buffers"):
             there, here = ("sharded over ranks" if each else "whole" for each in sharded)
             args[-1].append(  # torch's error_msgs
@@ -208,7 +209,8 @@ class FusedMarginLoss(nn.Module):
             )
             state_dict[weight] = self.weight
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        optim.note_loaded(self.weight)
+        if restored:
+            optim.note_loaded(self.weight)
 
     def _loss(
         self,

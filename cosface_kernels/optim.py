@@ -427,7 +427,6 @@ class RowOptimizer(Optimizer):
         ownership, before = self._ownership(weight), self.state[weight]
         phase, dtype = ownership.phase, self.state_dtype or weight.dtype
         try:
-            _check_group(group)
             self.state[weight] = state = {**before, "step": before.get("step", _count(0.0)) + 1}
             numbers = self.own_numbers(group)
             for name in self.state_names_of(group):

@@ -832,6 +832,9 @@ def test_a_half_moved_weight_stays_so_without_its_optimizer(monkeypatch):
             read()
     del another, read
     gc.collect()
+    head.load_state_dict({}, strict=False)  # which restores nothing
+    with pytest.raises(RuntimeError, match="was interrupted"):
+        usual(head)
     head.load_state_dict(whole)
     usual(head)
 

@@ -15,9 +15,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kChunkStep = 256;         // classes; rows of a chunk stay aligned to any load
-constexpr int64_t kLaunchFlops = 1ll << 36; // of a product with a chunk, as in triton_tiles.py
-constexpr int64_t kBlocksPerProcessor = 4;  // that share the rows of a chunk
+constexpr int64_t kChunkStep = 256;          // classes; rows of a chunk stay aligned to any load
+constexpr int64_t kLaunchFlops = 1ll << 36;  // of a product with a chunk, as in triton_tiles.py
+constexpr int64_t kBlocksPerProcessor = 4;   // that share the rows of a chunk
 constexpr double kLeastUnit = 0x1p-100, kLargestUnit = 0x1p100;  // kGradientLift over a unit is finite in float
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -253,8 +253,8 @@ template <typename T>
 void apply_in(const Tensor& w, const Tensor& dw, const Update& update, const Device& device) {
   const Tensor gradient = gradient_of(w, dw);
   const int64_t classes = w.size(0), d = w.size(1);
-  const int64_t chunk = chunk_classes(0, d, classes, d * sizeof(T),
-                                      std::min(Options().workspace_bytes, device.largest_workspace));
+  const int64_t chunk =
+      chunk_classes(0, d, classes, d * sizeof(T), std::min(Options().workspace_bytes, device.largest_workspace));
   for (int64_t first = 0; first < classes; first += chunk) {
     const int64_t count = std::min(chunk, classes - first);
     const Tensor g = gradient.narrow(0, first, count).to(c10::CppTypeToScalarType<T>::value).contiguous();
