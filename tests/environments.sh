@@ -22,7 +22,7 @@ install() {
   test -e "$1/complete" && return
   rm -rf "$1"
   "python$2" -m venv "$1/venv"
-  "$1/venv/bin/pip" install -q "torch==$3" "triton==$4" "numpy==$5" $packages pytest-timeout pytest-xdist
+  "$1/venv/bin/pip" install -q --upgrade "torch==$3" "triton==$4" "numpy==$5" $packages pytest-timeout pytest-xdist
   "$1/venv/bin/pip" install -q --no-deps --target "$1/numpy" "numpy==$6"
   touch "$1/complete"
 }
