@@ -17,7 +17,7 @@ import torch
 
 from bench.hazards import hazards
 from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile, row_block, table
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, RAGGED, Tile, row_block, table
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
@@ -121,7 +121,10 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 # As both bfloat16 or both float32, in the same tiles.
                 if variant != "plain" and (x, w) in OTHER_DTYPES:
                     continue
-                for tile in table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"}), dim):
+                tiles = table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"}), dim)
+                if variant == "plain" and x == w and not tf32:  # the others are held against it
+                    tiles = dict.fromkeys((*tiles, RAGGED[kernel][-1]))
+                for tile in tiles:
                     yield Case(kernel, arch, tile, x, w, tf32, dim, variant)
         if not tf32:
             for kernel, tile in other_tiles(dim).items():
@@ -148,6 +151,7 @@ VARIANTS = {
     "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape"),
     "embedding_gradients": ("plain", "chosen"),
     "weight_gradients": ("plain", "raw", "chosen moved"),
+    "project_weight_gradients": ("plain", "moved"),
     "finish_embedding_gradients": ("plain", "reshape"),
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
@@ -163,6 +167,7 @@ def other_tiles(dim: int) -> dict[str, Tile]:
         "merge_statistics": samples,
         "normalize_embeddings": samples,
         "finish_embedding_gradients": samples,
+        "project_weight_gradients": rows,
         "sgd_rows": rows,
         "adamw_rows": rows,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.implementations import UnavailableError
-from cosface_kernels.backends import triton, triton_tiles
+from cosface_kernels.backends import triton, triton_choice, triton_tiles
 from cosface_kernels.backends.triton_tiles import Tile
 
 # By the kernel's name, what launches it, and its arguments.
@@ -31,14 +31,12 @@ def name(tile: Tile) -> str:
 @contextmanager
 def pinned(kernel: str, tile: Tile) -> Iterator[None]:
     """The kernel has this tile and no other; the others have their defaults (with COSFACE_TRITON_TUNE=0)."""
-    table = triton_tiles.table
-    triton_tiles.table = lambda name, *key: (tile,) if name == kernel else table(name, *key)
-    triton_tiles._chosen.clear()
+    choose = triton_choice.choose
+    triton_choice.choose = lambda name, *key: tile if name == kernel else choose(name, *key)
     try:
         yield
     finally:
-        triton_tiles.table = table
-        triton_tiles._chosen.clear()
+        triton_choice.choose = choose
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from bench.gpu_steps import variations
 from bench.head import draw
 from bench.probe import TOY, Bench
 from bench.report import Row
-from cosface_kernels.backends import triton, triton_tiles
+from cosface_kernels.backends import triton, triton_choice
 from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile
 
 TILE = Tile(128, 128, 64, 8, 3)
@@ -103,12 +103,12 @@ def test_nan_is_wrong():
     assert not errors[0] <= 1
 
 
-def test_a_pinned_kernel_has_one_tile_and_others_theirs():
-    key = triton_tiles.Key("sm_90", 512, *3 * (torch.bfloat16,), 1024)
+def test_a_pinned_kernel_has_its_tile_and_others_theirs(monkeypatch):
+    monkeypatch.setattr(triton_choice, "choose", lambda kernel, key, prepare: "theirs")
     with launches.pinned("class_statistics", TILE):
-        assert triton_tiles.candidates("class_statistics", key) == (TILE,)
-        assert len(triton_tiles.candidates("weight_gradients", key)) > 1
-    assert len(triton_tiles.candidates("class_statistics", key)) > 1
+        assert triton_choice.choose("class_statistics", None, None) == TILE
+        assert triton_choice.choose("weight_gradients", None, None) == "theirs"
+    assert triton_choice.choose("class_statistics", None, None) == "theirs"
 
 
 def test_variations_differ_and_begin_with_the_tile():

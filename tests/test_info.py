@@ -12,6 +12,9 @@ from support import F32, make_problem, patience, run_python
 
 import cosface_kernels
 from cosface_kernels import cosface_loss
+from cosface_kernels.backends import triton
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
+from cosface_kernels.info import DTYPES, examine_device
 
 
 def _info(**env):
@@ -41,6 +44,27 @@ def test_info_names_versions_and_backends():
     assert platform.python_version() in text
     assert re.search("^backend cpu: available", text, re.MULTILINE), text
     assert re.search("^backend reference: available", text, re.MULTILINE), text
+
+
+def test_a_device_without_a_gpu_has_no_blocks_to_try():
+    done = run_python(
+        "import sys, runpy; sys.argv = ['info', '--device']\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')",
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="0",
+    )
+    assert "No kernel was tried: torch sees no CUDA or ROCm GPU." in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.triton_only
+def test_blocks_of_a_device_are_tried(backend, monkeypatch):
+    """Interpreted, each kernel has one; elsewhere a line for each that was tried, one of a kernel chosen."""
+    monkeypatch.delenv("COSFACE_TRITON_TUNE", raising=False)
+    lines = list(examine_device(batch=20, dim=16, classes=100))
+    if triton.INTERPRETED:
+        assert lines == ["Each kernel has one block here, and nothing to choose from."]
+    else:
+        assert sum("(chosen)" in line for line in lines) >= len(GEMM_KERNELS) * len(DTYPES), lines
 
 
 def test_info_says_why_a_backend_is_missing():

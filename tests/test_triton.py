@@ -1,6 +1,5 @@
 """Backend `triton` beyond the suite of the op: its choices, its limits, and what its kernels compile to."""
 
-import dataclasses
 import json
 import math
 import os
@@ -29,10 +28,8 @@ from bench.hazards import hazards
 from cosface_kernels import cosface_loss
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends import triton_tiles
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Key
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
 from cosface_kernels.options import PLAIN, WORKSPACE_BYTES
-
-KEY = Key("sm_90", 512, torch.bfloat16, torch.bfloat16, torch.bfloat16, 256)
 
 
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
@@ -238,66 +235,6 @@ def test_precision_of_float32_products_follows_each_of_torchs_settings():
 def test_cpu_import_does_not_pay_for_triton():
     done = run_python("import sys, cosface_kernels; print('triton' in sys.modules)", TRITON_INTERPRET="0")
     assert done.stdout.strip() == "False", done.stdout + done.stderr
-
-
-# -- the choice of tiles -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Runs what would be timed, and takes its result for the seconds."""
-    monkeypatch.setattr(triton_tiles, "_chosen", {})
-    monkeypatch.setattr(triton_tiles, "_may_time", lambda: True)
-    monkeypatch.setattr(triton_tiles, "_seconds", lambda run: run())
-
-
-def test_fastest_tile_is_chosen_once_for_a_key(timed):
-    tiles, runs = triton_tiles.candidates("class_statistics", KEY), []
-
-    def run(tile):
-        runs.append(tile)
-        return -tiles.index(tile)  # the last is the fastest
-
-    assert len(tiles) > 1
-    for _ in range(3):
-        assert triton_tiles.choose("class_statistics", KEY, run) == tiles[-1]
-    assert runs == list(tiles)
-    other = dataclasses.replace(KEY, dim=128)
-    triton_tiles.choose("class_statistics", other, run)
-    assert len(runs) == 2 * len(tiles)
-
-
-def test_nothing_is_timed_where_it_may_not_be(timed, monkeypatch):
-    monkeypatch.setattr(triton_tiles, "_may_time", lambda: False)
-    first = triton_tiles.candidates("class_statistics", KEY)[0]
-    assert triton_tiles.choose("class_statistics", KEY, lambda tile: pytest.fail("timed")) == first
-
-
-def test_tuning_can_be_forbidden(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert triton_tiles._may_time()
-    monkeypatch.setenv("COSFACE_TRITON_TUNE", "0")
-    assert not triton_tiles._may_time()
-    monkeypatch.delenv("COSFACE_TRITON_TUNE")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not triton_tiles._may_time()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not triton_tiles._may_time()
-
-
-@pytest.mark.parametrize("kernel", GEMM_KERNELS)
-@pytest.mark.parametrize("bucket", [1, 16, 32, 64, 128, 4096])
-def test_small_batches_get_small_blocks(kernel, bucket):
-    for operand in (torch.bfloat16, torch.float32):
-        key = dataclasses.replace(KEY, bucket=bucket, operand=operand)
-        tiles = triton_tiles.candidates(kernel, key)
-        assert tiles
-        assert min(t.n for t in tiles) <= 32
-        assert all(t.n <= max(bucket, 32) for t in tiles)
-        assert all(256 % t.c == 0 for t in tiles), "a chunk is a whole number of tiles"
 
 
 # -- ahead of time -----------------------------------------------------------------------------------------------

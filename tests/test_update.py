@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels import ops, optim, reference
-from cosface_kernels.backends import BACKENDS, triton_tiles
+from cosface_kernels.backends import BACKENDS, triton_choice, triton_tiles
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options, Update
@@ -446,14 +446,18 @@ def test_choosing_tiles_moves_nothing(backend, classes, monkeypatch):
     classes = None if classes is None else classes.to(backend.device)
     want = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
     (tile,), timed = triton_tiles.table("weight_gradients", triton_tiles.INTERPRETED, torch.float32), []
-    monkeypatch.setattr(triton_tiles, "candidates", lambda *_: (tile, replace(tile, n=16)))
-    monkeypatch.setattr(triton_tiles, "_chosen", {})
-    monkeypatch.setattr(triton_tiles, "_may_time", lambda: True)
-    monkeypatch.setattr(triton_tiles, "_seconds", lambda run: timed.append(run()) or len(timed))
-    monkeypatch.setattr(backend_triton, "TUNING_CLASSES", 100)
+    tiles = (tile, replace(tile, n=16))
+    for module in (triton_tiles, triton_choice):
+        monkeypatch.setattr(module, "candidates", lambda *_: tiles)
+    for known in ("_chosen", "_latest", "_complaints", "_milliseconds"):
+        monkeypatch.setattr(triton_choice, known, {})
+    monkeypatch.setattr(triton_choice, "_milliseconds_of", lambda launch: timed.append(launch()) or len(timed))
+    monkeypatch.setattr(backend_triton, "TRIAL_FLOPS", 2 * 256 * upstream[0].numel())
+    monkeypatch.delenv("COSFACE_TRITON_TUNE", raising=False)
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
     got = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
     assert len(timed) == 8  # two tiles of each kernel with a matrix product
+    assert list(triton_choice._complaints.values()) == [None] * 4
     for mine, other in zip(got[2:], want[2:], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends import contract, triton_tiles
-from cosface_kernels.backends.triton_tiles import Key, Tile
+from cosface_kernels.backends import contract, triton_choice, triton_tiles
+from cosface_kernels.backends.triton_choice import Trial
+from cosface_kernels.backends.triton_tiles import LIBRARY, Key, Tile
 from cosface_kernels.options import PLAIN, Options, Update
 
 MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory that a product still reads
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
-TUNING_CLASSES = 1 << 16  # enough to fill a GPU with any tile
+TRIAL_FLOPS = 1 << 34  # of a product on which tiles are tried: some waves of any tile, and little memory
 PROGRAMS_PER_PROCESSOR = 2
 ALIGNED = 4  # float32 numbers, 16 bytes, for which Triton compiles wide loads
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
@@ -90,12 +91,17 @@ def forward(
         if len(x) == 0:
             return *_five_rows(x), cache
         norms = _norms(x, w, options, cache)
-        some_w, some_options = _tuning_sample(w, options)
-        tile = triton_tiles.choose(
-            "class_statistics",
-            _key(x, w, options),
-            lambda tile: _forward(x, some_w, norms, targets, scale, margin, some_options, tile),
-        )
+        some_w, some_options = _sample(x, w, options)
+
+        def prepare(tile: Tile) -> Trial:
+            results: list[Tensor] = []
+
+            def launch() -> None:
+                results[:] = _forward(x, some_w, norms, targets, scale, margin, some_options, tile)
+
+            return Trial(launch, lambda: results)
+
+        tile = triton_choice.choose("class_statistics", _key(x, w, options), prepare)
         return *_forward(x, w, norms, targets, scale, margin, options, tile), cache
 
 
@@ -164,10 +170,13 @@ def _forward(
     return results
 
 
-def _tuning_sample(w: Tensor, options: Options) -> tuple[Tensor, Options]:
+def _sample(x: Tensor, w: Tensor, options: Options) -> tuple[Tensor, Options]:
+    """The first classes, on which tiles are tried."""
+    step = triton_tiles.CHUNK_STEP
+    classes = step * max(TRIAL_FLOPS // (2 * max(x.numel(), 1) * step), 1)
     if options.classes is None:
-        return w[:TUNING_CLASSES], options
-    return w, replace(options, classes=options.classes[:TUNING_CLASSES])
+        return w[:classes], options
+    return w, replace(options, classes=options.classes[:classes])
 
 
 def _chosen(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
@@ -218,20 +227,26 @@ def _tuned_backward(
             return _backward_of_nothing(x, w, options, need_dx, need_dw, move)
         per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
         norms = _norms_in(cache, w, options)
-        key, (some_w, some_options) = _key(x, w, options), _tuning_sample(w, options)
+        key, (some_w, some_options) = _key(x, w, options), _sample(x, w, options)
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
 
-        stay = move and (lambda first, dw: None)  # nothing moves while it is timed
+        def prepare(kernel: str, tile: Tile) -> Trial:
+            trial = _Backward(
+                x, some_w, norms, per_row, some_options, {**tiles, kernel: tile}, need_dx, need_dw, bool(move)
+            )
+            stages: dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]] = {
+                "logit_gradients": (lambda: trial.logit_gradients(0), trial.sums_of_logit_gradients),
+                "embedding_gradients": (lambda: trial.embedding_gradients(0), lambda: [trial.dx_hat.sum(0)]),
+                "weight_gradients": (lambda: trial.weight_gradients(0), lambda: [trial.rows(0)]),
+            }
+            if kernel != "logit_gradients":
+                trial.logit_gradients(0)
+            return Trial(*stages[kernel])
 
-        def choose(kernel: str) -> Tile:
-            def run(tile: Tile) -> object:
-                candidate = {**tiles, kernel: tile}
-                return _backward(x, some_w, norms, per_row, some_options, need_dx, need_dw, candidate, stay)
-
-            return triton_tiles.choose(kernel, key, run)
-
+        needed = {"logit_gradients": True, "embedding_gradients": need_dx, "weight_gradients": need_dw}
         for kernel in tiles:
-            tiles[kernel] = choose(kernel)
+            if needed[kernel]:
+                tiles[kernel] = triton_choice.choose(kernel, key, functools.partial(prepare, kernel))
         return _backward(x, w, norms, per_row, options, need_dx, need_dw, tiles, move)
 
 
@@ -265,70 +280,158 @@ def _backward(
 
     Rows move when nothing reads them any more: the targets' cosines are taken before the first chunk, and whatever
     else reads a row belongs to its own chunk.
-
-    Both products are Triton kernels and no torch.mm: a library product would need G's classes scaled by 1/|w|
-    before it (which float16 cannot hold for a vanishing row), a second pass over dw for the projection, and one
-    over dx to add. Which is faster has not been measured.
     """
-    (N, D), C, half = x.shape, options.count(w), operand_dtype(x.dtype, w.dtype)
-    w_norm, x_norm = norms
-    targets, scale, top, log_sum, g_lse, g_cos = per_row
-    of_g, of_dx, of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
-    row_blocks = triton.cdiv(N, of_g.n)
-    chunk = _chunk_classes(x, w, options, of_g, updates=bool(move))
-    class_tiles = triton.cdiv(chunk, of_g.c)
-
-    float32 = functools.partial(x.new_empty, dtype=torch.float32)
-    class_dot = float32(row_blocks, chunk)
-    negative_dot, target_dot = float32(class_tiles, N).zero_(), float32(N)
-    reshape, normalize = options.thresholds is not None, options.normalize_weight
-    scale_dot = torch.zeros_like(negative_dot) if reshape else negative_dot
-    g, x_hat = x.new_empty(N, chunk, dtype=half), x.new_empty(N, D, dtype=half)
-    # Products read G also where a ragged last chunk has no class. What they find must be a number, one of a chunk
-    # before, or 0 if there is none: zeros of w and rows of dw that are not stored take it away.
-    g[:, C:] = 0
-    chosen, is_chosen = _chosen(targets, options)
-    unit = _units(scale, g_lse, g_cos)  # (N,)
-    largest_unit = unit.amax()
-    kernels.normalize_embeddings[(triton.cdiv(N, ROWS),)](
-        x, w, chosen, x_norm, targets, g_lse, g_cos, unit, largest_unit, x_hat, target_dot, N, C, *x.stride(),
-        D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=_operand(x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
-    )  # fmt: skip
-
-    dx_blocks, chunk_tiles = triton.cdiv(N, of_dx.n) * triton.cdiv(D, of_dx.d), triton.cdiv(chunk, of_dx.c)
-    tiles_per_split = triton.cdiv(chunk_tiles, _splits(dx_blocks, x))
-    splits = triton.cdiv(chunk_tiles, tiles_per_split)
-    dx_hat = float32(splits, N, D).zero_() if need_dx else float32(0)
-    dw = w.new_empty((C, D) if need_dw and move is None else 0)
-    dw_of_chunk = float32(chunk if move else 0, D)
-    for first in range(0, C, chunk):
-        classes = min(chunk, C - first)
-        kernels.logit_gradients[(row_blocks * triton.cdiv(classes, of_g.c),)](
-            x, w, chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos, *_polynomial(options, scale), x_norm,
-            unit, g, negative_dot, scale_dot, class_dot, N, C, first, chunk, row_blocks, *x.stride(),
-            **_blocks(of_g, x, w), NORMALIZE=normalize, RESHAPE=reshape, CHOSEN=is_chosen,
-        )  # fmt: skip
+    step = _Backward(x, w, norms, per_row, options, tiles, need_dx, need_dw, bool(move))
+    for first in range(0, step.C, step.chunk):
+        step.logit_gradients(first)
         if need_dx:
-            kernels.embedding_gradients[dx_blocks, splits](
-                g, w, chosen, w_norm, dx_hat, N, C, first, chunk, triton.cdiv(N, of_dx.n), tiles_per_split,
-                **_blocks(of_dx, x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
-            )  # fmt: skip
+            step.embedding_gradients(first)
         if need_dw:
-            rows = dw_of_chunk if move else dw[first:]
-            kernels.weight_gradients[(triton.cdiv(D, of_dw.d) * triton.cdiv(classes, of_dw.c),)](
-                g, x_hat, w, chosen, w_norm, class_dot, largest_unit, rows, N, C, first, chunk, row_blocks,
-                **_blocks(of_dw, x, w), NORMALIZE=normalize, CHOSEN=is_chosen,
-            )  # fmt: skip
+            step.weight_gradients(first)
             if move:
-                move(first, rows)
+                move(first, step.rows(first))
+    dx, dscale = step.finish()
+    return dx, step.dw, dscale
 
-    dx, dscale = x.new_empty((N, D) if need_dx else 0), float32(N)
-    kernels.finish_embedding_gradients[triton.cdiv(N, ROWS), triton.cdiv(D, COLUMNS) if need_dx else 1](
-        dx_hat, negative_dot, scale_dot, target_dot, x, x_norm, scale, g_lse, g_cos, unit, dx, dscale, N, splits,
-        class_tiles, *x.stride(), D=D, NEED_DX=need_dx, RESHAPE=reshape, BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS,
-        BLOCK_D=COLUMNS,
-    )  # fmt: skip
-    return dx, dw, dscale
+
+class _Backward:
+    """What the chunks of a backward share, and their kernels, each on the chunk that begins with class `first`.
+
+    tiles: by kernel. updates: whether rows move, by gradients in float32 that only one chunk has.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        norms: Norms,
+        per_row: list[Tensor],
+        options: Options,
+        tiles: dict[str, Tile],
+        need_dx: bool,
+        need_dw: bool,
+        updates: bool,
+    ) -> None:
+        self.x, self.w, self.norms, self.per_row, self.options = x, w, norms, per_row, options
+        self.of_g, self.of_dx, self.of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
+        (self.N, self.D), self.C = x.shape, options.count(w)
+        N, D = x.shape
+        self.need_dx, self.updates = need_dx, updates
+        sums_apart = updates or (need_dw and self.of_dw == LIBRARY)
+        self.row_blocks = triton.cdiv(N, self.of_g.n)
+        self.chunk = _chunk_classes(x, w, options, self.of_g, rows_in_float32=sums_apart)
+        self.class_tiles = triton.cdiv(self.chunk, self.of_g.c)
+        self.float32 = functools.partial(x.new_empty, dtype=torch.float32)
+
+        self.class_dot = self.float32(self.row_blocks, self.chunk)
+        self.negative_dot, self.target_dot = self.float32(self.class_tiles, N).zero_(), self.float32(N)
+        self.reshape, self.normalize = options.thresholds is not None, options.normalize_weight
+        self.scale_dot = torch.zeros_like(self.negative_dot) if self.reshape else self.negative_dot
+        half = operand_dtype(x.dtype, w.dtype)
+        self.g, self.x_hat = x.new_empty(N, self.chunk, dtype=half), x.new_empty(N, D, dtype=half)
+        # Products read G also where a ragged last chunk has no class. What they find must be a number, one of a
+        # chunk before, or 0 if there is none: zeros of w and rows of dw that are not stored take it away.
+        self.g[:, self.C :] = 0
+        self.dx_blocks, self.tiles_per_split, self.splits = self._splits_of_dx()
+        self.dx_hat = self.float32(self.splits, N, D).zero_() if need_dx else self.float32(0)
+        self.dw = w.new_empty((self.C, D) if need_dw and not updates else 0)
+        self.dw_of_chunk = self.float32(self.chunk if sums_apart else 0, D)
+        self._normalize_embeddings()
+
+    def _splits_of_dx(self) -> tuple[int, int, int]:
+        """Blocks of dx, and how the classes of a chunk are split for each."""
+        tile = self.of_dx
+        if tile == LIBRARY:
+            return 1, 1, 1
+        blocks, tiles = triton.cdiv(self.N, tile.n) * triton.cdiv(self.D, tile.d), triton.cdiv(self.chunk, tile.c)
+        tiles_per_split = triton.cdiv(tiles, _splits(blocks, self.x))
+        return blocks, tiles_per_split, triton.cdiv(tiles, tiles_per_split)
+
+    def _normalize_embeddings(self) -> None:
+        x, w, (targets, scale, _, _, g_lse, g_cos) = self.x, self.w, self.per_row
+        self.chosen, self.is_chosen = _chosen(targets, self.options)
+        self.unit = _units(scale, g_lse, g_cos)  # (N,)
+        self.largest_unit = self.unit.amax()
+        kernels.normalize_embeddings[(triton.cdiv(self.N, ROWS),)](
+            x, w, self.chosen, self.norms[1], targets, g_lse, g_cos, self.unit, self.largest_unit, self.x_hat,
+            self.target_dot, self.N, self.C, *x.stride(), D=self.D, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
+            OPERAND=_operand(x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+        )  # fmt: skip
+
+    def logit_gradients(self, first: int) -> None:
+        x, w, (targets, scale, top, log_sum, g_lse, g_cos) = self.x, self.w, self.per_row
+        w_norm, x_norm = self.norms
+        kernels.logit_gradients[(self.row_blocks * triton.cdiv(self._classes(first), self.of_g.c),)](
+            x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
+            *_polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot, self.scale_dot,
+            self.class_dot, self.N, self.C, first, self.chunk, self.row_blocks, *x.stride(),
+            **_blocks(self.of_g, x, w), NORMALIZE=self.normalize, RESHAPE=self.reshape, CHOSEN=self.is_chosen,
+        )  # fmt: skip
+
+    def embedding_gradients(self, first: int) -> None:
+        x, w = self.x, self.w
+        if self.of_dx == LIBRARY:
+            classes = self._classes(first)
+            return _multiply(self.dx_hat[0], self.g[:, :classes], w[first : first + classes], accumulate=True)
+        kernels.embedding_gradients[self.dx_blocks, self.splits](
+            self.g, w, self.chosen, self.norms[0], self.dx_hat, self.N, self.C, first, self.chunk,
+            triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
+            NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+        )  # fmt: skip
+        return None
+
+    def weight_gradients(self, first: int) -> None:
+        x, w, w_norm, classes = self.x, self.w, self.norms[0], self._classes(first)
+        of_class = self.class_dot, self.largest_unit, self.rows(first)
+        place = self.C, first, self.chunk, self.row_blocks
+        if self.of_dw == LIBRARY:
+            _multiply(self.dw_of_chunk[:classes], self.g[:, :classes].T, self.x_hat)
+            block_c, block_d = triton_tiles.row_block(self.D)
+            kernels.project_weight_gradients[(triton.cdiv(classes, block_c),)](
+                self.dw_of_chunk, w, w_norm, *of_class, *place, D=self.D, BLOCK_C=block_c, BLOCK_D=block_d,
+                OPERAND=_operand(x, w), NORMALIZE=self.normalize,
+            )  # fmt: skip
+        else:
+            blocks = triton.cdiv(self.D, self.of_dw.d) * triton.cdiv(classes, self.of_dw.c)
+            kernels.weight_gradients[(blocks,)](
+                self.g, self.x_hat, w, self.chosen, w_norm, *of_class, self.N, *place, **_blocks(self.of_dw, x, w),
+                NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+            )  # fmt: skip
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """dx and dscale."""
+        x, (_, scale, _, _, g_lse, g_cos) = self.x, self.per_row
+        dx, dscale = x.new_empty(x.shape if self.need_dx else 0), self.float32(self.N)
+        columns = triton.cdiv(self.D, COLUMNS) if self.need_dx else 1
+        kernels.finish_embedding_gradients[triton.cdiv(self.N, ROWS), columns](
+            self.dx_hat, self.negative_dot, self.scale_dot, self.target_dot, x, self.norms[1], scale, g_lse, g_cos,
+            self.unit, dx, dscale, self.N, self.splits, self.class_tiles, *x.stride(), D=self.D,
+            NEED_DX=self.need_dx, RESHAPE=self.reshape, BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS,
+        )  # fmt: skip
+        return dx, dscale
+
+    def rows(self, first: int) -> Tensor:
+        """Of dw, from the class on."""
+        return self.dw_of_chunk if self.updates else self.dw[first:]
+
+    def sums_of_logit_gradients(self) -> list[Tensor]:
+        """G and the sums that its kernel leaves, of the first chunk, as no block size changes them."""
+        classes = self._classes(0)
+        sums = [self.class_dot[:, :classes].sum(0), self.negative_dot.sum(0), self.scale_dot.sum(0)]
+        return [self.g[:, :classes], *sums]
+
+    def _classes(self, first: int) -> int:
+        return min(self.chunk, self.C - first)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+    """out (+)= a b by the library, its sums in float32."""
+    if INTERPRETED:  # torch has this product on GPUs alone
+        out.copy_(torch.addmm(out, a.float(), b.float(), beta=int(accumulate)))
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _move_rows(
@@ -406,11 +509,11 @@ def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
 
 
-def _chunk_classes(x: Tensor, w: Tensor, options: Options, tile: Tile, *, updates: bool) -> int:
+def _chunk_classes(x: Tensor, w: Tensor, options: Options, tile: Tile, *, rows_in_float32: bool) -> int:
     """Classes per chunk of backward; see `triton_tiles.chunk_classes`.
 
-    A class takes its column of G, a slot of class_dot for each block of rows and, with updates, its gradient in
-    float32. COSFACE_TRITON_CHUNK overrides it, rounded up to CHUNK_STEP.
+    A class takes its column of G, a slot of class_dot for each block of rows and, where that is not in dw yet, its
+    gradient in float32. COSFACE_TRITON_CHUNK overrides it, rounded up to CHUNK_STEP.
     """
     (N, D), C, step = x.shape, options.count(w), triton_tiles.CHUNK_STEP
     if override := os.environ.get("COSFACE_TRITON_CHUNK"):
@@ -422,7 +525,9 @@ def _chunk_classes(x: Tensor, w: Tensor, options: Options, tile: Tile, *, update
         N,
         D,
         C,
-        class_bytes=N * operand_dtype(x.dtype, w.dtype).itemsize + 4 * row_blocks + (4 * D if updates else 0),
+        class_bytes=N * operand_dtype(x.dtype, w.dtype).itemsize
+        + 4 * row_blocks
+        + (4 * D if rows_in_float32 else 0),
         workspace_bytes=min(options.workspace_bytes, INTERPRETED_WORKSPACE)
         if INTERPRETED
         else options.workspace_bytes,
@@ -449,7 +554,9 @@ def _device(device: torch.device) -> Any:
 def _key(x: Tensor, w: Tensor, options: Options) -> Key:
     architecture = triton_tiles.INTERPRETED if INTERPRETED else _architecture(x.device)
     bucket, plain = triton.next_power_of_2(len(x)), options.normalize_weight and options.thresholds is None
-    return Key(architecture, x.shape[1], x.dtype, w.dtype, operand_dtype(x.dtype, w.dtype), bucket, plain)
+    library = not INTERPRETED and x.dtype == w.dtype == torch.bfloat16 and options.classes is None
+    operand = operand_dtype(x.dtype, w.dtype)
+    return Key(architecture, x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)
 
 
 @functools.cache

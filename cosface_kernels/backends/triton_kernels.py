@@ -14,6 +14,7 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 | logit_gradients | 2 N C D | b C D |
 | embedding_gradients | 2 N C D | b C D |
 | weight_gradients | 2 N C D | 2 b C D: reads w for the projection; writes dw |
+| project_weight_gradients | 5 C D | 2 b C D, and 4 C D of sums in float32: after a product of the library |
 | sgd_rows, adamw_rows | 10 C D | 2 b C D for w, 2 C D numbers of each state, C D of dw in float32 |
 
 G is written once and read twice: 3 b N C bytes.
@@ -491,8 +492,9 @@ def logit_gradients(
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
     Grid (row blocks x class tiles of the chunk), the row blocks of a tile side by side; not two axes, because one
-    of many tiles may be longer than all but the first can be. g: (N, chunk), scaled by G_LIFT / unit_i; it keeps
-    what it was where there is no class. w_norm: (C,); not read without NORMALIZE.
+    of many tiles may be longer than all but the first can be. w_norm: (C,); not read without NORMALIZE.
+    g: (N, chunk), scaled by G_LIFT / unit_i; it keeps what it was where there is no class. Divided by |w_j| as
+    well, so that both products take rows of w as they are, unless its dtype is float16: no range for short rows.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
@@ -532,7 +534,9 @@ def logit_gradients(
     row_log_sum = tl.load(log_sum + rows, mask=active, other=float("inf"))
     row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
-    cos = dot * x_inverse[:, None] * _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
+    w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
+    projection = dot * x_inverse[:, None]
+    cos = projection * w_inverse
     is_target = classes[None, :] == target[:, None]
     shaped = cos
     if RESHAPE:
@@ -550,6 +554,9 @@ def logit_gradients(
     so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
     tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
+    if g.dtype.element_ty != tl.float16:
+        gradient *= w_inverse
+        cos = projection
 
     lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
     mask = is_row[:, None] & is_class[None, :]
@@ -581,6 +588,8 @@ def embedding_gradients(
 ):
     """dx_hat (splits, N, D) += G w_hat of one chunk, each split of its classes into a slot of its own.
 
+    Where G is divided by |w_j|, w takes the place of w_hat.
+
     Grid (row blocks x column blocks, splits): at N = 256 dx has too few blocks to fill a GPU.
     """
     split = tl.program_id(1)
@@ -597,12 +606,57 @@ def embedding_gradients(
         g_tile = tl.load(g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None], other=0.0)
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
-        inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
-        w_hat = (w_tile.to(tl.float32) * inverse[:, None]).to(g.dtype.element_ty)
-        sums = tl.dot(g_tile.to(OPERAND), w_hat.to(OPERAND), sums, input_precision=PRECISION)
+        if NORMALIZE and g.dtype.element_ty == tl.float16:
+            inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
+            w_tile = (w_tile.to(tl.float32) * inverse[:, None]).to(tl.float16)
+        sums = tl.dot(g_tile.to(OPERAND), w_tile.to(OPERAND), sums, input_precision=PRECISION)
     out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D, 1)
     mask = is_row[:, None] & is_d
     tl.store(out, tl.load(out, mask=mask, other=0.0) + sums, mask=mask)
+
+
+@triton.jit
+def _store_weight_gradient(
+    sums,
+    IS_DIVIDED: tl.constexpr,
+    w,
+    chosen,
+    w_norm,
+    class_dot,
+    largest_unit,
+    dw,
+    C,
+    first_class,
+    columns,
+    d,
+    chunk,
+    dot_blocks,
+    D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """A block of dw from that of G^T x_hat, which may be divided by |w_j| already."""
+    classes = first_class + columns
+    is_class = classes < C
+    dot = tl.zeros(columns.shape, tl.float32)
+    slots = columns.to(tl.int64)
+    for _ in range(0, dot_blocks):
+        dot += tl.load(class_dot + slots)
+        slots += chunk
+    mask = is_class[:, None] & (d < D)[None, :]
+    gradient = sums * (tl.load(largest_unit) / (G_LIFT * X_LIFT))
+    if NORMALIZE:
+        norm = tl.load(w_norm + classes, mask=is_class, other=1.0)
+        inverse = 1 / tl.maximum(norm, EPS)
+        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
+        w_hat = w_tile.to(OPERAND).to(tl.float32) * inverse[:, None]
+        projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
+        if not IS_DIVIDED:
+            gradient *= inverse[:, None]
+        gradient -= projection * inverse[:, None]
+    tl.store(dw + _offsets(columns, d, D, 1), gradient.to(dw.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "C", "dot_blocks"])
@@ -636,8 +690,6 @@ def weight_gradients(
     column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     columns = tl.program_id(0) // column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    classes = first_class + columns
-    is_class = classes < C
     is_d = (d < D)[None, :]
     sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     for first in range(0, N, BLOCK_N):
@@ -647,22 +699,40 @@ def weight_gradients(
         x_tile = tl.load(x_hat + _offsets(rows, d, D, 1), mask=is_row[:, None] & is_d, other=0.0)
         sums = tl.dot(tl.trans(g_tile.to(OPERAND)), x_tile.to(OPERAND), sums, input_precision=PRECISION)
 
-    dot = tl.zeros((BLOCK_C,), tl.float32)
-    slots = columns.to(tl.int64)
-    for _ in range(0, dot_blocks):
-        dot += tl.load(class_dot + slots)
-        slots += chunk
-    mask = is_class[:, None] & is_d
-    gradient = sums * (tl.load(largest_unit) / (G_LIFT * X_LIFT))
-    if NORMALIZE:
-        norm = tl.load(w_norm + classes, mask=is_class, other=1.0)
-        inverse = 1 / tl.maximum(norm, EPS)
-        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
-        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
-        w_hat = w_tile.to(OPERAND).to(tl.float32) * inverse[:, None]
-        projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
-        gradient = (gradient - projection) * inverse[:, None]
-    tl.store(dw + _offsets(columns, d, D, 1), gradient.to(dw.dtype.element_ty), mask=mask)
+    _store_weight_gradient(
+        sums, g.dtype.element_ty != tl.float16, w, chosen, w_norm, class_dot, largest_unit, dw, C, first_class,
+        columns, d, chunk, dot_blocks, D, OPERAND, NORMALIZE, CHOSEN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["C", "dot_blocks"])
+def project_weight_gradients(
+    sums,
+    w,
+    w_norm,
+    class_dot,
+    largest_unit,
+    dw,
+    C,
+    first_class,
+    chunk,
+    dot_blocks,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """dw (chunk, D) from sums = G^T x_hat, (chunk, D) float32, of bfloat16 operands; it may be the same memory."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_class = first_class + columns < C
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        block = tl.load(sums + _offsets(columns, d, D, 1), mask=is_class[:, None] & (d < D)[None, :], other=0.0)
+        _store_weight_gradient(
+            block, True, w, w, w_norm, class_dot, largest_unit, dw, C, first_class, columns, d, chunk,
+            dot_blocks, D, OPERAND, NORMALIZE, False,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,19 +1,14 @@
-"""Block sizes of the Triton kernels: a small table per architecture, and the choice among its entries by timing.
+"""Block sizes of the Triton kernels: a small table per architecture; `triton_choice.py` chooses among its entries.
 
 The table is short because little else survives ahead-of-time compilation: on every architecture a candidate must
 not spill registers, must fit into shared memory and must use the matrix units: `make kernels` checks it.
 """
 
-import functools
 import math
-import os
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-TIMED_RUNS = 3
 MOVED, MOVED_COLUMNS = 2048, 1024  # elements and most columns of a block of rows to move: 16 a thread
 
 
@@ -27,12 +22,21 @@ class Tile:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        if self == LIBRARY:
+            return "the library"
+        return f"{self.n} x {self.c} x {self.d}, {self.warps} warps, {self.stages} stages"
+
+
+LIBRARY = Tile(0, 0, 0, 0, 0)  # a product of torch's in the kernel's place
+
 
 @dataclass(frozen=True)
 class Key:
     """What the best tile depends on.
 
-    `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates.
+    `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates;
+    `library`: whether torch could multiply the operands as they are.
     """
 
     architecture: str
@@ -42,6 +46,7 @@ class Key:
     operand: torch.dtype
     bucket: int
     plain: bool = True
+    library: bool = False
 
 
 CHUNK_STEP = 256  # a multiple of every tile's number of classes
@@ -67,7 +72,25 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("class_statistics", 4, "sm_80"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)),
     ("logit_gradients", 2, "sm_80"): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 64, 4, 3)),
+    # 128 x 256 reads each operand the fewest times. 64 x 128 in 128 threads are one product of a warp group.
+    ("class_statistics", 2, "sm_90"): (
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3),
+        Tile(64, 128, 64, 4, 3),
+        Tile(16, 128, 32, 4, 3),
+    ),
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
+    ("embedding_gradients", 2, "sm_90"): (
+        Tile(128, 64, 128, 8, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(64, 64, 128, 4, 3),
+        Tile(16, 64, 64, 4, 2),
+    ),
+    ("weight_gradients", 2, "sm_90"): (
+        Tile(64, 128, 128, 8, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(16, 128, 64, 4, 3),
+    ),
 }
 # With options: reshaped negatives need registers.
 WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
@@ -93,6 +116,7 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "weight_gradients": (Tile(32, 64, 64, 8, 1), Tile(32, 64, 32, 4, 1)),
 }
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
+LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
 
 
 def table(
@@ -114,7 +138,13 @@ def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     """The table's entries for a batch of this size: with no more rows than its bucket, if there are any."""
     tiles = table(kernel, key.architecture, key.operand, key.plain, key.dim)
     smallest = min(tile.n for tile in tiles)
-    return tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
+    fitting = tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
+    return (*fitting, LIBRARY) if key.library and kernel in LIBRARY_KERNELS else fitting
+
+
+def plainest(kernel: str, key: Key) -> Tile:
+    """Small, with one stage: it loads, then multiplies."""
+    return INTERPRETED_TILE if key.architecture == INTERPRETED else RAGGED[kernel][-1]
 
 
 def chunk_classes(
@@ -146,42 +176,3 @@ def row_block(dim: int) -> tuple[int, int]:
     """Classes and columns of a block of the kernels that move rows, powers of two: a whole row, if it is short."""
     columns = min(max(1 << (dim - 1).bit_length(), 16), MOVED_COLUMNS)
     return MOVED // columns, columns
-
-
-_chosen: dict[tuple[str, Key], Tile] = {}
-
-
-def choose(kernel: str, key: Key, run: Callable[[Tile], object]) -> Tile:
-    """The fastest candidate, timed by `run` at the first call with this key and remembered.
-
-    The first candidate, untimed, inside a CUDA graph capture, with COSFACE_TRITON_TUNE=0, and under
-    torch.use_deterministic_algorithms: another tile rounds differently, and the next process may choose another.
-    """
-    tiles = candidates(kernel, key)
-    if len(tiles) == 1 or not _may_time():
-        return _chosen.get((kernel, key), tiles[0])
-    if (kernel, key) not in _chosen:
-        _chosen[kernel, key] = min(tiles, key=lambda tile: _seconds(functools.partial(run, tile)))
-    return _chosen[kernel, key]
-
-
-def _may_time() -> bool:
-    return (
-        os.environ.get("COSFACE_TRITON_TUNE") != "0"
-        and not torch.are_deterministic_algorithms_enabled()
-        and not torch.cuda.is_current_stream_capturing()
-    )
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Median time on the GPU, after one run that compiles."""
-    run()
-    times = []
-    for _ in range(TIMED_RUNS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
