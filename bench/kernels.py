@@ -35,11 +35,22 @@ OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
 DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
-POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool}
+POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
 POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand"}
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
-INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "dot_blocks", "seed", "step")
+INTEGERS = (
+    "N",
+    "C",
+    "splits",
+    "tiles",
+    "tiles_per_split",
+    "row_blocks",
+    "first_tile",
+    "dot_blocks",
+    "seed",
+    "step",
+)
 SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
 NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
 NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")
@@ -142,13 +153,13 @@ def other_dims(architectures: list[str]) -> Iterator[Case]:
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
-# "moved" rows, whose gradient is float32. What is raw computes less, so that it need not be crossed with the rest.
+# "kept" cosines; "moved" rows, whose gradient is float32. What is raw computes less, so that nothing crosses it.
 VARIANTS = {
     "class_norms": ("plain", "chosen"),
-    "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape"),
+    "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
     "merge_statistics": ("plain", "reshape", "raw", "chosen reshape"),
     "normalize_embeddings": ("plain", "raw", "chosen"),
-    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape"),
+    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
     "embedding_gradients": ("plain", "chosen"),
     "weight_gradients": ("plain", "raw", "chosen moved"),
     "project_weight_gradients": ("plain", "moved"),
@@ -191,7 +202,8 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     if row["shared_bytes"] > SHARED_LIMIT[case.arch]:
         limit = SHARED_LIMIT[case.arch]
         complaints.append(f"needs {row['shared_bytes']} bytes of shared memory, {case.arch} has {limit}.")
-    if case.kernel in GEMM_KERNELS and not row["tensor_core_ops"]:
+    multiplies = case.kernel in GEMM_KERNELS and not (case.kernel == "logit_gradients" and case.has("kept"))
+    if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
     complaints += hazards(compiled.asm["ttgir"])
     return row, complaints
@@ -212,7 +224,7 @@ def compile_case(case: Case):
         "dw": torch.float32 if case.has("moved") else case.w,
     }
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
-    numbers |= {"first_class": 0, "chunk": 256, "x_row_stride": case.dim, "x_column_stride": 1}
+    numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "x_row_stride": case.dim, "x_column_stride": 1}
     options = {
         "D": case.dim,
         "BLOCK_N": case.tile.n,
@@ -224,6 +236,8 @@ def compile_case(case: Case):
         "NORMALIZE": not case.has("raw"),
         "RESHAPE": case.has("reshape"),
         "CHOSEN": case.has("chosen"),
+        "KEEP": case.has("kept"),
+        "KEPT": case.has("kept"),
         "CLIP": True,
         "MOMENTUM": True,
         "AMSGRAD": True,

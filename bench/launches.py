@@ -42,6 +42,7 @@ def pinned(kernel: str, tile: Tile) -> Iterator[None]:
 @contextmanager
 def through(hook: Hook) -> Iterator[None]:
     """Launches call the hook, which launches or does not."""
+    triton.unavailable()  # which imports them
     kernels = triton.kernels
     triton.kernels = _Kernels(kernels, hook)
     try:

@@ -400,10 +400,10 @@ def test_no_grid_passes_what_a_gpu_takes(backend, num_samples, num_classes, dim,
     x, w = torch.empty(num_samples, dim, device="meta"), torch.empty(num_classes, dim, device="meta")
     rows = [torch.empty(num_samples, device="meta") for _ in range(6)]
     tile = triton_tiles.INTERPRETED_TILE
-    norms = w[:, 0], rows[0]
-    backend_triton._forward(x, w, norms, rows[0], rows[1], 0.0, PLAIN, tile)
+    saved = backend_triton.Saved(w[:, 0], rows[0], x.new_empty(num_samples, 0, dtype=torch.int16))
+    backend_triton._forward(x, w, saved, rows[0], rows[1], 0.0, PLAIN, tile)
     tiles = dict.fromkeys(GEMM_KERNELS[1:], tile)
-    backend_triton._backward(x, w, norms, rows, PLAIN, True, True, tiles)
+    backend_triton._backward(x, w, saved, rows, PLAIN, True, True, tiles)
     assert len(grids) >= 7
     for first, *others in grids:
         assert first < 2**31

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ def _compile_failure() -> str | None:
     one = torch.ones(1, 1, device="cuda")
     try:
         label = one.new_zeros(1, dtype=torch.int64)
-        _forward(one, one, (one[0], one[0]), label, one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
+        saved = Saved(one[0], one[0], one.new_empty(1, 0, dtype=torch.int16))
+        _forward(one, one, saved, label, one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
     except (RuntimeError, OSError, triton.errors.TritonError) as error:
         return f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
     return None
@@ -74,7 +75,9 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
-    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives"})
+    if options.cache_bytes and not options.normalize_weight:
+        return "it caches cosines alone, so that cache_bytes must be 0 without normalize_weight."
+    return options.refusal({"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"})
 
 
 def describe() -> str:
@@ -90,8 +93,9 @@ def forward(
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
             return *_five_rows(x), cache
-        norms = _norms(x, w, options, cache)
-        some_w, some_options = _sample(x, w, options)
+        saved = _saved_in(cache, x, w, options)
+        _fill_norms(x, w, options, saved)
+        (some_w, some_options), norms = _sample(x, w, options), saved.without_cosines()
 
         def prepare(tile: Tile) -> Trial:
             results: list[Tensor] = []
@@ -102,46 +106,70 @@ def forward(
             return Trial(launch, lambda: results)
 
         tile = triton_choice.choose("class_statistics", _key(x, w, options), prepare)
-        return *_forward(x, w, norms, targets, scale, margin, options, tile), cache
+        return *_forward(x, w, saved, targets, scale, margin, options, tile), cache
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    """Of the norms."""
-    return torch.float32.itemsize * (_class_slots(w, options) + x.shape[0])
+    """Of the norms, and of the cosines that fit into cache_bytes."""
+    return torch.float32.itemsize * _norm_slots(x, w, options) + 2 * x.shape[0] * _kept_classes(x, w, options)
 
 
-Norms = tuple[Tensor, Tensor]  # |w_j|, (C,), nothing without normalize_weight, and |x_i|, (N,); float32
+class Saved(NamedTuple):
+    """What forward leaves in the cache for backward."""
+
+    w_norm: Tensor  # (C,) |w_j|, float32; nothing without normalize_weight
+    x_norm: Tensor  # (N,) |x_i|, float32
+    cosines: Tensor  # (N, K) int16, of the first K classes, in steps of 1 / 32767
+
+    def without_cosines(self) -> "Saved":
+        return self._replace(cosines=self.cosines[:, :0])
 
 
 def _class_slots(w: Tensor, options: Options) -> int:
     """Places for norms of classes in the cache, so many that those of embeddings behind them are aligned."""
-    return -(-options.count(w) // ALIGNED) * ALIGNED if options.normalize_weight else 0
+    return _aligned(options.count(w)) if options.normalize_weight else 0
 
 
-def _norms_in(cache: Tensor, w: Tensor, options: Options) -> Norms:
-    norms, slots = cache.view(torch.float32), _class_slots(w, options)
-    return norms[:slots], norms[slots:]
+def _norm_slots(x: Tensor, w: Tensor, options: Options) -> int:
+    return _class_slots(w, options) + _aligned(x.shape[0])
 
 
-def _norms(x: Tensor, w: Tensor, options: Options, cache: Tensor) -> Norms:
-    """Of these rows, which fill the cache."""
+def _aligned(numbers: int) -> int:
+    return -(-numbers // ALIGNED) * ALIGNED
+
+
+def _kept_classes(x: Tensor, w: Tensor, options: Options) -> int:
+    """Those whose cosines the cache holds, in whole tiles, so that it may pass the last class."""
+    step = triton_tiles.CHUNK_STEP
+    fitting = options.cache_bytes // (2 * step * torch.sym_max(x.shape[0], 1))
+    return step * torch.sym_min(fitting, -(-options.count(w) // step))
+
+
+def _saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
+    slots = _norm_slots(x, w, options)
+    norms, cosines = cache[: 4 * slots].view(torch.float32), cache[4 * slots :].view(torch.int16)
+    classes = _class_slots(w, options)
+    return Saved(norms[:classes], norms[classes:], cosines.view(len(x), _kept_classes(x, w, options)))
+
+
+def _fill_norms(x: Tensor, w: Tensor, options: Options, saved: Saved) -> None:
     (N, D), C = x.shape, options.count(w)
-    w_norm, x_norm = _norms_in(cache, w, options)
-    kernels.embedding_norms[(triton.cdiv(N, ROWS),)](x, x_norm, N, *x.stride(), D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS)
+    kernels.embedding_norms[(triton.cdiv(N, ROWS),)](
+        x, saved.x_norm, N, *x.stride(), D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS
+    )
     if options.normalize_weight:
         block_c, block_d = triton_tiles.row_block(D)
         chosen, is_chosen = _chosen(w, options)
         kernels.class_norms[(triton.cdiv(C, block_c),)](
-            w, chosen, w_norm, C,
+            w, chosen, saved.w_norm, C,
             D=D, BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=is_chosen,
         )  # fmt: skip
-    return w_norm, x_norm
 
 
 def _forward(
     x: Tensor,
     w: Tensor,
-    norms: Norms,
+    saved: Saved,
     targets: Tensor,
     scale: Tensor,
     margin: float,
@@ -149,7 +177,7 @@ def _forward(
     tile: Tile,
 ) -> tuple[Tensor, ...]:
     (N, D), C = x.shape, options.count(w)
-    w_norm, x_norm = norms
+    w_norm, x_norm, cosines = saved
     scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
     row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
     tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
@@ -159,8 +187,9 @@ def _forward(
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen}
     kernels.class_statistics[row_blocks, splits](
-        x, w, chosen, w_norm, x_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, N, C,
-        *x.stride(), tiles_per_split, **_blocks(tile, x, w), **variant,
+        x, w, chosen, w_norm, x_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, cosines,
+        N, C, cosines.shape[1], *x.stride(), tiles_per_split, **_blocks(tile, x, w), **variant,
+        KEEP=cosines.numel() > 0,
     )  # fmt: skip
     results = _five_rows(x)  # loss, top, log_sum, target_cos, max_neg
     kernels.merge_statistics[(triton.cdiv(N, ROWS),)](
@@ -226,8 +255,9 @@ def _tuned_backward(
         if len(x) == 0:
             return _backward_of_nothing(x, w, options, need_dx, need_dw, move)
         per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
-        norms = _norms_in(cache, w, options)
+        saved = _saved_in(cache, x, w, options)
         key, (some_w, some_options) = _key(x, w, options), _sample(x, w, options)
+        norms = saved.without_cosines()
         tiles = {kernel: triton_tiles.candidates(kernel, key)[0] for kernel in triton_tiles.GEMM_KERNELS[1:]}
 
         def prepare(kernel: str, tile: Tile) -> Trial:
@@ -247,7 +277,7 @@ def _tuned_backward(
         for kernel in tiles:
             if needed[kernel]:
                 tiles[kernel] = triton_choice.choose(kernel, key, functools.partial(prepare, kernel))
-        return _backward(x, w, norms, per_row, options, need_dx, need_dw, tiles, move)
+        return _backward(x, w, saved, per_row, options, need_dx, need_dw, tiles, move)
 
 
 def _backward_of_nothing(
@@ -268,7 +298,7 @@ def _backward_of_nothing(
 def _backward(
     x: Tensor,
     w: Tensor,
-    norms: Norms,
+    saved: Saved,
     per_row: list[Tensor],
     options: Options,
     need_dx: bool,
@@ -281,7 +311,7 @@ def _backward(
     Rows move when nothing reads them any more: the targets' cosines are taken before the first chunk, and whatever
     else reads a row belongs to its own chunk.
     """
-    step = _Backward(x, w, norms, per_row, options, tiles, need_dx, need_dw, bool(move))
+    step = _Backward(x, w, saved, per_row, options, tiles, need_dx, need_dw, bool(move))
     for first in range(0, step.C, step.chunk):
         step.logit_gradients(first)
         if need_dx:
@@ -304,7 +334,7 @@ class _Backward:
         self,
         x: Tensor,
         w: Tensor,
-        norms: Norms,
+        saved: Saved,
         per_row: list[Tensor],
         options: Options,
         tiles: dict[str, Tile],
@@ -312,7 +342,7 @@ class _Backward:
         need_dw: bool,
         updates: bool,
     ) -> None:
-        self.x, self.w, self.norms, self.per_row, self.options = x, w, norms, per_row, options
+        self.x, self.w, self.saved, self.per_row, self.options = x, w, saved, per_row, options
         self.of_g, self.of_dx, self.of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
         (self.N, self.D), self.C = x.shape, options.count(w)
         N, D = x.shape
@@ -353,20 +383,26 @@ class _Backward:
         self.unit = _units(scale, g_lse, g_cos)  # (N,)
         self.largest_unit = self.unit.amax()
         kernels.normalize_embeddings[(triton.cdiv(self.N, ROWS),)](
-            x, w, self.chosen, self.norms[1], targets, g_lse, g_cos, self.unit, self.largest_unit, self.x_hat,
+            x, w, self.chosen, self.saved.x_norm, targets, g_lse, g_cos, self.unit, self.largest_unit, self.x_hat,
             self.target_dot, self.N, self.C, *x.stride(), D=self.D, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
             OPERAND=_operand(x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
         )  # fmt: skip
 
     def logit_gradients(self, first: int) -> None:
         x, w, (targets, scale, top, log_sum, g_lse, g_cos) = self.x, self.w, self.per_row
-        w_norm, x_norm = self.norms
-        kernels.logit_gradients[(self.row_blocks * triton.cdiv(self._classes(first), self.of_g.c),)](
-            x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
-            *_polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot, self.scale_dot,
-            self.class_dot, self.N, self.C, first, self.chunk, self.row_blocks, *x.stride(),
-            **_blocks(self.of_g, x, w), NORMALIZE=self.normalize, RESHAPE=self.reshape, CHOSEN=self.is_chosen,
-        )  # fmt: skip
+        w_norm, x_norm, cosines = self.saved
+        classes, kept = self._classes(first), cosines.shape[1]
+        tiles, kept_tiles = (triton.cdiv(c, self.of_g.c) for c in (classes, min(max(kept - first, 0), classes)))
+        for first_tile, end, is_kept in ((0, kept_tiles, True), (kept_tiles, tiles, False)):
+            if first_tile == end:
+                continue
+            kernels.logit_gradients[(self.row_blocks * (end - first_tile),)](
+                x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
+                *_polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot, self.scale_dot,
+                self.class_dot, cosines, self.N, self.C, kept, first, first_tile, self.chunk, self.row_blocks,
+                *x.stride(), **_blocks(self.of_g, x, w), NORMALIZE=self.normalize, RESHAPE=self.reshape,
+                CHOSEN=self.is_chosen, KEPT=is_kept,
+            )  # fmt: skip
 
     def embedding_gradients(self, first: int) -> None:
         x, w = self.x, self.w
@@ -374,14 +410,14 @@ class _Backward:
             classes = self._classes(first)
             return _multiply(self.dx_hat[0], self.g[:, :classes], w[first : first + classes], accumulate=True)
         kernels.embedding_gradients[self.dx_blocks, self.splits](
-            self.g, w, self.chosen, self.norms[0], self.dx_hat, self.N, self.C, first, self.chunk,
+            self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.N, self.C, first, self.chunk,
             triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
             NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
         )  # fmt: skip
         return None
 
     def weight_gradients(self, first: int) -> None:
-        x, w, w_norm, classes = self.x, self.w, self.norms[0], self._classes(first)
+        x, w, w_norm, classes = self.x, self.w, self.saved.w_norm, self._classes(first)
         of_class = self.class_dot, self.largest_unit, self.rows(first)
         place = self.C, first, self.chunk, self.row_blocks
         if self.of_dw == LIBRARY:
@@ -404,8 +440,8 @@ class _Backward:
         dx, dscale = x.new_empty(x.shape if self.need_dx else 0), self.float32(self.N)
         columns = triton.cdiv(self.D, COLUMNS) if self.need_dx else 1
         kernels.finish_embedding_gradients[triton.cdiv(self.N, ROWS), columns](
-            self.dx_hat, self.negative_dot, self.scale_dot, self.target_dot, x, self.norms[1], scale, g_lse, g_cos,
-            self.unit, dx, dscale, self.N, self.splits, self.class_tiles, *x.stride(), D=self.D,
+            self.dx_hat, self.negative_dot, self.scale_dot, self.target_dot, x, self.saved.x_norm, scale, g_lse,
+            g_cos, self.unit, dx, dscale, self.N, self.splits, self.class_tiles, *x.stride(), D=self.D,
             NEED_DX=self.need_dx, RESHAPE=self.reshape, BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS,
         )  # fmt: skip
         return dx, dscale

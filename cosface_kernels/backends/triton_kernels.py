@@ -50,7 +50,7 @@ EPS = tl.constexpr(1e-12)  # smallest norm that is divided by, as in F.normalize
 # normalised embeddings, by 2^8; both leave room below 65504.
 G_LIFT = tl.constexpr(4096.0)
 X_LIFT = tl.constexpr(256.0)
-
+COSINE_STEP = tl.constexpr(1 / 32767)  # of the cosines that forward keeps for backward, in 16 bits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)
@@ -207,8 +207,10 @@ def class_statistics(
     top,
     max_cos,
     sum_exp,
+    cosines,
     N,
     C,
+    kept,
     x_row_stride,
     x_column_stride,
     tiles_per_split,
@@ -221,12 +223,14 @@ def class_statistics(
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Of one split of the classes, for each row: max N(cos) and sum e^{z - s max} over the negatives, and max cos.
 
     Grid (row blocks, splits): the row blocks of a split run side by side and share its class rows in L2.
     w_norm: (C,); not read without NORMALIZE.
     top, max_cos, sum_exp: (splits, N); without RESHAPE, N(c) = c, and max_cos is not written.
+    cosines: (N, kept) int16, of the first classes, written with KEEP.
     """
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -260,8 +264,13 @@ def class_statistics(
         )
         w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
         is_negative = is_class[None, :] & (classes[None, :] != target[:, None])
+        cos = dot * x_inverse[:, None] * w_inverse[None, :]
+        if KEEP:
+            in_steps = tl.floor(cos * (1 / COSINE_STEP) + 0.5).to(tl.int16)
+            mask = is_row[:, None] & (classes < kept)[None, :]
+            tl.store(cosines + _offsets(rows, classes, kept, 1), in_steps, mask=mask)
         # Rounded as in logit_gradients; the choice keeps the product out of an fma with what is subtracted.
-        cos = tl.where(is_negative, dot * x_inverse[:, None] * w_inverse[None, :], -float("inf"))
+        cos = tl.where(is_negative, cos, -float("inf"))
         if RESHAPE:
             running_cos = tl.maximum(running_cos, tl.max(cos, 1))
             cos, _ = _reshape(cos, thresholds, negatives, rows, is_row)
@@ -452,7 +461,7 @@ def normalize_embeddings(
         )
 
 
-@triton.jit(do_not_specialize=["N", "C", "row_blocks"])
+@triton.jit(do_not_specialize=["N", "C", "row_blocks", "first_tile"])
 def logit_gradients(
     x,
     w,
@@ -472,9 +481,12 @@ def logit_gradients(
     negative_dot,
     scale_dot,
     class_dot,
+    cosines,
     N,
     C,
+    kept,
     first_class,
+    first_tile,
     chunk,
     row_blocks,
     x_row_stride,
@@ -488,18 +500,21 @@ def logit_gradients(
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
-    Grid (row blocks x class tiles of the chunk), the row blocks of a tile side by side; not two axes, because one
-    of many tiles may be longer than all but the first can be. w_norm: (C,); not read without NORMALIZE.
+    With KEPT from what forward kept of it. cosines: (N, kept).
+    Grid (row blocks x class tiles of the chunk from first_tile on), the row blocks of a tile side by side; not two
+    axes, because one of many tiles may be longer than all but the first can be.
+    w_norm: (C,); not read without NORMALIZE.
     g: (N, chunk), scaled by G_LIFT / unit_i; it keeps what it was where there is no class. Divided by |w_j| as
     well, so that both products take rows of w as they are, unless its dtype is float16: no range for short rows.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
     """
-    row_block, tile = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    row_block, tile = tl.program_id(0) % row_blocks, first_tile + tl.program_id(0) // row_blocks
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     classes = first_class + columns
@@ -508,22 +523,26 @@ def logit_gradients(
     row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
     row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
     active = is_row & _is_active(row_g_lse, row_g_cos)
-    dot = _dot_tile(
-        x,
-        w,
-        rows,
-        _weight_rows(chosen, classes, is_class, CHOSEN),
-        active,
-        is_class,
-        x_row_stride,
-        x_column_stride,
-        D,
-        BLOCK_N,
-        BLOCK_C,
-        BLOCK_D,
-        OPERAND,
-        PRECISION,
-    )
+    if KEPT:
+        mask = active[:, None] & is_class[None, :]
+        in_steps = tl.load(cosines + _offsets(rows, classes, kept, 1), mask=mask, other=0)
+    else:
+        dot = _dot_tile(
+            x,
+            w,
+            rows,
+            _weight_rows(chosen, classes, is_class, CHOSEN),
+            active,
+            is_class,
+            x_row_stride,
+            x_column_stride,
+            D,
+            BLOCK_N,
+            BLOCK_C,
+            BLOCK_D,
+            OPERAND,
+            PRECISION,
+        )
     # Loads after the product, and each sum before what follows from its terms: 188 registers for 128 x 128
     # on sm_90, where the other order takes 255 and spills.
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
@@ -535,8 +554,12 @@ def logit_gradients(
     row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
     w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
-    projection = dot * x_inverse[:, None]
-    cos = projection * w_inverse
+    if KEPT:
+        cos = in_steps.to(tl.float32) * COSINE_STEP
+        projection = cos / w_inverse
+    else:
+        projection = dot * x_inverse[:, None]
+        cos = projection * w_inverse
     is_target = classes[None, :] == target[:, None]
     shaped = cos
     if RESHAPE:
