@@ -125,21 +125,21 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
         if tf32 and arch.startswith("gfx"):  # which multiplies float32 as it is
             continue
         for kernel in GEMM_KERNELS:
-            for variant in VARIANTS.get(kernel, ("plain",)):
+            for variant in _variants(kernel, arch):
                 words = set(variant.split())
                 if tf32 and "chosen" in words:  # three products in its place need more registers
                     continue
                 # As both bfloat16 or both float32, in the same tiles.
                 if variant != "plain" and (x, w) in OTHER_DTYPES:
                     continue
-                tiles = table(kernel, arch, operand_dtype(x, w), words.isdisjoint({"reshape", "raw"}), dim)
+                tiles = table(kernel, arch, operand_dtype(x, w), words.isdisjoint(REGISTERS), dim)
                 if variant == "plain" and x == w and not tf32:  # the others are held against it
                     tiles = dict.fromkeys((*tiles, RAGGED[kernel][-1]))
                 for tile in tiles:
                     yield Case(kernel, arch, tile, x, w, tf32, dim, variant)
         if not tf32:
             for kernel, tile in other_tiles(dim).items():
-                for variant in VARIANTS.get(kernel, ("plain",)):
+                for variant in _variants(kernel, arch):
                     yield Case(kernel, arch, tile, x, w, False, dim, variant)
 
 
@@ -154,6 +154,8 @@ def other_dims(architectures: list[str]) -> Iterator[Case]:
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
 # "kept" cosines; "moved" rows, whose gradient is float32. What is raw computes less, so that nothing crosses it.
+EASIER = {"reshape", "kept"}  # than both chosen and reshaped, in the same tiles: compiled for sm_90 alone
+REGISTERS = {"reshape", "raw", "kept"}  # which have tiles of their own
 VARIANTS = {
     "class_norms": ("plain", "chosen"),
     "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
@@ -167,6 +169,10 @@ VARIANTS = {
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
 }
+
+
+def _variants(kernel: str, arch: str) -> Iterator[str]:
+    return (v for v in VARIANTS.get(kernel, ("plain",)) if arch == "sm_90" or v not in EASIER)
 
 
 def other_tiles(dim: int) -> dict[str, Tile]:

@@ -95,13 +95,13 @@ def forward(
             return *_five_rows(x), cache
         saved = _saved_in(cache, x, w, options)
         _fill_norms(x, w, options, saved)
-        (some_w, some_options), norms = _sample(x, w, options), saved.without_cosines()
+        some_w, some_options = _sample(x, w, options)
 
         def prepare(tile: Tile) -> Trial:
             results: list[Tensor] = []
 
             def launch() -> None:
-                results[:] = _forward(x, some_w, norms, targets, scale, margin, some_options, tile)
+                results[:] = _forward(x, some_w, saved, targets, scale, margin, some_options, tile)
 
             return Trial(launch, lambda: results)
 
@@ -589,7 +589,8 @@ def _device(device: torch.device) -> Any:
 
 def _key(x: Tensor, w: Tensor, options: Options) -> Key:
     architecture = triton_tiles.INTERPRETED if INTERPRETED else _architecture(x.device)
-    bucket, plain = triton.next_power_of_2(len(x)), options.normalize_weight and options.thresholds is None
+    bucket = triton.next_power_of_2(len(x))
+    plain = options.normalize_weight and options.thresholds is None and not options.cache_bytes
     library = not INTERPRETED and x.dtype == w.dtype == torch.bfloat16 and options.classes is None
     operand = operand_dtype(x.dtype, w.dtype)
     return Key(architecture, x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)

@@ -620,7 +620,10 @@ def embedding_gradients(
     d = tl.program_id(0) // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     is_row = rows < N
     is_d = (d < D)[None, :]
-    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D, 1)
+    mask = is_row[:, None] & is_d
+    # Before the loop, so that no register holds them beside the sums.
+    sums = tl.load(out, mask=mask, other=0.0)
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(tl.minimum(chunk, C - first_class), BLOCK_C))
     for tile in range(split * tiles_per_split, last_tile):
         columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -633,9 +636,7 @@ def embedding_gradients(
             inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
             w_tile = (w_tile.to(tl.float32) * inverse[:, None]).to(tl.float16)
         sums = tl.dot(g_tile.to(OPERAND), w_tile.to(OPERAND), sums, input_precision=PRECISION)
-    out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D, 1)
-    mask = is_row[:, None] & is_d
-    tl.store(out, tl.load(out, mask=mask, other=0.0) + sums, mask=mask)
+    tl.store(out, sums, mask=mask)
 
 
 @triton.jit
@@ -672,13 +673,12 @@ def _store_weight_gradient(
     if NORMALIZE:
         norm = tl.load(w_norm + classes, mask=is_class, other=1.0)
         inverse = 1 / tl.maximum(norm, EPS)
-        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
-        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
-        w_hat = w_tile.to(OPERAND).to(tl.float32) * inverse[:, None]
-        projection = tl.where((norm > EPS)[:, None], dot[:, None] * w_hat, 0.0)  # none where the norm was clamped
         if not IS_DIVIDED:
             gradient *= inverse[:, None]
-        gradient -= projection * inverse[:, None]
+        along_w = tl.where(norm > EPS, dot * inverse * inverse, 0.0)  # no projection where the norm was clamped
+        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
+        gradient -= along_w[:, None] * w_tile.to(OPERAND).to(tl.float32)
     tl.store(dw + _offsets(columns, d, D, 1), gradient.to(dw.dtype.element_ty), mask=mask)
 
 

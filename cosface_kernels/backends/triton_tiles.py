@@ -72,7 +72,7 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("class_statistics", 4, "sm_80"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)),
     ("logit_gradients", 2, "sm_80"): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 64, 4, 3)),
-    # 128 x 256 reads each operand the fewest times. 64 x 128 in 128 threads are one product of a warp group.
+    # 128 x 256 reads operands the fewest times; 64 x 128 in 128 threads are products of one warp group.
     ("class_statistics", 2, "sm_90"): (
         Tile(128, 128, 64, 8, 3),
         Tile(128, 256, 64, 8, 3),
@@ -82,17 +82,17 @@ OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
     ("embedding_gradients", 2, "sm_90"): (
         Tile(128, 64, 128, 8, 3),
-        Tile(128, 128, 128, 8, 3),
+        Tile(128, 64, 256, 8, 3),
         Tile(64, 64, 128, 4, 3),
         Tile(16, 64, 64, 4, 2),
     ),
     ("weight_gradients", 2, "sm_90"): (
         Tile(64, 128, 128, 8, 3),
-        Tile(128, 128, 128, 8, 3),
+        Tile(64, 256, 128, 8, 3),
         Tile(16, 128, 64, 4, 3),
     ),
 }
-# With options: reshaped negatives need registers.
+# With options: reshaped negatives need registers, and so do cosines that are kept.
 WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("class_statistics", 2): (Tile(64, 128, 32, 8, 3), Tile(16, 128, 32, 4, 3)),
     ("logit_gradients", 2): (Tile(64, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),

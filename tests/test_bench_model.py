@@ -1,0 +1,75 @@
+"""The model of a step on a GPU: its bounds, and that it ranks what it can."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import pytest
+
+from bench import model
+from bench.model import DEVICES, Kernel, Library
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
+
+H100 = DEVICES[1]
+
+
+def row(kernel="logit_gradients", registers=128, shared=40 << 10, **config):
+    config = {"n": 128, "c": 128, "d": 64, "warps": 8, "stages": 3} | config
+    common = {"arch": "sm_90", "variant": "plain", "dtype": "bf16 x bf16", "dim": 512, "spill_bytes": 0}
+    return {**common, "kernel": kernel, "registers": registers, "shared_bytes": shared, "config": config}
+
+
+def kernel(*arguments, N=1024, chunk=67584, **options):
+    return Kernel(row(*arguments, **options), H100, N, 10**6, 512, chunk)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "resident"),
+    [(128, 1 << 10, 8, 2), (129, 1 << 10, 8, 1), (32, 100 << 10, 8, 2), (32, 1 << 10, 4, 16), (255, 1, 16, 1)],
+)
+def test_blocks_of_a_multiprocessor_share_registers_memory_and_threads(registers, shared, warps, resident):
+    assert kernel(registers=registers, shared=shared, warps=warps).resident == resident
+
+
+def test_no_kernel_is_faster_than_its_products():
+    floor = 2 * 1024 * 10**6 * 512 / (model.SUSTAINED * H100.tflops * 1e12)
+    for name in GEMM_KERNELS:
+        for n in (16, 64, 128):
+            some = kernel(name, n=n)
+            assert some.seconds() >= floor
+            assert some.parts()["products"] >= floor
+    assert Library(row("embedding_gradients"), H100, 1024, 10**6, 512, 67584).seconds() == pytest.approx(floor)
+
+
+def test_whole_waves_leave_nothing_idle():
+    """8 row blocks for each 128 classes on 132 multiprocessors, two on each."""
+    whole, broken = kernel(chunk=128 * 33), kernel(chunk=128 * 34)
+    assert (whole.waves, broken.waves) == (1, 34 / 33)
+    assert broken.parts()["products"] == pytest.approx(whole.parts()["products"] * 2 * 33 / 34)
+
+
+def test_larger_blocks_read_less():
+    assert kernel(n=128, c=256).parts()["L2"] == pytest.approx(0.75 * kernel().parts()["L2"])
+    assert kernel(n=16).parts()["L2"] > 4 * kernel().parts()["L2"]
+
+
+def test_a_faster_device_takes_less_time():
+    rows = [row(name) for name in GEMM_KERNELS]
+    h100, _ = model.step(rows, H100, 1024, 10**6, 512)
+    h200, launches = model.step(rows, replace(H100, memory_tb=4.8), 1024, 10**6, 512)
+    assert [k.row["kernel"] for k in h200] == list(GEMM_KERNELS)
+    assert sum(k.seconds() for k in h200) <= sum(k.seconds() for k in h100)
+    assert launches == 5 + 3 * 15  # chunks in the workspace
+
+
+def test_table_of_all_devices(tmp_path, capsys):
+    rows = [{**row(name), "arch": arch} for name in GEMM_KERNELS for arch in ("sm_80", "sm_90", "sm_100")]
+    rows += [{**row(GEMM_KERNELS[0], n=256), "spill_bytes": 8}]  # which is not taken
+    file = tmp_path / "kernels.json"
+    file.write_text(json.dumps(rows))
+    args = argparse.Namespace(kernels=file, batch="256,1024", dim=512, classes=10**6, kernels_too=True)
+    assert model.run(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("|") for line in lines) == 2 + 2 * len(DEVICES)
+    assert len(lines) == 2 + 2 * len(DEVICES) * (1 + len(GEMM_KERNELS))
+    assert not any("256 x 128" in line for line in lines)
