@@ -14,7 +14,7 @@ from torch import Tensor
 
 KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
-LARGEST_TILE = 252  # classes by which the last tile may pass the end
+LARGEST_TILE = 252  # classes by which the last tile of backend `cpu` may pass the end
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -28,7 +28,8 @@ class Options:
         cache_bytes: memory that forward may fill for backward with cosines that backward would compute again. They
             are kept in 16-bit fixed point (float64 where an input is), which is off by at most 2^-16: a
             probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at s = 64. bfloat16
-            exponentials would be off by 2e-3. The loss does not change.
+            exponentials would be off by 2e-3. The loss does not change. A negative that is as near to its
+            threshold may be on its other side in backward. Backends `cpu` and `cuda`.
             With a gradient_tolerance, memory for the entries of the softmax; 0 is then as much as they take.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
             entries in the cache. 0: backward is exact.
@@ -90,6 +91,8 @@ class Options:
             differs = isinstance(value, Tensor) or value != field.default
             if differs and field.name not in {"workspace_bytes", *supported}:
                 return f"option {field.name!r} is not on this backend yet."
+        if self.cache_bytes and not self.gradient_tolerance and not self.normalize_weight:
+            return "it caches cosines alone, so that cache_bytes must be 0 without normalize_weight."
         return None
 
 

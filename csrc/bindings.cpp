@@ -53,10 +53,7 @@ struct Options {
   }
 
   cosface::Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s) const {
-    const auto address = reinterpret_cast<uintptr_t>(cache.const_data_ptr());
-    cosface::fitting("cache", cache, {cache.numel()}, at::kCPU, at::kByte);
-    TORCH_CHECK_VALUE(cache.is_contiguous() && address % 64 == 0,
-                      "cache must be contiguous and aligned to 64 bytes, as lmcl returns it.");
+    cosface::check_cache(cache, at::kCPU);
     return cosface::Inputs{x, w, y, s, classes, thresholds, negatives}.checked();
   }
 };

@@ -67,6 +67,13 @@ inline const at::Tensor& fitting(const char* name, const at::Tensor& tensor, at:
   return fitting(name, tensor, shape, device);
 }
 
+// Bytes that kernels may see as numbers.
+inline void check_cache(const at::Tensor& cache, at::Device device) {
+  fitting("cache", cache, {cache.numel()}, device, at::kByte);
+  TORCH_CHECK_VALUE(cache.is_contiguous() && reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 64 == 0,
+                    "cache must be contiguous and aligned to 64 bytes, as lmcl returns it.");
+}
+
 // What every call of the op is given.
 struct Inputs {
   const at::Tensor &x, &w, &y, &s;

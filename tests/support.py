@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,6 +78,11 @@ class Backend:
 
     def loss(self, x: Tensor, w: Tensor, labels: Tensor, **options) -> Tensor:
         return cosface_kernels.cosface_loss(x, w, labels, backend=self.name, **options)
+
+
+def where_taken(*several: dict[str, object]) -> list:
+    """Parameters of a test, each some options of the op, for the backends that take them."""
+    return [pytest.param(options, marks=pytest.mark.option(*options), id=str(options)) for options in several]
 
 
 class Dtypes(NamedTuple):

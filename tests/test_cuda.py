@@ -124,12 +124,25 @@ def test_rounding_depends_on_seed_step_and_place_alone(width, monkeypatch):
     assert torch.equal(first, moved())
 
 
-@pytest.mark.parametrize("option", [{"cache_bytes": 1000}, {"gradient_tolerance": 0.1}], ids=str)
-def test_says_which_option_it_lacks(option):
+@pytest.mark.parametrize("bytes_", [10_000, 10**6])
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
+def test_rows_move_by_cosines_that_were_kept(dtypes, some, bytes_, monkeypatch):
+    problem = make_problem(5, 900, 24, dtypes)
+    classes = torch.arange(0, 900, 2) if some else None
+    if some:
+        problem = replace(problem, targets=torch.randint(-1, 450, (5,)))
+    for chunk in ("1", "100000"):
+        monkeypatch.setenv(CHUNK, chunk)
+        for got, want in zip(*_step(problem, SGD, classes=classes, cache_bytes=bytes_), strict=True):
+            assert float((got.double() - want).norm()) <= 4 * torch.finfo(dtypes.w).eps * float(want.norm())
+
+
+def test_says_which_option_it_lacks():
     problem = make_problem(2, 5, 3)
-    (name,) = option
-    with pytest.raises(RuntimeError, match=f"'cuda_host' cannot run: option '{name}' is not on this backend yet"):
-        HOST.lmcl(problem.x, problem.w, problem.targets, problem.scale, 0.35, **option)
+    reason = "'cuda_host' cannot run: option 'gradient_tolerance' is not on this backend yet"
+    with pytest.raises(RuntimeError, match=reason):
+        HOST.lmcl(problem.x, problem.w, problem.targets, problem.scale, 0.35, gradient_tolerance=0.1)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])

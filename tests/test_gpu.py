@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from support import BF16, F16, F32, Backend, evaluate, random_upstream, relative_error
+from support import BF16, F16, F32, Backend, evaluate, random_upstream, relative_error, where_taken
 
 from cosface_kernels.optim import FusedSGD
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
+with_and_without_cache = pytest.mark.parametrize("options", where_taken({}, {"cache_bytes": 200_000}))
 
 
 def _head(backend: Backend, num_classes: int, num_samples: int, dtype: torch.dtype = torch.bfloat16, **options):
@@ -17,9 +18,10 @@ def _head(backend: Backend, num_classes: int, num_samples: int, dtype: torch.dty
     return head, x, torch.randint(num_classes, (num_samples,), device="cuda")
 
 
+@with_and_without_cache
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
-def test_a_captured_step_gives_the_results_of_an_eager_one(backend, dtypes):
-    head, x, labels = _head(backend, 3001, 48, dtype=dtypes.x)
+def test_a_captured_step_gives_the_results_of_an_eager_one(backend, dtypes, options):
+    head, x, labels = _head(backend, 3001, 48, dtype=dtypes.x, **options)
 
     def step():
         loss = head(x, labels)
@@ -42,8 +44,9 @@ def test_a_captured_step_gives_the_results_of_an_eager_one(backend, dtypes):
         assert torch.equal(got, want)
 
 
-def test_a_step_never_waits_for_the_device(backend):
-    head, x, labels = _head(backend, 3001, 48)
+@with_and_without_cache
+def test_a_step_never_waits_for_the_device(backend, options):
+    head, x, labels = _head(backend, 3001, 48, **options)
     head(x, labels).backward()  # compiles and chooses tiles
     torch.cuda.set_sync_debug_mode("error")
     try:

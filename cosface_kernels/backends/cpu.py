@@ -24,8 +24,6 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         if options.thresholds is not None:
             return "reshaped negatives with a gradient_tolerance are not on this backend yet."
         supported.add("gradient_tolerance")
-    elif options.cache_bytes and not options.normalize_weight:
-        return "it caches cosines alone, so that cache_bytes must be 0 without normalize_weight."
     return options.refusal(supported)
 
 

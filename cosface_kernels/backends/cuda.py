@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
-from cosface_kernels.options import Options, Update, empty_cache
+from cosface_kernels.options import Options, Update
 
-OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives"}
+OPTIONS = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
 
 
 def unavailable() -> str | None:
@@ -41,33 +41,35 @@ def describe() -> str:
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    return 0
+    return options.cache_size(x, w)
 
 
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    return *_C.cuda_forward(x, w, targets, scale, margin, _kernel_options(options)), empty_cache(x)
+    cache = x.new_empty(cache_size(x, w, options), dtype=torch.uint8)
+    return *_C.cuda_forward(x, w, targets, scale, margin, _kernel_options(options, cache)), cache
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.cuda_backward(*tensors[:-1], _kernel_options(options), need_dx, need_dw)
+    return _C.cuda_backward(*tensors[:-1], _kernel_options(options, tensors[-1]), need_dx, need_dw)
 
 
 def backward_update_(
     *tensors: Tensor, state: list[Tensor], finite: Tensor | None, update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    numbers = kernel_update(update)
-    return _C.cuda_backward_update(*tensors[:-1], _kernel_options(options), numbers, state, finite, need_dx)
+    kernel_options, numbers = _kernel_options(options, tensors[-1]), kernel_update(update)
+    return _C.cuda_backward_update(*tensors[:-1], kernel_options, numbers, state, finite, need_dx)
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
     _C.cuda_apply_update(w, dw, kernel_update(update), state)
 
 
-def _kernel_options(options: Options) -> Any:
+def _kernel_options(options: Options, cache: Tensor) -> Any:
     return _C.CudaOptions(
         classes=options.classes,
+        cache=cache,
         normalize_weight=options.normalize_weight,
         thresholds=options.thresholds,
         negatives=options.negatives,

@@ -16,11 +16,14 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kChunkStep = 256;          // classes; rows of a chunk stay aligned to any load
+constexpr int64_t kKeptStep = 8;             // cosines; rows of the cache stay aligned to any load
 constexpr int64_t kLaunchFlops = 1ll << 36;  // of a product with a chunk, as in triton_tiles.py
 constexpr int64_t kBlocksPerProcessor = 4;   // that share the rows of a chunk
 constexpr double kLeastUnit = 0x1p-100, kLargestUnit = 0x1p100;  // kGradientLift over a unit is finite in float
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t round_up(int64_t a, int64_t step) { return ceil_div(a, step) * step; }
 
 // What the matrix products multiply: the common dtype; a float32 weight is rounded to the bfloat16 of its
 // embeddings, as autocast would do. Not to float16, whose range a short row of an un-normalised weight would
@@ -37,7 +40,7 @@ int64_t chunk_classes(int64_t n, int64_t d, int64_t classes, int64_t class_bytes
   const int64_t largest = std::max<int64_t>(std::min(workspace_bytes / class_bytes, long_enough) / kChunkStep, 1);
   const int64_t chunks = ceil_div(classes, largest * kChunkStep);
   const int64_t chunk = classes_in_environment("COSFACE_CUDA_CHUNK").value_or(ceil_div(classes, chunks));
-  return ceil_div(std::min(chunk, classes), kChunkStep) * kChunkStep;
+  return round_up(std::min(chunk, classes), kChunkStep);
 }
 
 // out = a b, or out += a b, with sums in the dtype of out.
@@ -62,17 +65,37 @@ T* data(const Tensor& tensor) {
 void* any_data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
 Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options) {
+  check_cache(options.cache, x.device());
   return Inputs{x, w, y, s, options.classes, options.thresholds, options.negatives}.checked();
 }
+
+// The cosines that forward leaves for backward: (n, stride), of the first `classes` classes in order. No chunk
+// shows in it, for those of backward may be others than forward's.
+template <typename T>
+struct Cache {
+  Kept<T>* const cosines;
+  const int64_t stride, classes;
+
+  Cache(const Tensor& bytes, int64_t n, int64_t all)
+      : cosines(static_cast<Kept<T>*>(bytes.mutable_data_ptr())),
+        stride(width(bytes.numel() / (std::max<int64_t>(n, 1) * sizeof(Kept<T>)), round_up(all, kKeptStep))),
+        classes(std::min(stride, all)) {}
+
+ private:
+  // All, or as many whole kChunkStep as there is room for.
+  static int64_t width(int64_t room, int64_t all) { return room < all ? room / kChunkStep * kChunkStep : all; }
+};
+
+enum class Cosines { kKeep, kRecall };
 
 // One call's inputs, and a workspace that all chunks share.
 template <typename T>
 class Step {
  public:
-  // A chunk of the classes with its products made.
+  // A chunk of the classes with its products or its cosines.
   struct Part {
     Chunk<T> chunk;
-    Tensor dot;       // (N, classes)
+    Tensor dot;       // (N, classes), or memory for as many
     Tensor w, w_hat;  // (classes, D) operands; w_hat if there is a buffer for it
   };
 
@@ -93,6 +116,7 @@ class Step {
                                      chunk / kChunkStep)),
         x_inv_norm(at::empty({n}, sums)),
         w_inv_norm(normalize_weight ? at::empty({chunk}, sums) : at::ones({chunk}, sums)),
+        cache_(options.cache, n, classes),
         tau_(given.thresholds ? given.thresholds->to(sums.dtype()).contiguous() : Tensor()),
         polynomial_(given.negatives ? given.negatives->to(sums.dtype()).contiguous() : Tensor()),
         w_(with_adjacent_elements(given.w)),
@@ -101,11 +125,13 @@ class Step {
         w_operands_(w_.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, x.options())),
         dot_(at::empty({n * chunk}, sums)) {}
 
-  // Calls body(part) for the chunks in order. w_hat: (chunk, D) operands, to be filled, or undefined.
+  // Calls body(part) for the chunks in order, each of classes that are all in the cache or none. Where cosines are
+  // recalled, products are not made. w_hat: (chunk, D) operands, to be filled, or undefined.
   template <typename Body>
-  void each_part(const Tensor& w_hat, Body body) const {
-    for (int64_t first = 0; first < classes; first += chunk) {
-      const int64_t count = std::min(chunk, classes - first);
+  void each_part(Cosines cosines, const Tensor& w_hat, Body body) const {
+    for (int64_t first = 0, count; first < classes; first += count) {
+      const bool kept = first < cache_.classes;
+      count = std::min(chunk, (kept ? cache_.classes : classes) - first);
       const Tensor raw = raw_rows(first, count);
       const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, count).copy_(raw) : raw;
       Tensor hat = w_hat.defined() ? w_hat.narrow(0, 0, count) : w_hat;
@@ -115,12 +141,13 @@ class Step {
         hat = rows;
       }
       const Tensor dot = dot_.narrow(0, 0, n * count).view({n, count});
-      multiply(dot, x, rows.t(), false);
-      body(Part{{data<T>(dot), n, count, first, data<T>(x_inv_norm), data<T>(w_inv_norm), data<int64_t>(y),
-                 data<T>(s), segments, data<T>(tau_), data<T>(polynomial_)},
-                dot,
-                rows,
-                hat});
+      if (!kept || cosines == Cosines::kKeep) multiply(dot, x, rows.t(), false);
+      body(Part{
+          {data<T>(dot), n, count, first, data<T>(x_inv_norm), data<T>(w_inv_norm), data<int64_t>(y), data<T>(s),
+           segments, data<T>(tau_), data<T>(polynomial_), kept ? cache_.cosines + first : nullptr, cache_.stride},
+          dot,
+          rows,
+          hat});
     }
   }
 
@@ -151,6 +178,7 @@ class Step {
     return at::index_select_out(rows, w_, 0, chosen_.narrow(0, first, count));
   }
 
+  const Cache<T> cache_;
   const Tensor tau_, polynomial_;  // (N) and q, a, b; undefined where negatives are not reshaped
   const Tensor w_, chosen_;        // chosen_: (S), undefined where all rows take part
   const Tensor w_chosen_;          // (chunk, D), if there are chosen classes
@@ -168,7 +196,7 @@ std::array<Tensor, 5> forward_in(const Tensor& x, const Tensor& w, const Tensor&
   const Tensor sum_exp = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
   const RunningStatistics<T> running{data<T>(tops), data<T>(max_cos), data<double>(sum_exp)};
   normalize_rows<T>(rows_of(step.x), nullptr, data<T>(step.x_inv_norm), nullptr, device.stream);
-  step.each_part(Tensor(), [&](const auto& part) {
+  step.each_part(Cosines::kKeep, Tensor(), [&](const auto& part) {
     accumulate_statistics(part.chunk, running, data<T>(target_cos), device.stream);
   });
   finish_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
@@ -226,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
   const Tensor dw_hat = need_dw || update ? at::empty({step.chunk, step.d}, step.sums) : Tensor();
   const Tensor negative_dot = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
   normalize_rows<T>(rows_of(step.x), data<T>(to_x_hat), data<T>(step.x_inv_norm), any_data(x_hat), device.stream);
-  step.each_part(w_hat, [&](const auto& part) {
+  step.each_part(Cosines::kRecall, w_hat, [&](const auto& part) {
     const Tensor g = g_apart.defined() ? g_apart.narrow(0, 0, part.dot.numel()).view_as(part.dot) : part.dot;
     logit_gradients(part.chunk, upstream, data<T>(unit), any_data(g), dtype_of(g), data<double>(negative_dot),
                     device.stream);

@@ -98,6 +98,16 @@ __device__ inline double cosine(double dot, double x_inv_norm, double w_inv_norm
   return __dmul_rn(__dmul_rn(dot, x_inv_norm), w_inv_norm);
 }
 
+constexpr float kCosineStep = 1.0f / 32767;
+constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
+
+__device__ inline int16_t keep(float cos) {
+  return static_cast<int16_t>(__builtin_bit_cast(uint32_t, cos * 32767.0f + kRoundToInteger));
+}
+__device__ inline double keep(double cos) { return cos; }
+__device__ inline float recall(int16_t kept) { return kept * kCosineStep; }
+__device__ inline double recall(double kept) { return kept; }
+
 // The row of this thread: blocks are (threads of a row, rows of the block).
 __device__ int64_t this_row() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
 
@@ -141,6 +151,30 @@ __device__ void this_segment(int64_t classes, int64_t* begin, int64_t* end) {
   *end = packs * (segment + 1) / segments * kPack;
 }
 
+// The cosines of a row of a chunk with its classes from j on.
+template <int kPack, typename T>
+__device__ Pack<T, kPack> compute_cosines(const Chunk<T>& chunk, int64_t row, T x_inv_norm, int64_t j) {
+  auto pack = load<kPack>(chunk.dot + row * chunk.classes + j);
+  const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
+  for (int l = 0; l < kPack; ++l) pack.values[l] = cosine(pack.values[l], x_inv_norm, inv_norms.values[l]);
+  return pack;
+}
+
+template <int kPack, typename T>
+__device__ void keep_cosines(const Chunk<T>& chunk, int64_t row, int64_t j, const Pack<T, kPack>& cosines) {
+  Pack<Kept<T>, kPack> pack;
+  for (int l = 0; l < kPack; ++l) pack.values[l] = keep(cosines.values[l]);
+  store(chunk.kept + row * chunk.kept_stride + j, pack);
+}
+
+template <int kPack, typename T>
+__device__ Pack<T, kPack> recall_cosines(const Chunk<T>& chunk, int64_t row, int64_t j) {
+  const auto kept = load<kPack>(chunk.kept + row * chunk.kept_stride + j);
+  Pack<T, kPack> pack;
+  for (int l = 0; l < kPack; ++l) pack.values[l] = recall(kept.values[l]);
+  return pack;
+}
+
 // N and N' of a row; where negatives are not reshaped, no cosine is above its threshold.
 template <typename T>
 struct Reshape {
@@ -161,7 +195,6 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
   if (row >= chunk.n) return;
   int64_t begin, end;
   this_segment<kPack>(chunk.classes, &begin, &end);
-  const T* dot = chunk.dot + row * chunk.classes;
   const T x_inv_norm = chunk.x_inv_norm[row];
   const int64_t target = chunk.y[row] - chunk.first_class;
   const T s = chunk.s[row] == 0 ? kLeast<T> : chunk.s[row];  // e^{s cos} is 1 for both, s times infinity not nan
@@ -169,10 +202,10 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
   const Reshape<T> reshape(chunk, row);
   T top = kLowest<T>, max_cos = kLowest<T>, sum = 0;
   for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
-    const auto dots = load<kPack>(dot + j);
-    const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
+    const auto cosines = compute_cosines<kPack>(chunk, row, x_inv_norm, j);
+    if (chunk.kept != nullptr) keep_cosines(chunk, row, j, cosines);
     for (int l = 0; l < kPack; ++l) {
-      const T cos = cosine(dots.values[l], x_inv_norm, inv_norms.values[l]);
+      const T cos = cosines.values[l];
       if (j + l == target) {
         target_cos[row] = cos;
         continue;
@@ -230,7 +263,6 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
   if (row >= chunk.n) return;
   int64_t begin, end;
   this_segment<kPack>(chunk.classes, &begin, &end);
-  const T* dot = chunk.dot + row * chunk.classes;
   g += row * chunk.classes;
   const T x_inv_norm = chunk.x_inv_norm[row], s = chunk.s[row];
   const T top = upstream.top[row], log_sum = upstream.log_sum[row];
@@ -242,18 +274,18 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
 
   T negative = 0;
   for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
-    const auto dots = load<kPack>(dot + j);
-    const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
+    const auto cosines = chunk.kept == nullptr ? compute_cosines<kPack>(chunk, row, x_inv_norm, j)
+                                               : recall_cosines<kPack>(chunk, row, j);
     Pack<G, kPack> gradients;
     for (int l = 0; l < kPack; ++l) {
-      const T cos = cosine(dots.values[l], x_inv_norm, inv_norms.values[l]);
       T gradient = 0;
       if (active && j + l == target) {
         gradient = g_cos;
       } else if (active) {
-        const T shaped = reshape.value(cos);
+        const T cos = cosines.values[l], shaped = reshape.value(cos);
         const T log_p = s * (shaped - top) - log_sum;
-        const T p = std::exp(log_p > 0 ? 0 : log_p);  // should the library's products differ from forward's
+        // A cosine may be above forward's: by another product of the library, or by the rounding of a kept one.
+        const T p = std::exp(log_p > 0 ? 0 : log_p);
         negative += p * shaped;
         gradient = s * g_lse * p * reshape.slope(cos);
       }
@@ -521,7 +553,9 @@ constexpr int kChunkPack = 4;  // numbers of a chunk's row that a thread takes a
 
 template <typename T, typename Body>
 void with_chunk_shape(const Chunk<T>& chunk, Body body) {
-  with_shape<kChunkPack>(ceil_div(chunk.classes, chunk.segments), chunk.classes % kChunkPack == 0, body);
+  const bool aligned = chunk.classes % kChunkPack == 0 && chunk.kept_stride % kChunkPack == 0 &&
+                       is_aligned(chunk.kept, kChunkPack * sizeof(Kept<T>));
+  with_shape<kChunkPack>(ceil_div(chunk.classes, chunk.segments), aligned, body);
 }
 
 }  // namespace

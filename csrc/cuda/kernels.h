@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "lmcl.h"
 
@@ -31,6 +32,10 @@ struct Rows {
 template <typename T>
 void normalize_rows(const Rows& v, const T* factor, T* inv_norm, void* hat, Stream stream);
 
+// A cosine as it is kept from forward to backward: fixed point, off by at most 2^-16, or exact where T is double.
+template <typename T>
+using Kept = std::conditional_t<std::is_same_v<T, double>, double, int16_t>;
+
 // The products of a chunk: dot_ij = <x_i, w_j>, (n, classes), contiguous. Class j of the chunk is first_class + j.
 template <typename T>
 struct Chunk {
@@ -42,6 +47,10 @@ struct Chunk {
   int64_t segments;                  // blocks that share a row
   // Negatives are reshaped to N(c) = (q c + a) c + b where c > tau_i: (n), and q, a, b; or null for N(c) = c.
   const T *tau = nullptr, *polynomial = nullptr;
+  // Where cos_ij is kept, at i kept_stride + j: accumulate_statistics writes it, and logit_gradients reads it in
+  // place of dot. Or null.
+  Kept<T>* kept = nullptr;
+  int64_t kept_stride = 0;
 };
 
 // Statistics of the chunks seen so far: (segments, n) each, from `lowest` and 0 on.

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -268,10 +269,65 @@ void statistics(bool reshaped) {
   });
 }
 
+// A cache, whose rows have gaps between them, and how a chunk sees it.
 template <typename T>
-void logit_gradients(DType dtype, bool reshaped) {
-  each_logits([dtype, reshaped](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
-    const Logits<T> logits(n, classes, chunk, 16, reshaped);
+struct Cache {
+  int64_t stride;
+  Exact<cuda::Kept<T>> kept;
+
+  Cache(int64_t n, int64_t stride) : stride(stride), kept(n * stride) {}
+
+  cuda::Chunk<T> seen_by(cuda::Chunk<T> chunk) const {
+    chunk.kept = kept + chunk.first_class;
+    chunk.kept_stride = stride;
+    return chunk;
+  }
+  double cos(int64_t i, int64_t j) const {
+    const auto value = kept[i * stride + j];
+    return sizeof(T) == 8 ? static_cast<double>(value) : value / 32767.0;
+  }
+};
+
+// Fills the cache by the pass that makes statistics, which are those without it, in the same bits if its rows are
+// aligned as the chunks are; then the cosines are what it holds.
+template <typename T>
+void keep_cosines(Logits<T>& logits, int64_t segments, const Cache<T>& cache) {
+  const int64_t n = logits.n, classes = logits.classes;
+  const auto statistics = [&](auto seen) {
+    Exact<T> tops(segments * n, std::numeric_limits<T>::lowest()), target_cos(n, T(0));
+    Exact<double> sum_exp(segments * n, 0.0);
+    const Exact<T> max_cos = tops;
+    logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
+      cuda::accumulate_statistics<T>(seen(part), {tops, max_cos, sum_exp}, target_cos, nullptr);
+    });
+    return std::tuple(tops, target_cos, sum_exp);
+  };
+  const auto [tops, target_cos, sum_exp] = statistics([](const auto& part) { return part; });
+  const auto keeping = statistics([&](const auto& part) { return cache.seen_by(part); });
+  CHECK(std::get<1>(keeping).same_bits(target_cos), classes, segments);
+  if (cache.stride % 8 == 0) {
+    CHECK(std::get<0>(keeping).same_bits(tops), classes, segments);
+    CHECK(std::get<2>(keeping).same_bits(sum_exp), classes, segments);
+  }
+  const double step = sizeof(T) == 8 ? 4 * rounding(DType::kFloat64) : 0x1p-16 + 4 * rounding(DType::kFloat32);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < classes; ++j) {
+      CHECK(close(cache.cos(i, j), logits.cos(i, j), step), i, j, classes, cache.cos(i, j), logits.cos(i, j));
+      logits.dot[i * classes + j] = cache.cos(i, j) / logits.x_inv_norm[i] / logits.w_inv_norm[j];
+    }
+    for (int64_t j = i * cache.stride + classes; j < (i + 1) * cache.stride; ++j) {
+      const Exact<cuda::Kept<T>> untouched(1);
+      CHECK(std::memcmp(cache.kept + j, untouched, sizeof(untouched[0])) == 0, i, j, classes);
+    }
+  }
+}
+
+template <typename T>
+void logit_gradients(DType dtype, bool reshaped, bool cached) {
+  each_logits([dtype, reshaped, cached](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    Logits<T> logits(n, classes, chunk, 16, reshaped);
+    const Cache<T> cache(n, segments == 1 ? (classes + 7) / 8 * 8 : classes + 1);
+    if (cached) keep_cosines(logits, segments, cache);
     Exact<T> top(n), log_sum(n), g_lse(n), g_cos(n), unit(n);
     for (int64_t i = 0; i < n; ++i) {
       top[i] = static_cast<T>(logits.top(i));
@@ -285,7 +341,9 @@ void logit_gradients(DType dtype, bool reshaped) {
     const Upstream<T> upstream{top, log_sum, g_lse, g_cos};
     Exact<double> negative_dot(segments * n, 0.0);
     std::vector<double> want_dot(n, 0.0);
-    logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
+    logits.each_chunk(segments, [&](const cuda::Chunk<T>& computed) {
+      const cuda::Chunk<T> part = cached ? cache.seen_by(computed) : computed;
+      if (cached) std::fill_n(part.dot, n * part.classes, std::numeric_limits<T>::quiet_NaN());
       Exact<char> apart(n * part.classes * size_of(dtype));
       char* g = dtype == kDTypeOf<T> ? reinterpret_cast<char*>(part.dot) : apart;
       cuda::logit_gradients<T>(part, upstream, unit, g, dtype, negative_dot, nullptr);
@@ -527,7 +585,9 @@ void all() {
   for (DType dtype : operands<T>()) {
     normalize_rows<T>(dtype);
     unnormalize_rows<T>(dtype);
-    for (bool reshaped : {false, true}) logit_gradients<T>(dtype, reshaped);
+    for (bool reshaped : {false, true}) {
+      for (bool cached : {false, true}) logit_gradients<T>(dtype, reshaped, cached);
+    }
   }
   for (bool reshaped : {false, true}) statistics<T>(reshaped);
   move_rows<T>();
