@@ -29,7 +29,7 @@ class Options:
             are kept in 16-bit fixed point (float64 where an input is), which is off by at most 2^-16: a
             probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at s = 64. bfloat16
             exponentials would be off by 2e-3. The loss does not change. A negative that is as near to its
-            threshold may be on its other side in backward. Backends `cpu` and `cuda`.
+            threshold may be on its other side in backward.
             With a gradient_tolerance, memory for the entries of the softmax; 0 is then as much as they take.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
             entries in the cache. 0: backward is exact.

@@ -75,8 +75,6 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
-    if options.cache_bytes and not options.normalize_weight:
-        return "it caches cosines alone, so that cache_bytes must be 0 without normalize_weight."
     return options.refusal({"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"})
 
 

@@ -556,10 +556,8 @@ def logit_gradients(
     w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
     if KEPT:
         cos = in_steps.to(tl.float32) * COSINE_STEP
-        projection = cos / w_inverse
     else:
-        projection = dot * x_inverse[:, None]
-        cos = projection * w_inverse
+        cos = dot * x_inverse[:, None] * w_inverse
     is_target = classes[None, :] == target[:, None]
     shaped = cos
     if RESHAPE:
@@ -577,13 +575,12 @@ def logit_gradients(
     so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
     tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
-    if g.dtype.element_ty != tl.float16:
-        gradient *= w_inverse
-        cos = projection
 
     lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
     mask = is_row[:, None] & is_class[None, :]
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
+    if g.dtype.element_ty != tl.float16:
+        gradient *= w_inverse
     tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
 
 
