@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,21 +175,20 @@ def run_all(trials: Sequence[Trial], path: Path, processes: int = 2) -> list[dic
     stored = json.loads(path.read_text()) if path.exists() else {}
     missing = [trial for trial in trials if stored.get(trial.key, {}).get("schedule") != trial.schedule]
     if missing:
-        pool = ProcessPoolExecutor(
-            processes,
-            multiprocessing.get_context("spawn"),
-            initializer=be_modest,
-            max_tasks_per_child=1,
-        )
-        modest = environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-        with modest, pool, tqdm(total=len(missing), unit="trial", disable=None) as bar:
-            running = {pool.submit(trial.run): trial for trial in missing}
+        modest, threads = environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1"), ThreadPoolExecutor(processes)
+        with modest, threads, tqdm(total=len(missing), unit="trial", disable=None) as bar:
+            running = {threads.submit(in_a_process, trial): trial for trial in missing}
             for done in as_completed(running):
                 trial = running[done]
                 stored[trial.key] = {"schedule": trial.schedule, "rates": done.result()}
                 write(path, stored)
                 bar.update()
     return [stored[trial.key]["rates"] for trial in trials]
+
+
+def in_a_process(trial: Trial) -> dict[str, float]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=be_modest) as process:
+        return process.submit(trial.run).result()
 
 
 @contextmanager

@@ -106,6 +106,7 @@ def test_cuda_is_built_if_torch_and_nvcc_are_there(setup_script, monkeypatch, tm
     nvcc.parent.mkdir()
     nvcc.touch(mode=0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("COSFACE_CUDA", raising=False)
     assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in options("13.0")
     assert options(None) == ["-DCOSFACE_CUDA=OFF"]
     monkeypatch.setenv("COSFACE_CUDA", "0")

@@ -554,7 +554,8 @@ dist.destroy_process_group()
 """,
         str(tmp_path / "rendezvous"),
     )
-    first, second = done.stdout.strip().splitlines()
+    # torch 2.10 tells what gloo connects.
+    first, second = (line for line in done.stdout.splitlines() if not line.startswith("[Gloo]"))
     assert first == "moved True", done.stderr
     assert second.startswith("True DistributedDataParallel averages gradients"), done.stderr
 
