@@ -39,18 +39,8 @@ POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool,
 POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand"}
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
-INTEGERS = (
-    "N",
-    "C",
-    "splits",
-    "tiles",
-    "tiles_per_split",
-    "row_blocks",
-    "first_tile",
-    "dot_blocks",
-    "seed",
-    "step",
-)
+INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "first_tile", "dot_blocks")
+INTEGERS += ("seed", "step")
 SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
 NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
 NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")

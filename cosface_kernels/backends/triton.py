@@ -265,7 +265,10 @@ def _tuned_backward(
             stages: dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]] = {
                 "logit_gradients": (lambda: trial.logit_gradients(0), trial.sums_of_logit_gradients),
                 "embedding_gradients": (lambda: trial.embedding_gradients(0), lambda: [trial.dx_hat.sum(0)]),
-                "weight_gradients": (lambda: trial.weight_gradients(0), lambda: [trial.rows(0)]),
+                "weight_gradients": (
+                    lambda: trial.weight_gradients(0),
+                    lambda: [trial.rows(0)[: trial.classes(0)]],
+                ),
             }
             if kernel != "logit_gradients":
                 trial.logit_gradients(0)
@@ -389,7 +392,7 @@ class _Backward:
     def logit_gradients(self, first: int) -> None:
         x, w, (targets, scale, top, log_sum, g_lse, g_cos) = self.x, self.w, self.per_row
         w_norm, x_norm, cosines = self.saved
-        classes, kept = self._classes(first), cosines.shape[1]
+        classes, kept = self.classes(first), cosines.shape[1]
         tiles, kept_tiles = (triton.cdiv(c, self.of_g.c) for c in (classes, min(max(kept - first, 0), classes)))
         for first_tile, end, is_kept in ((0, kept_tiles, True), (kept_tiles, tiles, False)):
             if first_tile == end:
@@ -405,17 +408,17 @@ class _Backward:
     def embedding_gradients(self, first: int) -> None:
         x, w = self.x, self.w
         if self.of_dx == LIBRARY:
-            classes = self._classes(first)
-            return _multiply(self.dx_hat[0], self.g[:, :classes], w[first : first + classes], accumulate=True)
-        kernels.embedding_gradients[self.dx_blocks, self.splits](
-            self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.N, self.C, first, self.chunk,
-            triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
-            NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
-        )  # fmt: skip
-        return None
+            classes = self.classes(first)
+            _multiply(self.dx_hat[0], self.g[:, :classes], w[first : first + classes], accumulate=True)
+        else:
+            kernels.embedding_gradients[self.dx_blocks, self.splits](
+                self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.N, self.C, first, self.chunk,
+                triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
+                NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+            )  # fmt: skip
 
     def weight_gradients(self, first: int) -> None:
-        x, w, w_norm, classes = self.x, self.w, self.saved.w_norm, self._classes(first)
+        x, w, w_norm, classes = self.x, self.w, self.saved.w_norm, self.classes(first)
         of_class = self.class_dot, self.largest_unit, self.rows(first)
         place = self.C, first, self.chunk, self.row_blocks
         if self.of_dw == LIBRARY:
@@ -450,11 +453,12 @@ class _Backward:
 
     def sums_of_logit_gradients(self) -> list[Tensor]:
         """G and the sums that its kernel leaves, of the first chunk, as no block size changes them."""
-        classes = self._classes(0)
+        classes = self.classes(0)
         sums = [self.class_dot[:, :classes].sum(0), self.negative_dot.sum(0), self.scale_dot.sum(0)]
         return [self.g[:, :classes], *sums]
 
-    def _classes(self, first: int) -> int:
+    def classes(self, first: int) -> int:
+        """Of the chunk."""
         return min(self.chunk, self.C - first)
 
 

@@ -554,10 +554,7 @@ def logit_gradients(
     row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
     w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
-    if KEPT:
-        cos = in_steps.to(tl.float32) * COSINE_STEP
-    else:
-        cos = dot * x_inverse[:, None] * w_inverse
+    cos = in_steps.to(tl.float32) * COSINE_STEP if KEPT else dot * x_inverse[:, None] * w_inverse
     is_target = classes[None, :] == target[:, None]
     shaped = cos
     if RESHAPE:
