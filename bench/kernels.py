@@ -17,7 +17,7 @@ import torch
 
 from bench.hazards import hazards
 from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, RAGGED, Tile, row_block, table
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, RAGGED, Key, Tile, row_block, table
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
@@ -122,7 +122,8 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 # As both bfloat16 or both float32, in the same tiles.
                 if variant != "plain" and (x, w) in OTHER_DTYPES:
                     continue
-                tiles = table(kernel, arch, operand_dtype(x, w), words.isdisjoint(REGISTERS), dim)
+                plain = words.isdisjoint(REGISTERS)
+                tiles = table(kernel, Key(arch, dim, x, w, operand_dtype(x, w), bucket=0, plain=plain))
                 if variant == "plain" and x == w and not tf32:  # the others are held against it
                     tiles = dict.fromkeys((*tiles, RAGGED[kernel][-1]))
                 for tile in tiles:

@@ -9,7 +9,7 @@ import torch
 
 from bench.implementations import UnavailableError
 from cosface_kernels.backends import triton, triton_choice, triton_tiles
-from cosface_kernels.backends.triton_tiles import Tile
+from cosface_kernels.backends.triton_tiles import Key, Tile
 
 # By the kernel's name, what launches it, and its arguments.
 Hook = Callable[[str, Callable[[], None], tuple[Any, ...]], None]
@@ -19,9 +19,10 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The table's entries on this machine, for x and w of this dtype."""
     if reason := triton.unavailable():
         raise UnavailableError(f"The kernels cannot run: {reason}")
-    if triton.INTERPRETED:
-        return triton_tiles.table(kernel, triton_tiles.INTERPRETED, dtype)
-    return triton_tiles.table(kernel, "sm_{}{}".format(*torch.cuda.get_device_capability()), dtype)
+    architecture = (
+        triton_tiles.INTERPRETED if triton.INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    )
+    return triton_tiles.table(kernel, Key(architecture, 16, dtype, dtype, dtype, bucket=0))
 
 
 def name(tile: Tile) -> str:

@@ -446,7 +446,7 @@ def test_choosing_tiles_moves_nothing(backend, num_classes, chosen, monkeypatch)
     upstream = _upstream(w, num_classes - 1)
     classes = torch.arange(1, num_classes, device=backend.device) if chosen else None
     want = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
-    (tile,), timed = triton_tiles.table("weight_gradients", triton_tiles.INTERPRETED, torch.float32), []
+    tile, timed = triton_tiles.INTERPRETED_TILE, []
     tiles = (tile, replace(tile, n=16))
     for module in (triton_tiles, triton_choice):
         monkeypatch.setattr(module, "candidates", lambda *_: tiles)

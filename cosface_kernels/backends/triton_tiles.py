@@ -72,25 +72,19 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("class_statistics", 4, "sm_80"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)),
     ("logit_gradients", 2, "sm_80"): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 64, 4, 3)),
-    # 128 x 256 reads operands the fewest times; 64 x 128 in 128 threads are products of one warp group.
-    ("class_statistics", 2, "sm_90"): (
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 256, 64, 8, 3),
-        Tile(64, 128, 64, 4, 3),
-        Tile(16, 128, 32, 4, 3),
-    ),
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
     ("embedding_gradients", 2, "sm_90"): (
         Tile(128, 64, 128, 8, 3),
-        Tile(128, 64, 256, 8, 3),
         Tile(64, 64, 128, 4, 3),
         Tile(16, 64, 64, 4, 2),
     ),
-    ("weight_gradients", 2, "sm_90"): (
-        Tile(64, 128, 128, 8, 3),
-        Tile(64, 256, 128, 8, 3),
-        Tile(16, 128, 64, 4, 3),
-    ),
+}
+# Where both products take bfloat16 rows of w as they are, fewer registers are in use: last, a block that reads
+# operands the fewest times through L2.
+LARGE: dict[tuple[str, str], Tile] = {
+    ("class_statistics", "sm_90"): Tile(128, 256, 64, 8, 3),
+    ("embedding_gradients", "sm_90"): Tile(128, 64, 256, 8, 3),
+    ("weight_gradients", "sm_90"): Tile(64, 256, 128, 8, 3),
 }
 # With options: reshaped negatives need registers, and so do cosines that are kept.
 WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
@@ -119,24 +113,25 @@ INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even i
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
 
 
-def table(
-    kernel: str, architecture: str, operand: torch.dtype, plain: bool = True, dim: int = 16
-) -> tuple[Tile, ...]:
-    """The candidates, the default first."""
-    if architecture == INTERPRETED:
+def table(kernel: str, key: Key) -> tuple[Tile, ...]:
+    """The candidates for batches of any size, the default first."""
+    if key.architecture == INTERPRETED:
         return (INTERPRETED_TILE,)
-    if dim % 16:
+    if key.dim % 16:
         return RAGGED[kernel]
-    size = operand.itemsize
-    tiles = OVERRIDES.get((kernel, size, architecture), TABLE[kernel, size])
-    if not plain:
+    size = key.operand.itemsize
+    tiles = OVERRIDES.get((kernel, size, key.architecture), TABLE[kernel, size])
+    if not key.plain:
         tiles = WITH_OPTIONS.get((kernel, size), tiles)
-    return tiles[1:] if (kernel, size, architecture, plain) in TOO_LARGE else tiles
+    if (kernel, size, key.architecture, key.plain) in TOO_LARGE:
+        return tiles[1:]
+    large = LARGE.get((kernel, key.architecture)) if key.x == key.w == torch.bfloat16 and key.plain else None
+    return (*tiles, large) if large else tiles
 
 
 def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     """The table's entries for a batch of this size: with no more rows than its bucket, if there are any."""
-    tiles = table(kernel, key.architecture, key.operand, key.plain, key.dim)
+    tiles = table(kernel, key)
     smallest = min(tile.n for tile in tiles)
     fitting = tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
     return (*fitting, LIBRARY) if key.library and kernel in LIBRARY_KERNELS else fitting
