@@ -36,7 +36,7 @@ def cached(backend: Backend, bytes_: int, **options):
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 def test_gradients_are_right_to_the_rounding_of_a_cosine(backend, regime, dtypes, share):
     """p moves by s STEP, relative to itself; every gradient is a sum of terms in p."""
-    sizes = samples, classes = (20, 600) if backend.interpreted else (300, 1500)
+    sizes = samples, classes = (20, 1300) if backend.interpreted else (300, 1500)
     bytes_ = int(share * samples * classes * (8 if dtypes == F64 else 2))
     problem = backend.problem(*sizes, 40, dtypes, regime=regime)
     upstream = random_upstream(problem, "loss", "lse")
@@ -185,8 +185,8 @@ def test_nothing_is_kept_without_a_gradient(backend, monkeypatch):
     x, labels = torch.randn(3, 8, device=backend.device), torch.tensor([1, 2, 3], device=backend.device)
     asked = []
     module = BACKENDS[backend.name]
-    real = module.cache_size
-    monkeypatch.setattr(module, "cache_size", lambda x, w, options: asked.append(options) or real(x, w, options))
+    real = module.forward
+    monkeypatch.setattr(module, "forward", lambda *inputs: asked.append(inputs[-1]) or real(*inputs))
     with torch.no_grad():
         head(x, labels)
     head(x, labels)
