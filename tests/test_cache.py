@@ -31,12 +31,12 @@ def cached(backend: Backend, bytes_: int, **options):
     return partial(backend.lmcl, cache_bytes=bytes_, **options)
 
 
-@pytest.mark.parametrize("share", [0, 0.2, 0.6, 2])
+@pytest.mark.parametrize("share", [0, 0.5, 2])
 @pytest.mark.parametrize("dtypes", [F32, F64, BF16, F16], ids=str)
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 def test_gradients_are_right_to_the_rounding_of_a_cosine(backend, regime, dtypes, share):
     """p moves by s STEP, relative to itself; every gradient is a sum of terms in p."""
-    sizes = samples, classes = (20, 1300) if backend.interpreted else (300, 1500)
+    sizes = samples, classes = (20, 600) if backend.interpreted else (300, 1500)
     bytes_ = int(share * samples * classes * (8 if dtypes == F64 else 2))
     problem = backend.problem(*sizes, 40, dtypes, regime=regime)
     upstream = random_upstream(problem, "loss", "lse")
