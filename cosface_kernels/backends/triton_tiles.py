@@ -68,10 +68,16 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
 }
 # Where an architecture holds more: warp-group products read both operands from shared memory. Where it holds less:
-# on sm_80 the second block would spill 8 bytes.
+# on sm_80 and sm_100 a block of TABLE would spill 8 to 24 bytes.
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("class_statistics", 4, "sm_80"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)),
     ("logit_gradients", 2, "sm_80"): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 64, 4, 3)),
+    ("weight_gradients", 2, "sm_80"): (*TABLE["weight_gradients", 2][:2], Tile(16, 64, 64, 4, 3)),
+    ("embedding_gradients", 2, "sm_100"): (
+        Tile(128, 64, 128, 8, 2),
+        Tile(64, 64, 64, 8, 2),
+        Tile(16, 64, 64, 4, 2),
+    ),
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
     ("embedding_gradients", 2, "sm_90"): (
         Tile(128, 64, 128, 8, 3),
