@@ -17,7 +17,16 @@ import torch
 
 from bench.hazards import hazards
 from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, RAGGED, Key, Tile, row_block, table
+from cosface_kernels.backends.triton_tiles import (
+    GEMM_KERNELS,
+    RAGGED,
+    SPARSE_KERNELS,
+    Key,
+    Tile,
+    plainest,
+    row_block,
+    table,
+)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
@@ -36,11 +45,13 @@ DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that n
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
-POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand"}
+POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int64}
+POINTERS |= dict.fromkeys(("active_rows", "exact_rows", "classes", "split_classes", "keys"), torch.int32)
+POINTERS |= dict.fromkeys(("counts", "ends", "starts"), torch.int32)
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
 INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "first_tile", "dot_blocks")
-INTEGERS += ("seed", "step")
+INTEGERS += ("seed", "step", "steps", "stride", "capacity", "slots")
 SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
 NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
 NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")
@@ -114,7 +125,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
     for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
         if tf32 and arch.startswith("gfx"):  # which multiplies float32 as it is
             continue
-        for kernel in GEMM_KERNELS:
+        for kernel in (*GEMM_KERNELS, *SPARSE_KERNELS):
             for variant in _variants(kernel, arch):
                 words = set(variant.split())
                 if tf32 and "chosen" in words:  # three products in its place need more registers
@@ -123,7 +134,8 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 if variant != "plain" and (x, w) in OTHER_DTYPES:
                     continue
                 plain = words.isdisjoint(REGISTERS)
-                tiles = table(kernel, Key(arch, dim, x, w, operand_dtype(x, w), bucket=0, plain=plain))
+                key = Key(arch, dim, x, w, operand_dtype(x, w), bucket=0, plain=plain)
+                tiles = (plainest(kernel, key),) if kernel == "sample_entries" else table(kernel, key)
                 if variant == "plain" and x == w and not tf32:  # the others are held against it
                     tiles = dict.fromkeys((*tiles, RAGGED[kernel][-1]))
                 for tile in tiles:
@@ -144,7 +156,8 @@ def other_dims(architectures: list[str]) -> Iterator[Case]:
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
-# "kept" cosines; "moved" rows, whose gradient is float32. What is raw computes less, so that nothing crosses it.
+# "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one. What is raw computes less, so
+# that nothing crosses it.
 EASIER = {"reshape", "kept"}  # than both chosen and reshaped, in the same tiles: compiled for sm_90 alone
 REGISTERS = {"reshape", "raw", "kept"}  # which have tiles of their own
 VARIANTS = {
@@ -152,13 +165,17 @@ VARIANTS = {
     "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
     "merge_statistics": ("plain", "reshape", "raw", "chosen reshape"),
     "normalize_embeddings": ("plain", "raw", "chosen"),
-    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
-    "embedding_gradients": ("plain", "chosen"),
-    "weight_gradients": ("plain", "raw", "chosen moved"),
+    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept", "some"),
+    "embedding_gradients": ("plain", "chosen", "some"),
+    "weight_gradients": ("plain", "raw", "chosen moved", "some"),
     "project_weight_gradients": ("plain", "moved"),
     "finish_embedding_gradients": ("plain", "reshape"),
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
+    "keep_entries": ("plain", "raw", "chosen"),
+    "sample_entries": ("plain", "raw", "chosen"),
+    "entry_embedding_gradients": ("plain", "raw", "chosen"),
+    "entry_weight_gradients": ("plain", "raw", "chosen moved"),
 }
 
 
@@ -178,6 +195,10 @@ def other_tiles(dim: int) -> dict[str, Tile]:
         "project_weight_gradients": rows,
         "sgd_rows": rows,
         "adamw_rows": rows,
+        "pack_entries": rows,
+        "entry_gradients": rows,
+        "entry_embedding_gradients": rows,
+        "entry_weight_gradients": rows,
     }
 
 
@@ -199,7 +220,8 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     if row["shared_bytes"] > SHARED_LIMIT[case.arch]:
         limit = SHARED_LIMIT[case.arch]
         complaints.append(f"needs {row['shared_bytes']} bytes of shared memory, {case.arch} has {limit}.")
-    multiplies = case.kernel in GEMM_KERNELS and not (case.kernel == "logit_gradients" and case.has("kept"))
+    reads_cosines = case.kernel == "logit_gradients" and case.has("kept")
+    multiplies = case.kernel in (*GEMM_KERNELS, *SPARSE_KERNELS) and not reads_cosines
     if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
     complaints += hazards(compiled.asm["ttgir"])
@@ -211,17 +233,22 @@ def compile_case(case: Case):
     import triton
 
     import cosface_kernels.backends.triton_kernels as kernels
+    import cosface_kernels.backends.triton_sparse_kernels as sparse_kernels
+    from cosface_kernels.backends.triton_sparse import BLOCK, BLOCK_K, STEPS
 
     triton.runtime.driver.set_active(StandIn(case.arch))
-    function = getattr(kernels, case.kernel)
+    function = getattr(kernels if hasattr(kernels, case.kernel) else sparse_kernels, case.kernel)
     dtypes = {
         "x": case.x,
         "w": case.w,
         "operand": case.operand,
         "dw": torch.float32 if case.has("moved") else case.w,
     }
+    if case.kernel.startswith("entry_"):
+        dtypes["g"] = torch.float32
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
     numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "x_row_stride": case.dim, "x_column_stride": 1}
+    numbers["largest_cut"] = -12.0
     options = {
         "D": case.dim,
         "BLOCK_N": case.tile.n,
@@ -240,6 +267,10 @@ def compile_case(case: Case):
         "AMSGRAD": True,
         "MAY_STAY": True,
         "BLOCK_SPLITS": SPLITS,
+        "SOME": case.has("some"),
+        "BLOCK": BLOCK,
+        "BLOCK_K": BLOCK_K,
+        "STEPS": STEPS,
     }
     arguments = []  # all that precede the options
     for name in function.arg_names:

@@ -48,7 +48,7 @@ class Sparsity(NamedTuple):
     Attributes:
         dropped: (N,) float64, at most the tolerance; 0 for an exact sample.
         kept: (N,) float64, the share of the negatives that is not left out; 1 for an exact sample, one with so
-            many that dense products are faster.
+            many that dense products are faster, or more than there is room for.
     """
 
     dropped: Tensor

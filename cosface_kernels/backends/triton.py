@@ -25,6 +25,9 @@ TRIAL_FLOPS = 1 << 34  # of a product on which tiles are tried: some waves of an
 PROGRAMS_PER_PROCESSOR = 2
 ALIGNED = 4  # float32 numbers, 16 bytes, for which Triton compiles wide loads
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
+# With a gradient_tolerance a sample keeps one of so many classes, and some more where there are few. To gather its
+# two rows, an entry is predicted to take as long as three dense products with 128 classes on an H100.
+KEPT_CLASSES, KEPT_LEAST = 256, 256
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,13 +36,14 @@ INTERPRETED_PROCESSORS = 4
 
 triton: Any = None  # imported by unavailable(): a second that a machine without a GPU need not spend
 kernels: Any = None
+sparse: Any = None  # triton_sparse, for a gradient_tolerance
 
 
 @functools.cache
 def unavailable() -> str | None:
     if not INTERPRETED and not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm GPU."
-    global triton, kernels
+    global triton, kernels, sparse
     try:
         triton = importlib.import_module("triton")
         kernels = importlib.import_module("cosface_kernels.backends.triton_kernels")
@@ -47,6 +51,7 @@ def unavailable() -> str | None:
         return f"triton cannot be imported ({error})."
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_VERSION:
         return f"it needs triton {'.'.join(map(str, MIN_VERSION))} or newer, found {triton.__version__}."
+    sparse = importlib.import_module("cosface_kernels.backends.triton_sparse")
     if INTERPRETED:
         return None
     capability = torch.cuda.get_device_capability()
@@ -75,7 +80,11 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
-    return options.refusal({"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"})
+    if options.gradient_tolerance and options.thresholds is not None:
+        return "reshaped negatives with a gradient_tolerance are not on this backend yet."
+    return options.refusal(
+        {"cache_bytes", "classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds", "negatives"}
+    )
 
 
 def describe() -> str:
@@ -104,12 +113,27 @@ def forward(
             return Trial(launch, lambda: results)
 
         tile = triton_choice.choose("class_statistics", _key(x, w, options), prepare)
-        return *_forward(x, w, saved, targets, scale, margin, options, tile), cache
+        results = _forward(x, w, saved, targets, scale, margin, options, tile)
+        if options.gradient_tolerance:
+            sparse.keep(x, w, saved, targets, scale, results, options, cache)
+        return *results, cache
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    """Of the norms, and of the cosines that fit into cache_bytes."""
-    return torch.float32.itemsize * _norm_slots(x, w, options) + 2 * x.shape[0] * _kept_classes(x, w, options)
+    """Of the norms, and of the cosines that fit into cache_bytes, or of the entries that a tolerance leaves."""
+    norms = 4 * _norm_slots(x, w, options)
+    if options.gradient_tolerance:
+        return 16 * x.shape[0] + norms + 8 * x.shape[0] * entry_slots(x, w, options)
+    return norms + 2 * x.shape[0] * _kept_classes(x, w, options)
+
+
+def entry_slots(x: Tensor, w: Tensor, options: Options) -> int:
+    """Entries of a sample for which a cache has room, that of the target included."""
+    C = options.count(w)
+    most = torch.sym_min(C, C // KEPT_CLASSES + KEPT_LEAST)
+    if options.cache_bytes:
+        most = torch.sym_min(most, options.cache_bytes // (8 * torch.sym_max(x.shape[0], 1)))
+    return 1 + most
 
 
 class Saved(NamedTuple):
@@ -139,15 +163,20 @@ def _aligned(numbers: int) -> int:
 def _kept_classes(x: Tensor, w: Tensor, options: Options) -> int:
     """Those whose cosines the cache holds, in whole tiles, so that it may pass the last class."""
     step = triton_tiles.CHUNK_STEP
+    if options.gradient_tolerance:
+        return 0
     fitting = options.cache_bytes // (2 * step * torch.sym_max(x.shape[0], 1))
     return step * torch.sym_min(fitting, -(-options.count(w) // step))
 
 
 def _saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
-    slots = _norm_slots(x, w, options)
-    norms, cosines = cache[: 4 * slots].view(torch.float32), cache[4 * slots :].view(torch.int16)
-    classes = _class_slots(w, options)
-    return Saved(norms[:classes], norms[classes:], cosines.view(len(x), _kept_classes(x, w, options)))
+    kept, classes = _kept_classes(x, w, options), _class_slots(w, options)
+    if options.gradient_tolerance:
+        cache = cache[16 * len(x) :]
+    slots = 4 * _norm_slots(x, w, options)
+    norms = cache[:slots].view(torch.float32)
+    cosines = cache[slots : slots + 2 * len(x) * kept].view(torch.int16)
+    return Saved(norms[:classes], norms[classes:], cosines.view(len(x), kept))
 
 
 def _fill_norms(x: Tensor, w: Tensor, options: Options, saved: Saved) -> None:
@@ -278,6 +307,8 @@ def _tuned_backward(
         for kernel in tiles:
             if needed[kernel]:
                 tiles[kernel] = triton_choice.choose(kernel, key, functools.partial(prepare, kernel))
+        if options.gradient_tolerance:
+            return sparse.backward(x, w, saved, per_row, options, cache, need_dx, need_dw, tiles, move)
         return _backward(x, w, saved, per_row, options, need_dx, need_dw, tiles, move)
 
 
@@ -329,6 +360,8 @@ class _Backward:
     """What the chunks of a backward share, and their kernels, each on the chunk that begins with class `first`.
 
     tiles: by kernel. updates: whether rows move, by gradients in float32 that only one chunk has.
+    active_rows: (1,) int32, how many rows have a gradient, the first ones; dx of the others may be anything, and
+    dw is not written if there are none. None: it may be any of them.
     """
 
     def __init__(
@@ -342,6 +375,7 @@ class _Backward:
         need_dx: bool,
         need_dw: bool,
         updates: bool,
+        active_rows: Tensor | None = None,
     ) -> None:
         self.x, self.w, self.saved, self.per_row, self.options = x, w, saved, per_row, options
         self.of_g, self.of_dx, self.of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
@@ -354,7 +388,11 @@ class _Backward:
         self.class_tiles = triton.cdiv(self.chunk, self.of_g.c)
         self.float32 = functools.partial(x.new_empty, dtype=torch.float32)
 
+        self.some = active_rows is not None
+        self.active_rows = per_row[0] if active_rows is None else active_rows
         self.class_dot = self.float32(self.row_blocks, self.chunk)
+        if self.some:
+            self.class_dot.zero_()  # where nothing writes it
         self.negative_dot, self.target_dot = self.float32(self.class_tiles, N).zero_(), self.float32(N)
         self.reshape, self.normalize = options.thresholds is not None, options.normalize_weight
         self.scale_dot = torch.zeros_like(self.negative_dot) if self.reshape else self.negative_dot
@@ -400,9 +438,9 @@ class _Backward:
             kernels.logit_gradients[(self.row_blocks * (end - first_tile),)](
                 x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
                 *_polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot, self.scale_dot,
-                self.class_dot, cosines, self.N, self.C, kept, first, first_tile, self.chunk, self.row_blocks,
-                *x.stride(), **_blocks(self.of_g, x, w), NORMALIZE=self.normalize, RESHAPE=self.reshape,
-                CHOSEN=self.is_chosen, KEPT=is_kept,
+                self.class_dot, cosines, self.active_rows, self.N, self.C, kept, first, first_tile, self.chunk,
+                self.row_blocks, *x.stride(), **_blocks(self.of_g, x, w), NORMALIZE=self.normalize,
+                RESHAPE=self.reshape, CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some,
             )  # fmt: skip
 
     def embedding_gradients(self, first: int) -> None:
@@ -412,9 +450,9 @@ class _Backward:
             _multiply(self.dx_hat[0], self.g[:, :classes], w[first : first + classes], accumulate=True)
         else:
             kernels.embedding_gradients[self.dx_blocks, self.splits](
-                self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.N, self.C, first, self.chunk,
-                triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
-                NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+                self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.active_rows, self.N, self.C, first,
+                self.chunk, triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
+                NORMALIZE=self.normalize, CHOSEN=self.is_chosen, SOME=self.some,
             )  # fmt: skip
 
     def weight_gradients(self, first: int) -> None:
@@ -431,8 +469,8 @@ class _Backward:
         else:
             blocks = triton.cdiv(self.D, self.of_dw.d) * triton.cdiv(classes, self.of_dw.c)
             kernels.weight_gradients[(blocks,)](
-                self.g, self.x_hat, w, self.chosen, w_norm, *of_class, self.N, *place, **_blocks(self.of_dw, x, w),
-                NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+                self.g, self.x_hat, w, self.chosen, w_norm, *of_class, self.active_rows, self.N, *place,
+                **_blocks(self.of_dw, x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen, SOME=self.some,
             )  # fmt: skip
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -592,8 +630,10 @@ def _device(device: torch.device) -> Any:
 def _key(x: Tensor, w: Tensor, options: Options) -> Key:
     architecture = triton_tiles.INTERPRETED if INTERPRETED else _architecture(x.device)
     bucket = triton.next_power_of_2(len(x))
-    plain = options.normalize_weight and options.thresholds is None and not options.cache_bytes
-    library = not INTERPRETED and x.dtype == w.dtype == torch.bfloat16 and options.classes is None
+    keeps_cosines = options.cache_bytes and not options.gradient_tolerance
+    plain = options.normalize_weight and options.thresholds is None and not keeps_cosines
+    same = x.dtype == w.dtype == torch.bfloat16
+    library = not INTERPRETED and same and options.classes is None and not options.gradient_tolerance
     operand = operand_dtype(x.dtype, w.dtype)
     return Key(architecture, x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)
 

@@ -482,6 +482,7 @@ def logit_gradients(
     scale_dot,
     class_dot,
     cosines,
+    active_rows,
     N,
     C,
     kept,
@@ -501,6 +502,7 @@ def logit_gradients(
     RESHAPE: tl.constexpr,
     CHOSEN: tl.constexpr,
     KEPT: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
@@ -513,8 +515,12 @@ def logit_gradients(
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
+    active_rows: (1,), with SOME how many rows have a gradient, the first ones; a block without any writes nothing.
     """
     row_block, tile = tl.program_id(0) % row_blocks, first_tile + tl.program_id(0) // row_blocks
+    if SOME:  # noqa: SIM102  `and` would compile both
+        if row_block * BLOCK_N >= tl.load(active_rows):
+            return
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     classes = first_class + columns
@@ -588,6 +594,7 @@ def embedding_gradients(
     chosen,
     w_norm,
     dx_hat,
+    active_rows,
     N,
     C,
     first_class,
@@ -602,14 +609,18 @@ def embedding_gradients(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     """dx_hat (splits, N, D) += G w_hat of one chunk, each split of its classes into a slot of its own.
 
-    Where G is divided by |w_j|, w takes the place of w_hat.
+    Where G is divided by |w_j|, w takes the place of w_hat. With SOME, rows from active_rows on may hold anything.
 
     Grid (row blocks x column blocks, splits): at N = 256 dx has too few blocks to fill a GPU.
     """
     split = tl.program_id(1)
+    if SOME:  # noqa: SIM102
+        if tl.program_id(0) % row_blocks * BLOCK_N >= tl.load(active_rows):
+            return
     rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(0) // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     is_row = rows < N
@@ -686,6 +697,7 @@ def weight_gradients(
     class_dot,
     largest_unit,
     dw,
+    active_rows,
     N,
     C,
     first_class,
@@ -699,11 +711,17 @@ def weight_gradients(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     """dw (chunk, D), written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
 
     Grid (column blocks x class tiles of the chunk), the column blocks of a tile side by side.
+    With SOME, of the first active_rows rows; nothing is written if there are none.
     """
+    if SOME:
+        N = tl.load(active_rows)
+        if N == 0:
+            return
     column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     columns = tl.program_id(0) // column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
