@@ -353,9 +353,9 @@ SPECIALISED = {"first_class", "chunk", "x_row_stride", "x_column_stride"}
 SIZES = """
 import torch, triton
 from bench.kernels import INTEGERS, StandIn
-from cosface_kernels.backends import triton_kernels as kernels
+from cosface_kernels.backends import triton_kernels as kernels, triton_sparse_kernels as sparse_kernels
 triton.runtime.driver.set_active(StandIn("sm_80"))
-for kernel in vars(kernels).values():
+for kernel in (*vars(kernels).values(), *vars(sparse_kernels).values()):
     for parameter in getattr(kernel, "params", ()):
         if parameter.name in INTEGERS and not kernel.fn.__name__.startswith("_"):
             assert parameter.do_not_specialize, (kernel.fn.__name__, parameter.name)

@@ -224,6 +224,26 @@ def test_rows_that_move_inside_backward(backend, optimizer, monkeypatch):
     torch.testing.assert_close(heads[1], heads[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 1000])
+def test_opcheck(backend, cache_bytes):
+    i = inputs(backend, "heavy tail")
+    x, w = i.x.requires_grad_(), i.w.requires_grad_()
+    arguments = (x, w, i.targets, i.scale, 0.35, backend.name, None, cache_bytes, 1e-2)
+    torch.library.opcheck(torch.ops.cosface.lmcl, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_to_one_graph(backend):
+    i = inputs(backend, "heavy tail")
+    head = backend.head(C, i.x.shape[1], scale=60.0, gradient_tolerance=1e-2)
+    head.weight.data.copy_(i.w)
+    x, labels = i.x.requires_grad_(), i.targets.clamp_min(0)
+    head(x, labels).backward()
+    eager, head.weight.grad, x.grad = (x.grad, head.weight.grad), None, None
+    torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager")(x, labels).backward()
+    assert torch.equal(x.grad, eager[0])
+    assert torch.equal(head.weight.grad, eager[1])
+
+
 def test_reshaped_negatives_are_refused(backend):
     i = inputs(backend, "one heavy")
     with pytest.raises(RuntimeError, match="reshaped negatives with a gradient_tolerance are not on this backend"):
