@@ -45,9 +45,9 @@ DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that n
 MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
-POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int64}
+POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int64, "starts": torch.int64}
 POINTERS |= dict.fromkeys(("active_rows", "exact_rows", "classes", "split_classes", "keys"), torch.int32)
-POINTERS |= dict.fromkeys(("counts", "ends", "starts"), torch.int32)
+POINTERS |= dict.fromkeys(("counts", "ends"), torch.int32)
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
 INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "first_tile", "dot_blocks")

@@ -243,7 +243,7 @@ class _Entries:
         """places: of the entries, by class and then by sample; starts: (C + 1,), among these of each class."""
         keys, self.places = torch.sort(self.keys.flatten(), stable=True)
         classes = torch.arange(self.C + 1, dtype=torch.int32, device=keys.device)
-        self.starts = torch.searchsorted(keys, classes, out_int32=True)
+        self.starts = torch.searchsorted(keys, classes)
 
     def weight_gradients(self, dw: Tensor, first: int, classes: int, exact_rows: Tensor) -> None:
         """Of a chunk; added to what the exact samples have left there, if there are any."""

@@ -225,7 +225,7 @@ def pack_entries(
     target = tl.load(targets + row)
     tl.store(classes + row * slots, tl.where(target < 0, C, tl.minimum(target, C)).to(tl.int32))
     tl.store(cosines + row * slots, tl.load(target_cos + row))
-    place = target.to(tl.int32) * 0 + 1
+    place = 1
     for split in range(0, splits):
         count = tl.minimum(tl.load(counts + split * N + row), tl.minimum(capacity, slots - place))
         source = (row * splits + split) * capacity
@@ -361,7 +361,7 @@ def entry_weight_gradients(
     is_class = classes < C
     is_d = (d < D)[None, :]
     start = tl.load(starts + classes, mask=is_class, other=0)
-    count = tl.load(starts + classes + 1, mask=is_class, other=0) - start
+    count = (tl.load(starts + classes + 1, mask=is_class, other=0) - start).to(tl.int32)
     sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     dots = tl.zeros((BLOCK_C,), tl.float32)
     for k in range(0, tl.max(count, 0)):
