@@ -109,6 +109,8 @@ TOO_LARGE = {
     ("class_statistics", 4, "sm_100", False),
     ("class_statistics", 2, "gfx942", True),
     ("logit_gradients", 2, "gfx942", True),
+    *(("keep_entries", 2, arch, plain) for arch in ("sm_80", "sm_100", "gfx942") for plain in (True, False)),
+    *(("keep_entries", 4, "sm_80", plain) for plain in (True, False)),
 }
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
@@ -117,7 +119,7 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "logit_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
     "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
     "weight_gradients": (Tile(32, 64, 64, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "keep_entries": (Tile(32, 32, 32, 4, 1),),
+    "keep_entries": (Tile(32, 32, 32, 8, 1),),
     "sample_entries": (Tile(32, 64, 32, 4, 1),),
 }
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
