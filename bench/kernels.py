@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.hazards import hazards
+from bench.hazards import pipeline
 from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
 from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, RAGGED, Key, Tile, row_block, table
 
@@ -97,16 +97,17 @@ def run(args: argparse.Namespace) -> int:
     if not args.dim:
         cases += other_dims(architectures)
     cases = [case for case in cases if args.kernel in case.kernel]
-    rows, wrong = [], 0
+    rows, wrong = [], []
     with ProcessPoolExecutor(args.jobs) as pool:
         for row, complaints in pool.map(examine, cases):
             rows.append(row)
-            wrong += bool(complaints)
-            print(_line(row), *complaints, sep="  ", flush=True)
+            line = "  ".join((_line(row), *complaints))
+            wrong += [line] if complaints else []
+            print(line, flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{len(rows)} compiled, {wrong} not fit to run.")
+    print(f"{len(rows)} compiled, {len(wrong)} not fit to run.", *wrong, sep="\n")
     return 1 if wrong else 0
 
 
@@ -202,8 +203,9 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     multiplies = case.kernel in GEMM_KERNELS and not (case.kernel == "logit_gradients" and case.has("kept"))
     if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
-    complaints += hazards(compiled.asm["ttgir"])
-    return row, complaints
+    found = pipeline(compiled.asm["ttgir"])
+    row |= {"slots": found.slots, "pending": found.pending}
+    return row, complaints + found.hazards
 
 
 def compile_case(case: Case):
@@ -316,5 +318,6 @@ def _line(row: dict) -> str:
         f"{row['arch']:7} {row['kernel']:27} {row['variant']:14} {row['dtype']:19} "
         f"D {row['dim']:3}  {tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
         f"warps {tile['warps']} stages {tile['stages']}  registers {row['registers']:3}  "
-        f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}"
+        f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}  "
+        f"slots {row['slots']} pending {row['pending']}"
     )

@@ -64,7 +64,7 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("weight_gradients", 2): (Tile(64, 128, 128, 8, 3), Tile(64, 128, 64, 8, 3), Tile(16, 128, 64, 4, 3)),
     ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
-    ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 16, 64, 4, 2), Tile(32, 32, 32, 4, 2)),
+    ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
 }
 # Where an architecture holds more: warp-group products read both operands from shared memory. Where it holds less:
