@@ -111,8 +111,8 @@ TOO_LARGE = {
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
     "class_statistics": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "logit_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    "logit_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 32, 32, 4, 1)),
+    "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 16, 32, 4, 1)),
     "weight_gradients": (Tile(32, 64, 64, 8, 1), Tile(32, 64, 32, 4, 1)),
 }
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
