@@ -32,7 +32,7 @@ DTYPES = (
     (torch.float32, torch.bfloat16, False),
 )
 OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
-DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that no vector load divides, a long one
+DIMS = (512, 1, 64, 515, 768)  # others: one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
@@ -82,7 +82,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, separated by commas")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--dim", type=int, help=f"size of an embedding; else {DIM}, and what others change")
+    parser.add_argument(
+        "--dim",
+        default=",".join(map(str, DIMS)),
+        help="sizes of an embedding, separated by commas; of all but the first, what they change",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.set_defaults(run=run)
@@ -93,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
         print("TRITON_INTERPRET=1 is set: interpreter and compiler cannot share a process.", file=sys.stderr)
         return 2
     architectures = args.arch.split(",")
-    cases = list(all_cases(architectures, args.dim or DIM))
-    if not args.dim:
-        cases += other_dims(architectures)
+    dim, *others = map(int, args.dim.split(","))
+    cases = itertools.chain(all_cases(architectures, dim), *(plain_cases(architectures, dim) for dim in others))
     cases = [case for case in cases if args.kernel in case.kernel]
     rows, wrong = [], []
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -136,13 +139,13 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                     yield Case(kernel, arch, tile, x, w, False, dim, variant)
 
 
-def other_dims(architectures: list[str]) -> Iterator[Case]:
-    """Plain kernels of other sizes of an embedding, on one architecture; of two dtypes where rows are aligned."""
-    for dim in OTHER_DIMS:
-        for case in all_cases([arch for arch in architectures if arch == "sm_90"], dim):
-            aligned, same = dim % 16 == 0, case.x == case.w != torch.float16
-            if case.variant == "plain" and not case.tf32 and (same or not aligned):
-                yield case
+def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
+    """Without options, of two dtypes; of all on sm_90 where rows are odd, and each dtype has loads of its own."""
+    for case in all_cases(architectures, dim):
+        every = dim % 16 and case.arch == "sm_90"
+        same = case.x == case.w != torch.float16
+        if case.variant == "plain" and not case.tf32 and (same or every):
+            yield case
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;

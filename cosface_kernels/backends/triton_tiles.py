@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-MOVED, MOVED_COLUMNS = 2048, 1024  # elements and most columns of a block of rows to move: 16 a thread
+MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ TOO_LARGE = {
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
-    "class_statistics": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "logit_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 32, 32, 4, 1)),
+    "class_statistics": (Tile(64, 32, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
     "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 16, 32, 4, 1)),
-    "weight_gradients": (Tile(32, 64, 64, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "weight_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
 }
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
