@@ -176,8 +176,8 @@ ptxas info    : Compiling entry function '_ZN7cosface57_GLOBAL__N__cd_kernels_cu
 ptxas info    : Function properties for _ZN7cosface57_GLOBAL__N__cd_kernels_cu21normalize_rows_kernelIfLi32EEvPKT0_
     8 bytes stack frame, 16 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 29 registers, used 1 barriers, 32 bytes smem, 408 bytes cmem[0]
-ptxas info    : Compiling entry function '_ZN24finish_statistics_kernelIfEEvPK' for 'sm_90'
-ptxas info    : Function properties for _ZN24finish_statistics_kernelIfEEvPK
+ptxas info    : Compiling entry function '_ZN23merge_statistics_kernelIfEEvPK' for 'sm_90'
+ptxas info    : Function properties for _ZN23merge_statistics_kernelIfEEvPK
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 0 barriers, 424 bytes cmem[0]
 """  # noqa: E501
@@ -187,7 +187,7 @@ def test_report_of_the_compiler_is_read():
     spilling, clean = cuda_kernels.read_report(REPORT)
     assert (spilling["kernel"], spilling["arch"], spilling["registers"]) == ("normalize_rows", "sm_90", 29)
     assert (spilling["spill_bytes"], spilling["shared_bytes"]) == (16, 32)
-    assert (clean["kernel"], clean["registers"]) == ("finish_statistics", 40)
+    assert (clean["kernel"], clean["registers"]) == ("merge_statistics", 40)
     assert (clean["spill_bytes"], clean["shared_bytes"]) == (0, 0)
 
 

@@ -197,11 +197,11 @@ std::array<Tensor, 5> forward_in(const Tensor& x, const Tensor& w, const Tensor&
   const RunningStatistics<T> running{data<T>(tops), data<T>(max_cos), data<double>(sum_exp)};
   normalize_rows<T>(rows_of(step.x), nullptr, data<T>(step.x_inv_norm), nullptr, device.stream);
   step.each_part(Cosines::kKeep, Tensor(), [&](const auto& part) {
-    accumulate_statistics(part.chunk, running, data<T>(target_cos), device.stream);
+    class_statistics(part.chunk, running, data<T>(target_cos), device.stream);
   });
-  finish_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
-                    {data<T>(loss), data<T>(top), data<T>(log_sum), data<T>(target_cos), data<T>(max_neg)},
-                    device.stream);
+  merge_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
+                   {data<T>(loss), data<T>(top), data<T>(log_sum), data<T>(target_cos), data<T>(max_neg)},
+                   device.stream);
   return {loss, top, log_sum, target_cos, max_neg};
 }
 

@@ -190,7 +190,7 @@ struct Reshape {
 };
 
 template <typename T, int kThreads, int kPack>
-__global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T> running, T* target_cos) {
+__global__ void class_statistics_kernel(Chunk<T> chunk, RunningStatistics<T> running, T* target_cos) {
   const int64_t row = this_row();
   if (row >= chunk.n) return;
   int64_t begin, end;
@@ -233,8 +233,8 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
 }
 
 template <typename T>
-__global__ void finish_statistics_kernel(RunningStatistics<T> running, int64_t segments, int64_t n,
-                                         const int64_t* y, const T* s, T margin, Results<T> results) {
+__global__ void merge_statistics_kernel(RunningStatistics<T> running, int64_t segments, int64_t n,
+                                        const int64_t* y, const T* s, T margin, Results<T> results) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   T top = kLowest<T>, max_cos = kLowest<T>;
@@ -574,19 +574,18 @@ void normalize_rows(const Rows& v, const T* factor, T* inv_norm, void* hat, Stre
 }
 
 template <typename T>
-void accumulate_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos,
-                           Stream stream) {
+void class_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos, Stream stream) {
   with_chunk_shape(chunk, [&](auto shape) {
     using S = decltype(shape);
-    launch("accumulate_statistics", accumulate_statistics_kernel<T, S::kThreads, S::kPack>,
-           S::grid(chunk.n, chunk.segments), S::block(), stream, chunk, running, target_cos);
+    launch("class_statistics", class_statistics_kernel<T, S::kThreads, S::kPack>, S::grid(chunk.n, chunk.segments),
+           S::block(), stream, chunk, running, target_cos);
   });
 }
 
 template <typename T>
-void finish_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
-                       const T* s, T margin, const Results<T>& results, Stream stream) {
-  launch("finish_statistics", finish_statistics_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kBlock))),
+void merge_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
+                      const T* s, T margin, const Results<T>& results, Stream stream) {
+  launch("merge_statistics", merge_statistics_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kBlock))),
          dim3(kBlock), stream, running, segments, n, y, s, margin, results);
 }
 
@@ -634,9 +633,9 @@ void move_rows(const T* g, int64_t n, int64_t columns, const Weight& w, const in
 
 #define COSFACE_INSTANTIATE(T)                                                                                 \
   template void normalize_rows(const Rows&, const T*, T*, void*, Stream);                                      \
-  template void accumulate_statistics(const Chunk<T>&, const RunningStatistics<T>&, T*, Stream);               \
-  template void finish_statistics(const RunningStatistics<T>&, int64_t, int64_t, const int64_t*, const T*, T,  \
-                                  const Results<T>&, Stream);                                                  \
+  template void class_statistics(const Chunk<T>&, const RunningStatistics<T>&, T*, Stream);                    \
+  template void merge_statistics(const RunningStatistics<T>&, int64_t, int64_t, const int64_t*, const T*, T,   \
+                                 const Results<T>&, Stream);                                                   \
   template void logit_gradients(const Chunk<T>&, const Upstream<T>&, const T*, void*, DType, double*, Stream); \
   template void unnormalize_rows(const T*, const Rows&, const T*, const T*, int64_t, void*, DType, Stream);    \
   template void move_rows(const T*, int64_t, int64_t, const Weight&, const int64_t*, int64_t, const Update&,   \

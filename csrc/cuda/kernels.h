@@ -47,7 +47,7 @@ struct Chunk {
   int64_t segments;                  // blocks that share a row
   // Negatives are reshaped to N(c) = (q c + a) c + b where c > tau_i: (n), and q, a, b; or null for N(c) = c.
   const T *tau = nullptr, *polynomial = nullptr;
-  // Where cos_ij is kept, at i kept_stride + j: accumulate_statistics writes it, and logit_gradients reads it in
+  // Where cos_ij is kept, at i kept_stride + j: class_statistics writes it, and logit_gradients reads it in
   // place of dot. Or null.
   Kept<T>* kept = nullptr;
   int64_t kept_stride = 0;
@@ -62,13 +62,12 @@ struct RunningStatistics {
 
 // Also writes target_cos_i where y_i lies in the chunk.
 template <typename T>
-void accumulate_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos,
-                           Stream stream);
+void class_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos, Stream stream);
 
 // The slots of each row in order, then LMCL, given its target_cos.
 template <typename T>
-void finish_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
-                       const T* s, T margin, const Results<T>& results, Stream stream);
+void merge_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
+                      const T* s, T margin, const Results<T>& results, Stream stream);
 
 // g_ij (n, classes) from dot_ij, in the dtype of the operands: s_i g_lse_i p_ij N'(cos_ij) for j != y_i, g_cos_i
 // for j = y_i, both lifted. It may be the memory of `dot`, if their dtype is the same. negative_dot: (segments,

@@ -247,10 +247,10 @@ void statistics(bool reshaped) {
     const cuda::RunningStatistics<T> running{reshaped ? tops : max_cos, max_cos, sum_exp};
     Exact<T> loss(n), top(n), log_sum(n), target_cos(n, T(0)), max_neg(n);
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
-      cuda::accumulate_statistics(part, running, target_cos.begin(), nullptr);
+      cuda::class_statistics(part, running, target_cos.begin(), nullptr);
     });
-    cuda::finish_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35),
-                               {loss, top, log_sum, target_cos, max_neg}, nullptr);
+    cuda::merge_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35),
+                              {loss, top, log_sum, target_cos, max_neg}, nullptr);
     for (int64_t i = 0; i < n; ++i) {
       const double want_lse = logits.lse(i), tolerance = 200 * rounding(kDTypeOf<T>);
       const double want_cos = logits.y[i] < 0 ? 0 : logits.cos(i, logits.y[i]);
@@ -298,7 +298,7 @@ void keep_cosines(Logits<T>& logits, int64_t segments, const Cache<T>& cache) {
     Exact<double> sum_exp(segments * n, 0.0);
     const Exact<T> max_cos = tops;
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
-      cuda::accumulate_statistics<T>(seen(part), {tops, max_cos, sum_exp}, target_cos, nullptr);
+      cuda::class_statistics<T>(seen(part), {tops, max_cos, sum_exp}, target_cos, nullptr);
     });
     return std::tuple(tops, target_cos, sum_exp);
   };
