@@ -40,10 +40,11 @@ gpu-rehearse: $(BUILT)
 # Triton that is taken, which is torch 2.11's too, for Hopper and other sizes of an embedding as well.
 OLDEST_TRITON := 3.6.0
 kernels: $(BUILT)
-	$(BIN)/python -m bench kernels --dim 512 --json build/kernels.json
+	$(BIN)/python -m bench kernels --dim 512,515 --json build/kernels.json
 	test -d build/triton-$(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
 	  triton==$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --json build/kernels-oldest.json
+	$(BIN)/python -m bench model build/kernels.json --kernels-too
 
 # Compiles the CUDA kernels and, in an environment of its own that later calls find again, the whole extension against
 # a CUDA build of torch, for one architecture; no GPU needed.

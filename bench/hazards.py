@@ -9,6 +9,7 @@ integers, loops, loads into slots, products and waits, with everything else unkn
 
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -42,13 +43,26 @@ class Slot:
     index: int | None  # None: not known, and taken for any
 
 
-def hazards(ttgir: str) -> list[str]:
-    """A sentence for each load that may overwrite what a pending product reads."""
+@dataclass(frozen=True)
+class Pipeline:
+    """What the matrix units read while they work behind the program's back; 0 where they do not.
+
+    slots: of the smallest ring that they read. pending: most products that were issued and not waited for when a
+    slot was filled. hazards: a sentence for each load that may overwrite what a pending product reads.
+    """
+
+    slots: int
+    pending: int
+    hazards: list[str]
+
+
+def pipeline(ttgir: str) -> Pipeline:
     machine = _Machine()
     machine.run(_parse(ttgir))
     if PRODUCT.search(ttgir) and not machine.products:
-        return ["no product was reached."]
-    return sorted(machine.found)
+        return Pipeline(0, 0, ["no product was reached."])
+    slots = min((len(machine.filled[ring]) for ring in machine.read), default=0)
+    return Pipeline(slots, machine.most_pending, sorted(machine.found))
 
 
 def _parse(text: str) -> list[Op]:
@@ -69,6 +83,9 @@ class _Machine:
         self.values: dict[str, object] = {}  # names that are known: integers, truths, slots
         self.pending: list[tuple[Slot, ...]] = []  # the operands of products, the oldest first
         self.products = 0  # that were issued, of any kind
+        self.most_pending = 0
+        self.filled: defaultdict[str, set[int | None]] = defaultdict(set)  # slots, by ring
+        self.read: set[str] = set()  # rings, by products that are not waited for at once
         self.found: set[str] = set()
 
     def run(self, ops: list[Op]) -> list[str]:
@@ -127,6 +144,7 @@ class _Machine:
                 in_memory = found.groups()[" : tensor<" in text :]  # the first may be in registers
                 operands = [values.get(name) for name in in_memory]
                 self.pending.append(tuple(operand for operand in operands if isinstance(operand, Slot)))
+                self.read |= {slot.ring for slot in self.pending[-1]}
                 if len(self.pending[-1]) < len(operands):
                     self.found.add("an operand of a product cannot be followed to its slot.")
         elif "warp_group_dot_wait" in text:
@@ -143,6 +161,9 @@ class _Machine:
         return None if function is None or None in operands else function(*operands)
 
     def _write(self, slot: object) -> None:
+        self.most_pending = max(self.most_pending, len(self.pending))
+        if isinstance(slot, Slot):
+            self.filled[slot.ring].add(slot.index)
         for operands in self.pending:
             for read in operands:
                 if isinstance(slot, Slot) and slot.ring == read.ring and None in (slot.index, read.index):

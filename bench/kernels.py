@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.hazards import hazards
+from bench.hazards import pipeline
 from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
 from cosface_kernels.backends.triton_tiles import (
     GEMM_KERNELS,
@@ -41,8 +41,8 @@ DTYPES = (
     (torch.float32, torch.bfloat16, False),
 )
 OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
-DIM, OTHER_DIMS = 512, (1, 64, 515, 768)  # one number, a short row, rows that no vector load divides, a long one
-MATRIX_INSTRUCTIONS = r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)"
+DIMS = (512, 1, 64, 515, 768)  # others: one number, a short row, rows that no vector load divides, a long one
+MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
 POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int64, "starts": torch.int64}
@@ -93,7 +93,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, separated by commas")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--dim", type=int, help=f"size of an embedding; else {DIM}, and what others change")
+    parser.add_argument(
+        "--dim",
+        default=",".join(map(str, DIMS)),
+        help="sizes of an embedding, separated by commas; of all but the first, what they change",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.set_defaults(run=run)
@@ -104,26 +108,27 @@ def run(args: argparse.Namespace) -> int:
         print("TRITON_INTERPRET=1 is set: interpreter and compiler cannot share a process.", file=sys.stderr)
         return 2
     architectures = args.arch.split(",")
-    cases = list(all_cases(architectures, args.dim or DIM))
-    if not args.dim:
-        cases += other_dims(architectures)
+    dim, *others = map(int, args.dim.split(","))
+    cases = itertools.chain(all_cases(architectures, dim), *(plain_cases(architectures, dim) for dim in others))
     cases = [case for case in cases if args.kernel in case.kernel]
-    rows, wrong = [], 0
+    rows, wrong = [], []
     with ProcessPoolExecutor(args.jobs) as pool:
         for row, complaints in pool.map(examine, cases):
             rows.append(row)
-            wrong += bool(complaints)
-            print(_line(row), *complaints, sep="  ", flush=True)
+            line = "  ".join((_line(row), *complaints))
+            wrong += [line] if complaints else []
+            print(line, flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{len(rows)} compiled, {wrong} not fit to run.")
+    print(f"{len(rows)} compiled, {len(wrong)} not fit to run.", *wrong, sep="\n")
     return 1 if wrong else 0
 
 
 def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
     for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
-        if tf32 and arch.startswith("gfx"):  # which multiplies float32 as it is
+        # AMD multiplies float32 as it is; of its dtypes those whose tiles the others take.
+        if arch.startswith("gfx") and (tf32 or (x, w) in OTHER_DTYPES):
             continue
         for kernel in (*GEMM_KERNELS, *SPARSE_KERNELS):
             for variant in _variants(kernel, arch):
@@ -146,13 +151,13 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                     yield Case(kernel, arch, tile, x, w, False, dim, variant)
 
 
-def other_dims(architectures: list[str]) -> Iterator[Case]:
-    """Plain kernels of other sizes of an embedding, on one architecture; of two dtypes where rows are aligned."""
-    for dim in OTHER_DIMS:
-        for case in all_cases([arch for arch in architectures if arch == "sm_90"], dim):
-            aligned, same = dim % 16 == 0, case.x == case.w != torch.float16
-            if case.variant == "plain" and not case.tf32 and (same or not aligned):
-                yield case
+def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
+    """Without options, of two dtypes; of all on sm_90 where rows are odd, and each dtype has loads of its own."""
+    for case in all_cases(architectures, dim):
+        every = dim % 16 and case.arch == "sm_90"
+        same = case.x == case.w != torch.float16
+        if case.variant == "plain" and not case.tf32 and (same or every):
+            yield case
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
@@ -224,8 +229,9 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     multiplies = case.kernel in (*GEMM_KERNELS, *SPARSE_KERNELS) and not reads_cosines
     if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
-    complaints += hazards(compiled.asm["ttgir"])
-    return row, complaints
+    found = pipeline(compiled.asm["ttgir"])
+    row |= {"slots": found.slots, "pending": found.pending}
+    return row, complaints + found.hazards
 
 
 def compile_case(case: Case):
@@ -305,14 +311,12 @@ class StandIn:
 def _read_nvidia(compiled) -> dict:
     import triton
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, listing = (
-            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, options in (("cuobjdump", ["-res-usage"]), ("nvdisasm", []))
-        )
+        command = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def resource(name: str) -> int:
         return int(re.search(rf"\b{name}:(\d+)", usage)[1])
@@ -321,7 +325,7 @@ def _read_nvidia(compiled) -> dict:
         "registers": resource("REG"),
         "spill_bytes": resource("STACK") + resource("LOCAL"),
         "shared_bytes": compiled.metadata.shared,
-        "tensor_core_ops": len(re.findall(MATRIX_INSTRUCTIONS, listing)),
+        "tensor_core_ops": len(re.findall(MATRIX_INSTRUCTIONS, compiled.asm["ptx"])),
         "ptx_features": [feature for feature in FEATURES if feature in compiled.asm["ptx"]],
     }
 
@@ -347,5 +351,6 @@ def _line(row: dict) -> str:
         f"{row['arch']:7} {row['kernel']:27} {row['variant']:14} {row['dtype']:19} "
         f"D {row['dim']:3}  {tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
         f"warps {tile['warps']} stages {tile['stages']}  registers {row['registers']:3}  "
-        f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}"
+        f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}  "
+        f"slots {row['slots']} pending {row['pending']}"
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, LIBRARY_KERNELS, chunk_classes
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, LIBRARY_KERNELS, Tile, chunk_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor; registers are given out in eights
@@ -115,9 +115,12 @@ class Kernel:
         parts = self.parts()
         return max(parts["products"], parts["L2"], parts["memory"]) + parts["epilogue"]
 
+    @property
+    def tile(self) -> str:
+        return str(Tile(**self.row["config"]))
+
     def describe(self) -> str:
-        tile = "{n} x {c} x {d}, {warps} warps, {stages} stages".format(**self.row["config"])
-        return f"{tile}; {self.resident} blocks a multiprocessor, {self.waves:.2f} waves a launch"
+        return f"{self.tile}; {self.resident} blocks a multiprocessor, {self.waves:.2f} waves a launch"
 
 
 class Library(Kernel):
@@ -140,17 +143,9 @@ def step(rows: list[dict], device: Device, N: int, C: int, D: int) -> tuple[list
     found: list[Kernel] = []
     chunk = C
     for name in GEMM_KERNELS:
-        kernels = []
-        for row in rows:
-            if (row["kernel"], row["arch"], row["dim"]) != (name, device.arch, D) or not _fits(row, N):
-                continue
-            n, c = row["config"]["n"], row["config"]["c"]
-            if name == "logit_gradients":
-                chunk = chunk_classes(
-                    N, D, C, class_bytes=BYTES * N + 4 * -(-N // n), workspace_bytes=WORKSPACE_BYTES,
-                    row_blocks=-(-N // n), block_c=c, processors=device.processors,
-                )  # fmt: skip
-            kernels.append(Kernel(row, device, N, C, D, C if name == "class_statistics" else chunk))
+        kernels = [
+            _kernel(row, device, N, C, D, chunk) for row in _plain(rows, device, N, D) if row["kernel"] == name
+        ]
         if name in LIBRARY_KERNELS:
             kernels.append(Library({"kernel": name}, device, N, C, D, chunk))
         found.append(min(kernels, key=Kernel.seconds))
@@ -158,9 +153,31 @@ def step(rows: list[dict], device: Device, N: int, C: int, D: int) -> tuple[list
     return found, 5 + 3 * -(-C // chunk)
 
 
+def _kernel(row: dict, device: Device, N: int, C: int, D: int, chunk: int = 0) -> Kernel:
+    """In chunks of so many classes; 0: what logit_gradients would ask for with its blocks. Forward has none."""
+    config = row["config"]
+    if row["kernel"] == "class_statistics":
+        chunk = C
+    elif row["kernel"] == "logit_gradients" or not chunk:
+        row_blocks = -(-N // config["n"])
+        chunk = chunk_classes(
+            N, D, C, class_bytes=BYTES * N + 4 * row_blocks, workspace_bytes=WORKSPACE_BYTES,
+            row_blocks=row_blocks, block_c=config["c"], processors=device.processors,
+        )  # fmt: skip
+    return Kernel(row, device, N, C, D, chunk)
+
+
+def _plain(rows: list[dict], device: Device, N: int, D: int) -> Iterator[dict]:
+    """Those in bfloat16 without options that do not spill, but for the plainest tile; with at most N samples."""
+    for row in rows:
+        plain = (row["arch"], row["dim"], row["variant"], row["dtype"]) == (device.arch, D, "plain", "bf16 x bf16")
+        product = row["kernel"] in GEMM_KERNELS and row["config"]["stages"] > 1
+        if plain and product and not row["spill_bytes"] and _fits(row, N):
+            yield row
+
+
 def _fits(row: dict, N: int) -> bool:
-    plain = row["variant"] == "plain" and row["dtype"] == "bf16 x bf16" and not row["spill_bytes"]
-    return plain and row["config"]["n"] <= N and row["config"]["stages"] > 1
+    return row["config"]["n"] <= N
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -174,18 +191,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", default="256,1024,4096", help="samples, separated by commas")
     parser.add_argument("--dim", type=int, default=512, help="size of an embedding, one that FILE has")
     parser.add_argument("--classes", type=int, default=1_000_000)
-    parser.add_argument("--kernels-too", action="store_true", help="a line for each large kernel as well")
+    parser.add_argument("--kernels-too", action="store_true", help="what bounds each kernel, and every other tile")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = json.loads(args.kernels.read_text())
+    rows, batches = json.loads(args.kernels.read_text()), [int(N) for N in args.batch.split(",")]
     print("| GPU | N | ms | TFLOP/s at 8NCD | of the 8192^3 rate | host, ms | bound by |")
     print("|---|---|---|---|---|---|---|")
-    for device in DEVICES:
-        for N in map(int, args.batch.split(",")):
+    for device in _compiled_for(rows):
+        for N in batches:
             print(*_lines(rows, device, N, args.classes, args.dim, args.kernels_too), sep="\n")
+    if args.kernels_too:
+        print(*_tiles(rows, batches, args.classes, args.dim), sep="\n")
     return 0
+
+
+def _compiled_for(rows: list[dict]) -> list[Device]:
+    return [device for device in DEVICES if any(row["arch"] == device.arch for row in rows)]
 
 
 def _lines(rows: list[dict], device: Device, N: int, C: int, D: int, kernels_too: bool) -> Iterator[str]:
@@ -204,3 +227,18 @@ def _lines(rows: list[dict], device: Device, N: int, C: int, D: int, kernels_too
         for kernel in kernels:
             parts = ", ".join(f"{bound} {1e3 * part:.2f}" for bound, part in kernel.parts().items())
             yield f"{kernel.row['kernel']}: {1e3 * kernel.seconds():.2f} ms, {kernel.describe()}; {parts}"
+
+
+def _tiles(rows: list[dict], batches: list[int], C: int, D: int) -> Iterator[str]:
+    """A row for each plain tile in bfloat16: what it takes, and its waves and time for each batch."""
+    each = [f"N = {N}: waves, ms" for N in batches]
+    columns = ("GPU", "kernel", "tile", "registers", "shared", "slots", "pending", "blocks", *each)
+    yield "\n" + f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for device in _compiled_for(rows):
+        for row in _plain(rows, device, max(batches), D):
+            kernels = [_kernel(row, device, N, C, D) for N in batches]
+            times = [f"{k.waves:.2f}, {1e3 * k.seconds():.2f}" if _fits(row, k.N) else "" for k in kernels]
+            known = [row[what] for what in ("registers", "shared_bytes", "slots", "pending")]
+            cells = [device.name, row["kernel"], kernels[0].tile, *known, kernels[0].resident, *times]
+            yield f"| {' | '.join(map(str, cells))} |"

@@ -43,6 +43,7 @@ from cosface_kernels import ops
 from cosface_kernels.backends import cpu, select
 from cosface_kernels.distributed import Exchange, agreed, own_classes, own_rows, shard_like
 from cosface_kernels.options import Options, Update
+from cosface_kernels.validation import is_capturing
 
 MARK = "_moves_in_backward"  # attribute of a weight that has or had an owner, which torch.compile can look at
 OWNERSHIP = "_ownership"  # the attribute that is its Ownership
@@ -372,6 +373,12 @@ class RowOptimizer(Optimizer):
             )
 
     def _check_fits(self, weight: Tensor) -> None:
+        if is_capturing():
+            raise RuntimeError(
+                f"A CUDA graph would move a weight of shape {tuple(weight.shape)} by the learning rate, the step "
+                "count and the random numbers of its capture at every replay: construct the optimizer with "
+                "accumulate=True and call step() outside of the graph."
+            )
         _check_group(self._group_of(weight))
         _check_weight(weight)
         self._check_state(weight, self.state.get(weight, {}))

@@ -23,6 +23,11 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def is_capturing() -> bool:
+    """Whether what runs now is recorded for a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def check_positive(name: str, value: int) -> None:
     if not isinstance(value, numbers.Integral) or value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")

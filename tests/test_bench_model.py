@@ -16,7 +16,8 @@ H100 = DEVICES[1]
 def row(kernel="logit_gradients", registers=128, shared=40 << 10, **config):
     config = {"n": 128, "c": 128, "d": 64, "warps": 8, "stages": 3} | config
     common = {"arch": "sm_90", "variant": "plain", "dtype": "bf16 x bf16", "dim": 512, "spill_bytes": 0}
-    return {**common, "kernel": kernel, "registers": registers, "shared_bytes": shared, "config": config}
+    found = {"registers": registers, "shared_bytes": shared, "slots": 3, "pending": 1}
+    return {**common, **found, "kernel": kernel, "config": config}
 
 
 def kernel(*arguments, N=1024, chunk=67584, **options):
@@ -70,6 +71,22 @@ def test_table_of_all_devices(tmp_path, capsys):
     args = argparse.Namespace(kernels=file, batch="256,1024", dim=512, classes=10**6, kernels_too=True)
     assert model.run(args) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("|") for line in lines) == 2 + 2 * len(DEVICES)
-    assert len(lines) == 2 + 2 * len(DEVICES) * (1 + len(GEMM_KERNELS))
+    steps, tiles = lines[: lines.index("")], lines[lines.index("") + 1 :]
+    assert sum(line.startswith("|") for line in steps) == 2 + 2 * len(DEVICES)
+    assert len(steps) == 2 + 2 * len(DEVICES) * (1 + len(GEMM_KERNELS))
+    assert len(tiles) == 2 + len(DEVICES) * len(GEMM_KERNELS)
     assert not any("256 x 128" in line for line in lines)
+
+
+def test_every_tile_is_listed_with_its_waves_and_its_time(tmp_path, capsys):
+    rows = [row(name, **config) for name in GEMM_KERNELS for config in ({"n": 16}, {"registers": 255})]
+    file = tmp_path / "kernels.json"
+    file.write_text(json.dumps(rows))
+    args = argparse.Namespace(kernels=file, batch="64,1024", dim=512, classes=10**6, kernels_too=True)
+    assert model.run(args) == 0
+    output = capsys.readouterr().out
+    assert not any(device.name in output for device in DEVICES if device.arch != "sm_90")
+    small, large = (line for line in output.splitlines() if line.startswith("| H100 | logit_gradients"))
+    assert ("16 x 128" in small, "128 x 128" in large) == (True, True)
+    want = kernel(registers=255, chunk=model.step([rows[3], *rows], H100, 1024, 10**6, 512)[0][1].chunk)
+    assert large.endswith(f"| 255 | 40960 | 3 | 1 | 1 |  | {want.waves:.2f}, {1e3 * want.seconds():.2f} |")

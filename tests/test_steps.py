@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support import run_python
 from torch import nn
 
-from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, checkpoint, margin_softmax_loss
+from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, checkpoint, margin_softmax_loss, optim
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.sampling import ClassSampler
@@ -490,6 +490,36 @@ def test_a_weight_that_cannot_be_moved_is_refused_in_forward(change, message):
     with pytest.raises(ValueError, match=message):
         usual(head)
     assert not optimizer.state
+
+
+@rules
+def test_a_capture_for_a_cuda_graph_is_refused_before_anything_moves(fused, torchs, options, monkeypatch):
+    head = make_head()
+    optimizer = fused(head.parameters(), **options)
+    before = head.weight.detach().clone()
+    monkeypatch.setattr(optim, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"shape \(60, 16\) by the learning rate, the step count"):
+        head(*batch())
+    monkeypatch.undo()
+    assert torch.equal(head.weight, before)
+    head(*batch()).backward()
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
+@rules
+def test_what_accumulates_can_be_captured_but_for_its_step(fused, torchs, options, monkeypatch):
+    pair = Pair(fused, torchs, options, accumulate=True)
+    before = pair.heads[0].weight.detach().clone()
+    monkeypatch.setattr(optim, "is_capturing", lambda: True)
+    for head in pair.heads:
+        head(*batch()).backward()
+    with pytest.raises(RuntimeError, match="A CUDA graph would move a weight"):
+        pair.optimizers[0].step()
+    assert torch.equal(pair.heads[0].weight, before)
+    monkeypatch.undo()
+    pair.step(lambda head, optimizer: None)
+    pair.check()
 
 
 def test_a_weight_whose_memory_was_replaced_before_backward_is_refused():

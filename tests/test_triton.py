@@ -24,7 +24,7 @@ from support import (
 )
 
 from bench import launches
-from bench.hazards import hazards
+from bench.hazards import pipeline
 from cosface_kernels import cosface_loss
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends import triton_tiles
@@ -273,14 +273,14 @@ RACE = """
 import sys
 import torch, triton
 from bench import launches
-from bench.hazards import hazards
+from bench.hazards import pipeline
 from bench.kernels import StandIn
 from racing_kernel import product_and_squares
 triton.runtime.driver.set_active(StandIn("sm_90"))
 b, f = torch.bfloat16, torch.float32
 blocks = {"D": 512, "BLOCK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 compiled = product_and_squares.warmup(b, b, f, f, grid=(1,), **blocks)
-print(*hazards(compiled.asm["ttgir"]), sep="\\n")
+print(*pipeline(compiled.asm["ttgir"]).hazards, sep="\\n")
 """
 
 
@@ -326,25 +326,32 @@ COPY = "%t = ttg.async_copy_global_to_local %pointers, %next : tensor<64x64x!tt.
     ],
 )
 def test_a_ring_has_a_slot_for_each_tile_on_its_way_and_each_pending_product(slots, ahead, pending, racing):
-    text = RING.format(slots=slots, ahead=ahead, pending=pending, after="")
-    assert bool(hazards(text)) == racing, hazards(text)
+    found = pipeline(RING.format(slots=slots, ahead=ahead, pending=pending, after=""))
+    assert bool(found.hazards) == racing, found
+    assert (found.slots, found.pending) == (slots, pending)
+
+
+def hazards_of(text):
+    return pipeline(text).hazards
 
 
 def test_the_first_loads_of_a_next_loop_wait_for_the_last_products():
-    assert hazards(RING.format(slots=3, ahead=2, pending=1, after="")) == []
+    assert hazards_of(RING.format(slots=3, ahead=2, pending=1, after="")) == []
     last = RING.format(slots=1, ahead=0, pending=0, after=COPY)
-    assert hazards(last) == []
-    assert hazards(RING.format(slots=3, ahead=2, pending=1, after=COPY.replace("%next", "%tile"))) != []
+    assert hazards_of(last) == []
+    assert hazards_of(RING.format(slots=3, ahead=2, pending=1, after=COPY.replace("%next", "%tile"))) != []
     waited = "%w = ttng.warp_group_dot_wait %done {pendings = 0 : i32} : tensor<64x64xf32>\n  "
-    assert hazards(RING.format(slots=3, ahead=2, pending=1, after=waited + COPY.replace("%next", "%tile"))) == []
+    assert (
+        hazards_of(RING.format(slots=3, ahead=2, pending=1, after=waited + COPY.replace("%next", "%tile"))) == []
+    )
 
 
 def test_a_product_that_cannot_be_followed_is_a_complaint():
     text = RING.format(slots=3, ahead=2, pending=1, after="")
-    assert hazards(text.replace("dot %tile, %tile", "dot %tile, %lost")) == [
+    assert hazards_of(text.replace("dot %tile, %tile", "dot %tile, %lost")) == [
         "an operand of a product cannot be followed to its slot."
     ]
-    assert hazards(text.replace("to %many", "to %c0_i32")) == ["no product was reached."]
+    assert hazards_of(text.replace("to %many", "to %c0_i32")) == ["no product was reached."]
 
 
 # -- launches ----------------------------------------------------------------------------------------------------

@@ -139,12 +139,12 @@ def test_deterministic_algorithms_are_the_first_that_is_right(fresh, monkeypatch
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(fresh, monkeypatch):
-    monkeypatch.setattr(triton_choice, "_is_capturing", lambda: True)
+    monkeypatch.setattr(triton_choice, "is_capturing", lambda: True)
     assert choose(KERNEL, KEY, lambda tile: pytest.fail("tried")) == plainest(KERNEL, KEY)
-    monkeypatch.setattr(triton_choice, "_is_capturing", lambda: False)
+    monkeypatch.setattr(triton_choice, "is_capturing", lambda: False)
     device = Device()
     chosen = choose(KERNEL, KEY, device.prepare)
-    monkeypatch.setattr(triton_choice, "_is_capturing", lambda: True)
+    monkeypatch.setattr(triton_choice, "is_capturing", lambda: True)
     assert choose(KERNEL, KEY, lambda tile: pytest.fail("tried")) == chosen
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends.triton_tiles import Key, Tile, candidates, plainest
+from cosface_kernels.validation import is_capturing
 
 WARM_UP_MS, TIMED_MS = 5, 25
 # Of a row's length. Other blocks round otherwise, and the exponential of a logit of 64 makes 1e-5 of a float32's
@@ -57,7 +58,7 @@ def choose(kernel: str, key: Key, prepare: Prepare) -> Tile:
     _latest[kernel, family] = key.bucket
     if found := _chosen.get((kernel, key)) or (not again and _of_larger(kernel, key)):
         return found
-    if _is_capturing():
+    if is_capturing():
         return plainest(kernel, key)
     right = [tile for tile in tiles if _is_right(kernel, key, tile, prepare)] or [plainest(kernel, key)]
     if len(right) > 1 and not torch.are_deterministic_algorithms_enabled():
@@ -81,10 +82,6 @@ def _of_larger(kernel: str, key: Key) -> Tile | None:
 def _family(key: Key) -> Key:
     """The key of batches of any size."""
     return dataclasses.replace(key, bucket=0)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_right(kernel: str, key: Key, tile: Tile, prepare: Prepare) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-MOVED, MOVED_COLUMNS = 2048, 1024  # elements and most columns of a block of rows to move: 16 a thread
+MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("weight_gradients", 2): (Tile(64, 128, 128, 8, 3), Tile(64, 128, 64, 8, 3), Tile(16, 128, 64, 4, 3)),
     ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
-    ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 16, 64, 4, 2), Tile(32, 32, 32, 4, 2)),
+    ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
     ("keep_entries", 2): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(16, 128, 32, 4, 3)),
     ("keep_entries", 4): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
@@ -115,10 +115,10 @@ TOO_LARGE = {
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
-    "class_statistics": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "logit_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
-    "weight_gradients": (Tile(32, 64, 64, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "class_statistics": (Tile(64, 32, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 16, 32, 4, 1)),
+    "weight_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
     "keep_entries": (Tile(32, 32, 32, 8, 1),),
     "sample_entries": (Tile(32, 64, 32, 4, 1),),
 }
