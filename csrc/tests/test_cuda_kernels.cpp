@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <random>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -123,11 +124,11 @@ void project_rows(DType dtype) {
       v.scale_row(2, kNan);
     }
     for (DType out_dtype : {dtype, kDTypeOf<T>}) {
-      for (int64_t step : {0, 1}) {
+      for (auto [step, divided] : {std::pair<int64_t, bool>{0, false}, {1, false}, {0, true}, {1, true}}) {
         Exact<char> out(v.n * v.columns * size_of(out_dtype));
-        cuda::project_rows<T>(g_rows, v.rows(), inv_norm, factor, step, out, out_dtype, nullptr);
+        cuda::project_rows<T>(g_rows, divided, v.rows(), inv_norm, factor, step, out, out_dtype, nullptr);
         for (int64_t i = 0; i < v.n; ++i) {
-          const double by = factor[i * step];
+          const double by = factor[i * step] * (divided ? 1.0 : double{inv_norm[i]});
           double dot = 0, size = 0;
           for (int64_t k = 0; k < v.columns; ++k) {
             const double term = g_rows[i * v.columns + k] * v(i, k) * inv_norm[i];
