@@ -142,7 +142,8 @@ void project_rows(DType dtype) {
             const double tolerance = rounding(out_dtype) * std::fabs(want) +
                                      8 * rounding(kDTypeOf<T>) * by * (std::fabs(g) + (i == 2 ? 0 : size)) +
                                      (out_dtype == DType::kFloat16 ? 1e-7 : 0);
-            CHECK(close(got, want, tolerance), i, k, v.columns, step, got, want);
+            const bool overflows = out_dtype == DType::kFloat16 && std::fabs(want) > 65000;
+            CHECK(overflows || close(got, want, tolerance), i, k, v.columns, step, divided, got, want);
           }
         }
       }
