@@ -86,7 +86,7 @@ void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T
 
 // The gradient of v from that of v_hat = v / max(|v|, eps), which may be divided by |v_i| already:
 //   out_i = factor_i (g_i - <g_i, v_hat_i> v_hat_i) / |v_i|,
-// without the projection for a row whose norm was clamped, and 0 where the factor is: not where |v_i| is infinite.
+// without the projection for a row whose norm was clamped, and 0 where the factor is; nan where |v_i| is infinite.
 // g and out are (n, columns), contiguous; out is in the dtype of v, or in T. factor_step is 1 for a factor per
 // row, 0 for one of all.
 template <typename T>
