@@ -43,6 +43,7 @@ DTYPES = (
 OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
 DIMS = (512, 1, 64, 515, 768)  # others: one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
+NARROW = r"\b(ld|st)\.global[.\w]*\.[bu]16 "  # a load or a store of one 16-bit number
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
 POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int64, "starts": torch.int64}
@@ -163,7 +164,7 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
 # "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one. What is raw computes less, so
 # that nothing crosses it.
-EASIER = {"reshape", "kept"}  # than both chosen and reshaped, in the same tiles: compiled for sm_90 alone
+EASIER = {"reshape", "raw", "kept", "some"}  # than chosen and reshaped, in the same tiles: compiled for sm_90 alone
 REGISTERS = {"reshape", "raw", "kept"}  # which have tiles of their own
 VARIANTS = {
     "class_norms": ("plain", "chosen"),
@@ -229,6 +230,8 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     multiplies = case.kernel in (*GEMM_KERNELS, *SPARSE_KERNELS) and not reads_cosines
     if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
+    if case.kernel in GEMM_KERNELS and case.dim % 16 == 0 and row.get("narrow"):
+        complaints.append(f"moves 16-bit numbers one at a time, in {row['narrow']} places.")
     found = pipeline(compiled.asm["ttgir"])
     row |= {"slots": found.slots, "pending": found.pending}
     return row, complaints + found.hazards
@@ -326,6 +329,7 @@ def _read_nvidia(compiled) -> dict:
         "spill_bytes": resource("STACK") + resource("LOCAL"),
         "shared_bytes": compiled.metadata.shared,
         "tensor_core_ops": len(re.findall(MATRIX_INSTRUCTIONS, compiled.asm["ptx"])),
+        "narrow": len(re.findall(NARROW, compiled.asm["ptx"])),
         "ptx_features": [feature for feature in FEATURES if feature in compiled.asm["ptx"]],
     }
 

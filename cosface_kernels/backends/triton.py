@@ -398,8 +398,8 @@ class _Backward:
         self.scale_dot = torch.zeros_like(self.negative_dot) if self.reshape else self.negative_dot
         half = operand_dtype(x.dtype, w.dtype)
         self.g, self.x_hat = x.new_empty(N, self.chunk, dtype=half), x.new_empty(N, D, dtype=half)
-        # Products read G also where a ragged last chunk has no class. What they find must be a number, one of a
-        # chunk before, or 0 if there is none: zeros of w and rows of dw that are not stored take it away.
+        # Products read G also where a ragged last chunk has no class. What they find must be a number, of a tile
+        # past the last class, of a chunk before, or 0: zeros of w and rows of dw that are not stored take it away.
         self.g[:, self.C :] = 0
         self.dx_blocks, self.tiles_per_split, self.splits = self._splits_of_dx()
         self.dx_hat = self.float32(self.splits, N, D).zero_() if need_dx else self.float32(0)
@@ -628,18 +628,20 @@ def _device(device: torch.device) -> Any:
 
 
 def _key(x: Tensor, w: Tensor, options: Options) -> Key:
-    architecture = triton_tiles.INTERPRETED if INTERPRETED else _architecture(x.device)
     bucket = triton.next_power_of_2(len(x))
     keeps_cosines = options.cache_bytes and not options.gradient_tolerance
     plain = options.normalize_weight and options.thresholds is None and not keeps_cosines
     same = x.dtype == w.dtype == torch.bfloat16
     library = not INTERPRETED and same and options.classes is None and not options.gradient_tolerance
     operand = operand_dtype(x.dtype, w.dtype)
-    return Key(architecture, x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)
+    return Key(architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """As the table of tiles names it."""
+    if INTERPRETED:
+        return triton_tiles.INTERPRETED
     if torch.version.hip is not None:
         return str(_device(device).gcnArchName).split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

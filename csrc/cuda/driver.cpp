@@ -217,12 +217,12 @@ Tensor units(const Tensor& s, const Tensor& g_lse, const Tensor& g_cos) {
 
 // out from g; where the kernel does not write the dtype of out, over g and by a copy.
 template <typename T>
-void project(const Tensor& g, const Tensor& v, const T* inv_norm, const Tensor& factor, const Tensor& out,
-             Stream stream) {
+void project(const Tensor& g, bool divided, const Tensor& v, const T* inv_norm, const Tensor& factor,
+             const Tensor& out, Stream stream) {
   const bool direct = out.scalar_type() == v.scalar_type() || out.scalar_type() == g.scalar_type();
   const Tensor result = direct ? out : g;
   const int64_t factor_step = factor.dim();  // a row each, or one number
-  project_rows<T>(data<T>(g), rows_of(v), inv_norm, data<T>(factor), factor_step, any_data(result),
+  project_rows<T>(data<T>(g), divided, rows_of(v), inv_norm, data<T>(factor), factor_step, any_data(result),
                   dtype_of(result), stream);
   if (!direct) out.copy_(result);
 }
@@ -240,15 +240,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
   const Tensor dw = need_dw ? at::empty({step.classes, step.d}, w.options()) : at::empty({0}, w.options());
   const auto operands = step.x.options();
   const Tensor& x_inv_norm = step.cache.x_inv_norm;
-  const bool needs_w_hat = step.normalize_weight && !is_divided(dtype_of(step.x));
+  const bool divided = is_divided(dtype_of(step.x)), needs_w_hat = step.normalize_weight && !divided;
 
   // Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
   const Tensor active = up[2].ne(0).logical_or(up[3].ne(0)), unit = units(step.s, up[2], up[3]);
   const Tensor largest_unit = step.n > 0 ? unit.amax() : at::ones({}, step.sums);
   const Tensor to_x_hat = unit / largest_unit * kEmbeddingLift * active,
-               from_dx_hat = at::where(active, unit / kGradientLift * x_inv_norm, 0);
-  Tensor from_dw_hat = largest_unit / (kGradientLift * kEmbeddingLift);
-  if (needs_w_hat) from_dw_hat = from_dw_hat * step.cache.w_inv_norm;  // (classes); else G has it
+               from_dx_hat = unit / kGradientLift * active;
+  const Tensor from_dw_hat = largest_unit / (kGradientLift * kEmbeddingLift);
 
   const Tensor x_hat = at::empty({step.n, step.d}, operands);
   const Tensor w_hat = need_dx && needs_w_hat ? at::empty({step.chunk, step.d}, operands) : Tensor();
@@ -272,8 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
     multiply(sums, g.t(), x_hat, false);
     Tensor out = update ? sums : dw.narrow(0, first, count);
     if (step.normalize_weight) {
-      const Tensor factor = needs_w_hat ? from_dw_hat.narrow(0, first, count) : from_dw_hat;
-      project(sums, rows, chunk.w_inv_norm, factor, out, device.stream);
+      project(sums, divided, rows, chunk.w_inv_norm, from_dw_hat, out, device.stream);
     } else {
       at::mul_out(out, sums, from_dw_hat);
     }
@@ -281,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
       move_rows<T>(data<T>(sums), count, step.d, weight_of(w), step.chosen(first), first, *update, device.stream);
     }
   });
-  if (need_dx) project(dx_hat, step.x, data<T>(x_inv_norm), from_dx_hat, dx, device.stream);
+  if (need_dx) project(dx_hat, false, step.x, data<T>(x_inv_norm), from_dx_hat, dx, device.stream);
   return {dx, dw, negative_dot.sum(0).to(step.sums.dtype())};
 }
 

@@ -304,14 +304,16 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
 }
 
 template <typename T, typename V, typename Out, int kThreads, int kPack>
-__global__ void project_rows_kernel(const T* g, const V* v, int64_t n, int64_t columns, int64_t stride,
-                                    const T* inv_norm, const T* factor, int64_t factor_step, Out* out) {
+__global__ void project_rows_kernel(const T* g, bool divided, const V* v, int64_t n, int64_t columns,
+                                    int64_t stride, const T* inv_norm, const T* factor, int64_t factor_step,
+                                    Out* out) {
   const int64_t row = this_row();
   if (row >= n) return;
   g += row * columns;
   v += row * stride;
   out += row * columns;
-  const T inverse = inv_norm[row], row_factor = factor[row * factor_step];
+  const T inverse = inv_norm[row], row_factor = factor[row * factor_step],
+          by = row_factor * (divided ? 1 : inverse);
   T dot = 0;
   for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
     const auto gradients = load<kPack>(g + k);
@@ -326,7 +328,7 @@ __global__ void project_rows_kernel(const T* g, const V* v, int64_t n, int64_t c
     Pack<Out, kPack> result;
     for (int l = 0; l < kPack; ++l) {
       const T orthogonal = gradients.values[l] - dot * (convert<T>(values.values[l]) * inverse);
-      result.values[l] = convert<Out>(row_factor == 0 ? 0 : orthogonal * row_factor);
+      result.values[l] = convert<Out>(row_factor == 0 ? 0 : orthogonal * by);
     }
     store(out + k, result);
   }
@@ -623,8 +625,8 @@ void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T
 }
 
 template <typename T>
-void project_rows(const T* g, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step, void* out,
-                  DType out_dtype, Stream stream) {
+void project_rows(const T* g, bool divided, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
+                  void* out, DType out_dtype, Stream stream) {
   with_operand<T>(v.dtype, [&](auto type) {
     using V = typename decltype(type)::type;
     with_shape<kVector<V>>(v.columns, rows_are_aligned<V>(v), [&](auto shape) {
@@ -632,8 +634,8 @@ void project_rows(const T* g, const Rows& v, const T* inv_norm, const T* factor,
       const auto run = [&](auto* typed_out) {
         using Out = std::remove_pointer_t<decltype(typed_out)>;
         launch("project_rows", project_rows_kernel<T, V, Out, S::kThreads, S::kPack>, S::grid(v.n, 1), S::block(),
-               stream, g, static_cast<const V*>(v.data), v.n, v.columns, v.stride, inv_norm, factor, factor_step,
-               typed_out);
+               stream, g, divided, static_cast<const V*>(v.data), v.n, v.columns, v.stride, inv_norm, factor,
+               factor_step, typed_out);
       };
       out_dtype == v.dtype ? run(static_cast<V*>(out)) : run(static_cast<T*>(out));
     });
@@ -657,7 +659,7 @@ void move_rows(const T* g, int64_t n, int64_t columns, const Weight& w, const in
   template void merge_statistics(const RunningStatistics<T>&, int64_t, int64_t, const int64_t*, const T*, T,   \
                                  const Results<T>&, Stream);                                                   \
   template void logit_gradients(const Chunk<T>&, const Upstream<T>&, const T*, void*, DType, double*, Stream); \
-  template void project_rows(const T*, const Rows&, const T*, const T*, int64_t, void*, DType, Stream);        \
+  template void project_rows(const T*, bool, const Rows&, const T*, const T*, int64_t, void*, DType, Stream);  \
   template void move_rows(const T*, int64_t, int64_t, const Weight&, const int64_t*, int64_t, const Update&,   \
                           Stream);
 

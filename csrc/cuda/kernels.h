@@ -84,13 +84,14 @@ template <typename T>
 void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* unit, void* g, DType dtype,
                      double* negative_dot, Stream stream);
 
-// What a gradient is orthogonal to v_hat = v / max(|v|, eps):
-//   out_i = factor_i (g_i - <g_i, v_hat_i> v_hat_i),
-// without the projection for a row whose norm was clamped, and 0 where the factor is. g and out are (n, columns),
-// contiguous; out is in the dtype of v, or in T. factor_step is 1 for a factor per row, 0 for one of all.
+// The gradient of v from that of v_hat = v / max(|v|, eps), which may be divided by |v_i| already:
+//   out_i = factor_i (g_i - <g_i, v_hat_i> v_hat_i) / |v_i|,
+// without the projection for a row whose norm was clamped, and 0 where the factor is; nan where |v_i| is infinite.
+// g and out are (n, columns), contiguous; out is in the dtype of v, or in T. factor_step is 1 for a factor per
+// row, 0 for one of all.
 template <typename T>
-void project_rows(const T* g, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step, void* out,
-                  DType out_dtype, Stream stream);
+void project_rows(const T* g, bool divided, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
+                  void* out, DType out_dtype, Stream stream);
 
 // Moves n rows of w and of the optimizer's state, in place, by their gradient g (n, columns), contiguous. Row j of
 // g is that of row index_j of w, or of row first_row + j where index is null. Rounding to bfloat16 is stochastic,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <random>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -123,11 +124,11 @@ void project_rows(DType dtype) {
       v.scale_row(2, kNan);
     }
     for (DType out_dtype : {dtype, kDTypeOf<T>}) {
-      for (int64_t step : {0, 1}) {
+      for (auto [step, divided] : {std::pair<int64_t, bool>{0, false}, {1, false}, {0, true}, {1, true}}) {
         Exact<char> out(v.n * v.columns * size_of(out_dtype));
-        cuda::project_rows<T>(g_rows, v.rows(), inv_norm, factor, step, out, out_dtype, nullptr);
+        cuda::project_rows<T>(g_rows, divided, v.rows(), inv_norm, factor, step, out, out_dtype, nullptr);
         for (int64_t i = 0; i < v.n; ++i) {
-          const double by = factor[i * step];
+          const double by = factor[i * step] * (divided ? 1.0 : double{inv_norm[i]});
           double dot = 0, size = 0;
           for (int64_t k = 0; k < v.columns; ++k) {
             const double term = g_rows[i * v.columns + k] * v(i, k) * inv_norm[i];
@@ -141,7 +142,8 @@ void project_rows(DType dtype) {
             const double tolerance = rounding(out_dtype) * std::fabs(want) +
                                      8 * rounding(kDTypeOf<T>) * by * (std::fabs(g) + (i == 2 ? 0 : size)) +
                                      (out_dtype == DType::kFloat16 ? 1e-7 : 0);
-            CHECK(close(got, want, tolerance), i, k, v.columns, step, got, want);
+            const bool overflows = out_dtype == DType::kFloat16 && std::fabs(want) > 65000;
+            CHECK(overflows || close(got, want, tolerance), i, k, v.columns, step, divided, got, want);
           }
         }
       }
