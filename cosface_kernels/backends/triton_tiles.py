@@ -67,8 +67,8 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
     ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
-    ("keep_entries", 2): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(16, 128, 32, 4, 3)),
-    ("keep_entries", 4): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
+    ("keep_entries", 2): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(16, 128, 32, 4, 2)),
+    ("keep_entries", 4): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 8, 3)),
 }
 # Where an architecture holds more: warp-group products read both operands from shared memory. Where it holds less:
 # on sm_80 and sm_100 a block of TABLE would spill 8 to 24 bytes.
@@ -119,8 +119,8 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 8, 1)),
     "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 16, 32, 4, 1)),
     "weight_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "keep_entries": (Tile(32, 32, 32, 8, 1),),
-    "sample_entries": (Tile(32, 64, 32, 4, 1),),
+    "keep_entries": (Tile(64, 32, 32, 8, 1),),
+    "sample_entries": (Tile(32, 64, 32, 8, 1),),
 }
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
