@@ -169,7 +169,7 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 EASIER = {"reshape", "raw", "kept", "some"}  # than chosen and reshaped, in the same tiles: for sm_90 alone
 REGISTERS = {"reshape", "raw", "kept"}  # which have tiles of their own
 VARIANTS = {
-    "class_norms": ("plain", "chosen"),
+    "row_norms": ("plain", "chosen"),
     "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
     "merge_statistics": ("plain", "reshape", "raw", "chosen reshape"),
     "normalize_embeddings": ("plain", "raw", "chosen"),
@@ -201,8 +201,7 @@ def other_tiles(dim: int) -> dict[str, Tile]:
     """Of kernels without a matrix product."""
     samples, rows = Tile(ROWS, 0, COLUMNS, 4, 3), Tile(0, *row_block(dim), 4, 3)
     return {
-        "class_norms": rows,
-        "embedding_norms": samples,
+        "row_norms": rows,
         "merge_statistics": samples,
         "normalize_embeddings": samples,
         "finish_embedding_gradients": samples,
@@ -259,14 +258,16 @@ def compile_case(case: Case):
     dtypes = {
         "x": case.x,
         "w": case.w,
+        "matrix": case.w,
         "operand": case.operand,
         "dw": torch.float32 if case.has("moved") else case.w,
     }
     if case.kernel.startswith("entry_"):
         dtypes["g"] = torch.float32
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
-    numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "x_row_stride": case.dim, "x_column_stride": 1}
-    numbers["largest_cut"] = -12.0
+    numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "largest_cut": -12.0}
+    for of in ("", "x_"):
+        numbers |= {f"{of}row_stride": case.dim, f"{of}column_stride": 1}
     options = {
         "D": case.dim,
         "BLOCK_N": case.tile.n,

@@ -180,16 +180,16 @@ def _saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
 
 
 def _fill_norms(x: Tensor, w: Tensor, options: Options, saved: Saved) -> None:
-    (N, D), C = x.shape, options.count(w)
-    kernels.embedding_norms[(triton.cdiv(N, ROWS),)](
-        x, saved.x_norm, N, *x.stride(), D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS
-    )
+    D = x.shape[1]
+    block_c, block_d = triton_tiles.row_block(D)
+    chosen, is_chosen = _chosen(w, options)
+    of_rows = [(x, saved.x_norm, len(x), False)]
     if options.normalize_weight:
-        block_c, block_d = triton_tiles.row_block(D)
-        chosen, is_chosen = _chosen(w, options)
-        kernels.class_norms[(triton.cdiv(C, block_c),)](
-            w, chosen, saved.w_norm, C,
-            D=D, BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=is_chosen,
+        of_rows.append((w, saved.w_norm, options.count(w), is_chosen))
+    for matrix, norms, count, some in of_rows:
+        kernels.row_norms[(triton.cdiv(count, block_c),)](
+            matrix, chosen, norms, count, *matrix.stride(),
+            D=D, BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=some,
         )  # fmt: skip
 
 

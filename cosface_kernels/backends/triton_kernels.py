@@ -9,7 +9,7 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 
 | kernel | FLOPs | bytes of w and dw from memory |
 |---|---|---|
-| class_norms | 2 C D | b C D |
+| row_norms | 2 C D | b C D |
 | class_statistics | 2 N C D | b C D |
 | logit_gradients | 2 N C D | b C D |
 | embedding_gradients | 2 N C D | b C D |
@@ -134,36 +134,29 @@ def _inverse_norm(w_norm, classes, is_class, NORMALIZE: tl.constexpr):
     return 1 / tl.maximum(norm, EPS)
 
 
-@triton.jit(do_not_specialize=["C"])
-def class_norms(
-    w,
+@triton.jit(do_not_specialize=["count"])
+def row_norms(
+    matrix,
     chosen,
-    w_norm,
-    C,
+    norms,
+    count,
+    row_stride,
+    column_stride,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """w_norm (C,), |w_j| of every class, its weight rounded to operands as the products see it."""
-    classes = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_class = classes < C
-    rows = _weight_rows(chosen, classes, is_class, CHOSEN)
-    norm = _norms(w, rows, is_class, D, 1, D, BLOCK_C, BLOCK_D, OPERAND)
-    tl.store(w_norm + classes, norm, mask=is_class)
+    """norms (count,) of the rows of x or w, rounded to operands as the products see them.
 
-
-@triton.jit(do_not_specialize=["N"])
-def embedding_norms(
-    x, x_norm, N, x_row_stride, x_column_stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """x_norm (N,), |x_i|, once for both passes: a sum in another order would round the cosines differently."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = rows < N
-    tl.store(
-        x_norm + rows, _norms(x, rows, is_row, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D), mask=is_row
-    )
+    Once for both passes: a sum in another order would round the cosines differently.
+    """
+    rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_row = rows < count
+    places = _weight_rows(chosen, rows, is_row, CHOSEN)
+    norm = _norms(matrix, places, is_row, row_stride, column_stride, D, BLOCK_C, BLOCK_D, OPERAND)
+    tl.store(norms + rows, norm, mask=is_row)
 
 
 @triton.jit
