@@ -165,7 +165,7 @@ def _kept_classes(x: Tensor, w: Tensor, options: Options) -> int:
     step = triton_tiles.CHUNK_STEP
     if options.gradient_tolerance:
         return 0
-    fitting = options.cache_bytes // (2 * step * torch.sym_max(x.shape[0], 1))
+    fitting = (options.cache_bytes or 0) // (2 * step * torch.sym_max(x.shape[0], 1))
     return step * torch.sym_min(fitting, -(-options.count(w) // step))
 
 
