@@ -54,7 +54,7 @@ POINTERS |= dict.fromkeys(("counts", "ends"), torch.int32)
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
 INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "first_tile", "dot_blocks")
-INTEGERS += ("seed", "step", "steps", "stride", "capacity", "slots")
+INTEGERS += ("seed", "step", "steps", "stride", "capacity", "slots", "count")
 SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
 NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
 NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")
