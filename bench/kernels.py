@@ -263,7 +263,7 @@ def compile_case(case: Case):
         "dw": torch.float32 if case.has("moved") else case.w,
     }
     if case.kernel.startswith("entry_"):
-        dtypes["g"] = torch.float32
+        dtypes |= {"g": torch.float32, "cosines": torch.float32}
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
     numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "largest_cut": -12.0}
     for of in ("", "x_"):

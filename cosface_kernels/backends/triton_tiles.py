@@ -67,7 +67,7 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
     ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
-    ("keep_entries", 2): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(16, 128, 64, 4, 2)),
+    ("keep_entries", 2): (Tile(64, 128, 32, 8, 3), Tile(16, 128, 32, 4, 2)),
     ("keep_entries", 4): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 8, 3)),
 }
 # Where an architecture holds more: warp-group products read both operands from shared memory. Where it holds less:
@@ -81,6 +81,7 @@ OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
         Tile(64, 64, 64, 8, 2),
         Tile(16, 64, 64, 4, 2),
     ),
+    ("keep_entries", 2, "sm_90"): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(16, 128, 64, 4, 2)),
     ("logit_gradients", 2, "sm_90"): (Tile(128, 128, 64, 8, 3), *TABLE["logit_gradients", 2]),
     ("embedding_gradients", 2, "sm_90"): (
         Tile(128, 64, 128, 8, 3),
@@ -109,7 +110,6 @@ TOO_LARGE = {
     ("class_statistics", 4, "sm_100", False),
     ("class_statistics", 2, "gfx942", True),
     ("logit_gradients", 2, "gfx942", True),
-    *(("keep_entries", 2, arch, plain) for arch in ("sm_80", "sm_100", "gfx942") for plain in (True, False)),
     *(("keep_entries", 4, arch, plain) for arch in ("sm_80", "sm_100") for plain in (True, False)),
 }
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
