@@ -32,6 +32,12 @@ class Stopped(BaseException):
 
 
 class Array(np.ndarray):
+    def permute(self, order):
+        return self.transpose(order)
+
+    def split(self):
+        return self[..., 0], self[..., 1]
+
     def to(self, dtype):
         if dtype == BFLOAT16:  # to the nearest, ties to even
             bits = np.ascontiguousarray(self, np.float32).view(np.uint32)
@@ -204,7 +210,7 @@ class Host:
             maximum=lambda a, b: np.fmax(a, b).view(Array),
             minimum=lambda a, b, propagate_nan=0: (np.minimum if propagate_nan else np.fmin)(a, b).view(Array),
             max=lambda values, axis: np.fmax.reduce(values, axis), sum=lambda values, axis: values.sum(axis),
-            exp2=np.exp2,
+            exp2=np.exp2, convert_layout=lambda values, layout: values,
         )  # fmt: skip
         barriers = SimpleNamespace(
             MBarrierLayout=lambda: None, init=lambda barrier, count: barrier.init(count), expect=self.expect,

@@ -184,7 +184,10 @@ def _gradients(
     targets, scale, top, log_sum, g_lse, g_cos, unit = per_row
     g, negative_dot, class_dot = results
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_C, 16])
-    rows = row_block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
+    # In halves of the classes, one after the other: cos and p of all of them are 256 registers.
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_C // 2, 16])
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
+    rows = row_block * BLOCK_N + gl.arange(0, BLOCK_N, layout=OF_ROWS)
     is_row = rows < N
     mbarrier.wait(memory[2], 0)  # ready
     for tile in range(GROUP, tiles, GROUPS):
@@ -199,24 +202,30 @@ def _gradients(
         row_log_sum = gl.load(log_sum + rows, mask=active, other=float("inf"))
         row_log_sum = gl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
         x_inverse = 1 / gl.maximum(gl.load(x_norm + rows, mask=active, other=1.0), EPS)
-        columns = (first_tile + tile) * BLOCK_C + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, SUMS))
-        classes = first_class + columns
-        w_inverse = _inverse_norm(w_norm, classes, C)[None, :]
-        cos = gl.where(active[:, None], dot, 0.0) * x_inverse[:, None] * w_inverse
-        is_target = classes[None, :] == target[:, None]
-        below = gl.where(is_target, -float("inf"), cos) - row_top[:, None]
-        log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
-        p = gl.exp2(gl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        lift = G_LIFT / gl.load(unit + rows, mask=is_row, other=1.0)
+        from_negatives = gl.full((BLOCK_N,), 0.0, gl.float32, layout=OF_ROWS)
+        halves = dot.reshape((BLOCK_N, 2, BLOCK_C // 2)).permute((0, 2, 1)).split()
+        for half in gl.static_range(2):
+            of_half = gl.arange(0, BLOCK_C // 2, layout=gl.SliceLayout(0, HALF))
+            columns = (first_tile + tile) * BLOCK_C + half * (BLOCK_C // 2) + of_half
+            classes = first_class + columns
+            w_inverse = _inverse_norm(w_norm, classes, C)[None, :]
+            cos = gl.where(active[:, None], gl.convert_layout(halves[half], HALF), 0.0)
+            cos = cos * x_inverse[:, None] * w_inverse
+            is_target = classes[None, :] == target[:, None]
+            below = gl.where(is_target, -float("inf"), cos) - row_top[:, None]
+            log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
+            p = gl.exp2(gl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
+            from_negatives += gl.sum(p * cos, 1)
+            gradient = gl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
+            gl.store(class_dot + row_block.to(gl.int64) * chunk + columns, gl.sum(gradient * cos, 0))
+            if g.dtype.element_ty != gl.float16:
+                gradient *= w_inverse
+            places = rows[:, None].to(gl.int64) * chunk + columns[None, :]
+            gl.store(g + places, (gradient * lift[:, None]).to(g.dtype.element_ty), mask=is_row[:, None])
         slots = negative_dot + (first_tile + tile).to(gl.int64) * N + rows
         so_far = gl.load(slots, mask=is_row, other=0.0)
-        gl.store(slots, so_far + row_g_lse * gl.sum(p * cos, 1), mask=is_row)
-        gradient = gl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
-        gl.store(class_dot + row_block.to(gl.int64) * chunk + columns, gl.sum(gradient * cos, 0))
-        lift = G_LIFT / gl.load(unit + rows, mask=is_row, other=1.0)
-        if g.dtype.element_ty != gl.float16:
-            gradient *= w_inverse
-        places = rows[:, None].to(gl.int64) * chunk + columns[None, :]
-        gl.store(g + places, (gradient * lift[:, None]).to(g.dtype.element_ty), mask=is_row[:, None])
+        gl.store(slots, so_far + row_g_lse * from_negatives, mask=is_row)
 
 
 @gluon.jit(do_not_specialize=["N", "C", "first_class", "tiles_per_split"])
