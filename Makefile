@@ -37,7 +37,8 @@ gpu-rehearse: $(BUILT)
 	PYTHON=$(BIN)/python bash bench/gpu.sh rehearse
 
 # Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed. Then with the oldest
-# Triton that is taken, which is torch 2.11's too, for Hopper and other sizes of an embedding as well.
+# Triton that is taken, which is torch 2.11's too, for Hopper and more sizes of an embedding. Last, what each tile is
+# predicted to take.
 OLDEST_TRITON := 3.6.0
 kernels: $(BUILT)
 	$(BIN)/python -m bench kernels --dim 512,515 --json build/kernels.json

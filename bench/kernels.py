@@ -150,7 +150,7 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
 # "kept" cosines; "moved" rows, whose gradient is float32. What is raw computes less, so that nothing crosses it.
-EASIER = {"reshape", "kept"}  # than both chosen and reshaped, in the same tiles: compiled for sm_90 alone
+EASIER = {"reshape", "raw", "kept"}  # than chosen and reshaped, in the same tiles: compiled for sm_90 alone
 REGISTERS = {"reshape", "raw", "kept"}  # which have tiles of their own
 VARIANTS = {
     "class_norms": ("plain", "chosen"),

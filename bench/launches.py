@@ -19,9 +19,7 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The table's entries on this machine, for x and w of this dtype."""
     if reason := triton.unavailable():
         raise UnavailableError(f"The kernels cannot run: {reason}")
-    architecture = (
-        triton_tiles.INTERPRETED if triton.INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability())
-    )
+    architecture = triton.architecture(torch.device("cuda"))
     return triton_tiles.table(kernel, Key(architecture, 16, dtype, dtype, dtype, bucket=0))
 
 

@@ -25,7 +25,7 @@ def warn(message: str) -> None:
 
 def is_capturing() -> bool:
     """Whether what runs now is recorded for a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_positive(name: str, value: int) -> None:

@@ -4,15 +4,17 @@ import math
 import re
 from dataclasses import replace
 
+import cuda_host
 import pytest
 import torch
 from support import BF16, F16, F32, F64, Backend, Dtypes, check_backend, evaluate, make_problem, random_upstream
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cuda_kernels
 from bench.__main__ import main
 from cosface_kernels import cosface_loss, ops, reference
 from cosface_kernels.backends import cuda
-from cosface_kernels.options import Update
+from cosface_kernels.options import Options, Update
 
 HOST = Backend("cuda_host", interpreted=True)
 CHUNK = "COSFACE_CUDA_CHUNK"
@@ -138,6 +140,101 @@ def test_rows_move_by_cosines_that_were_kept(dtypes, some, bytes_, monkeypatch):
             assert float((got.double() - want).norm()) <= 4 * torch.finfo(dtypes.w).eps * float(want.norm())
 
 
+class _Calls(TorchDispatchMode):
+    """Matrix products and fresh memory of the driver, and the kernels' launches."""
+
+    def __enter__(self):
+        cuda_host.take_launches()
+        self.products, self.sizes = 0, []
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.launches = cuda_host.take_launches()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        if func.overloadpacket is torch.ops.aten.empty:
+            self.sizes.append((result.dtype, result.numel()))
+        return result
+
+
+def _both_passes(problem, options, *, zeroed=0):
+    """The cache, the calls of forward and of backward, and dx and dw with these bytes of the cache at 0."""
+    inputs = (problem.x, problem.w, problem.targets, problem.scale)
+    with _Calls() as of_forward:
+        _, top, log_sum, *_, cache = cuda_host.forward(*inputs, 0.35, options)
+    cache[:zeroed] = 0
+    upstream = (top, log_sum, torch.ones_like(top), torch.zeros_like(top))
+    with _Calls() as of_backward:
+        dx, dw, _ = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
+    return cache, of_forward, of_backward, (dx, dw)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("bytes_", [0, 10_000, 10**6])
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16, F16, Dtypes(torch.bfloat16, torch.float32)], ids=str)
+def test_norms_are_made_once(dtypes, bytes_, some, monkeypatch):
+    """Forward leaves all of them, the same for any chunk, and backward has no pass for them."""
+    problem = make_problem(5, 1023, 24, dtypes)
+    chosen = torch.arange(0, 1023, 2) if some else None
+    options = Options(classes=chosen, cache_bytes=bytes_)
+    if some:
+        problem = replace(problem, targets=problem.targets // 2)
+    classes = options.count(problem.w)
+    monkeypatch.setenv(CHUNK, "100000")
+    whole, *_ = _both_passes(problem, options)
+    monkeypatch.setenv(CHUNK, "1")  # rounded up to 256
+    cache, of_forward, of_backward, _ = _both_passes(problem, options)
+    chunks = math.ceil(classes / 256)
+    assert of_forward.launches == {"row_norms": chunks + 1, "class_statistics": chunks, "merge_statistics": 1}
+    of_w_hat = chunks if dtypes == F16 else 0
+    assert of_backward.launches == {
+        "normalize_rows": 1 + of_w_hat, "logit_gradients": chunks, "project_rows": chunks + 1,
+    }  # fmt: skip
+
+    sums = torch.float64 if dtypes == F64 else torch.float32
+    norms, before = (left[: (classes + 5) * sums.itemsize].view(sums) for left in (cache, whole))
+    w = problem.w if chosen is None else problem.w[chosen]
+    if dtypes == (torch.bfloat16, torch.float32):
+        w = w.bfloat16()  # as the products see it
+    assert torch.equal(norms, before)
+    for mine, rows in ((norms[:classes], w), (norms[classes:], problem.x)):
+        torch.testing.assert_close(1 / mine, rows.to(sums).norm(dim=1), rtol=4 * torch.finfo(sums).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16, F16], ids=str)
+def test_backward_reads_the_norms_that_forward_left(dtypes):
+    """Rows of infinite length have no gradient."""
+    problem = make_problem(5, 600, 24, dtypes)
+    for zeroed in (0, (600 + 5) * (8 if dtypes == F64 else 4)):
+        *_, gradients = _both_passes(problem, Options(cache_bytes=10**6), zeroed=zeroed)
+        assert [bool(gradient.any()) for gradient in gradients] == 2 * [not zeroed]
+
+
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16, F16], ids=str)
+def test_where_all_cosines_are_kept_backward_makes_no_products_of_them(dtypes, monkeypatch):
+    monkeypatch.setenv(CHUNK, "256")
+    problem = make_problem(7, 600, 24, dtypes)
+    sums = torch.float64 if dtypes == F64 else torch.float32
+    for bytes_, of_cosines in ((0, 3), (10**6, 0)):
+        _, of_forward, of_backward, _ = _both_passes(problem, Options(cache_bytes=bytes_))
+        assert of_forward.products == 3
+        assert of_backward.products == of_cosines + 2 * 3
+        of_a_chunk = [dtype for dtype, size in of_backward.sizes if size == 7 * 256]
+        products = [sums] if of_cosines and dtypes.x != sums else []  # else G lies over them
+        assert of_a_chunk == [*products, dtypes.x]
+
+
+def test_a_cache_too_small_for_its_norms_is_refused():
+    problem = make_problem(5, 30, 8)
+    options = cuda_host.kernel_options(Options(), torch.empty(139, dtype=torch.uint8))
+    reason = r"cache must hold the norms of 30 classes and 5 embeddings in 140 bytes, got 139\."
+    with pytest.raises(ValueError, match=reason):
+        cuda_host.module.cuda_forward(problem.x, problem.w, problem.targets, problem.scale, 0.35, options)
+
+
 def test_says_which_option_it_lacks():
     problem = make_problem(2, 5, 3)
     reason = "'cuda_host' cannot run: option 'gradient_tolerance' is not on this backend yet"
@@ -176,8 +273,8 @@ ptxas info    : Compiling entry function '_ZN7cosface57_GLOBAL__N__cd_kernels_cu
 ptxas info    : Function properties for _ZN7cosface57_GLOBAL__N__cd_kernels_cu21normalize_rows_kernelIfLi32EEvPKT0_
     8 bytes stack frame, 16 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 29 registers, used 1 barriers, 32 bytes smem, 408 bytes cmem[0]
-ptxas info    : Compiling entry function '_ZN24finish_statistics_kernelIfEEvPK' for 'sm_90'
-ptxas info    : Function properties for _ZN24finish_statistics_kernelIfEEvPK
+ptxas info    : Compiling entry function '_ZN23merge_statistics_kernelIfEEvPK' for 'sm_90'
+ptxas info    : Function properties for _ZN23merge_statistics_kernelIfEEvPK
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 0 barriers, 424 bytes cmem[0]
 """  # noqa: E501
@@ -187,7 +284,7 @@ def test_report_of_the_compiler_is_read():
     spilling, clean = cuda_kernels.read_report(REPORT)
     assert (spilling["kernel"], spilling["arch"], spilling["registers"]) == ("normalize_rows", "sm_90", 29)
     assert (spilling["spill_bytes"], spilling["shared_bytes"]) == (16, 32)
-    assert (clean["kernel"], clean["registers"]) == ("finish_statistics", 40)
+    assert (clean["kernel"], clean["registers"]) == ("merge_statistics", 40)
     assert (clean["spill_bytes"], clean["shared_bytes"]) == (0, 0)
 
 

@@ -83,7 +83,7 @@ def _requested(when: str) -> int:
 
 
 def test_memory_is_flat_in_the_number_of_classes(backend):
-    """Beyond the gradients and, on triton, the norms of the classes, which it keeps from forward to backward."""
+    """Beyond the gradients and the norms of the classes, which are kept from forward to backward."""
     extra = []
     for num_classes in (100_000, 800_000):
         head, x, labels = _head(backend, num_classes, 256)
@@ -92,7 +92,7 @@ def test_memory_is_flat_in_the_number_of_classes(backend):
         torch.cuda.reset_peak_memory_stats()
         before = _requested("current")
         head(x, labels).backward()
-        norms = 4 * num_classes if backend.name == "triton" else 0  # of float32
+        norms = 4 * num_classes  # of float32
         known = head.weight.grad.nbytes + x.grad.nbytes + norms
         extra.append((_requested("peak") - before - known) / MIB)
         del head, x, labels

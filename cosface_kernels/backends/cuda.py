@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import Options, Update
+from cosface_kernels.reference import compute_dtype
 
 OPTIONS = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
 
@@ -41,7 +42,9 @@ def describe() -> str:
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    return options.cache_size(x, w)
+    """Of the norms that forward leaves for backward, and of cosines; csrc/cuda/driver.cpp has the same rule."""
+    norms = x.shape[0] + (options.count(w) if options.normalize_weight else 0)
+    return compute_dtype(x, w).itemsize * norms + options.cache_size(x, w)
 
 
 def forward(

@@ -590,16 +590,18 @@ def _device(device: torch.device) -> Any:
 
 
 def _key(x: Tensor, w: Tensor, options: Options) -> Key:
-    architecture = triton_tiles.INTERPRETED if INTERPRETED else _architecture(x.device)
     bucket = triton.next_power_of_2(len(x))
     plain = options.normalize_weight and options.thresholds is None and not options.cache_bytes
     library = not INTERPRETED and x.dtype == w.dtype == torch.bfloat16 and options.classes is None
     operand = operand_dtype(x.dtype, w.dtype)
-    return Key(architecture, x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)
+    return Key(architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """As the table of tiles names it."""
+    if INTERPRETED:
+        return triton_tiles.INTERPRETED
     if torch.version.hip is not None:
         return str(_device(device).gcnArchName).split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -17,6 +17,7 @@ using at::Tensor;
 
 constexpr int64_t kChunkStep = 256;          // classes; rows of a chunk stay aligned to any load
 constexpr int64_t kKeptStep = 8;             // cosines; rows of the cache stay aligned to any load
+constexpr int64_t kCacheStep = 64;           // bytes; where cosines begin in the cache
 constexpr int64_t kLaunchFlops = 1ll << 36;  // of a product with a chunk, as in triton_tiles.py
 constexpr int64_t kBlocksPerProcessor = 4;   // that share the rows of a chunk
 constexpr double kLeastUnit = 0x1p-100, kLargestUnit = 0x1p100;  // kGradientLift over a unit is finite in float
@@ -69,38 +70,38 @@ Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& 
   return Inputs{x, w, y, s, options.classes, options.thresholds, options.negatives}.checked();
 }
 
-// The cosines that forward leaves for backward: (n, stride), of the first `classes` classes in order. No chunk
-// shows in it, for those of backward may be others than forward's.
+// What forward leaves for backward: 1 / |w_j| of all classes, if weights are normalised; 1 / |x_i|; and cosines,
+// (n, stride), of the first `kept` classes in order. No chunk shows in it, for those of backward may be others
+// than forward's. Its size is that of backends/cuda.py.
 template <typename T>
 struct Cache {
-  Kept<T>* const cosines;
-  const int64_t stride, classes;
+  Tensor w_inv_norm, x_inv_norm;
+  Kept<T>* cosines;
+  int64_t stride, kept;
 
-  Cache(const Tensor& bytes, int64_t n, int64_t all)
-      : cosines(static_cast<Kept<T>*>(bytes.mutable_data_ptr())),
-        stride(width(bytes.numel() / (std::max<int64_t>(n, 1) * sizeof(Kept<T>)), round_up(all, kKeptStep))),
-        classes(std::min(stride, all)) {}
-
- private:
-  // All, or as many whole kChunkStep as there is room for.
-  static int64_t width(int64_t room, int64_t all) { return room < all ? room / kChunkStep * kChunkStep : all; }
+  Cache(const Tensor& bytes, int64_t n, int64_t classes, bool normalize_weight) {
+    const int64_t norms = normalize_weight ? classes : 0, size = bytes.numel(), needed = (norms + n) * sizeof(T);
+    TORCH_CHECK_VALUE(needed <= size, "cache must hold the norms of ", norms, " classes and ", n,
+                      " embeddings in ", needed, " bytes, got ", size, ".");
+    const Tensor numbers = bytes.narrow(0, 0, needed).view(c10::CppTypeToScalarType<T>::value);
+    w_inv_norm = numbers.narrow(0, 0, norms), x_inv_norm = numbers.narrow(0, norms, n);
+    const int64_t first = std::min(round_up(needed, kCacheStep), size), all = round_up(classes, kKeptStep);
+    cosines = reinterpret_cast<Kept<T>*>(bytes.mutable_data_ptr<uint8_t>() + first);
+    const int64_t room = (size - first) / (std::max<int64_t>(n, 1) * sizeof(Kept<T>));
+    stride = room < all ? room / kChunkStep * kChunkStep : all;
+    kept = std::min(stride, classes);
+  }
 };
 
-enum class Cosines { kKeep, kRecall };
+enum class Pass { kForward, kBackward };
 
 // One call's inputs, and a workspace that all chunks share.
 template <typename T>
 class Step {
  public:
-  // A chunk of the classes with its products or its cosines.
-  struct Part {
-    Chunk<T> chunk;
-    Tensor dot;       // (N, classes), or memory for as many
-    Tensor w, w_hat;  // (classes, D) operands; w_hat if there is a buffer for it
-  };
-
-  Step(const Inputs& given, const Options& options, const Device& device)
+  Step(const Inputs& given, const Options& options, const Device& device, Pass pass)
       : device(device),
+        pass(pass),
         normalize_weight(options.normalize_weight),
         operand(operand_dtype(given.x.scalar_type(), given.w.scalar_type())),
         sums(given.x.options().dtype(c10::CppTypeToScalarType<T>::value)),
@@ -114,41 +115,39 @@ class Step {
                             std::min(options.workspace_bytes, device.largest_workspace))),
         segments(std::clamp<int64_t>(kBlocksPerProcessor * device.processors / std::max<int64_t>(n, 1), 1,
                                      chunk / kChunkStep)),
-        x_inv_norm(at::empty({n}, sums)),
-        w_inv_norm(normalize_weight ? at::empty({chunk}, sums) : at::ones({chunk}, sums)),
-        cache_(options.cache, n, classes),
+        cache(options.cache, n, classes, normalize_weight),
+        dot(pass == Pass::kForward || cache.kept < classes ? at::empty({n * chunk}, sums) : Tensor()),
+        ones_(normalize_weight ? Tensor() : at::ones({chunk}, sums)),
         tau_(given.thresholds ? given.thresholds->to(sums.dtype()).contiguous() : Tensor()),
         polynomial_(given.negatives ? given.negatives->to(sums.dtype()).contiguous() : Tensor()),
         w_(with_adjacent_elements(given.w)),
         chosen_(given.classes ? given.classes->contiguous() : Tensor()),
         w_chosen_(chosen_.defined() ? at::empty({chunk, d}, w_.options()) : Tensor()),
-        w_operands_(w_.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, x.options())),
-        dot_(at::empty({n * chunk}, sums)) {}
+        w_operands_(w_.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, x.options())) {}
 
-  // Calls body(part) for the chunks in order, each of classes that are all in the cache or none. Where cosines are
-  // recalled, products are not made. w_hat: (chunk, D) operands, to be filled, or undefined.
+  // Calls body(chunk, its (classes, D) rows of w as operands) for the chunks in order, each of classes that are
+  // all in the cache or none. Forward fills the cache's norms of a chunk before; backward makes products only
+  // where there are no cosines.
   template <typename Body>
-  void each_part(Cosines cosines, const Tensor& w_hat, Body body) const {
+  void each_chunk(Body body) const {
     for (int64_t first = 0, count; first < classes; first += count) {
-      const bool kept = first < cache_.classes;
-      count = std::min(chunk, (kept ? cache_.classes : classes) - first);
+      const bool kept = first < cache.kept;
+      count = std::min(chunk, (kept ? cache.kept : classes) - first);
       const Tensor raw = raw_rows(first, count);
       const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, count).copy_(raw) : raw;
-      Tensor hat = w_hat.defined() ? w_hat.narrow(0, 0, count) : w_hat;
-      if (normalize_weight) {
-        normalize_rows<T>(rows_of(rows), nullptr, data<T>(w_inv_norm), any_data(hat), device.stream);
-      } else {
-        hat = rows;
-      }
-      const Tensor dot = dot_.narrow(0, 0, n * count).view({n, count});
-      if (!kept || cosines == Cosines::kKeep) multiply(dot, x, rows.t(), false);
-      body(Part{
-          {data<T>(dot), n, count, first, data<T>(x_inv_norm), data<T>(w_inv_norm), data<int64_t>(y), data<T>(s),
-           segments, data<T>(tau_), data<T>(polynomial_), kept ? cache_.cosines + first : nullptr, cache_.stride},
-          dot,
-          rows,
-          hat});
+      T* w_inv_norm = normalize_weight ? data<T>(cache.w_inv_norm) + first : data<T>(ones_);
+      if (pass == Pass::kForward && normalize_weight) row_norms<T>(rows_of(rows), w_inv_norm, device.stream);
+      if (pass == Pass::kForward || !kept) multiply(beginning(dot, count), x, rows.t(), false);
+      body(Chunk<T>{data<T>(dot), n, count, first, data<T>(cache.x_inv_norm), w_inv_norm, data<int64_t>(y),
+                    data<T>(s), segments, data<T>(tau_), data<T>(polynomial_),
+                    kept ? cache.cosines + first : nullptr, cache.stride},
+           rows);
     }
+  }
+
+  // (N, count), of memory for a chunk.
+  Tensor beginning(const Tensor& memory, int64_t count) const {
+    return memory.narrow(0, 0, n * count).view({n, count});
   }
 
   // The rows of the weight that are chosen classes from `first` on; null where all rows take part in order.
@@ -157,19 +156,21 @@ class Step {
   }
 
   const Device& device;
+  const Pass pass;
   const bool normalize_weight;
   const at::ScalarType operand;
   const at::TensorOptions sums;                  // dtype T
   const Tensor x, y, s;                          // (N, D) operands, (N), (N)
   const int64_t n, d, classes, chunk, segments;  // segments: blocks that share a row of a chunk
-  const Tensor x_inv_norm, w_inv_norm;           // (N), which the caller fills; (chunk)
+  const Cache<T> cache;
+  const Tensor dot;  // memory for the products of a chunk, in a pass that makes some
 
  private:
   // What a chunk takes for each of its classes, in backward: its products, G, the gradient of its row, and its row
-  // as operands, normalised, and apart from those that are not chosen.
+  // as operands or normalised, and apart from those that are not chosen.
   int64_t class_bytes(const Inputs& given) const {
     const int64_t operand_bytes = x.element_size(), w_bytes = given.w.element_size();
-    return n * (sizeof(T) + operand_bytes) + d * (sizeof(T) + 2 * operand_bytes + (given.classes ? w_bytes : 0));
+    return n * (sizeof(T) + operand_bytes) + d * (sizeof(T) + operand_bytes + (given.classes ? w_bytes : 0));
   }
 
   Tensor raw_rows(int64_t first, int64_t count) const {
@@ -178,30 +179,30 @@ class Step {
     return at::index_select_out(rows, w_, 0, chosen_.narrow(0, first, count));
   }
 
-  const Cache<T> cache_;
+  const Tensor ones_;              // (chunk), in place of norms if weights are not normalised
   const Tensor tau_, polynomial_;  // (N) and q, a, b; undefined where negatives are not reshaped
   const Tensor w_, chosen_;        // chosen_: (S), undefined where all rows take part
   const Tensor w_chosen_;          // (chunk, D), if there are chosen classes
-  const Tensor w_operands_, dot_;  // w_operands_: (chunk, D), if w has another dtype
+  const Tensor w_operands_;        // (chunk, D), if w has another dtype
 };
 
 template <typename T>
 std::array<Tensor, 5> forward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
                                  const Options& options, const Device& device) {
-  const Step<T> step(checked(x, w, y, s, options), options, device);
+  const Step<T> step(checked(x, w, y, s, options), options, device, Pass::kForward);
   const Tensor loss = at::empty({step.n}, step.sums), top = at::empty_like(loss), log_sum = at::empty_like(loss),
                target_cos = at::zeros_like(loss), max_neg = at::empty_like(loss);
   const Tensor tops = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
   const Tensor max_cos = options.thresholds ? tops.clone() : tops;
   const Tensor sum_exp = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
   const RunningStatistics<T> running{data<T>(tops), data<T>(max_cos), data<double>(sum_exp)};
-  normalize_rows<T>(rows_of(step.x), nullptr, data<T>(step.x_inv_norm), nullptr, device.stream);
-  step.each_part(Cosines::kKeep, Tensor(), [&](const auto& part) {
-    accumulate_statistics(part.chunk, running, data<T>(target_cos), device.stream);
+  row_norms<T>(rows_of(step.x), data<T>(step.cache.x_inv_norm), device.stream);
+  step.each_chunk([&](const Chunk<T>& chunk, const Tensor&) {
+    class_statistics(chunk, running, data<T>(target_cos), device.stream);
   });
-  finish_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
-                    {data<T>(loss), data<T>(top), data<T>(log_sum), data<T>(target_cos), data<T>(max_neg)},
-                    device.stream);
+  merge_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
+                   {data<T>(loss), data<T>(top), data<T>(log_sum), data<T>(target_cos), data<T>(max_neg)},
+                   device.stream);
   return {loss, top, log_sum, target_cos, max_neg};
 }
 
@@ -214,16 +215,15 @@ Tensor units(const Tensor& s, const Tensor& g_lse, const Tensor& g_cos) {
   return at::ldexp(at::ones_like(clamped), std::get<1>(at::frexp(clamped)));
 }
 
-// out from the gradient g_hat of v_hat; where the kernel does not write the dtype of out, over g_hat and by a
-// copy.
+// out from g; where the kernel does not write the dtype of out, over g and by a copy.
 template <typename T>
-void unnormalize(const Tensor& g_hat, const Tensor& v, const Tensor& inv_norm, const Tensor& factor,
-                 const Tensor& out, Stream stream) {
-  const bool direct = out.scalar_type() == v.scalar_type() || out.scalar_type() == g_hat.scalar_type();
-  const Tensor result = direct ? out : g_hat;
-  const int64_t factor_step = factor.dim();  // (N), or one number
-  unnormalize_rows<T>(data<T>(g_hat), rows_of(v), data<T>(inv_norm), data<T>(factor), factor_step,
-                      any_data(result), dtype_of(result), stream);
+void project(const Tensor& g, bool divided, const Tensor& v, const T* inv_norm, const Tensor& factor,
+             const Tensor& out, Stream stream) {
+  const bool direct = out.scalar_type() == v.scalar_type() || out.scalar_type() == g.scalar_type();
+  const Tensor result = direct ? out : g;
+  const int64_t factor_step = factor.dim();  // a row each, or one number
+  project_rows<T>(data<T>(g), divided, rows_of(v), inv_norm, data<T>(factor), factor_step, any_data(result),
+                  dtype_of(result), stream);
   if (!direct) out.copy_(result);
 }
 
@@ -233,11 +233,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
                                                const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
                                                const Tensor& g_cos, const Options& options, bool need_dx,
                                                bool need_dw, const Update* update, const Device& device) {
-  const Step<T> step(checked(x, w, y, s, options), options, device);
+  const Step<T> step(checked(x, w, y, s, options), options, device, Pass::kBackward);
   const std::vector<Tensor> up = upstream_of(x, w, top, log_sum, g_lse, g_cos);
   const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2]), data<T>(up[3])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const Tensor dw = need_dw ? at::empty({step.classes, step.d}, w.options()) : at::empty({0}, w.options());
+  const auto operands = step.x.options();
+  const Tensor& x_inv_norm = step.cache.x_inv_norm;
+  const bool divided = is_divided(dtype_of(step.x)), needs_w_hat = step.normalize_weight && !divided;
 
   // Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
   const Tensor active = up[2].ne(0).logical_or(up[3].ne(0)), unit = units(step.s, up[2], up[3]);
@@ -246,34 +249,37 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
                from_dx_hat = unit / kGradientLift * active;
   const Tensor from_dw_hat = largest_unit / (kGradientLift * kEmbeddingLift);
 
-  const auto operands = step.x.options();
   const Tensor x_hat = at::empty({step.n, step.d}, operands);
-  const Tensor w_hat = need_dx && step.normalize_weight ? at::empty({step.chunk, step.d}, operands) : Tensor();
-  const Tensor g_apart = step.operand == step.sums.dtype() ? Tensor() : at::empty({step.n * step.chunk}, operands);
+  const Tensor w_hat = need_dx && needs_w_hat ? at::empty({step.chunk, step.d}, operands) : Tensor();
+  const bool over_dot = step.dot.defined() && step.operand == step.sums.dtype();
+  const Tensor g_memory = over_dot ? step.dot : at::empty({step.n * step.chunk}, operands);
   const Tensor dx_hat = need_dx ? at::zeros({step.n, step.d}, step.sums) : Tensor();
   const Tensor dw_hat = need_dw || update ? at::empty({step.chunk, step.d}, step.sums) : Tensor();
   const Tensor negative_dot = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
-  normalize_rows<T>(rows_of(step.x), data<T>(to_x_hat), data<T>(step.x_inv_norm), any_data(x_hat), device.stream);
-  step.each_part(Cosines::kRecall, w_hat, [&](const auto& part) {
-    const Tensor g = g_apart.defined() ? g_apart.narrow(0, 0, part.dot.numel()).view_as(part.dot) : part.dot;
-    logit_gradients(part.chunk, upstream, data<T>(unit), any_data(g), dtype_of(g), data<double>(negative_dot),
+  normalize_rows<T>(rows_of(step.x), data<T>(x_inv_norm), data<T>(to_x_hat), any_data(x_hat), device.stream);
+  step.each_chunk([&](const Chunk<T>& chunk, const Tensor& rows) {
+    const int64_t first = chunk.first_class, count = chunk.classes;
+    const Tensor g = step.beginning(g_memory, count);
+    logit_gradients(chunk, upstream, data<T>(unit), any_data(g), dtype_of(g), data<double>(negative_dot),
                     device.stream);
-    if (need_dx) multiply(dx_hat, g, part.w_hat, true);
+    if (w_hat.defined()) {
+      normalize_rows<T>(rows_of(rows), chunk.w_inv_norm, nullptr, any_data(w_hat), device.stream);
+    }
+    if (need_dx) multiply(dx_hat, g, w_hat.defined() ? w_hat.narrow(0, 0, count) : rows, true);
     if (!dw_hat.defined()) return;
-    const int64_t first = part.chunk.first_class, count = part.chunk.classes;
-    const Tensor rows = dw_hat.narrow(0, 0, count);
-    multiply(rows, g.t(), x_hat, false);
-    Tensor out = update ? rows : dw.narrow(0, first, count);
+    const Tensor sums = dw_hat.narrow(0, 0, count);
+    multiply(sums, g.t(), x_hat, false);
+    Tensor out = update ? sums : dw.narrow(0, first, count);
     if (step.normalize_weight) {
-      unnormalize<T>(rows, part.w, step.w_inv_norm, from_dw_hat, out, device.stream);
+      project(sums, divided, rows, chunk.w_inv_norm, from_dw_hat, out, device.stream);
     } else {
-      at::mul_out(out, rows, from_dw_hat);
+      at::mul_out(out, sums, from_dw_hat);
     }
     if (update) {  // nothing after this reads these rows
-      move_rows<T>(data<T>(rows), count, step.d, weight_of(w), step.chosen(first), first, *update, device.stream);
+      move_rows<T>(data<T>(sums), count, step.d, weight_of(w), step.chosen(first), first, *update, device.stream);
     }
   });
-  if (need_dx) unnormalize<T>(dx_hat, step.x, step.x_inv_norm, from_dx_hat, dx, device.stream);
+  if (need_dx) project(dx_hat, false, step.x, data<T>(x_inv_norm), from_dx_hat, dx, device.stream);
   return {dx, dw, negative_dot.sum(0).to(step.sums.dtype())};
 }
 

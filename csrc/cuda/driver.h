@@ -24,7 +24,7 @@ struct Device {
 // As in cosface_kernels/options.py.
 struct Options {
   std::optional<at::Tensor> classes;
-  at::Tensor cache;  // uint8, which forward fills with the cosines of as many classes as fit
+  at::Tensor cache;  // uint8, which forward fills with norms, and with the cosines of as many classes as fit
   bool normalize_weight = true;
   std::optional<at::Tensor> thresholds, negatives;
   int64_t workspace_bytes = 256 << 20;

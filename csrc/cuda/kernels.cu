@@ -117,8 +117,7 @@ __device__ bool is_clamped(T inv_norm) {
 }
 
 template <typename T, typename V, int kThreads, int kPack>
-__global__ void normalize_rows_kernel(const V* v, int64_t n, int64_t columns, int64_t stride, const T* factor,
-                                      T* inv_norm, V* hat) {
+__global__ void row_norms_kernel(const V* v, int64_t n, int64_t columns, int64_t stride, T* inv_norm) {
   const int64_t row = this_row();
   if (row >= n) return;
   v += row * stride;
@@ -128,12 +127,17 @@ __global__ void normalize_rows_kernel(const V* v, int64_t n, int64_t columns, in
     for (int l = 0; l < kPack; ++l) squares += convert<T>(pack.values[l]) * convert<T>(pack.values[l]);
   }
   const T norm = std::sqrt(reduce<kThreads>(squares, Sum()));
-  const T inverse = 1 / (norm < static_cast<T>(kEps) ? static_cast<T>(kEps) : norm);
-  if (threadIdx.x == 0) inv_norm[row] = inverse;
-  if (hat == nullptr) return;
+  if (threadIdx.x == 0) inv_norm[row] = 1 / (norm < static_cast<T>(kEps) ? static_cast<T>(kEps) : norm);
+}
 
+template <typename T, typename V, int kThreads, int kPack>
+__global__ void normalize_rows_kernel(const V* v, int64_t n, int64_t columns, int64_t stride, const T* inv_norm,
+                                      const T* factor, V* hat) {
+  const int64_t row = this_row();
+  if (row >= n) return;
+  v += row * stride;
   hat += row * columns;
-  const T row_factor = factor == nullptr ? 1 : factor[row];
+  const T inverse = inv_norm[row], row_factor = factor == nullptr ? 1 : factor[row];
   for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
     auto pack = load<kPack>(v + k);
     for (int l = 0; l < kPack; ++l) {
@@ -153,10 +157,10 @@ __device__ void this_segment(int64_t classes, int64_t* begin, int64_t* end) {
 
 // The cosines of a row of a chunk with its classes from j on.
 template <int kPack, typename T>
-__device__ Pack<T, kPack> compute_cosines(const Chunk<T>& chunk, int64_t row, T x_inv_norm, int64_t j) {
+__device__ Pack<T, kPack> compute_cosines(const Chunk<T>& chunk, int64_t row, T x_inv_norm, int64_t j,
+                                          const Pack<T, kPack>& w_inv_norms) {
   auto pack = load<kPack>(chunk.dot + row * chunk.classes + j);
-  const auto inv_norms = load<kPack>(chunk.w_inv_norm + j);
-  for (int l = 0; l < kPack; ++l) pack.values[l] = cosine(pack.values[l], x_inv_norm, inv_norms.values[l]);
+  for (int l = 0; l < kPack; ++l) pack.values[l] = cosine(pack.values[l], x_inv_norm, w_inv_norms.values[l]);
   return pack;
 }
 
@@ -190,7 +194,7 @@ struct Reshape {
 };
 
 template <typename T, int kThreads, int kPack>
-__global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T> running, T* target_cos) {
+__global__ void class_statistics_kernel(Chunk<T> chunk, RunningStatistics<T> running, T* target_cos) {
   const int64_t row = this_row();
   if (row >= chunk.n) return;
   int64_t begin, end;
@@ -202,7 +206,7 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
   const Reshape<T> reshape(chunk, row);
   T top = kLowest<T>, max_cos = kLowest<T>, sum = 0;
   for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
-    const auto cosines = compute_cosines<kPack>(chunk, row, x_inv_norm, j);
+    const auto cosines = compute_cosines(chunk, row, x_inv_norm, j, load<kPack>(chunk.w_inv_norm + j));
     if (chunk.kept != nullptr) keep_cosines(chunk, row, j, cosines);
     for (int l = 0; l < kPack; ++l) {
       const T cos = cosines.values[l];
@@ -233,8 +237,8 @@ __global__ void accumulate_statistics_kernel(Chunk<T> chunk, RunningStatistics<T
 }
 
 template <typename T>
-__global__ void finish_statistics_kernel(RunningStatistics<T> running, int64_t segments, int64_t n,
-                                         const int64_t* y, const T* s, T margin, Results<T> results) {
+__global__ void merge_statistics_kernel(RunningStatistics<T> running, int64_t segments, int64_t n,
+                                        const int64_t* y, const T* s, T margin, Results<T> results) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   T top = kLowest<T>, max_cos = kLowest<T>;
@@ -274,7 +278,8 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
 
   T negative = 0;
   for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
-    const auto cosines = chunk.kept == nullptr ? compute_cosines<kPack>(chunk, row, x_inv_norm, j)
+    const auto w_inv_norms = load<kPack>(chunk.w_inv_norm + j);
+    const auto cosines = chunk.kept == nullptr ? compute_cosines(chunk, row, x_inv_norm, j, w_inv_norms)
                                                : recall_cosines<kPack>(chunk, row, j);
     Pack<G, kPack> gradients;
     for (int l = 0; l < kPack; ++l) {
@@ -289,6 +294,7 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
         negative += p * shaped;
         gradient = s * g_lse * p * reshape.slope(cos);
       }
+      if constexpr (!std::is_same_v<G, __half>) gradient *= w_inv_norms.values[l];
       gradients.values[l] = convert<G>(gradient * lift);
     }
     store(g + j, gradients);
@@ -298,29 +304,31 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
 }
 
 template <typename T, typename V, typename Out, int kThreads, int kPack>
-__global__ void unnormalize_rows_kernel(const T* g_hat, const V* v, int64_t n, int64_t columns, int64_t stride,
-                                        const T* inv_norm, const T* factor, int64_t factor_step, Out* out) {
+__global__ void project_rows_kernel(const T* g, bool divided, const V* v, int64_t n, int64_t columns,
+                                    int64_t stride, const T* inv_norm, const T* factor, int64_t factor_step,
+                                    Out* out) {
   const int64_t row = this_row();
   if (row >= n) return;
-  g_hat += row * columns;
+  g += row * columns;
   v += row * stride;
   out += row * columns;
-  const T inverse = inv_norm[row], row_factor = factor[row * factor_step];
+  const T inverse = inv_norm[row], row_factor = factor[row * factor_step],
+          by = row_factor * (divided ? 1 : inverse);
   T dot = 0;
   for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
-    const auto g = load<kPack>(g_hat + k);
+    const auto gradients = load<kPack>(g + k);
     const auto values = load<kPack>(v + k);
-    for (int l = 0; l < kPack; ++l) dot += g.values[l] * (convert<T>(values.values[l]) * inverse);
+    for (int l = 0; l < kPack; ++l) dot += gradients.values[l] * (convert<T>(values.values[l]) * inverse);
   }
   dot = reduce<kThreads>(dot, Sum());
   if (is_clamped(inverse)) dot = 0;
   for (int64_t k = threadIdx.x * kPack; k < columns; k += kThreads * kPack) {
-    const auto g = load<kPack>(g_hat + k);
+    const auto gradients = load<kPack>(g + k);
     const auto values = load<kPack>(v + k);
     Pack<Out, kPack> result;
     for (int l = 0; l < kPack; ++l) {
-      const T gradient = (g.values[l] - dot * (convert<T>(values.values[l]) * inverse)) * row_factor * inverse;
-      result.values[l] = convert<Out>(row_factor == 0 ? 0 : gradient);
+      const T orthogonal = gradients.values[l] - dot * (convert<T>(values.values[l]) * inverse);
+      result.values[l] = convert<Out>(row_factor == 0 ? 0 : orthogonal * by);
     }
     store(out + k, result);
   }
@@ -554,39 +562,51 @@ constexpr int kChunkPack = 4;  // numbers of a chunk's row that a thread takes a
 template <typename T, typename Body>
 void with_chunk_shape(const Chunk<T>& chunk, Body body) {
   const bool aligned = chunk.classes % kChunkPack == 0 && chunk.kept_stride % kChunkPack == 0 &&
-                       is_aligned(chunk.kept, kChunkPack * sizeof(Kept<T>));
+                       is_aligned(chunk.kept, kChunkPack * sizeof(Kept<T>)) &&
+                       is_aligned(chunk.w_inv_norm, kWidestLoad);
   with_shape<kChunkPack>(ceil_div(chunk.classes, chunk.segments), aligned, body);
 }
 
 }  // namespace
 
 template <typename T>
-void normalize_rows(const Rows& v, const T* factor, T* inv_norm, void* hat, Stream stream) {
+void row_norms(const Rows& v, T* inv_norm, Stream stream) {
+  with_operand<T>(v.dtype, [&](auto type) {
+    using V = typename decltype(type)::type;
+    with_shape<kVector<V>>(v.columns, rows_are_aligned<V>(v), [&](auto shape) {
+      using S = decltype(shape);
+      launch("row_norms", row_norms_kernel<T, V, S::kThreads, S::kPack>, S::grid(v.n, 1), S::block(), stream,
+             static_cast<const V*>(v.data), v.n, v.columns, v.stride, inv_norm);
+    });
+  });
+}
+
+template <typename T>
+void normalize_rows(const Rows& v, const T* inv_norm, const T* factor, void* hat, Stream stream) {
   with_operand<T>(v.dtype, [&](auto type) {
     using V = typename decltype(type)::type;
     with_shape<kVector<V>>(v.columns, rows_are_aligned<V>(v), [&](auto shape) {
       using S = decltype(shape);
       launch("normalize_rows", normalize_rows_kernel<T, V, S::kThreads, S::kPack>, S::grid(v.n, 1), S::block(),
-             stream, static_cast<const V*>(v.data), v.n, v.columns, v.stride, factor, inv_norm,
+             stream, static_cast<const V*>(v.data), v.n, v.columns, v.stride, inv_norm, factor,
              static_cast<V*>(hat));
     });
   });
 }
 
 template <typename T>
-void accumulate_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos,
-                           Stream stream) {
+void class_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos, Stream stream) {
   with_chunk_shape(chunk, [&](auto shape) {
     using S = decltype(shape);
-    launch("accumulate_statistics", accumulate_statistics_kernel<T, S::kThreads, S::kPack>,
-           S::grid(chunk.n, chunk.segments), S::block(), stream, chunk, running, target_cos);
+    launch("class_statistics", class_statistics_kernel<T, S::kThreads, S::kPack>, S::grid(chunk.n, chunk.segments),
+           S::block(), stream, chunk, running, target_cos);
   });
 }
 
 template <typename T>
-void finish_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
-                       const T* s, T margin, const Results<T>& results, Stream stream) {
-  launch("finish_statistics", finish_statistics_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kBlock))),
+void merge_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
+                      const T* s, T margin, const Results<T>& results, Stream stream) {
+  launch("merge_statistics", merge_statistics_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kBlock))),
          dim3(kBlock), stream, running, segments, n, y, s, margin, results);
 }
 
@@ -605,17 +625,17 @@ void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T
 }
 
 template <typename T>
-void unnormalize_rows(const T* g_hat, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
-                      void* out, DType out_dtype, Stream stream) {
+void project_rows(const T* g, bool divided, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
+                  void* out, DType out_dtype, Stream stream) {
   with_operand<T>(v.dtype, [&](auto type) {
     using V = typename decltype(type)::type;
     with_shape<kVector<V>>(v.columns, rows_are_aligned<V>(v), [&](auto shape) {
       using S = decltype(shape);
       const auto run = [&](auto* typed_out) {
         using Out = std::remove_pointer_t<decltype(typed_out)>;
-        launch("unnormalize_rows", unnormalize_rows_kernel<T, V, Out, S::kThreads, S::kPack>, S::grid(v.n, 1),
-               S::block(), stream, g_hat, static_cast<const V*>(v.data), v.n, v.columns, v.stride, inv_norm,
-               factor, factor_step, typed_out);
+        launch("project_rows", project_rows_kernel<T, V, Out, S::kThreads, S::kPack>, S::grid(v.n, 1), S::block(),
+               stream, g, divided, static_cast<const V*>(v.data), v.n, v.columns, v.stride, inv_norm, factor,
+               factor_step, typed_out);
       };
       out_dtype == v.dtype ? run(static_cast<V*>(out)) : run(static_cast<T*>(out));
     });
@@ -633,12 +653,13 @@ void move_rows(const T* g, int64_t n, int64_t columns, const Weight& w, const in
 }
 
 #define COSFACE_INSTANTIATE(T)                                                                                 \
-  template void normalize_rows(const Rows&, const T*, T*, void*, Stream);                                      \
-  template void accumulate_statistics(const Chunk<T>&, const RunningStatistics<T>&, T*, Stream);               \
-  template void finish_statistics(const RunningStatistics<T>&, int64_t, int64_t, const int64_t*, const T*, T,  \
-                                  const Results<T>&, Stream);                                                  \
+  template void row_norms(const Rows&, T*, Stream);                                                            \
+  template void normalize_rows(const Rows&, const T*, const T*, void*, Stream);                                \
+  template void class_statistics(const Chunk<T>&, const RunningStatistics<T>&, T*, Stream);                    \
+  template void merge_statistics(const RunningStatistics<T>&, int64_t, int64_t, const int64_t*, const T*, T,   \
+                                 const Results<T>&, Stream);                                                   \
   template void logit_gradients(const Chunk<T>&, const Upstream<T>&, const T*, void*, DType, double*, Stream); \
-  template void unnormalize_rows(const T*, const Rows&, const T*, const T*, int64_t, void*, DType, Stream);    \
+  template void project_rows(const T*, bool, const Rows&, const T*, const T*, int64_t, void*, DType, Stream);  \
   template void move_rows(const T*, int64_t, int64_t, const Weight&, const int64_t*, int64_t, const Update&,   \
                           Stream);
 

@@ -19,6 +19,10 @@ using Stream = void*;  // a cudaStream_t; the host's shim has none
 // probabilities of 1.5e-8, become subnormal, whatever the loss is divided by.
 constexpr double kGradientLift = 4096, kEmbeddingLift = 256;
 
+// Whether G of this dtype is stored divided by |w_j| as well, so that both products take rows of w as they are.
+// float16 has no range for short rows.
+constexpr bool is_divided(DType g) { return g != DType::kFloat16; }
+
 // Rows (n, columns) of operands: embeddings, or the class weights of a chunk.
 struct Rows {
   const void* data;
@@ -27,10 +31,14 @@ struct Rows {
   int64_t stride;  // elements from row to row
 };
 
-// inv_norm_i = 1 / max(|v_i|, eps) and, if hat is not null, hat_i = factor_i v_i / max(|v_i|, eps): (n, columns),
-// contiguous, in the dtype of v. Without a factor it is 1; where it is 0 so is hat, whatever v holds.
+// inv_norm_i = 1 / max(|v_i|, eps).
 template <typename T>
-void normalize_rows(const Rows& v, const T* factor, T* inv_norm, void* hat, Stream stream);
+void row_norms(const Rows& v, T* inv_norm, Stream stream);
+
+// hat_i = factor_i v_i / max(|v_i|, eps): (n, columns), contiguous, in the dtype of v. Without a factor it is 1;
+// where it is 0 so is hat, whatever v holds.
+template <typename T>
+void normalize_rows(const Rows& v, const T* inv_norm, const T* factor, void* hat, Stream stream);
 
 // A cosine as it is kept from forward to backward: fixed point, off by at most 2^-16, or exact where T is double.
 template <typename T>
@@ -41,14 +49,14 @@ template <typename T>
 struct Chunk {
   T* dot;
   int64_t n, classes, first_class;
-  const T *x_inv_norm, *w_inv_norm;  // (n), (classes)
+  const T *x_inv_norm, *w_inv_norm;  // (n), (classes): as of row_norms, or 1
   const int64_t* y;                  // (n)
   const T* s;                        // (n)
   int64_t segments;                  // blocks that share a row
   // Negatives are reshaped to N(c) = (q c + a) c + b where c > tau_i: (n), and q, a, b; or null for N(c) = c.
   const T *tau = nullptr, *polynomial = nullptr;
-  // Where cos_ij is kept, at i kept_stride + j: accumulate_statistics writes it, and logit_gradients reads it in
-  // place of dot. Or null.
+  // Where cos_ij is kept, at i kept_stride + j: class_statistics writes it, and logit_gradients reads it in
+  // place of dot, which may then be null. Or null.
   Kept<T>* kept = nullptr;
   int64_t kept_stride = 0;
 };
@@ -62,30 +70,28 @@ struct RunningStatistics {
 
 // Also writes target_cos_i where y_i lies in the chunk.
 template <typename T>
-void accumulate_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos,
-                           Stream stream);
+void class_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos, Stream stream);
 
 // The slots of each row in order, then LMCL, given its target_cos.
 template <typename T>
-void finish_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
-                       const T* s, T margin, const Results<T>& results, Stream stream);
+void merge_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
+                      const T* s, T margin, const Results<T>& results, Stream stream);
 
 // g_ij (n, classes) from dot_ij, in the dtype of the operands: s_i g_lse_i p_ij N'(cos_ij) for j != y_i, g_cos_i
-// for j = y_i, both lifted. It may be the memory of `dot`, if their dtype is the same. negative_dot: (segments,
-// n),
-// += g_lse_i sum_{j != y_i} p_ij N(cos_ij).
+// for j = y_i, both lifted and, where is_divided, divided. It may be the memory of `dot`, if their dtype is the
+// same. negative_dot: (segments, n), += g_lse_i sum_{j != y_i} p_ij N(cos_ij).
 template <typename T>
 void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* unit, void* g, DType dtype,
                      double* negative_dot, Stream stream);
 
-// From the gradient of v_hat = v / max(|v|, eps) to that of v:
-//   out_i = factor_i (g_hat_i - <g_hat_i, v_hat_i> v_hat_i) / max(|v_i|, eps),
-// without the projection for a row whose norm was clamped, and 0 where the factor is. g_hat and out are (n,
-// columns), contiguous; out is in the dtype of v, or in T. factor_step is 1 for a factor per row, 0 for one of
-// all.
+// The gradient of v from that of v_hat = v / max(|v|, eps), which may be divided by |v_i| already:
+//   out_i = factor_i (g_i - <g_i, v_hat_i> v_hat_i) / |v_i|,
+// without the projection for a row whose norm was clamped, and 0 where the factor is; nan where |v_i| is infinite.
+// g and out are (n, columns), contiguous; out is in the dtype of v, or in T. factor_step is 1 for a factor per
+// row, 0 for one of all.
 template <typename T>
-void unnormalize_rows(const T* g_hat, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
-                      void* out, DType out_dtype, Stream stream);
+void project_rows(const T* g, bool divided, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
+                  void* out, DType out_dtype, Stream stream);
 
 // Moves n rows of w and of the optimizer's state, in place, by their gradient g (n, columns), contiguous. Row j of
 // g is that of row index_j of w, or of row first_row + j where index is null. Rounding to bfloat16 is stochastic,

@@ -30,7 +30,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
                              " could not be launched: " + cudaGetErrorString(status) + ".");
   }
 #else
-  (void)name;
+  simt::count_launch(name);
   simt::launch(kernel, grid, block, 0, arguments...);
 #endif
 }

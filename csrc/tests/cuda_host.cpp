@@ -1,6 +1,7 @@
 // Backend `cuda` on the host, for tests: the unchanged driver and kernels, on the SIMT shim, over tensors on the
 // CPU.
 #include "cuda/bindings.h"
+#include "simt/simt.h"
 
 namespace {
 
@@ -11,4 +12,5 @@ const cosface::cuda::Device kDevice{.stream = nullptr, .processors = 4, .largest
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   cosface::cuda::define(m, [](const at::Tensor&, auto body) { return body(kDevice); });
+  m.def("take_launches", &simt::take_launches);
 }

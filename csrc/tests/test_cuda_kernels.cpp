@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <random>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -89,7 +90,8 @@ void normalize_rows(DType dtype) {
       factor[2] = 0;
       v.scale_row(2, kNan);
     }
-    cuda::normalize_rows<T>(v.rows(), factor, inv_norm, hat, nullptr);
+    cuda::row_norms<T>(v.rows(), inv_norm, nullptr);
+    cuda::normalize_rows<T>(v.rows(), inv_norm, factor, hat, nullptr);
     for (int64_t i = 0; i < v.n; ++i) {
       const double norm = v.norm(i);
       if (i != 2) CHECK(close(inv_norm[i] * norm, 1, 16 * rounding(kDTypeOf<T>)), i, v.columns, inv_norm[i], norm);
@@ -99,18 +101,20 @@ void normalize_rows(DType dtype) {
         CHECK(close(got, want, tolerance * std::fabs(want) + 1e-7), i, k, v.columns, v.stride, got, want);
       }
     }
-    Exact<T> without_hat(v.n);
-    cuda::normalize_rows<T>(v.rows(), nullptr, without_hat, nullptr, nullptr);
-    CHECK(without_hat.same_bits(inv_norm), v.columns);
+    const Exact<char> by_none = hat;
+    std::fill_n(factor.begin(), v.n, T(1));
+    cuda::normalize_rows<T>(v.rows(), inv_norm, factor, hat, nullptr);
+    cuda::normalize_rows<T>(v.rows(), inv_norm, nullptr, by_none, nullptr);
+    CHECK(by_none.same_bits(hat), v.columns);
   });
 }
 
 template <typename T>
-void unnormalize_rows(DType dtype) {
+void project_rows(DType dtype) {
   each_matrix(dtype, [&](const Matrix& v) {
     if (v.n > 1) v.scale_row(1, 0);
-    Exact<T> g_hat(v.n * v.columns), factor(v.n), inv_norm(v.n);
-    for (T& g : g_hat) g = static_cast<T>(normal());
+    Exact<T> g_rows(v.n * v.columns), factor(v.n), inv_norm(v.n);
+    for (T& g : g_rows) g = static_cast<T>(normal());
     for (int64_t i = 0; i < v.n; ++i) {
       factor[i] = static_cast<T>(std::ldexp(1, -2 * static_cast<int>(i)));
       inv_norm[i] = static_cast<T>(1 / v.norm(i));
@@ -120,26 +124,26 @@ void unnormalize_rows(DType dtype) {
       v.scale_row(2, kNan);
     }
     for (DType out_dtype : {dtype, kDTypeOf<T>}) {
-      for (int64_t step : {0, 1}) {
+      for (auto [step, divided] : {std::pair<int64_t, bool>{0, false}, {1, false}, {0, true}, {1, true}}) {
         Exact<char> out(v.n * v.columns * size_of(out_dtype));
-        cuda::unnormalize_rows<T>(g_hat, v.rows(), inv_norm, factor, step, out, out_dtype, nullptr);
+        cuda::project_rows<T>(g_rows, divided, v.rows(), inv_norm, factor, step, out, out_dtype, nullptr);
         for (int64_t i = 0; i < v.n; ++i) {
-          const double by = factor[i * step] * static_cast<double>(inv_norm[i]);
+          const double by = factor[i * step] * (divided ? 1.0 : double{inv_norm[i]});
           double dot = 0, size = 0;
           for (int64_t k = 0; k < v.columns; ++k) {
-            const double term = g_hat[i * v.columns + k] * v(i, k) * inv_norm[i];
+            const double term = g_rows[i * v.columns + k] * v(i, k) * inv_norm[i];
             dot += term;
             size += std::fabs(term);
           }
           for (int64_t k = 0; k < v.columns; ++k) {
             if (i == 2 && step == 0) continue;  // nan, as it should be
-            const double projection = i == 1 ? 0 : dot * v(i, k) * inv_norm[i], g = g_hat[i * v.columns + k];
+            const double projection = i == 1 ? 0 : dot * v(i, k) * inv_norm[i], g = g_rows[i * v.columns + k];
             const double want = i == 2 ? 0 : (g - projection) * by, got = get(out, out_dtype, i * v.columns + k);
             const double tolerance = rounding(out_dtype) * std::fabs(want) +
                                      8 * rounding(kDTypeOf<T>) * by * (std::fabs(g) + (i == 2 ? 0 : size)) +
                                      (out_dtype == DType::kFloat16 ? 1e-7 : 0);
             const bool overflows = out_dtype == DType::kFloat16 && std::fabs(want) > 65000;
-            CHECK(overflows || close(got, want, tolerance), i, k, v.columns, step, got, want);
+            CHECK(overflows || close(got, want, tolerance), i, k, v.columns, step, divided, got, want);
           }
         }
       }
@@ -247,10 +251,10 @@ void statistics(bool reshaped) {
     const cuda::RunningStatistics<T> running{reshaped ? tops : max_cos, max_cos, sum_exp};
     Exact<T> loss(n), top(n), log_sum(n), target_cos(n, T(0)), max_neg(n);
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
-      cuda::accumulate_statistics(part, running, target_cos.begin(), nullptr);
+      cuda::class_statistics(part, running, target_cos.begin(), nullptr);
     });
-    cuda::finish_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35),
-                               {loss, top, log_sum, target_cos, max_neg}, nullptr);
+    cuda::merge_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35),
+                              {loss, top, log_sum, target_cos, max_neg}, nullptr);
     for (int64_t i = 0; i < n; ++i) {
       const double want_lse = logits.lse(i), tolerance = 200 * rounding(kDTypeOf<T>);
       const double want_cos = logits.y[i] < 0 ? 0 : logits.cos(i, logits.y[i]);
@@ -298,7 +302,7 @@ void keep_cosines(Logits<T>& logits, int64_t segments, const Cache<T>& cache) {
     Exact<double> sum_exp(segments * n, 0.0);
     const Exact<T> max_cos = tops;
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
-      cuda::accumulate_statistics<T>(seen(part), {tops, max_cos, sum_exp}, target_cos, nullptr);
+      cuda::class_statistics<T>(seen(part), {tops, max_cos, sum_exp}, target_cos, nullptr);
     });
     return std::tuple(tops, target_cos, sum_exp);
   };
@@ -356,7 +360,9 @@ void logit_gradients(DType dtype, bool reshaped, bool cached) {
           const double from_lse = logits.s[i] * g_lse[i] * p * logits.slope(i, global);
           const double gradient = !active ? 0 : is_target ? double{g_cos[i]} : from_lse;
           if (active && !is_target) want_dot[i] += g_lse[i] * p * shaped;
-          const double want = gradient * cuda::kGradientLift / unit[i], got = get(g, dtype, i * part.classes + j);
+          const double divided = cuda::is_divided(dtype) ? logits.w_inv_norm[global] : 1;
+          const double want = gradient * divided * cuda::kGradientLift / unit[i],
+                       got = get(g, dtype, i * part.classes + j);
           const double tolerance = (rounding(dtype) + 100 * rounding(kDTypeOf<T>)) * std::fabs(want) + 1e-7;
           CHECK(close(got, want, tolerance), i, global, classes, segments, got, want);
         }
@@ -584,7 +590,7 @@ template <typename T>
 void all() {
   for (DType dtype : operands<T>()) {
     normalize_rows<T>(dtype);
-    unnormalize_rows<T>(dtype);
+    project_rows<T>(dtype);
     for (bool reshaped : {false, true}) {
       for (bool cached : {false, true}) logit_gradients<T>(dtype, reshaped, cached);
     }

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "simt/sanitizers.h"
 #include "simt/simt.h"
@@ -50,7 +51,8 @@ struct Fiber {
   }
 };
 
-std::mutex one_launch;
+std::mutex one_launch, one_count;
+std::map<std::string, int64_t> launches;
 std::array<Fiber, kMaxThreads + 1> fibers;
 Fiber& host = fibers[kMaxThreads];
 Fiber *running = &host, *came_from = &host;
@@ -189,6 +191,16 @@ uint64_t exchange(const char* name, uint32_t mask, uint64_t bits, unsigned sourc
   Meeting& meeting = meeting_of(warp, mask);
   meeting.bits[meeting.round % 2][lane] = bits;
   return meeting.bits[meet(name, meeting, std::popcount(mask), orders_memory)][source];
+}
+
+void count_launch(const char* name) {
+  const std::lock_guard lock(one_count);
+  ++launches[name];
+}
+
+std::map<std::string, int64_t> take_launches() {
+  const std::lock_guard lock(one_count);
+  return std::exchange(launches, {});
 }
 
 void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel) {

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <string>
 #include <type_traits>
 
 #ifdef SIMT_TOOLKIT
@@ -58,6 +60,11 @@ void wait_for_block();
 uint64_t exchange(const char* name, uint32_t mask, uint64_t bits, unsigned source, bool orders_memory);
 
 void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel);
+
+void count_launch(const char* name);
+
+// The launches of each kernel since the last call.
+std::map<std::string, int64_t> take_launches();
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes, Arguments... arguments) {
