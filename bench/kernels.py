@@ -34,6 +34,7 @@ DTYPES = (
 OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
 DIMS = (512, 1, 64, 515, 768)  # others: one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
+NARROW = r"\b(ld|st)\.global[.\w]*\.[bu]16 "  # a load or a store of one 16-bit number
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
 POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand"}
@@ -207,6 +208,8 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     multiplies = case.kernel in GEMM_KERNELS and not (case.kernel == "logit_gradients" and case.has("kept"))
     if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
+    if case.kernel in GEMM_KERNELS and case.dim % 16 == 0 and row.get("narrow"):
+        complaints.append(f"moves 16-bit numbers one at a time, in {row['narrow']} places.")
     found = pipeline(compiled.asm["ttgir"])
     row |= {"slots": found.slots, "pending": found.pending}
     return row, complaints + found.hazards
@@ -295,6 +298,7 @@ def _read_nvidia(compiled) -> dict:
         "spill_bytes": resource("STACK") + resource("LOCAL"),
         "shared_bytes": compiled.metadata.shared,
         "tensor_core_ops": len(re.findall(MATRIX_INSTRUCTIONS, compiled.asm["ptx"])),
+        "narrow": len(re.findall(NARROW, compiled.asm["ptx"])),
         "ptx_features": [feature for feature in FEATURES if feature in compiled.asm["ptx"]],
     }
 

@@ -360,8 +360,8 @@ class _Backward:
         self.scale_dot = torch.zeros_like(self.negative_dot) if self.reshape else self.negative_dot
         half = operand_dtype(x.dtype, w.dtype)
         self.g, self.x_hat = x.new_empty(N, self.chunk, dtype=half), x.new_empty(N, D, dtype=half)
-        # Products read G also where a ragged last chunk has no class. What they find must be a number, one of a
-        # chunk before, or 0 if there is none: zeros of w and rows of dw that are not stored take it away.
+        # Products read G also where a ragged last chunk has no class. What they find must be a number, of a tile
+        # past the last class, of a chunk before, or 0: zeros of w and rows of dw that are not stored take it away.
         self.g[:, self.C :] = 0
         self.dx_blocks, self.tiles_per_split, self.splits = self._splits_of_dx()
         self.dx_hat = self.float32(self.splits, N, D).zero_() if need_dx else self.float32(0)

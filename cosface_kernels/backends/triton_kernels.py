@@ -504,11 +504,11 @@ def logit_gradients(
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
-    With KEPT from what forward kept of it. cosines: (N, kept).
+    With KEPT from what forward kept of it. cosines: (N, kept), in whole tiles.
     Grid (row blocks x class tiles of the chunk from first_tile on), the row blocks of a tile side by side; not two
     axes, because one of many tiles may be longer than all but the first can be.
     w_norm: (C,); not read without NORMALIZE.
-    g: (N, chunk), scaled by G_LIFT / unit_i; it keeps what it was where there is no class. Divided by |w_j| as
+    g: (N, chunk), scaled by G_LIFT / unit_i; some number where a tile passes the last class. Divided by |w_j| as
     well, so that both products take rows of w as they are, unless its dtype is float16: no range for short rows.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
@@ -524,8 +524,7 @@ def logit_gradients(
     row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
     active = is_row & _is_active(row_g_lse, row_g_cos)
     if KEPT:
-        mask = active[:, None] & is_class[None, :]
-        in_steps = tl.load(cosines + _offsets(rows, classes, kept, 1), mask=mask, other=0)
+        in_steps = tl.load(cosines + _offsets(rows, classes, kept, 1), mask=active[:, None], other=0)
     else:
         dot = _dot_tile(
             x,
@@ -574,11 +573,12 @@ def logit_gradients(
     gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
 
     lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
-    mask = is_row[:, None] & is_class[None, :]
-    tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
+    # Past the last class too: a mask of the classes would make a store of every number.
+    lifted = gradient * lift[:, None]
     if g.dtype.element_ty != tl.float16:
-        gradient *= w_inverse
-    tl.store(g + _offsets(rows, columns, chunk, 1), (gradient * lift[:, None]).to(g.dtype.element_ty), mask=mask)
+        lifted *= w_inverse
+    tl.store(g + _offsets(rows, columns, chunk, 1), lifted.to(g.dtype.element_ty), mask=is_row[:, None])
+    tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
 
 
 @triton.jit(do_not_specialize=["N", "C", "row_blocks", "tiles_per_split"])

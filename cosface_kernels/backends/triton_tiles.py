@@ -71,7 +71,7 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
 # on sm_80 and sm_100 a block of TABLE would spill 8 to 24 bytes.
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
     ("class_statistics", 4, "sm_80"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)),
-    ("logit_gradients", 2, "sm_80"): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 64, 4, 3)),
+    ("logit_gradients", 2, "sm_80"): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 32, 8, 2), Tile(16, 64, 64, 4, 3)),
     ("weight_gradients", 2, "sm_80"): (*TABLE["weight_gradients", 2][:2], Tile(16, 64, 64, 4, 3)),
     ("embedding_gradients", 2, "sm_100"): (
         Tile(128, 64, 128, 8, 2),
@@ -111,7 +111,7 @@ TOO_LARGE = {
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
     "class_statistics": (Tile(64, 32, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
-    "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)),
+    "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 8, 1)),
     "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 16, 32, 4, 1)),
     "weight_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
 }
