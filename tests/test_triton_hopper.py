@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from gluon_host import BFLOAT16, Descriptor, Kernels, Pointer, array
+from gluon_host import BFLOAT16, Descriptor, HazardError, Kernels, Pointer, array
 
 N, C, D = 40, 300, 192
 BLOCKS = {"D": D, "BLOCK_N": 32, "BLOCK_C": 32}
 ROW_BLOCKS, TILES = 2, 10
-SCALE, FACTOR = 16.0, 16.0 / np.log(2)
+SCALE = 16.0
+SEEDS = 4  # orders of events
 
 
 def float32(*shape):
@@ -61,13 +62,13 @@ def negatives(problem):
     return np.where(np.arange(C) == problem["targets"][:, None], -np.inf, problem["cos"])
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5])
-@pytest.mark.parametrize("splits", [1, 2, 4, 10])
+@pytest.mark.parametrize("slots", [2, 5])
+@pytest.mark.parametrize("splits", [1, 4, 10])
 def test_statistics_are_those_of_float64_in_any_order_of_events(problem, slots, splits):
     """Of one tile to all of them for each pair of groups, and so of groups without a tile."""
     cos = negatives(problem)
     results = []
-    for seed in range(6):
+    for seed in range(SEEDS):
         top, sum_exp = statistics(problem, Kernels(seed), slots, splits)
         results.append((top, sum_exp))
         largest = top.max(0)
@@ -76,6 +77,12 @@ def test_statistics_are_those_of_float64_in_any_order_of_events(problem, slots, 
         np.testing.assert_allclose(total, np.exp(SCALE * (cos - cos.max(1, keepdims=True))).sum(1), rtol=1e-4)
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
+
+
+def test_one_slot_is_a_deadlock(problem):
+    """It is given back only when the next product has been issued."""
+    with pytest.raises(HazardError, match="the partitions wait for each other"):
+        statistics(problem, Kernels(), slots=1)
 
 
 def gradients(problem, kernels, slots, first=32, chunk=288, splits=2):
@@ -94,7 +101,7 @@ def gradients(problem, kernels, slots, first=32, chunk=288, splits=2):
     return g.memory.reshape(N, chunk), negative_dot.memory.reshape(-1, N), class_dot.memory.reshape(-1, chunk)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("slots", [2, 5])
 @pytest.mark.parametrize("splits", [1, 2, 9])
 def test_gradients_are_those_of_float64_in_any_order_of_events(problem, slots, splits):
     """Of a chunk that begins with the second tile and passes the last class."""
@@ -105,7 +112,7 @@ def test_gradients_are_those_of_float64_in_any_order_of_events(problem, slots, s
     p = np.exp(SCALE * below)
     p /= p.sum(1, keepdims=True)
     gradient = np.where(below == -np.inf, g_cos, SCALE * g_lse * p)
-    results = [gradients(problem, Kernels(seed), slots, first, chunk, splits) for seed in range(6)]
+    results = [gradients(problem, Kernels(seed), slots, first, chunk, splits) for seed in range(SEEDS)]
     g, negative_dot, class_dot = results[0]
     assert np.isfinite(g).all()
     count = C - first
