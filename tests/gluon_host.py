@@ -11,6 +11,7 @@ tensor, and partitions that wait for each other for ever.
 """
 
 import ast
+import functools
 import inspect
 import threading
 from pathlib import Path
@@ -68,8 +69,8 @@ class Pointer:
 class Descriptor:
     """Of a matrix whose numbers a 16-bit type can hold."""
 
-    def __init__(self, matrix, block_shape, layout=None):
-        self.matrix, self.layout, self.dtype = matrix, layout, np.float32
+    def __init__(self, matrix, block_shape, dtype=np.float32):
+        self.matrix, self.layout, self.dtype = matrix, None, dtype
         self.block_type = SimpleNamespace(shape=list(block_shape), nbytes=2 * int(np.prod(block_shape)))
 
     def block(self, row, column):
@@ -79,6 +80,11 @@ class Descriptor:
         inside = self.matrix[row : row + rows, column : column + columns]
         found[: inside.shape[0], : inside.shape[1]] = inside
         return found
+
+    def put(self, row, column, values):
+        """But for what is outside."""
+        inside = self.matrix[row : row + values.shape[0], column : column + values.shape[1]]
+        inside[:] = values[: inside.shape[0], : inside.shape[1]]
 
 
 class Slot:
@@ -95,6 +101,30 @@ class Slot:
 class Transposed:
     def __init__(self, slot):
         self.slot = slot
+
+
+class Buffer:
+    """Shared memory that one partition writes, or the program before it is divided."""
+
+    def __init__(self, dtype, shape):
+        self.values, self.owner, self.is_fenced, self.copies = None, threading.current_thread(), False, 0
+        self.dtype, self.shape = dtype, tuple(shape)
+
+    def index(self, i):
+        return self.rows[i]
+
+    @functools.cached_property
+    def rows(self):
+        return [Buffer(self.dtype, self.shape[1:]) for _ in range(self.shape[0])]
+
+    def store(self, values):
+        if self.copies:
+            raise HazardError("a tile is written while it is copied.")
+        assert values.shape == self.shape
+        self.values, self.is_fenced = values, False
+
+    def load(self, layout):
+        return self.values
 
 
 class Barrier:
@@ -140,14 +170,15 @@ class Partition(threading.Thread):
         super().__init__(daemon=True)
         self.machine, self.body, self.go = machine, body, held_lock()
         self.may_run, self.is_done, self.error, self.products = (lambda: True), False, None, []
+        self.stores = []
 
     def run(self):
         self.go.acquire()
         try:
             if not self.machine.has_stopped:
                 self.body()
-                if self.products:
-                    raise HazardError("a partition ends before its products.")
+                if self.products or self.stores:
+                    raise HazardError("a partition ends before its products or its stores.")
         except Stopped:
             pass
         except BaseException as error:
@@ -206,12 +237,14 @@ class Host:
 
     def __init__(self, seed=0):
         self.rng, self.machine, self.place = np.random.default_rng(seed), None, (0, 0)
+        self.buffers = []
 
     def names(self):
         language = SimpleNamespace(
             constexpr=lambda value: value, static_range=range, int32=np.int32, int64=np.int64, float32=np.float32,
             float16=np.float16, PropagateNan=SimpleNamespace(ALL=1), NVMMADistributedLayout=lambda *_: None,
-            SliceLayout=lambda *_: None, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
+            SliceLayout=lambda *_: None, BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
+            allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             program_id=lambda axis: array(self.place[axis]), load=self.load, store=self.store,
             arange=lambda first, last, layout: array(np.arange(first, last)),
             full=lambda shape, value, dtype, layout: array(np.full(shape, value, dtype)),
@@ -226,14 +259,20 @@ class Host:
             arrive=self.arrive, wait=self.wait,
         )  # fmt: skip
         return {
-            "gl": language, "tl": language, "mbarrier": barriers, "tma": SimpleNamespace(async_load=self.copy),
+            "gl": language, "tl": language, "mbarrier": barriers, "fence_async_shared": self.fence,
+            "tma": SimpleNamespace(
+                async_load=self.copy, async_store=self.copy_back, store_wait=self.wait_for_stores
+            ),
             "gluon": SimpleNamespace(jit=_jit), "triton": SimpleNamespace(jit=_jit),
             "warpgroup_mma": self.multiply, "warpgroup_mma_wait": self.wait_for_products,
         }  # fmt: skip
 
     def allocate(self, dtype, shape, layout):
-        if dtype is not np.int64:
+        if len(shape) == 3:
             return Shared(shape, Slot)
+        if dtype is not np.int64:
+            self.buffers.append(Buffer(dtype, shape))
+            return self.buffers[-1]
         return Barrier() if shape == [1] else Shared(shape, Barrier)
 
     def specialize(self, functions, warps, registers):
@@ -275,6 +314,25 @@ class Host:
             barrier.advance(bytes=-descriptor.block_type.nbytes)
 
         self.machine.copies.append(arrive)
+
+    def fence(self):
+        for buffer in self.buffers:
+            buffer.is_fenced |= buffer.owner is self.partition
+
+    def copy_back(self, descriptor, place, buffer):
+        """As late as it can be: when it is waited for."""
+        self.partition.switch()
+        if not buffer.is_fenced:
+            raise HazardError("a tile is copied that no fence has made visible.")
+        buffer.copies += 1
+        self.partition.stores.append((descriptor, place, buffer))
+
+    def wait_for_stores(self, pendings):
+        self.partition.switch()
+        while len(self.partition.stores) > pendings:
+            descriptor, place, buffer = self.partition.stores.pop(0)
+            descriptor.put(*map(int, place), buffer.values)
+            buffer.copies -= 1
 
     def multiply(self, a, b, sums, use_acc, is_async):
         assert is_async

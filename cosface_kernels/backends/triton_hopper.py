@@ -21,13 +21,21 @@ it, which was the other group's.
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from cosface_kernels.backends.triton_kernels import EPS, G_LIFT, LOG2_E, _factor, _finite, _is_active, _shrink
 
 STEP = gl.constexpr(64)  # columns of a tile: 128 bytes, a row of the widest swizzle
 GROUPS = gl.constexpr(2)
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.6
+PARTS = gl.constexpr(4)  # of a tile's classes in an epilogue
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.6
+_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -56,13 +64,13 @@ def _load_tiles(x, w, memory, row, first_class, tiles):
     SLOTS: gl.constexpr = w_slots.type.shape[0]
     mbarrier.expect(ready, STEPS * x.block_type.nbytes)
     for step in gl.static_range(STEPS):
-        _copy(x, [row, step * STEP], ready, x_tiles.index(step))
+        _load_tile(x, [row, step * STEP], ready, x_tiles.index(step))
     for load in range(tiles * STEPS):
         slot = load % SLOTS
         mbarrier.wait(empty.index(slot), (load // SLOTS & 1) ^ 1)  # the first is over before it begins
         mbarrier.expect(full.index(slot), w.block_type.nbytes)
         place = [first_class + load // STEPS * w.block_type.shape[0], load % STEPS * STEP]
-        _copy(w, place, full.index(slot), w_slots.index(slot))
+        _load_tile(w, place, full.index(slot), w_slots.index(slot))
 
 
 @gluon.jit
@@ -175,57 +183,103 @@ def class_statistics(
 
 
 @gluon.jit
+def _halves(values):
+    """Of the columns."""
+    return values.reshape((values.shape[0], 2, values.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _row_numbers(targets, scale, top, log_sum, g_lse, g_cos, x_norm, unit, N, row_block, BLOCK_N: gl.constexpr):
+    """What `_gradients` reads of each row, in shared memory: registers would spill, be it numbers or addresses."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.float32, [8, BLOCK_N], FLAT)
+    row_targets = gl.allocate_shared_memory(gl.int32, [BLOCK_N], FLAT)
+    rows = row_block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    is_row = rows < N
+    row_g_lse = gl.load(g_lse + rows, mask=is_row, other=0.0)
+    row_g_cos = gl.load(g_cos + rows, mask=is_row, other=0.0)
+    active = is_row & _is_active(row_g_lse, row_g_cos)
+    s = gl.load(scale + rows, mask=is_row, other=0.0)
+    row_log_sum = gl.load(log_sum + rows, mask=active, other=float("inf"))
+    row_log_sum = gl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
+    lift = G_LIFT / gl.load(unit + rows, mask=is_row, other=1.0)
+    row_targets.store(gl.load(targets + rows, mask=is_row, other=-1).to(gl.int32))
+    numbers.index(0).store(1 / gl.maximum(gl.load(x_norm + rows, mask=active, other=1.0), EPS))
+    numbers.index(1).store(_factor(s))
+    numbers.index(2).store(gl.load(top + rows, mask=active, other=0.0))
+    numbers.index(3).store(row_log_sum * LOG2_E)
+    numbers.index(4).store(s * row_g_lse)
+    numbers.index(5).store(row_g_cos)
+    numbers.index(6).store(gl.where(active, lift, 0.0))
+    numbers.index(7).store(row_g_lse)
+    return row_targets, numbers
+
+
+@gluon.jit
+def _halves(values):
+    """Of the columns."""
+    return values.reshape((values.shape[0], 2, values.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
 def _gradients(
-    memory, norms, per_row, results, N, C, chunk, row_block, first_class, first_tile, tiles, BLOCK_N: gl.constexpr,
-    BLOCK_C: gl.constexpr, GROUP: gl.constexpr,
+    memory, w_norm, per_row, results, N, C, chunk, row_block, first_class, first_tile, tiles,
+    BLOCK_N: gl.constexpr, BLOCK_C: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Of one group's tiles."""
-    w_norm, x_norm = norms
-    targets, scale, top, log_sum, g_lse, g_cos, unit = per_row
+    """Of one group's tiles, each in PARTS of its classes: cos and p of all of them are 256 registers.
+
+    A loop and not its expansion, in which a compiler mixes the parts, each of which then waits in registers.
+    """
+    targets, numbers = per_row
     g, negative_dot, class_dot = results
+    WIDTH: gl.constexpr = BLOCK_C // PARTS
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_C, 16])
-    # In halves of the classes, one after the other: cos and p of all of them are 256 registers.
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_C // 2, 16])
-    OF_ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, PART)
+    OF_WARPS: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
     rows = row_block * BLOCK_N + gl.arange(0, BLOCK_N, layout=OF_ROWS)
     is_row = rows < N
+    g_tile = gl.allocate_shared_memory(g.dtype, g.block_type.shape, g.layout)
     mbarrier.wait(memory[2], 0)  # ready
     for tile in range(GROUP, tiles, GROUPS):
         zero = gl.full((BLOCK_N, BLOCK_C), 0.0, gl.float32, layout=SUMS)
-        dot = _multiply(memory, tile, zero, GROUP)
-        row_g_lse = gl.load(g_lse + rows, mask=is_row, other=0.0)
-        row_g_cos = gl.load(g_cos + rows, mask=is_row, other=0.0)
-        active = is_row & _is_active(row_g_lse, row_g_cos)
-        target = gl.load(targets + rows, mask=is_row, other=-1).to(gl.int32)
-        s = gl.load(scale + rows, mask=is_row, other=0.0)
-        row_top = gl.load(top + rows, mask=active, other=0.0)
-        row_log_sum = gl.load(log_sum + rows, mask=active, other=float("inf"))
-        row_log_sum = gl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
-        x_inverse = 1 / gl.maximum(gl.load(x_norm + rows, mask=active, other=1.0), EPS)
-        lift = G_LIFT / gl.load(unit + rows, mask=is_row, other=1.0)
+        left, right = _halves(_multiply(memory, tile, zero, GROUP))
+        dot, second = _halves(left)
+        third, fourth = _halves(right)
+        dot, second = gl.convert_layout(dot, PART), gl.convert_layout(second, PART)
+        third, fourth = gl.convert_layout(third, PART), gl.convert_layout(fourth, PART)
         from_negatives = gl.full((BLOCK_N,), 0.0, gl.float32, layout=OF_ROWS)
-        halves = dot.reshape((BLOCK_N, 2, BLOCK_C // 2)).permute((0, 2, 1)).split()
-        for half in gl.static_range(2):
-            of_half = gl.arange(0, BLOCK_C // 2, layout=gl.SliceLayout(0, HALF))
-            columns = (first_tile + tile) * BLOCK_C + half * (BLOCK_C // 2) + of_half
-            classes = first_class + columns
+        for part in range(PARTS):
+            column = (first_tile + tile) * BLOCK_C + part * WIDTH
+            classes = first_class + column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, PART))
+            lift = numbers.index(6).load(OF_ROWS)[:, None]  # 0 of a row that is not active
             w_inverse = _inverse_norm(w_norm, classes, C)[None, :]
-            cos = gl.where(active[:, None], gl.convert_layout(halves[half], HALF), 0.0)
-            cos = cos * x_inverse[:, None] * w_inverse
-            is_target = classes[None, :] == target[:, None]
-            below = gl.where(is_target, -float("inf"), cos) - row_top[:, None]
-            log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
+            cos = gl.where(lift > 0.0, dot, 0.0) * numbers.index(0).load(OF_ROWS)[:, None] * w_inverse
+            is_target = classes[None, :] == targets.load(OF_ROWS)[:, None]
+            below = gl.where(is_target, -float("inf"), cos) - numbers.index(2).load(OF_ROWS)[:, None]
+            factor, log_sum = numbers.index(1).load(OF_ROWS), numbers.index(3).load(OF_ROWS)
+            log_p = factor[:, None] * below - log_sum[:, None]
             p = gl.exp2(gl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
             from_negatives += gl.sum(p * cos, 1)
-            gradient = gl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
-            gl.store(class_dot + row_block.to(gl.int64) * chunk + columns, gl.sum(gradient * cos, 0))
-            if g.dtype.element_ty != gl.float16:
-                gradient *= w_inverse
-            places = rows[:, None].to(gl.int64) * chunk + columns[None, :]
-            gl.store(g + places, (gradient * lift[:, None]).to(g.dtype.element_ty), mask=is_row[:, None])
+            g_cos, s_g_lse = numbers.index(5).load(OF_ROWS), numbers.index(4).load(OF_ROWS)
+            gradient = gl.where(is_target, g_cos[:, None], s_g_lse[:, None] * p)
+            lifted = gradient * lift
+            if g.dtype != gl.float16:
+                lifted *= w_inverse
+            # Within each warp, whose rows are 16 of every 64, then over the four of them.
+            of_warps = gl.sum(gl.sum((gradient * cos).reshape((BLOCK_N // 64, 4, 16, WIDTH)), 2), 0)
+            of_classes = gl.sum(gl.convert_layout(of_warps, OF_WARPS), 0)
+            columns = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, OF_WARPS))
+            gl.store(class_dot + row_block.to(gl.int64) * chunk + columns, of_classes)
+            tma.store_wait(0)  # until the part before is read
+            g_tile.store(lifted.to(g.dtype))
+            fence_async_shared()
+            _store_tile(g, [row_block * BLOCK_N, column], g_tile)
+            dot, second, third = second, third, fourth
         slots = negative_dot + (first_tile + tile).to(gl.int64) * N + rows
         so_far = gl.load(slots, mask=is_row, other=0.0)
-        gl.store(slots, so_far + row_g_lse * from_negatives, mask=is_row)
+        gl.store(slots, so_far + numbers.index(7).load(OF_ROWS) * from_negatives, mask=is_row)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["N", "C", "first_class", "tiles_per_split"])
@@ -256,28 +310,27 @@ def logit_gradients(
 ):
     """`triton_kernels.logit_gradients` of one chunk of classes.
 
-    Grid (row blocks, splits). g is also written where a tile passes the last class: some number, which no one
-    reads but to multiply it by 0. A mask of the columns would keep stores from taking two at a time.
+    Grid (row blocks, splits). g: a descriptor, in blocks of BLOCK_N x BLOCK_C / PARTS.
     """
     memory = _memory(x, w, D, SLOTS)
     row_block = gl.program_id(0)
     first = gl.program_id(1) * tiles_per_split
     tiles = gl.minimum(tiles_per_split, gl.cdiv(gl.minimum(chunk, C - first_class), BLOCK_C) - first)
-    norms, per_row = (w_norm, x_norm), (targets, scale, top, log_sum, g_lse, g_cos, unit)
+    per_row = _row_numbers(targets, scale, top, log_sum, g_lse, g_cos, x_norm, unit, N, row_block, BLOCK_N)
     results = g, negative_dot, class_dot
     gl.warp_specialize(
         [
             (
                 _gradients,
                 (
-                    memory, norms, per_row, results, N, C, chunk, row_block, first_class, first, tiles, BLOCK_N,
+                    memory, w_norm, per_row, results, N, C, chunk, row_block, first_class, first, tiles, BLOCK_N,
                     BLOCK_C, 0,
                 ),
             ),
             (
                 _gradients,
                 (
-                    memory, norms, per_row, results, N, C, chunk, row_block, first_class, first, tiles, BLOCK_N,
+                    memory, w_norm, per_row, results, N, C, chunk, row_block, first_class, first, tiles, BLOCK_N,
                     BLOCK_C, 1,
                 ),
             ),
