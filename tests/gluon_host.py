@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 FOLDER = Path(__file__).parents[1] / "cosface_kernels" / "backends"
 SHARED = ("EPS", "G_LIFT", "LOG2_E", "TINY", "_factor", "_finite", "_is_active", "_shrink")  # of triton_kernels
@@ -404,3 +405,45 @@ def _define(names, source, wanted=None):
         if isinstance(node, (ast.FunctionDef, ast.Assign)) and (wanted is None or set(defined) & set(wanted)):
             kept.append(node)
     exec(compile(ast.Module(kept, []), "kernels", "exec"), names)
+
+
+class TorchDescriptor(Descriptor):
+    """Of a tensor, whose numbers are those of the moment."""
+
+    def __init__(self, matrix, rows, columns):
+        super().__init__(matrix, (rows, columns), np.float16 if matrix.dtype == torch.float16 else BFLOAT16)
+
+    def block(self, row, column):
+        rows, columns = self.block_type.shape
+        inside = self.matrix[row : row + rows, column : column + columns].float().numpy()
+        return Descriptor(inside, (rows, columns)).block(0, 0)
+
+    def put(self, row, column, values):
+        inside = self.matrix[row : row + values.shape[0], column : column + values.shape[1]]
+        inside.copy_(torch.from_numpy(np.asarray(values[: inside.shape[0], : inside.shape[1]])))
+
+
+class TorchKernels(Kernels):
+    """In the place of the module of the kernels, launched with tensors on the CPU."""
+
+    describe = staticmethod(TorchDescriptor)
+    GROUPS, PARTS = SimpleNamespace(value=2), SimpleNamespace(value=4)
+
+    def __getattr__(self, name):
+        launch = super().__getattr__(name)
+        return _TorchLaunch(launch)
+
+
+class _TorchLaunch:
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.launch[grid](*map(_pointer, args), **options)
+
+        return launch
+
+
+def _pointer(value):
+    return Pointer(value.numpy(), value.numpy().dtype) if isinstance(value, torch.Tensor) else value

@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cosface_kernels.backends.triton_kernels import EPS, G_LIFT, LOG2_E, _factor, _finite, _is_active, _shrink
 
@@ -36,6 +37,12 @@ GROUPS = gl.constexpr(2)
 PARTS = gl.constexpr(4)  # of a tile's classes in an epilogue
 _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.6
 _store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+def describe(matrix, rows, columns):
+    """What a kernel takes as x, w or g: a matrix of 16-bit numbers, in such blocks."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
 @gluon.jit
