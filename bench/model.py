@@ -2,8 +2,8 @@
 
 A model on paper, of backend `triton` in bfloat16: a kernel takes the longest of its products, its reads through L2
 and its bytes of memory, in whole waves of blocks, and its epilogue comes on top where nothing else runs on the
-multiprocessor meanwhile; in a specialised kernel another tile's products do. It ranks designs and finds what bounds
-them; it is no measurement.
+multiprocessor meanwhile; in a specialised kernel another tile's products do. It ranks designs and finds what
+bounds them; it is no measurement.
 """
 
 import argparse
