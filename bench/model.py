@@ -2,7 +2,8 @@
 
 A model on paper, of backend `triton` in bfloat16: a kernel takes the longest of its products, its reads through L2
 and its bytes of memory, in whole waves of blocks, and its epilogue comes on top where nothing else runs on the
-multiprocessor meanwhile. It ranks designs and finds what bounds them; it is no measurement.
+multiprocessor meanwhile; in a specialised kernel another tile's products do. It ranks designs and finds what
+bounds them; it is no measurement.
 """
 
 import argparse
@@ -123,6 +124,22 @@ class Kernel:
         return f"{self.tile}; {self.resident} blocks a multiprocessor, {self.waves:.2f} waves a launch"
 
 
+class Specialized(Kernel):
+    """A program a multiprocessor, which reads its x once and hides each epilogue under the next products."""
+
+    @property
+    def blocks(self) -> int:
+        rows = -(-self.N // self.row["config"]["n"])
+        return rows * min(max(self.device.processors // rows, 1), -(-self.chunk // self.row["config"]["c"]))
+
+    def parts(self) -> dict[str, float]:
+        of_w = self.N * self.C * self.D * BYTES / self.row["config"]["n"]
+        return super().parts() | {"L2": of_w / (self.device.l2_tb * 1e12)}
+
+    def seconds(self) -> float:
+        return max(self.parts().values())
+
+
 class Library(Kernel):
     """torch's product in a kernel's place, at the rate of a large one; dw is projected in a pass of its own."""
 
@@ -164,7 +181,8 @@ def _kernel(row: dict, device: Device, N: int, C: int, D: int, chunk: int = 0) -
             N, D, C, class_bytes=BYTES * N + 4 * row_blocks, workspace_bytes=WORKSPACE_BYTES,
             row_blocks=row_blocks, block_c=config["c"], processors=device.processors,
         )  # fmt: skip
-    return Kernel(row, device, N, C, D, chunk)
+    kind = Specialized if config.get("specialized") else Kernel
+    return kind(row, device, N, C, D, chunk)
 
 
 def _plain(rows: list[dict], device: Device, N: int, D: int) -> Iterator[dict]:

@@ -54,6 +54,15 @@ def test_larger_blocks_read_less():
     assert kernel(n=16).parts()["L2"] > 4 * kernel().parts()["L2"]
 
 
+def test_a_specialised_kernel_hides_its_epilogue_and_reads_x_once():
+    one = model._kernel(row(warps=12, registers=168, specialized=True), H100, 1024, 10**6, 512)
+    parts, plain = one.parts(), kernel().parts()
+    assert one.seconds() == max(parts.values())
+    assert 0 < parts["epilogue"] < parts["products"]
+    assert parts["L2"] == pytest.approx(plain["L2"] / 2)
+    assert one.waves == 128 / 132, "16 programs for each of 8 row blocks"
+
+
 def test_a_faster_device_takes_less_time():
     rows = [row(name) for name in GEMM_KERNELS]
     h100, _ = model.step(rows, H100, 1024, 10**6, 512)

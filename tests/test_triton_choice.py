@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from support import BF16, F32, check_result, evaluate, random_upstream
+from gluon_host import TorchKernels
+from support import BF16, F16, F32, check_result, evaluate, random_upstream
 
 from bench import launches
 from cosface_kernels.backends import triton as backend_triton
@@ -158,6 +159,62 @@ def test_small_batches_get_small_blocks(kernel, bucket):
         assert min(t.n for t in tiles) <= 32
         assert all(t.n <= max(bucket, 32) for t in tiles)
         assert all(256 % t.c == 0 for t in tiles), "a chunk is a whole number of tiles"
+
+
+# -- specialised -------------------------------------------------------------------------------------------------
+
+DESCRIBED = dataclasses.replace(KEY, described=True)
+SPECIALIZED_KERNELS = ("class_statistics", "logit_gradients")
+
+
+@pytest.mark.parametrize("kernel", SPECIALIZED_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_specialised_kernel_is_a_last_candidate(kernel, dtype):
+    tiles = candidates(kernel, dataclasses.replace(DESCRIBED, x=dtype, w=dtype, operand=dtype))
+    assert [tile.specialized for tile in tiles] == [False] * (len(tiles) - 1) + [True]
+    assert "specialised warps" in str(tiles[-1])
+
+
+@pytest.mark.parametrize("kernel", GEMM_KERNELS)
+@pytest.mark.parametrize(
+    "without",
+    [
+        {"described": False}, {"plain": False}, {"dim": 64}, {"dim": 520}, {"dim": 1024}, {"bucket": 64},
+        {"operand": torch.float32}, {"architecture": "sm_80"}, {"architecture": "sm_100"},
+        {"architecture": "interpreter"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_none_is_specialised_where_it_could_not_run(kernel, without):
+    assert not any(tile.specialized for tile in candidates(kernel, dataclasses.replace(DESCRIBED, **without)))
+
+
+def test_rows_are_described_as_tensor_descriptors_can():
+    rows = torch.zeros(40, 128, dtype=torch.bfloat16)
+    assert backend_triton._can_describe(rows, rows[:, :64], rows[::2])
+    for other in (rows.T, rows[:, 4:], rows[:1].expand(40, 128), torch.zeros(40, 12, dtype=torch.bfloat16)):
+        assert not backend_triton._can_describe(rows, other)
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("dtypes", [BF16, F16], ids=str)
+@pytest.mark.parametrize("sizes", [(100, 300, 128), (65, 1, 64), (3, 530, 64)], ids=str)
+def test_specialised_kernels(backend, dtypes, sizes, monkeypatch):
+    """Launched as on a GPU, and run by a host; several chunks, of which the last is ragged."""
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
+    kernels = TorchKernels()
+    monkeypatch.setattr(backend_triton, "_hopper", lambda: kernels)
+    tile = Tile(64, 32, 64, 12, 3, specialized=True)
+
+    def choose(kernel, key, prepare):
+        return tile if kernel in SPECIALIZED_KERNELS else candidates(kernel, key)[0]
+
+    monkeypatch.setattr(triton_choice, "choose", choose)
+    problem = backend.problem(*sizes, dtypes)
+    for outputs in (("loss",), ("loss", "lse", "target_cos")):
+        upstream = random_upstream(problem, *outputs)
+        got = evaluate(backend.lmcl, problem, upstream)
+        check_result(got, backend.seen(problem), upstream, backend.operand(dtypes))
 
 
 # -- in the kernels' place ---------------------------------------------------------------------------------------

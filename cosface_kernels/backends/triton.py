@@ -23,7 +23,8 @@ MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory th
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
 TRIAL_FLOPS = 1 << 34  # of a product on which tiles are tried: some waves of any tile, and little memory
 PROGRAMS_PER_PROCESSOR = 2
-ALIGNED = 4  # float32 numbers, 16 bytes, for which Triton compiles wide loads
+ALIGNED_BYTES = 16  # for which Triton compiles wide loads, and at which a tensor descriptor's rows begin
+ALIGNED = ALIGNED_BYTES // torch.float32.itemsize
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
 # With a gradient_tolerance a sample keeps one of so many classes, and some more where there are few. To gather its
 # two rows, an entry is predicted to take as long as three dense products with 128 classes on an H100.
@@ -207,17 +208,24 @@ def _forward(
     w_norm, x_norm, cosines = saved
     scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
     row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
-    tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x))
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles_per_split = triton.cdiv(tiles, _splits(row_blocks, x, 1 if tile.specialized else PROGRAMS_PER_PROCESSOR))
+    programs = triton.cdiv(tiles, tiles_per_split)
+    splits = programs * _hopper().GROUPS.value if tile.specialized else programs
     top, max_cos, sum_exp = (x.new_empty(splits, N, dtype=torch.float32) for _ in range(3))
     chosen, is_chosen = _chosen(targets, options)
     reshape, normalize = options.thresholds is not None, options.normalize_weight
     variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen}
-    kernels.class_statistics[row_blocks, splits](
-        x, w, chosen, w_norm, x_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp, cosines,
-        N, C, cosines.shape[1], *x.stride(), tiles_per_split, **_blocks(tile, x, w), **variant,
-        KEEP=cosines.numel() > 0,
-    )  # fmt: skip
+    if tile.specialized:
+        _hopper().class_statistics[row_blocks, programs](
+            *_described(x, w, tile), w_norm, x_norm, targets, scale, top, sum_exp, N, C, tiles_per_split,
+            **_specialized_blocks(tile, x),
+        )  # fmt: skip
+    else:
+        kernels.class_statistics[row_blocks, programs](
+            x, w, chosen, w_norm, x_norm, targets, scale, *_polynomial(options, scale), top, max_cos, sum_exp,
+            cosines, N, C, cosines.shape[1], *x.stride(), tiles_per_split, **_blocks(tile, x, w), **variant,
+            KEEP=cosines.numel() > 0,
+        )  # fmt: skip
     results = _five_rows(x)  # loss, top, log_sum, target_cos, max_neg
     kernels.merge_statistics[(triton.cdiv(N, ROWS),)](
         top, max_cos, sum_exp, x, w, chosen, x_norm, targets, scale, *results, N, C, splits, margin, *x.stride(),
@@ -431,6 +439,15 @@ class _Backward:
         x, w, (targets, scale, top, log_sum, g_lse, g_cos) = self.x, self.w, self.per_row
         w_norm, x_norm, cosines = self.saved
         classes, kept = self.classes(first), cosines.shape[1]
+        if self.of_g.specialized:
+            tiles = triton.cdiv(classes, self.of_g.c)
+            tiles_per_split = triton.cdiv(tiles, _splits(self.row_blocks, x, 1))
+            _hopper().logit_gradients[self.row_blocks, triton.cdiv(tiles, tiles_per_split)](
+                *self.described, w_norm, targets, scale, top, log_sum, g_lse, g_cos, x_norm, self.unit,
+                self.described_g, self.negative_dot, self.class_dot, self.N, self.C, first, self.chunk,
+                tiles_per_split, **_specialized_blocks(self.of_g, x),
+            )  # fmt: skip
+            return
         tiles, kept_tiles = (triton.cdiv(c, self.of_g.c) for c in (classes, min(max(kept - first, 0), classes)))
         for first_tile, end, is_kept in ((0, kept_tiles, True), (kept_tiles, tiles, False)):
             if first_tile == end:
@@ -442,6 +459,14 @@ class _Backward:
                 self.row_blocks, *x.stride(), **_blocks(self.of_g, x, w), NORMALIZE=self.normalize,
                 RESHAPE=self.reshape, CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some,
             )  # fmt: skip
+
+    @functools.cached_property
+    def described(self) -> tuple[Any, Any]:
+        return _described(self.x, self.w, self.of_g)
+
+    @functools.cached_property
+    def described_g(self) -> Any:
+        return _hopper().describe(self.g, self.of_g.n, self.of_g.c // _hopper().PARTS.value)
 
     def embedding_gradients(self, first: int) -> None:
         x, w = self.x, self.w
@@ -613,9 +638,9 @@ def _chunk_classes(x: Tensor, w: Tensor, options: Options, tile: Tile, *, rows_i
     )
 
 
-def _splits(blocks: int, x: Tensor) -> int:
+def _splits(blocks: int, x: Tensor, programs: int = PROGRAMS_PER_PROCESSOR) -> int:
     """How many parts a sum over classes is cut into, so that `blocks` times as many programs fill the GPU."""
-    return max(1, PROGRAMS_PER_PROCESSOR * _processors(x) // blocks)
+    return max(1, programs * _processors(x) // blocks)
 
 
 def _processors(x: Tensor) -> int:
@@ -631,10 +656,21 @@ def _key(x: Tensor, w: Tensor, options: Options) -> Key:
     bucket = triton.next_power_of_2(len(x))
     keeps_cosines = options.cache_bytes and not options.gradient_tolerance
     plain = options.normalize_weight and options.thresholds is None and not keeps_cosines
-    same = x.dtype == w.dtype == torch.bfloat16
-    library = not INTERPRETED and same and options.classes is None and not options.gradient_tolerance
+    # The library and the specialised kernels multiply all rows of x with neighbouring rows of w.
+    whole = not INTERPRETED and x.dtype == w.dtype and options.classes is None and not options.gradient_tolerance
+    library, described = whole and x.dtype == torch.bfloat16, whole and _can_describe(x, w)
     operand = operand_dtype(x.dtype, w.dtype)
-    return Key(architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library)
+    return Key(architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library, described)
+
+
+def _can_describe(*matrices: Tensor) -> bool:
+    """Rows of contiguous numbers that begin at multiples of 16 bytes and do not overlap."""
+    return all(
+        m.stride(1) == 1
+        and m.stride(0) >= m.shape[1]
+        and m.stride(0) * m.itemsize % ALIGNED_BYTES == m.data_ptr() % ALIGNED_BYTES == 0
+        for m in matrices
+    )
 
 
 @functools.cache
@@ -645,6 +681,22 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return str(_device(device).gcnArchName).split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _hopper() -> Any:
+    """Imported when first launched: a Triton that lacks what it imports has one candidate fewer."""
+    return importlib.import_module("cosface_kernels.backends.triton_hopper")
+
+
+def _described(x: Tensor, w: Tensor, tile: Tile) -> tuple[Any, Any]:
+    """Descriptors of the operands, as a specialised kernel loads them."""
+    return _hopper().describe(x, tile.n, tile.d), _hopper().describe(w, tile.c, tile.d)
+
+
+def _specialized_blocks(tile: Tile, x: Tensor) -> dict[str, Any]:
+    """Likewise of `_blocks`; the kernel adds warps to its first four."""
+    return {"D": x.shape[1], "BLOCK_N": tile.n, "BLOCK_C": tile.c, "SLOTS": tile.stages, "num_warps": 4}
 
 
 def _blocks(tile: Tile, x: Tensor, w: Tensor) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _complaint(results: Callable[[Tile], Sequence[Tensor]], tile: Tile, plain: T
     triton = importlib.import_module("triton")
     try:
         first, second = results(tile), results(tile)
-    except (RuntimeError, TypeError, triton.errors.TritonError) as reason:
+    except (RuntimeError, TypeError, ImportError, AttributeError, triton.errors.TritonError) as reason:
         return f"it cannot be compiled or launched ({type(reason).__name__}: {reason})."
     if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, second, strict=True)):
         return "two runs on the same numbers gave different bits."

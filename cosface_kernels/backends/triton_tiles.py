@@ -14,18 +14,23 @@ MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, classes and columns of a program's block; what a kernel sums over is the step of its loop."""
+    """Rows, classes and columns of a program's block; what a kernel sums over is the step of its loop.
+
+    specialized: its warps load or multiply, in `triton_hopper`; stages are the slots of its ring.
+    """
 
     n: int
     c: int
     d: int
     warps: int
     stages: int
+    specialized: bool = False
 
     def __str__(self) -> str:
         if self == LIBRARY:
             return "the library"
-        return f"{self.n} x {self.c} x {self.d}, {self.warps} warps, {self.stages} stages"
+        warps, stages = ("specialised warps", "slots") if self.specialized else ("warps", "stages")
+        return f"{self.n} x {self.c} x {self.d}, {self.warps} {warps}, {self.stages} {stages}"
 
 
 LIBRARY = Tile(0, 0, 0, 0, 0)  # a product of torch's in the kernel's place
@@ -36,7 +41,8 @@ class Key:
     """What the best tile depends on.
 
     `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates;
-    `library`: whether torch could multiply the operands as they are.
+    `library`: whether torch could multiply the operands as they are; `described`: whether tensor descriptors could
+    load them.
     """
 
     architecture: str
@@ -47,6 +53,7 @@ class Key:
     bucket: int
     plain: bool = True
     library: bool = False
+    described: bool = False
 
 
 CHUNK_STEP = 256  # a multiple of every tile's number of classes
@@ -124,6 +131,10 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
 }
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
+# Of a specialised kernel: bytes of shared memory for all but its operands (barriers; in backward G and numbers of
+# rows too), for everything, and the fewest and most slots: one is read, one waits for its product, one arrives.
+SPECIALIZED = {"class_statistics": 1 << 10, "logit_gradients": 22 << 10}
+SPECIALIZED_MEMORY, SPECIALIZED_SLOTS = 227 << 10, (3, 8)
 
 
 def table(kernel: str, key: Key) -> tuple[Tile, ...]:
@@ -142,9 +153,21 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
     return (*tiles, large) if large else tiles
 
 
+def specialized(kernel: str, key: Key) -> tuple[Tile, ...]:
+    """Of `triton_hopper`, which keeps rows of x in shared memory and passes w through the rest of it."""
+    takes = key.architecture == "sm_90" and key.plain and key.described and key.operand.itemsize == 2
+    # With one step a tile class_statistics spills 16 bytes under Triton 3.6.
+    if not takes or kernel not in SPECIALIZED or key.dim % 64 or key.dim == 64:
+        return ()
+    n, c, d = 128, 128, 64
+    fewest, most = SPECIALIZED_SLOTS
+    slots = (SPECIALIZED_MEMORY - SPECIALIZED[kernel] - 2 * n * key.dim) // (2 * c * d)
+    return (Tile(n, c, d, 12, min(slots, most), specialized=True),) if slots >= fewest else ()
+
+
 def candidates(kernel: str, key: Key) -> tuple[Tile, ...]:
     """The table's entries for a batch of this size: with no more rows than its bucket, if there are any."""
-    tiles = table(kernel, key)
+    tiles = (*table(kernel, key), *specialized(kernel, key))
     smallest = min(tile.n for tile in tiles)
     fitting = tuple(tile for tile in tiles if tile.n <= max(key.bucket, smallest))
     return (*fitting, LIBRARY) if key.library and kernel in LIBRARY_KERNELS else fitting
