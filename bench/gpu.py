@@ -20,6 +20,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     "ceilings": gpu_steps.ceilings,
     "race": gpu_steps.races,
     "kernels": gpu_steps.kernels,
+    "specialized": gpu_steps.specialized,
     "library": gpu_steps.library,
     "steps": gpu_steps.steps,
     "update": gpu_steps.update,

@@ -166,6 +166,7 @@ measure() {
   bench_gpu 90 steps
   bench_gpu 60 update
   bench_gpu 40 tolerance
+  bench_gpu 50 specialized # where a barrier is wrong, it ends at its limit
   if command -v "${under_profiler[0]}" >/dev/null; then
     step 70 profile "${under_profiler[@]}" "$python" -m bench gpu once "${toy[@]}" --file "$out/$phase.jsonl" \
       >"$work/profile.txt" 2>&1

@@ -67,13 +67,17 @@ def races(bench: Bench) -> None:
     """Bits and values of every tile; --dtype tf32 is float32 with allow_tf32."""
     tf32 = bench.dtype == "tf32"
     dtype = torch.float32 if tf32 else DTYPES[bench.dtype]
-    N, C, D = bench.sizes.race
-    os.environ["COSFACE_TRITON_CHUNK"] = str(C)  # one launch, whose whole G can be compared
-    for what, examine in race.examinations((N, C, D), dtype, tf32, bench.device, bench.sizes.race_repeats):
+    _examine(bench, "race", dtype, tf32)
+
+
+def _examine(bench: Bench, step: str, dtype: torch.dtype, tf32: bool = False, **options: Any) -> None:
+    sizes, repeats = bench.sizes.race, bench.sizes.race_repeats
+    os.environ["COSFACE_TRITON_CHUNK"] = str(sizes[1])  # one launch, whose whole G can be compared
+    for what, examine in race.examinations(sizes, dtype, tf32, bench.device, repeats, **options):
         right = False
-        with bench.tried("race", **what):
+        with bench.tried(step, **what):
             figures = examine()
-            bench.add("race", **what, **figures)
+            bench.add(step, **what, **figures)
             right = figures["right"]
         bench.wrong |= not right
 
@@ -98,6 +102,19 @@ def kernels(bench: Bench) -> None:
         head = bench.draw(bench.sizes.batch, dtype=dtype)
         for kernel in GEMM_KERNELS:
             _kernel(bench, "kernels", head, kernel, launches.tiles(kernel, head.x.dtype)[0])
+
+
+def specialized(bench: Bench) -> None:
+    """Bits, values and times of the kernels that are off by default, where there are any."""
+    tiles = functools.partial(launches.specialized, dim=bench.sizes.dim)
+    for dtype in (torch.bfloat16, torch.float16):
+        _examine(bench, "specialized race", dtype, tiles=tiles)
+    del os.environ["COSFACE_TRITON_CHUNK"]
+    for batch in bench.sizes.batches:
+        head = bench.draw(batch)
+        for kernel in GEMM_KERNELS:
+            for tile in tiles(kernel, head.x.dtype):
+                _kernel(bench, "specialized", head, kernel, tile)
 
 
 def library(bench: Bench) -> None:

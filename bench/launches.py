@@ -19,8 +19,17 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The table's entries on this machine, for x and w of this dtype."""
     if reason := triton.unavailable():
         raise UnavailableError(f"The kernels cannot run: {reason}")
+    return triton_tiles.table(kernel, _key(dtype, dim=16))
+
+
+def specialized(kernel: str, dtype: torch.dtype, dim: int) -> tuple[Tile, ...]:
+    """Of the kernels that are off by default."""
+    return triton_tiles.specialized(kernel, _key(dtype, dim))
+
+
+def _key(dtype: torch.dtype, dim: int) -> Key:
     architecture = triton.architecture(torch.device("cuda"))
-    return triton_tiles.table(kernel, Key(architecture, 16, dtype, dtype, dtype, bucket=0))
+    return Key(architecture, dim, dtype, dtype, dtype, bucket=0, described=True)
 
 
 def name(tile: Tile) -> str:
@@ -42,12 +51,12 @@ def pinned(kernel: str, tile: Tile) -> Iterator[None]:
 def through(hook: Hook) -> Iterator[None]:
     """Launches call the hook, which launches or does not."""
     triton.unavailable()  # which imports them
-    kernels = triton.kernels
-    triton.kernels = _Kernels(kernels, hook)
+    kernels, hopper = triton.kernels, triton._hopper
+    triton.kernels, triton._hopper = _Kernels(kernels, hook), lambda: _Specialized(hopper(), hook)
     try:
         yield
     finally:
-        triton.kernels = kernels
+        triton.kernels, triton._hopper = kernels, hopper
 
 
 class _Kernels:
@@ -56,6 +65,13 @@ class _Kernels:
 
     def __getattr__(self, name: str) -> "_Kernel":
         return _Kernel(name, getattr(self.kernels, name), self.hook)
+
+
+class _Specialized(_Kernels):
+    """In whose module there is more than kernels."""
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name in triton_tiles.SPECIALIZED else getattr(self.kernels, name)
 
 
 class _Kernel:

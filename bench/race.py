@@ -11,7 +11,7 @@ from bench import launches
 from bench.head import MARGIN, SCALE, Head, draw
 from bench.worker import FEW_ULP
 from cosface_kernels import reference
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
+from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TF32_EPS = 2.0**-10
@@ -20,7 +20,12 @@ FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 def examinations(
-    sizes: tuple[int, int, int], dtype: torch.dtype, tf32: bool, device: Any, repeats: int
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    tf32: bool,
+    device: Any,
+    repeats: int,
+    tiles: Callable[[str, torch.dtype], Sequence[Tile]] = launches.tiles,
 ) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """Each kernel with a matrix product and each of its tiles, and what gives the figures of it."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
@@ -33,7 +38,7 @@ def examinations(
         for kernel in GEMM_KERNELS:
             is_forward = kernel == GEMM_KERNELS[0]
             run = head.forward if is_forward else backward
-            for tile in launches.tiles(kernel, dtype):
+            for tile in tiles(kernel, dtype):
 
                 def examine(kernel=kernel, is_forward=is_forward, run=run, tile=tile) -> dict[str, Any]:  # type: ignore[no-untyped-def]
                     with launches.pinned(kernel, tile):
