@@ -44,7 +44,7 @@ kernels: $(BUILT)
 	$(BIN)/python -m bench kernels --dim 512,515 --json build/kernels.json
 	test -d build/triton-$(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
 	  triton==$(OLDEST_TRITON)
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --json build/kernels-oldest.json
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --dim 512,515,64 --json build/kernels-oldest.json
 	$(BIN)/python -m bench model build/kernels.json --kernels-too
 
 # Compiles the CUDA kernels and, in an environment of its own that later calls find again, the whole extension against

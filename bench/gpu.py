@@ -23,6 +23,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
     "library": gpu_steps.library,
     "steps": gpu_steps.steps,
     "update": gpu_steps.update,
+    "tolerance": gpu_steps.tolerance,
     "sweep": gpu_steps.sweep,
 }
 

@@ -165,6 +165,7 @@ measure() {
   await_build
   bench_gpu 90 steps
   bench_gpu 60 update
+  bench_gpu 40 tolerance
   if command -v "${under_profiler[0]}" >/dev/null; then
     step 70 profile "${under_profiler[@]}" "$python" -m bench gpu once "${toy[@]}" --file "$out/$phase.jsonl" \
       >"$work/profile.txt" 2>&1

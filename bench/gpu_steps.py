@@ -13,11 +13,12 @@ import torch
 from bench import launches, machine, race
 from bench.head import MARGIN, SCALE, Head, draw
 from bench.probe import DTYPES, Bench
-from cosface_kernels import cosface_loss
+from cosface_kernels import LossStats, cosface_loss
 from cosface_kernels.backends import select
 from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile
 from cosface_kernels.optim import FusedSGD
 
+LEARNING_RATE = 1e-6  # so small that all repeats see the same state
 # The needs (dx, dw) of the lmcl_backward in which a kernel is timed; class_statistics is lmcl's.
 NEEDS = {
     "logit_gradients": (False, False),
@@ -169,19 +170,42 @@ def update(bench: Bench) -> None:
             {"backend": backend, "batch": bench.sizes.batch},
         )
         with bench.tried("update", **what):
-            x, w = head.x.requires_grad_(), torch.nn.Parameter(head.w)
-            optimizer = FusedSGD([w], lr=0.1, momentum=0.9)
-
-            def run(x=x, w=w, head=head, optimizer=optimizer) -> None:
-                x.grad = None
-                cosface_loss(x, w, head.labels, scale=SCALE, margin=MARGIN, backend=head.backend).backward()
-                optimizer.step()
-
+            run = _training_step(head)
             wall, host = bench.wall(run)
             figures = {"wall_s": wall, "host_s": host, "device_s": bench.seconds(run)}
             bench.add("update", **what, **figures, extra_mib=bench.device.peak(run) / 2**20)
             if backend == "triton":
                 _shares(bench, "update shares", run, batch=bench.sizes.batch)
+
+
+def _training_step(head: Head, **options: Any) -> Callable[[], LossStats]:
+    """Loss, dx, and rows that FusedSGD moves inside backward."""
+    x, w = head.x.requires_grad_(), torch.nn.Parameter(head.w)
+    optimizer = FusedSGD([w], lr=LEARNING_RATE, momentum=0.9)
+
+    def run() -> LossStats:
+        x.grad = None
+        loss, stats = cosface_loss(
+            x, w, head.labels, scale=SCALE, margin=MARGIN, backend=head.backend, return_stats=True, **options
+        )
+        loss.backward()
+        optimizer.step()
+        return stats
+
+    return run
+
+
+def tolerance(bench: Bench) -> None:
+    """Such a step with a gradient_tolerance, of cosines that spread as in a new head and as in a trained one."""
+    for width, eps in itertools.product((bench.sizes.dim, bench.sizes.dim // 8), (0.0, 1e-2, 1e-3)):
+        head = bench.draw(bench.sizes.batch)
+        for rows in (head.x, head.w):
+            rows[:, width:] = 0  # cosines of random rows have a standard deviation of 1 / sqrt(width)
+        what = {"spread": width**-0.5, "tolerance": eps, "batch": bench.sizes.batch}
+        with bench.tried("tolerance", **what):
+            run = _training_step(head, gradient_tolerance=eps)
+            kept = sparsity.kept.mean().item() if (sparsity := run().sparsity) else 1.0
+            bench.add("tolerance", **what, kept=kept, wall_s=bench.wall(run)[0], device_s=bench.seconds(run))
 
 
 def sweep(bench: Bench) -> None:

@@ -17,7 +17,17 @@ import torch
 
 from bench.hazards import Pipeline, pipeline
 from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, RAGGED, Key, Tile, row_block, specialized, table
+from cosface_kernels.backends.triton_tiles import (
+    GEMM_KERNELS,
+    RAGGED,
+    SPARSE_KERNELS,
+    Key,
+    Tile,
+    plainest,
+    row_block,
+    specialized,
+    table,
+)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
@@ -34,14 +44,18 @@ DTYPES = (
 OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
 DIMS = (512, 1, 64, 515, 768)  # others: one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
+# Bytes a thread, by which ptxas brings one more block onto a multiprocessor where it thinks that worth it.
+YARDSTICK_SPILL = 16
 NARROW = r"\b(ld|st)\.global[.\w]*\.[bu]16 "  # a load or a store of one 16-bit number
 FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
-POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand"}
+POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int64, "starts": torch.int64}
+POINTERS |= dict.fromkeys(("active_rows", "exact_rows", "classes", "split_classes", "keys"), torch.int32)
+POINTERS |= dict.fromkeys(("counts", "ends"), torch.int32)
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
 POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
 INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "first_tile", "dot_blocks")
-INTEGERS += ("seed", "step")
+INTEGERS += ("seed", "step", "steps", "stride", "capacity", "slots", "count")
 SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
 NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
 NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")
@@ -120,7 +134,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
         # AMD multiplies float32 as it is; of its dtypes those whose tiles the others take.
         if arch.startswith("gfx") and (tf32 or (x, w) in OTHER_DTYPES):
             continue
-        for kernel in GEMM_KERNELS:
+        for kernel in (*GEMM_KERNELS, *SPARSE_KERNELS):
             for variant in _variants(kernel, arch):
                 words = set(variant.split())
                 if tf32 and "chosen" in words:  # three products in its place need more registers
@@ -130,7 +144,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                     continue
                 plain = words.isdisjoint(REGISTERS)
                 key = Key(arch, dim, x, w, operand_dtype(x, w), bucket=0, plain=plain, described=x == w)
-                tiles = table(kernel, key)
+                tiles = (plainest(kernel, key),) if kernel == "sample_entries" else table(kernel, key)
                 if variant == "plain" and x == w and not tf32:  # the others are held against the plainest
                     tiles = dict.fromkeys((*tiles, RAGGED[kernel][-1], *specialized(kernel, key)))
                 for tile in tiles:
@@ -144,47 +158,61 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
     """Without options, of two dtypes; of all on sm_90 where rows are odd, and each dtype has loads of its own."""
     for case in all_cases(architectures, dim):
-        every = dim % 16 and case.arch == "sm_90"
+        every = dim % 16 and case.arch == "sm_90" and "entr" not in case.kernel
         same = case.x == case.w != torch.float16
         if case.variant == "plain" and not case.tf32 and (same or every):
             yield case
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
-# "kept" cosines; "moved" rows, whose gradient is float32. What is raw computes less, so that nothing crosses it.
-EASIER = {"reshape", "raw", "kept"}  # than chosen and reshaped, in the same tiles: compiled for sm_90 alone
+# "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one. What is raw computes less, so
+# that nothing crosses it.
+EASIER = {"reshape", "raw", "kept", "some"}  # than chosen and reshaped, in the same tiles: for sm_90 alone
 REGISTERS = {"reshape", "raw", "kept"}  # which have tiles of their own
 VARIANTS = {
-    "class_norms": ("plain", "chosen"),
+    "row_norms": ("plain", "chosen"),
     "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
     "merge_statistics": ("plain", "reshape", "raw", "chosen reshape"),
     "normalize_embeddings": ("plain", "raw", "chosen"),
-    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
-    "embedding_gradients": ("plain", "chosen"),
-    "weight_gradients": ("plain", "raw", "chosen moved"),
+    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept", "some"),
+    "embedding_gradients": ("plain", "chosen", "some"),
+    "weight_gradients": ("plain", "raw", "chosen moved", "some"),
     "project_weight_gradients": ("plain", "moved"),
     "finish_embedding_gradients": ("plain", "reshape"),
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
+    "keep_entries": ("plain", "raw", "chosen"),
+    "sample_entries": ("plain", "raw", "chosen"),
+    "entry_embedding_gradients": ("plain", "raw", "chosen"),
+    "entry_weight_gradients": ("plain", "raw", "chosen moved"),
 }
 
 
 def _variants(kernel: str, arch: str) -> Iterator[str]:
-    return (v for v in VARIANTS.get(kernel, ("plain",)) if arch == "sm_90" or v not in EASIER)
+    variants = VARIANTS.get(kernel, ("plain",))
+    if arch == "sm_90":
+        yield from variants
+    elif "entr" in kernel:  # of a gradient_tolerance
+        yield "plain"
+    else:
+        yield from (variant for variant in variants if variant not in EASIER)
 
 
 def other_tiles(dim: int) -> dict[str, Tile]:
     """Of kernels without a matrix product."""
     samples, rows = Tile(ROWS, 0, COLUMNS, 4, 3), Tile(0, *row_block(dim), 4, 3)
     return {
-        "class_norms": rows,
-        "embedding_norms": samples,
+        "row_norms": rows,
         "merge_statistics": samples,
         "normalize_embeddings": samples,
         "finish_embedding_gradients": samples,
         "project_weight_gradients": rows,
         "sgd_rows": rows,
         "adamw_rows": rows,
+        "pack_entries": rows,
+        "entry_gradients": rows,
+        "entry_embedding_gradients": rows,
+        "entry_weight_gradients": rows,
     }
 
 
@@ -201,12 +229,14 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     compiled = compile_specialized(case) if case.tile.specialized else compile_case(case)
     row |= _read_amd(compiled) if case.arch.startswith("gfx") else _read_nvidia(compiled)
     complaints = []
-    if row["spill_bytes"]:
+    is_yardstick = case.tile.stages == 1 and case.dim % 16 == 0  # for what is right, not for what is fast
+    if row["spill_bytes"] > (YARDSTICK_SPILL if is_yardstick else 0):
         complaints.append(f"spills {row['spill_bytes']} bytes a thread.")
     if row["shared_bytes"] > SHARED_LIMIT[case.arch]:
         limit = SHARED_LIMIT[case.arch]
         complaints.append(f"needs {row['shared_bytes']} bytes of shared memory, {case.arch} has {limit}.")
-    multiplies = case.kernel in GEMM_KERNELS and not (case.kernel == "logit_gradients" and case.has("kept"))
+    reads_cosines = case.kernel == "logit_gradients" and case.has("kept")
+    multiplies = case.kernel in (*GEMM_KERNELS, *SPARSE_KERNELS) and not reads_cosines
     if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
     if case.kernel in GEMM_KERNELS and case.dim % 16 == 0 and row.get("narrow"):
@@ -222,17 +252,24 @@ def compile_case(case: Case):
     import triton
 
     import cosface_kernels.backends.triton_kernels as kernels
+    import cosface_kernels.backends.triton_sparse_kernels as sparse_kernels
+    from cosface_kernels.backends.triton_sparse import BLOCK, BLOCK_K, STEPS
 
     triton.runtime.driver.set_active(StandIn(case.arch))
-    function = getattr(kernels, case.kernel)
+    function = getattr(kernels if hasattr(kernels, case.kernel) else sparse_kernels, case.kernel)
     dtypes = {
         "x": case.x,
         "w": case.w,
+        "matrix": case.w,
         "operand": case.operand,
         "dw": torch.float32 if case.has("moved") else case.w,
     }
+    if case.kernel.startswith("entry_"):
+        dtypes["g"] = torch.float32
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
-    numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "x_row_stride": case.dim, "x_column_stride": 1}
+    numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "largest_cut": -12.0}
+    for of in ("", "x_"):
+        numbers |= {f"{of}row_stride": case.dim, f"{of}column_stride": 1}
     options = {
         "D": case.dim,
         "BLOCK_N": case.tile.n,
@@ -251,6 +288,10 @@ def compile_case(case: Case):
         "AMSGRAD": True,
         "MAY_STAY": True,
         "BLOCK_SPLITS": SPLITS,
+        "SOME": case.has("some"),
+        "BLOCK": BLOCK,
+        "BLOCK_K": BLOCK_K,
+        "STEPS": STEPS,
     }
     arguments = []  # all that precede the options
     for name in function.arg_names:

@@ -231,7 +231,7 @@ def _compiled_for(rows: list[dict]) -> list[Device]:
 
 def _lines(rows: list[dict], device: Device, N: int, C: int, D: int, kernels_too: bool) -> Iterator[str]:
     kernels, launches = step(rows, device, N, C, D)
-    # Beside them class_norms reads w; what works on (N,) and (N, D) is small.
+    # Beside them row_norms reads w; what works on (N,) and (N, D) is small.
     seconds = sum(kernel.seconds() for kernel in kernels) + C * D * BYTES / (device.memory_tb * 1e12)
     tflops = 8 * N * C * D / seconds / 1e12
     longest = max(kernels, key=Kernel.seconds)

@@ -65,7 +65,7 @@ def add_options(
 ) -> argparse.ArgumentParser:
     """The options of every command that times implementations on problems."""
     parser.add_argument("--batch", type=_counts, default="256", help="numbers of samples, separated by commas")
-    parser.add_argument("--dim", type=_count, default=512, help="size of an embedding")
+    parser.add_argument("--dim", type=_counts, default="512", help="sizes of an embedding, with commas")
     parser.add_argument("--classes", type=_counts, default="100000", help="numbers of classes, with commas")
     parser.add_argument(
         "--impl",
@@ -73,7 +73,9 @@ def add_options(
         default=default,
         help=f"which to run, with commas, of {', '.join(implementations)}",
     )
-    parser.add_argument("--dtype", type=_dtype, default="float32", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--dtype", type=_dtypes, default="float32", help=f"some of {', '.join(DTYPES)}, with commas"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda is a ROCm GPU too")
     parser.add_argument("--rounds", type=_count, default=5, help="turns of each implementation")
     parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="threads of torch")
@@ -84,7 +86,9 @@ def add_options(
     return parser
 
 
-def run(args: argparse.Namespace, jobs: Jobs = STEP) -> int:
+def run(
+    args: argparse.Namespace, jobs: Jobs = STEP, summary: Callable[[list[report.Row]], list[str]] | None = None
+) -> int:
     """Measures, prints and writes; 1 if an implementation failed, 0 if some were merely not available."""
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a CUDA or ROCm GPU, and torch sees none.", file=sys.stderr)
@@ -93,17 +97,19 @@ def run(args: argparse.Namespace, jobs: Jobs = STEP) -> int:
     print(f"{where}, torch {torch.__version__}, commit {machine.commit()}")
     rows, failed = [], False
     common = (args.margin, args.scale, args.seed, args.threads, args.device)
-    matmul_dtype = args.dtype if args.device == "cuda" else "float32"
-    for batch, classes in itertools.product(args.batch, args.classes):
-        cases = [Case(impl, batch, args.dim, classes, args.dtype, *common) for impl in args.impl]
+    for dtype, dim, batch, classes in itertools.product(args.dtype, args.dim, args.batch, args.classes):
+        matmul_dtype = dtype if args.device == "cuda" else "float32"
+        cases = [Case(impl, batch, dim, classes, dtype, *common) for impl in args.impl]
         outcomes, matmul = measure(cases, args.rounds, matmul_dtype, jobs)
         rows += (found := [_row(outcome, matmul, args.rounds, jobs) for outcome in outcomes])
         failed |= any(outcome.failed for outcome in outcomes)
-        print(f"\nbatch {batch}, dim {args.dim}, classes {classes:,}, {args.dtype}, {args.rounds} rounds")
+        print(f"\nbatch {batch}, dim {dim}, classes {classes:,}, {dtype}, {args.rounds} rounds")
         print(f"{matmul_dtype} matmul, GFLOP/s: " + _describe_matmul(matmul))
         print(report.table(found), flush=True)
         if args.json:
             report.write_json(args.json, rows)
+    if summary:
+        print("", *summary(rows), sep="\n")
     return int(failed)
 
 
@@ -254,6 +260,10 @@ def _dtype(text: str) -> str:
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a dtype; there are {', '.join(DTYPES)}.")
     return name
+
+
+def _dtypes(text: str) -> list[str]:
+    return [_dtype(part) for part in text.split(",")]
 
 
 def _writable(text: str) -> Path:

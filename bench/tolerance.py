@@ -88,8 +88,10 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     print(f"{machine.device_name('cpu')}, {args.threads} threads, torch {torch.__version__}")
     rows: list[Row] = []
-    for state, batch, classes in itertools.product(args.state, args.batch, args.classes):
-        rows += (found := measure(state, batch, classes, args))
+    for dtype, dim, state, batch, classes in itertools.product(
+        args.dtype, args.dim, args.state, args.batch, args.classes
+    ):
+        rows += (found := measure(state, make_state(state, batch, classes, dim, dtype, args), args))
         for row in found:
             print(
                 f"{row.state}  N {row.batch}  C {row.classes:,}  tolerance {row.tolerance:g}: {row.path}, "
@@ -103,8 +105,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(name: str, batch: int, classes: int, args: argparse.Namespace) -> list[Row]:
-    state = make_state(name, batch, classes, args)
+def measure(name: str, state: State, args: argparse.Namespace) -> list[Row]:
     x, weight = state.embeddings.requires_grad_(), nn.Parameter(state.weight)
 
     def loss_at(tolerance: float) -> tuple[Tensor, LossStats]:
@@ -164,14 +165,14 @@ def measure(name: str, batch: int, classes: int, args: argparse.Namespace) -> li
     return rows
 
 
-def make_state(name: str, batch: int, classes: int, args: argparse.Namespace) -> State:
+def make_state(name: str, batch: int, classes: int, dim: int, dtype: str, args: argparse.Namespace) -> State:
     kind, _, value = name.partition(":")
     if kind not in ("random", "spread"):
         return State(**torch.load(name, weights_only=True))
     # the cosine of two random directions of k dimensions has standard deviation 1 / sqrt(k)
-    width = args.dim if kind == "random" else min(args.dim, max(1, round(float(value) ** -2)))
+    width = dim if kind == "random" else min(dim, max(1, round(float(value) ** -2)))
     torch.manual_seed(args.seed)
-    x, w = torch.zeros(batch, args.dim), torch.zeros(classes, args.dim, dtype=DTYPES[args.dtype])
+    x, w = torch.zeros(batch, dim), torch.zeros(classes, dim, dtype=DTYPES[dtype])
     x[:, :width] = torch.randn(batch, width)
     normal_(w, 1.0)
     w[:, width:] = 0

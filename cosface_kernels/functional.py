@@ -19,6 +19,7 @@ from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
+    check_cache,
     check_flag,
     check_integer,
     check_labels,
@@ -48,7 +49,7 @@ class Sparsity(NamedTuple):
     Attributes:
         dropped: (N,) float64, at most the tolerance; 0 for an exact sample.
         kept: (N,) float64, the share of the negatives that is not left out; 1 for an exact sample, one with so
-            many that dense products are faster.
+            many that dense products are faster, or more than there is room for.
     """
 
     dropped: Tensor
@@ -164,7 +165,8 @@ def margin_softmax_loss(
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
     sampler: ClassSampler | None = None,
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
+    exact_cache: bool | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
@@ -181,7 +183,8 @@ def margin_softmax_loss(
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
             weight is then sparse, except where there are several ranks.
-        cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
+        cache_bytes, exact_cache: memory for cosines that backward need not compute again, 32 MiB by default on a
+            CPU, and whether they are kept as computed or in 16 bits; see `cosface_kernels.options`.
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
@@ -221,7 +224,7 @@ def margin_softmax_loss(
         check_scale(scale)
         check_integer("ignore_index", ignore_index)
         check_flag("validate_labels", validate_labels)
-        check_integer("cache_bytes", cache_bytes, 0)
+        check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=ranks is not None)
         if not callable(margin):
@@ -258,7 +261,10 @@ def margin_softmax_loss(
         "workspace_bytes": int(workspace_bytes),
     }
     if differentiable:
-        options |= {"cache_bytes": int(cache_bytes), "gradient_tolerance": float(gradient_tolerance)}
+        options |= {"cache_bytes": cache_bytes, "exact_cache": exact_cache}
+        options["gradient_tolerance"] = float(gradient_tolerance)
+    else:
+        options["cache_bytes"] = 0
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
             target_cos = _target_cosines(x, w, own_targets)  # (N,)

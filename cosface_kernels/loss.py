@@ -25,6 +25,7 @@ from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
+    check_cache,
     check_dtype,
     check_flag,
     check_integer,
@@ -60,7 +61,8 @@ class FusedMarginLoss(nn.Module):
             them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
             gradient of the weight is sparse, unless there are several ranks or an optimizer of
             `cosface_kernels.optim` moves the rows.
-        cache_bytes: memory for cosines that backward need not compute again; see `cosface_kernels.options`.
+        cache_bytes, exact_cache: memory for cosines that backward need not compute again, 32 MiB by default on a
+            CPU, and whether they are kept as computed or in 16 bits; see `cosface_kernels.options`.
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
@@ -101,7 +103,8 @@ class FusedMarginLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         sample_rate: float = 1.0,
         sample_seed: int = 0,
-        cache_bytes: int = 0,
+        cache_bytes: int | None = None,
+        exact_cache: bool | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -118,7 +121,7 @@ class FusedMarginLoss(nn.Module):
         check_integer("ignore_index", ignore_index)
         check_flag("validate_labels", validate_labels)
         check_dtype(dtype)
-        check_integer("cache_bytes", cache_bytes, 0)
+        check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance, sharded=process_group is not None)
         if self.normalize_embeddings and not isinstance(scale, Tensor):
@@ -132,7 +135,7 @@ class FusedMarginLoss(nn.Module):
         self.validate_labels = validate_labels
         self.backend = backend
         self.gradient_tolerance = gradient_tolerance
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self.exact_cache = cache_bytes, exact_cache
         self.workspace_bytes = workspace_bytes
         if process_group is None:
             weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
@@ -246,6 +249,7 @@ class FusedMarginLoss(nn.Module):
             normalize_weight=self.normalize_weight,
             sampler=self.sampler if self.training else None,
             cache_bytes=self.cache_bytes,
+            exact_cache=self.exact_cache,
             workspace_bytes=self.workspace_bytes,
         )
 

@@ -69,10 +69,11 @@ def lmcl(
     margin: float,
     backend: str | None,
     classes: Tensor | None = None,
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
     gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
     workspace_bytes: int = WORKSPACE_BYTES,
+    exact_cache: bool | None = None,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +83,14 @@ def lmcl(
     """
     refuse_forward_mode()
     options = Options(
-        classes, cache_bytes, gradient_tolerance, normalize_weight, workspace_bytes, thresholds, negatives
+        classes,
+        cache_bytes,
+        gradient_tolerance,
+        normalize_weight,
+        workspace_bytes,
+        exact_cache,
+        thresholds,
+        negatives,
     )
     if not w.shape[0]:  # a rank that owns no class
         fills = (0, 0, -torch.inf, 0, -torch.inf)
@@ -97,7 +105,7 @@ def lmcl(
 
 
 @lmcl.register_fake
-def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=0, gradient_tolerance=0.0, *rest):  # type: ignore[no-untyped-def]
+def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=None, gradient_tolerance=0.0, *rest):  # type: ignore[no-untyped-def]
     rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(5))
     options = Options(classes, cache_bytes, gradient_tolerance, *rest)
     size = select(backend, x, w, options).cache_size(x, w, options) if w.shape[0] else 0
@@ -119,10 +127,11 @@ def lmcl_backward(
     need_dw: bool,
     backend: str | None,
     classes: Tensor | None = None,
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
     gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
     workspace_bytes: int = WORKSPACE_BYTES,
+    exact_cache: bool | None = None,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +141,14 @@ def lmcl_backward(
     """
     refuse_forward_mode()
     options = Options(
-        classes, cache_bytes, gradient_tolerance, normalize_weight, workspace_bytes, thresholds, negatives
+        classes,
+        cache_bytes,
+        gradient_tolerance,
+        normalize_weight,
+        workspace_bytes,
+        exact_cache,
+        thresholds,
+        negatives,
     )
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
@@ -170,10 +186,11 @@ def lmcl_backward_update_(
     need_dx: bool,
     backend: str | None,
     classes: Tensor | None = None,
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
     gradient_tolerance: float = 0.0,
     normalize_weight: bool = True,
     workspace_bytes: int = WORKSPACE_BYTES,
+    exact_cache: bool | None = None,
     thresholds: Tensor | None = None,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -187,6 +204,7 @@ def lmcl_backward_update_(
         gradient_tolerance,
         normalize_weight,
         workspace_bytes,
+        exact_cache,
         thresholds,
         negatives,
         updates=True,

@@ -16,6 +16,7 @@ KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
 LARGEST_TILE = 252  # classes by which the last tile of backend `cpu` may pass the end
 WORKSPACE_BYTES = 256 << 20
+CACHE_BYTES = 32 << 20  # by default, of backend `cpu`
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,15 @@ class Options:
     Attributes:
         classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
             are positions in it, and dw is (S, D). None: all rows.
-        cache_bytes: memory that forward may fill for backward with cosines that backward would compute again. They
-            are kept in 16-bit fixed point (float64 where an input is), which is off by at most 2^-16: a
-            probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at s = 64. bfloat16
-            exponentials would be off by 2e-3. The loss does not change. A negative that is as near to its
-            threshold may be on its other side in backward.
-            With a gradient_tolerance, memory for the entries of the softmax; 0 is then as much as they take.
+        cache_bytes: memory that forward may fill for backward with cosines that backward would compute again.
+            None: CACHE_BYTES on backend `cpu`, kept exactly, which changes no bit of a gradient; 0 elsewhere.
+            With a gradient_tolerance, memory for the entries of the softmax; None and 0 are then as much as they
+            take.
+        exact_cache: whether cosines are kept as they were computed, in float32 (float64 where an input is), on
+            backend `cpu`. If not, it is in 16-bit fixed point (float64 where an input is), which is off by at most
+            2^-16: a probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at s = 64.
+            bfloat16 exponentials would be off by 2e-3. The loss does not change. A negative that is as near to its
+            threshold may be on its other side in backward. None: if cache_bytes is None.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
             entries in the cache. 0: backward is exact.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
@@ -44,10 +48,11 @@ class Options:
     """
 
     classes: Tensor | None = None
-    cache_bytes: int = 0
+    cache_bytes: int | None = None
     gradient_tolerance: float = 0.0
     normalize_weight: bool = True
     workspace_bytes: int = WORKSPACE_BYTES
+    exact_cache: bool | None = None
     thresholds: Tensor | None = None
     negatives: Tensor | None = None
     updates: bool = False
@@ -60,10 +65,14 @@ class Options:
         """How many classes take part."""
         return w.shape[0] if self.classes is None else self.classes.numel()
 
-    def cache_size(self, x: Tensor, w: Tensor) -> int:
+    @property
+    def keeps_exactly(self) -> bool:
+        return self.cache_bytes is None if self.exact_cache is None else self.exact_cache
+
+    def cache_size(self, x: Tensor, w: Tensor, by_default: int = 0) -> int:
         """Bytes that a cache takes: cache_bytes, or fewer if that is more than all it is for.
 
-        With a tolerance, cache_bytes 0 means a share of KEPT_SHARE of the entries, each a cosine and 16 bits, and
+        With a tolerance, no cache_bytes mean a share of KEPT_SHARE of the entries, each a cosine and 16 bits, and
         KEPT_MIN more for the first tiles, of which nothing can be left out yet. Only what is filled is touched.
         """
         samples, classes = x.shape[0], self.count(w)
@@ -76,10 +85,11 @@ class Options:
                 few = torch.sym_min(few, self.cache_bytes // entry)
             counts = 4 * (classes // 64 + 1) * (samples // 256 + 1)
             return 16 * samples + counts + entry * few + 4096
-        if self.cache_bytes < CACHE_HEADER:
+        most = by_default if self.cache_bytes is None else self.cache_bytes
+        if most < CACHE_HEADER:
             return 0
-        itemsize = 8 if number is torch.float64 else 2
-        return torch.sym_min(self.cache_bytes, CACHE_HEADER + itemsize * samples * (classes + LARGEST_TILE))
+        itemsize = number.itemsize if self.keeps_exactly or number is torch.float64 else 2
+        return torch.sym_min(most, CACHE_HEADER + itemsize * samples * (classes + LARGEST_TILE))
 
     def refusal(self, supported: Collection[str] = ()) -> str | None:
         """Why a backend that knows only the `supported` options cannot take these, or None.
@@ -88,11 +98,11 @@ class Options:
         """
         for field in fields(self):
             value = getattr(self, field.name)
-            differs = isinstance(value, Tensor) or value != field.default
+            differs = isinstance(value, Tensor) or (value or None) != (field.default or None)
             if differs and field.name not in {"workspace_bytes", *supported}:
                 return f"option {field.name!r} is not on this backend yet."
-        if self.cache_bytes and not self.gradient_tolerance and not self.normalize_weight:
-            return "it caches cosines alone, so that cache_bytes must be 0 without normalize_weight."
+        if self.cache_bytes and not (self.gradient_tolerance or self.normalize_weight or self.keeps_exactly):
+            return "it keeps cosines alone in 16 bits, so that without normalize_weight an exact_cache is needed."
         return None
 
 

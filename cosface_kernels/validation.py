@@ -54,6 +54,12 @@ def check_flag(name: str, value: bool | None) -> None:
         raise ValueError(f"{name} must be True, False or None, got {value!r}.")
 
 
+def check_cache(cache_bytes: int | None, exact_cache: bool | None) -> None:
+    if cache_bytes is not None:
+        check_integer("cache_bytes", cache_bytes, 0)
+    check_flag("exact_cache", exact_cache)
+
+
 def check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")

@@ -42,13 +42,14 @@ struct Options {
   std::optional<Tensor> classes;
   double gradient_tolerance;
   Tensor cache;  // uint8
-  bool normalize_weight;
+  bool exact_cache, normalize_weight;
   std::optional<Tensor> thresholds, negatives;
 
   cosface::Options raw() const {
     cosface::Options options{.normalize_weight = normalize_weight, .gradient_tolerance = gradient_tolerance};
     if (classes) options.classes = classes->const_data_ptr<int64_t>(), options.count = classes->numel();
     if (cache.numel() > 0) options.cache = cache.mutable_data_ptr(), options.cache_bytes = cache.numel();
+    options.exact_cache = exact_cache;
     return options;
   }
 
@@ -185,13 +186,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = TORCH_VERSION;
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "Options")
-      .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache,
-                       bool normalize_weight, std::optional<Tensor> thresholds, std::optional<Tensor> negatives) {
-             return Options{cosface::contiguous(classes), gradient_tolerance,  std::move(cache), normalize_weight,
-                            std::move(thresholds),        std::move(negatives)};
-           }),
-           py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
-           py::arg("normalize_weight"), py::arg("thresholds"), py::arg("negatives"));
+      .def(
+          py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache, bool exact_cache,
+                      bool normalize_weight, std::optional<Tensor> thresholds, std::optional<Tensor> negatives) {
+            return Options{
+                cosface::contiguous(classes), gradient_tolerance,  std::move(cache), exact_cache, normalize_weight,
+                std::move(thresholds),        std::move(negatives)};
+          }),
+          py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
+          py::arg("exact_cache"), py::arg("normalize_weight"), py::arg("thresholds"), py::arg("negatives"));
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,

@@ -55,10 +55,11 @@ struct Options {
   bool normalize_weight = true;      // if not, <x_i, w_j> / |x_i| takes the place of cos_ij
   double gradient_tolerance = 0;     // mass of the softmax that backward may leave out of every sample
   // What forward leaves for backward, aligned to 64 bytes. With a tolerance the entries that matter, or nothing if
-  // they do not fit. Else cosines of as many tiles as fit, which are not computed again: 16-bit fixed point, off
-  // by at most 2^-16, where T is float, else double.
+  // they do not fit. Else cosines of as many tiles as fit, which are not computed again.
   void* cache = nullptr;
   int64_t cache_bytes = 0;
+  bool exact_cache = false;  // in T, as they were computed; if not, where T is float, in 16-bit fixed point, off
+                             // by at most 2^-16
 };
 
 // lse_i = log sum_{j != y_i} e^{z_ij} = s_i top_i + log_sum_i with top_i = max_{j != y_i} N(cos_ij), 0 if there is

@@ -19,6 +19,7 @@ from bench.__main__ import main
 from bench.implementations import IMPLEMENTATIONS, Implementation, Problem, Step, UnavailableError
 from bench.process import FailedError, Worker
 from bench.report import Row, table
+from bench.sizes import summary
 from bench.worker import Case, Check, make_problem
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +261,39 @@ def test_table_without_fused_has_no_ratio() -> None:
     row = Row(**{**values, "impl": "eager", "steps": 4, "median_s": 2.5, "min_s": 0.002, "note": "margin 0"})
     cells = " ".join(table([row]).splitlines()[1].split())
     assert cells == "eager 2.500 s 2.000 ms - - - - 4 margin 0"
+
+
+def test_the_summary_of_sizes_compares_with_the_fastest_peer_that_has_the_margin() -> None:
+    blank = dict.fromkeys((f.name for f in fields(Row)), None)
+    sizes = {"dtype": "float32", "dim": 128, "batch": 32}
+    times = {
+        1000: {"fused": 2.0, "eager": 3.0, "compile": 1.0, "torch-lce": 0.1},
+        9000: {"fused": 1.0, "eager": 8.0, "compile": None},
+        20_000: {"fused": None, "eager": 1.0},
+    }
+    rows = [
+        Row(**{**blank, **sizes, "classes": classes, "impl": impl, "median_s": seconds})
+        for classes, found in times.items()
+        for impl, seconds in found.items()
+    ]
+    _, *lines, total = summary(rows)
+    cells = [line.split() for line in lines]
+    assert [(*line[3:4], *line[-3:]) for line in cells[:2]] == [
+        ("1,000", "1.000", "s", "0.50"),
+        ("9,000", "8.000", "s", "8.00"),
+    ]
+    assert cells[2][-1] == "-"
+    assert total == "2 problems: 2.00 in the geometric mean, at least 0.50"
+
+
+def test_sizes_run_at_every_point_of_a_grid(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    grid = ["--batch", "3", "--dim", "5", "--classes", "7", "--dtype", "fp32,bf16"]
+    assert main(["sizes", *grid, "--impl", "fused", "--rounds", "1", "--threads", "1", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    points = [tuple(row[size] for size in ("dtype", "dim", "batch", "classes")) for row in rows]
+    assert points == [("float32", 5, 3, 7), ("bfloat16", 5, 3, 7)]
+    assert len(capsys.readouterr().out.split("fastest peer")[1].splitlines()) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

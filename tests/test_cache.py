@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.optim import FusedSGD
-from cosface_kernels.options import Options
+from cosface_kernels.options import CACHE_BYTES, Options
 
 pytestmark = pytest.mark.option("cache_bytes")
 STEP = 2.0**-16  # of a cosine in 16-bit fixed point, by which it may be off
@@ -196,7 +196,7 @@ def test_nothing_is_kept_without_a_gradient(backend, monkeypatch):
 def test_a_weight_that_is_not_normalized_is_refused(backend):
     problem = backend.problem(2, 5, 3)
     arguments = (problem.x, problem.w, problem.targets, problem.scale, 0.35)
-    with pytest.raises(RuntimeError, match="cache_bytes must be 0 without normalize_weight"):
+    with pytest.raises(RuntimeError, match="without normalize_weight an exact_cache is needed"):
         backend.lmcl(*arguments, cache_bytes=1000, normalize_weight=False)
 
 
@@ -210,3 +210,50 @@ def test_rows_whose_norm_overflows(backend, rows):
     for name in got._fields:
         torch.testing.assert_close(getattr(got, name), getattr(plain, name), rtol=1e-2, atol=1e-3)
         assert getattr(got, name).isfinite().all()
+
+
+@pytest.mark.option("exact_cache")
+@pytest.mark.parametrize("bytes_", [None, 100_000, PLENTY])
+@pytest.mark.parametrize("variant", ["plain", "chosen", "reshaped", "not normalised"])
+def test_an_exact_cache_changes_no_bit(backend, variant, bytes_, dtypes):
+    """Nor does a sample without gradient, whose embedding may be anything."""
+    problem = backend.problem(300, 700, 24, dtypes, scale=16.0)
+    problem.x[5], problem.targets[5] = torch.nan, -1
+    upstream = random_upstream(problem, "loss")
+    options = {"normalize_weight": variant != "not normalised"}
+    if variant == "chosen":
+        options["classes"] = torch.arange(3, 700, 2, device=backend.device)
+        problem.targets[problem.targets >= 0] %= len(options["classes"])
+    if variant == "reshaped":
+        options["thresholds"] = torch.full_like(problem.scale, 0.1)
+        options["negatives"] = torch.tensor([1.0, 0.3, 0.05], device=backend.device, dtype=dtypes.compute)
+    got, plain = (
+        evaluate(cached(backend, some, exact_cache=exact, **options), problem, upstream)
+        for some, exact in ((bytes_, None if bytes_ is None else True), (0, None))
+    )
+    for name in ("loss", "lse", "dx", "dw", "dscale"):
+        mine, want = (getattr(result, name).to_dense() for result in (got, plain))
+        assert torch.equal(mine.nan_to_num(), want.nan_to_num()), name
+    assert bool((got.dx[5] == 0).all())
+    assert bool(got.dw.to_dense().isfinite().all())
+
+
+@pytest.mark.option("exact_cache")
+def test_by_default_some_mebibytes_are_kept_whatever_the_number_of_classes(backend):
+    sizes = [
+        BACKENDS[backend.name].cache_size(torch.empty(64, 8), torch.empty(1, 8).expand(classes, 8), Options())
+        for classes in (100, 10_000, 10**6, 10**8)
+    ]
+    assert sizes == [64 + 4 * 64 * 352, 64 + 4 * 64 * 10_252, CACHE_BYTES, CACHE_BYTES]
+
+
+@pytest.mark.option("exact_cache")
+def test_what_the_default_keeps_is_not_computed_again(backend):
+    problem = backend.problem(20, 1000, 8, scale=10.0)
+    inputs = (problem.x, problem.w, problem.targets, problem.scale)
+    _, top, log_sum, _, _, cache = torch.ops.cosface.lmcl(*inputs, 0.35, backend.name)
+    cache[64:] = 0
+    dscale = torch.ops.cosface.lmcl_backward(
+        *inputs, top, log_sum, torch.ones_like(top), torch.zeros_like(top), cache, True, True, backend.name
+    )[2]
+    assert not bool(dscale.any())  # it sums p cos

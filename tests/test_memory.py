@@ -9,11 +9,12 @@ import torch
 from support import run_python
 
 from cosface_kernels import FusedCosFaceLoss, cosface_loss
+from cosface_kernels.options import CACHE_BYTES
 
 MIB = 2**20
 NUM_SAMPLES, DIM = 256, 64
-FEW, MANY = 20_000, 160_000  # their logits take 20 and 156 MiB
-SLACK_MIB = 8  # tiles of every thread, partial sums, allocator; the logits of FEW would already be past it
+FEW, MANY = 60_000, 160_000  # their logits take 59 and 156 MiB
+SLACK_MIB = 8  # tiles of every thread, partial sums, allocator; with the cache, less than the logits of FEW
 MODES = ("both", "dx", "dw", "none")  # which gradients are wanted
 
 pytestmark = pytest.mark.skipif(
@@ -71,11 +72,11 @@ def _peaks(backend: str, *modes: str) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_flat_in_classes(mode, dtype):
-    extra = {}
+    extra, most = {}, SLACK_MIB + (CACHE_BYTES / MIB if mode != "none" else 0)
     for num_classes in (FEW, MANY):
         dw = num_classes * DIM * dtype.itemsize if mode in ("both", "dw") else 0
         extra[num_classes] = (_peaks("cpu", *MODES)[f"{mode} {num_classes} {dtype}"] - dw) / MIB
-        assert extra[num_classes] < SLACK_MIB, f"{extra[num_classes]:.0f} MiB beyond inputs and gradients"
+        assert extra[num_classes] < most, f"{extra[num_classes]:.0f} MiB beyond inputs and gradients"
     assert extra[MANY] - extra[FEW] < 4, f"grows with the number of classes: {extra} MiB"
 
 

@@ -360,16 +360,16 @@ SPECIALISED = {"first_class", "chunk", "x_row_stride", "x_column_stride"}
 SIZES = """
 import torch, triton
 from bench.kernels import INTEGERS, StandIn
-from cosface_kernels.backends import triton_kernels as kernels
+from cosface_kernels.backends import triton_kernels as kernels, triton_sparse_kernels as sparse_kernels
 triton.runtime.driver.set_active(StandIn("sm_80"))
-for kernel in vars(kernels).values():
+for kernel in (*vars(kernels).values(), *vars(sparse_kernels).values()):
     for parameter in getattr(kernel, "params", ()):
         if parameter.name in INTEGERS and not kernel.fn.__name__.startswith("_"):
             assert parameter.do_not_specialize, (kernel.fn.__name__, parameter.name)
 def compiled(C):
     bf16 = torch.bfloat16
-    return kernels.class_norms.warmup(
-        bf16, torch.int64, torch.float32, C, grid=(1,), D=64, BLOCK_C=32, BLOCK_D=64,
+    return kernels.row_norms.warmup(
+        bf16, torch.int64, torch.float32, C, 64, 1, grid=(1,), D=64, BLOCK_C=32, BLOCK_D=64,
         OPERAND=triton.language.bfloat16, CHOSEN=False,
     )
 print(compiled(1000) is compiled(1024) is compiled(1))
@@ -379,6 +379,20 @@ print(compiled(1000) is compiled(1024) is compiled(1))
 def test_other_numbers_of_samples_and_classes_need_no_other_code():
     done = run_python(SIZES, TRITON_INTERPRET="0", PYTHONPATH=".")
     assert done.stdout == "True\n", done.stdout + done.stderr
+
+
+@pytest.mark.triton_only
+def test_a_first_step_compiles_eight_kernels(backend):
+    names = set()
+
+    def record(name, launch, arguments):
+        names.add(name)
+        launch()
+
+    x, w = (torch.ones(rows, 3, device=backend.device, requires_grad=True) for rows in (2, 300))
+    with launches.through(record):
+        cosface_loss(x, w, torch.tensor([0, 1], device=backend.device), backend=backend.name).backward()
+    assert len(names) == 8, names
 
 
 @pytest.mark.triton_only

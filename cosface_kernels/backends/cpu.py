@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
-from cosface_kernels.options import Options, Update
+from cosface_kernels.options import CACHE_BYTES, Options, Update
 
 
 def unavailable() -> str | None:
@@ -19,7 +19,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    supported = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
+    supported = {"cache_bytes", "exact_cache", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
     if options.gradient_tolerance:
         if options.thresholds is not None:
             return "reshaped negatives with a gradient_tolerance are not on this backend yet."
@@ -32,7 +32,7 @@ def describe() -> str:
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    return options.cache_size(x, w)
+    return options.cache_size(x, w, CACHE_BYTES)
 
 
 def forward(
@@ -71,6 +71,7 @@ def _kernel_options(options: Options, cache: Tensor) -> Any:
         classes=options.classes,
         gradient_tolerance=options.gradient_tolerance,
         cache=cache,
+        exact_cache=options.keeps_exactly,
         normalize_weight=options.normalize_weight,
         thresholds=options.thresholds,
         negatives=options.negatives,

@@ -26,6 +26,9 @@ PROGRAMS_PER_PROCESSOR = 2
 ALIGNED_BYTES = 16  # for which Triton compiles wide loads, and at which a tensor descriptor's rows begin
 ALIGNED = ALIGNED_BYTES // torch.float32.itemsize
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
+# With a gradient_tolerance a sample keeps one of so many classes, and some more where there are few. To gather its
+# two rows, an entry is predicted to take as long as three dense products with 128 classes on an H100.
+KEPT_CLASSES, KEPT_LEAST = 256, 256
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,13 +37,14 @@ INTERPRETED_PROCESSORS = 4
 
 triton: Any = None  # imported by unavailable(): a second that a machine without a GPU need not spend
 kernels: Any = None
+sparse: Any = None  # triton_sparse, for a gradient_tolerance
 
 
 @functools.cache
 def unavailable() -> str | None:
     if not INTERPRETED and not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm GPU."
-    global triton, kernels
+    global triton, kernels, sparse
     try:
         triton = importlib.import_module("triton")
         kernels = importlib.import_module("cosface_kernels.backends.triton_kernels")
@@ -48,6 +52,7 @@ def unavailable() -> str | None:
         return f"triton cannot be imported ({error})."
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_VERSION:
         return f"it needs triton {'.'.join(map(str, MIN_VERSION))} or newer, found {triton.__version__}."
+    sparse = importlib.import_module("cosface_kernels.backends.triton_sparse")
     if INTERPRETED:
         return None
     capability = torch.cuda.get_device_capability()
@@ -76,7 +81,11 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
-    return options.refusal({"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"})
+    if options.gradient_tolerance and options.thresholds is not None:
+        return "reshaped negatives with a gradient_tolerance are not on this backend yet."
+    return options.refusal(
+        {"cache_bytes", "classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds", "negatives"}
+    )
 
 
 def describe() -> str:
@@ -105,12 +114,27 @@ def forward(
             return Trial(launch, lambda: results)
 
         tile = triton_choice.choose("class_statistics", _key(x, w, options), prepare)
-        return *_forward(x, w, saved, targets, scale, margin, options, tile), cache
+        results = _forward(x, w, saved, targets, scale, margin, options, tile)
+        if options.gradient_tolerance:
+            sparse.keep(x, w, saved, targets, scale, results, options, cache)
+        return *results, cache
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    """Of the norms, and of the cosines that fit into cache_bytes."""
-    return torch.float32.itemsize * _norm_slots(x, w, options) + 2 * x.shape[0] * _kept_classes(x, w, options)
+    """Of the norms, and of the cosines that fit into cache_bytes, or of the entries that a tolerance leaves."""
+    norms = 4 * _norm_slots(x, w, options)
+    if options.gradient_tolerance:
+        return 16 * x.shape[0] + norms + 8 * x.shape[0] * entry_slots(x, w, options)
+    return norms + 2 * x.shape[0] * _kept_classes(x, w, options)
+
+
+def entry_slots(x: Tensor, w: Tensor, options: Options) -> int:
+    """Entries of a sample for which a cache has room, that of the target included."""
+    C = options.count(w)
+    most = torch.sym_min(C, C // KEPT_CLASSES + KEPT_LEAST)
+    if options.cache_bytes:
+        most = torch.sym_min(most, options.cache_bytes // (8 * torch.sym_max(x.shape[0], 1)))
+    return 1 + most
 
 
 class Saved(NamedTuple):
@@ -140,28 +164,33 @@ def _aligned(numbers: int) -> int:
 def _kept_classes(x: Tensor, w: Tensor, options: Options) -> int:
     """Those whose cosines the cache holds, in whole tiles, so that it may pass the last class."""
     step = triton_tiles.CHUNK_STEP
-    fitting = options.cache_bytes // (2 * step * torch.sym_max(x.shape[0], 1))
+    if options.gradient_tolerance:
+        return 0
+    fitting = (options.cache_bytes or 0) // (2 * step * torch.sym_max(x.shape[0], 1))
     return step * torch.sym_min(fitting, -(-options.count(w) // step))
 
 
 def _saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
-    slots = _norm_slots(x, w, options)
-    norms, cosines = cache[: 4 * slots].view(torch.float32), cache[4 * slots :].view(torch.int16)
-    classes = _class_slots(w, options)
-    return Saved(norms[:classes], norms[classes:], cosines.view(len(x), _kept_classes(x, w, options)))
+    kept, classes = _kept_classes(x, w, options), _class_slots(w, options)
+    if options.gradient_tolerance:
+        cache = cache[16 * len(x) :]
+    slots = 4 * _norm_slots(x, w, options)
+    norms = cache[:slots].view(torch.float32)
+    cosines = cache[slots : slots + 2 * len(x) * kept].view(torch.int16)
+    return Saved(norms[:classes], norms[classes:], cosines.view(len(x), kept))
 
 
 def _fill_norms(x: Tensor, w: Tensor, options: Options, saved: Saved) -> None:
-    (N, D), C = x.shape, options.count(w)
-    kernels.embedding_norms[(triton.cdiv(N, ROWS),)](
-        x, saved.x_norm, N, *x.stride(), D=D, BLOCK_N=ROWS, BLOCK_D=COLUMNS
-    )
+    D = x.shape[1]
+    block_c, block_d = triton_tiles.row_block(D)
+    chosen, is_chosen = _chosen(w, options)
+    of_rows = [(x, saved.x_norm, len(x), False)]
     if options.normalize_weight:
-        block_c, block_d = triton_tiles.row_block(D)
-        chosen, is_chosen = _chosen(w, options)
-        kernels.class_norms[(triton.cdiv(C, block_c),)](
-            w, chosen, saved.w_norm, C,
-            D=D, BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=is_chosen,
+        of_rows.append((w, saved.w_norm, options.count(w), is_chosen))
+    for matrix, norms, count, some in of_rows:
+        kernels.row_norms[(triton.cdiv(count, block_c),)](
+            matrix, chosen, norms, count, *matrix.stride(),
+            D=D, BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=_operand(x, w), CHOSEN=some,
         )  # fmt: skip
 
 
@@ -286,6 +315,8 @@ def _tuned_backward(
         for kernel in tiles:
             if needed[kernel]:
                 tiles[kernel] = triton_choice.choose(kernel, key, functools.partial(prepare, kernel))
+        if options.gradient_tolerance:
+            return sparse.backward(x, w, saved, per_row, options, cache, need_dx, need_dw, tiles, move)
         return _backward(x, w, saved, per_row, options, need_dx, need_dw, tiles, move)
 
 
@@ -337,6 +368,8 @@ class _Backward:
     """What the chunks of a backward share, and their kernels, each on the chunk that begins with class `first`.
 
     tiles: by kernel. updates: whether rows move, by gradients in float32 that only one chunk has.
+    active_rows: (1,) int32, how many rows have a gradient, the first ones; dx of the others may be anything, and
+    dw is not written if there are none. None: it may be any of them.
     """
 
     def __init__(
@@ -350,6 +383,7 @@ class _Backward:
         need_dx: bool,
         need_dw: bool,
         updates: bool,
+        active_rows: Tensor | None = None,
     ) -> None:
         self.x, self.w, self.saved, self.per_row, self.options = x, w, saved, per_row, options
         self.of_g, self.of_dx, self.of_dw = (tiles[kernel] for kernel in triton_tiles.GEMM_KERNELS[1:])
@@ -362,7 +396,11 @@ class _Backward:
         self.class_tiles = triton.cdiv(self.chunk, self.of_g.c)
         self.float32 = functools.partial(x.new_empty, dtype=torch.float32)
 
+        self.some = active_rows is not None
+        self.active_rows = per_row[0] if active_rows is None else active_rows
         self.class_dot = self.float32(self.row_blocks, self.chunk)
+        if self.some:
+            self.class_dot.zero_()  # where nothing writes it
         self.negative_dot, self.target_dot = self.float32(self.class_tiles, N).zero_(), self.float32(N)
         self.reshape, self.normalize = options.thresholds is not None, options.normalize_weight
         self.scale_dot = torch.zeros_like(self.negative_dot) if self.reshape else self.negative_dot
@@ -417,9 +455,9 @@ class _Backward:
             kernels.logit_gradients[(self.row_blocks * (end - first_tile),)](
                 x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
                 *_polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot, self.scale_dot,
-                self.class_dot, cosines, self.N, self.C, kept, first, first_tile, self.chunk, self.row_blocks,
-                *x.stride(), **_blocks(self.of_g, x, w), NORMALIZE=self.normalize, RESHAPE=self.reshape,
-                CHOSEN=self.is_chosen, KEPT=is_kept,
+                self.class_dot, cosines, self.active_rows, self.N, self.C, kept, first, first_tile, self.chunk,
+                self.row_blocks, *x.stride(), **_blocks(self.of_g, x, w), NORMALIZE=self.normalize,
+                RESHAPE=self.reshape, CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some,
             )  # fmt: skip
 
     @functools.cached_property
@@ -437,9 +475,9 @@ class _Backward:
             _multiply(self.dx_hat[0], self.g[:, :classes], w[first : first + classes], accumulate=True)
         else:
             kernels.embedding_gradients[self.dx_blocks, self.splits](
-                self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.N, self.C, first, self.chunk,
-                triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
-                NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+                self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.active_rows, self.N, self.C, first,
+                self.chunk, triton.cdiv(self.N, self.of_dx.n), self.tiles_per_split, **_blocks(self.of_dx, x, w),
+                NORMALIZE=self.normalize, CHOSEN=self.is_chosen, SOME=self.some,
             )  # fmt: skip
 
     def weight_gradients(self, first: int) -> None:
@@ -456,8 +494,8 @@ class _Backward:
         else:
             blocks = triton.cdiv(self.D, self.of_dw.d) * triton.cdiv(classes, self.of_dw.c)
             kernels.weight_gradients[(blocks,)](
-                self.g, self.x_hat, w, self.chosen, w_norm, *of_class, self.N, *place, **_blocks(self.of_dw, x, w),
-                NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+                self.g, self.x_hat, w, self.chosen, w_norm, *of_class, self.active_rows, self.N, *place,
+                **_blocks(self.of_dw, x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen, SOME=self.some,
             )  # fmt: skip
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -616,9 +654,11 @@ def _device(device: torch.device) -> Any:
 
 def _key(x: Tensor, w: Tensor, options: Options) -> Key:
     bucket = triton.next_power_of_2(len(x))
-    plain = options.normalize_weight and options.thresholds is None and not options.cache_bytes
-    library = not INTERPRETED and x.dtype == w.dtype == torch.bfloat16 and options.classes is None
-    described = not INTERPRETED and x.dtype == w.dtype and options.classes is None and _can_describe(x, w)
+    keeps_cosines = options.cache_bytes and not options.gradient_tolerance
+    plain = options.normalize_weight and options.thresholds is None and not keeps_cosines
+    every = not INTERPRETED and options.classes is None and not options.gradient_tolerance
+    library = every and x.dtype == w.dtype == torch.bfloat16
+    described = every and x.dtype == w.dtype and _can_describe(x, w)
     operand = operand_dtype(x.dtype, w.dtype)
     return Key(architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library, described)
 

@@ -9,7 +9,7 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 
 | kernel | FLOPs | bytes of w and dw from memory |
 |---|---|---|
-| class_norms | 2 C D | b C D |
+| row_norms | 2 C D | b C D |
 | class_statistics | 2 N C D | b C D |
 | logit_gradients | 2 N C D | b C D |
 | embedding_gradients | 2 N C D | b C D |
@@ -134,36 +134,29 @@ def _inverse_norm(w_norm, classes, is_class, NORMALIZE: tl.constexpr):
     return 1 / tl.maximum(norm, EPS)
 
 
-@triton.jit(do_not_specialize=["C"])
-def class_norms(
-    w,
+@triton.jit(do_not_specialize=["count"])
+def row_norms(
+    matrix,
     chosen,
-    w_norm,
-    C,
+    norms,
+    count,
+    row_stride,
+    column_stride,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """w_norm (C,), |w_j| of every class, its weight rounded to operands as the products see it."""
-    classes = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_class = classes < C
-    rows = _weight_rows(chosen, classes, is_class, CHOSEN)
-    norm = _norms(w, rows, is_class, D, 1, D, BLOCK_C, BLOCK_D, OPERAND)
-    tl.store(w_norm + classes, norm, mask=is_class)
+    """norms (count,) of the rows of x or w, rounded to operands as the products see them.
 
-
-@triton.jit(do_not_specialize=["N"])
-def embedding_norms(
-    x, x_norm, N, x_row_stride, x_column_stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """x_norm (N,), |x_i|, once for both passes: a sum in another order would round the cosines differently."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = rows < N
-    tl.store(
-        x_norm + rows, _norms(x, rows, is_row, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D), mask=is_row
-    )
+    Once for both passes: a sum in another order would round the cosines differently.
+    """
+    rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_row = rows < count
+    places = _weight_rows(chosen, rows, is_row, CHOSEN)
+    norm = _norms(matrix, places, is_row, row_stride, column_stride, D, BLOCK_C, BLOCK_D, OPERAND)
+    tl.store(norms + rows, norm, mask=is_row)
 
 
 @triton.jit
@@ -482,6 +475,7 @@ def logit_gradients(
     scale_dot,
     class_dot,
     cosines,
+    active_rows,
     N,
     C,
     kept,
@@ -501,6 +495,7 @@ def logit_gradients(
     RESHAPE: tl.constexpr,
     CHOSEN: tl.constexpr,
     KEPT: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
@@ -513,8 +508,12 @@ def logit_gradients(
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
+    active_rows: (1,), with SOME how many rows have a gradient, the first ones; a block without any writes nothing.
     """
     row_block, tile = tl.program_id(0) % row_blocks, first_tile + tl.program_id(0) // row_blocks
+    if SOME:  # noqa: SIM102  `and` would compile both
+        if row_block * BLOCK_N >= tl.load(active_rows):
+            return
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     classes = first_class + columns
@@ -588,6 +587,7 @@ def embedding_gradients(
     chosen,
     w_norm,
     dx_hat,
+    active_rows,
     N,
     C,
     first_class,
@@ -602,14 +602,18 @@ def embedding_gradients(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     """dx_hat (splits, N, D) += G w_hat of one chunk, each split of its classes into a slot of its own.
 
-    Where G is divided by |w_j|, w takes the place of w_hat.
+    Where G is divided by |w_j|, w takes the place of w_hat. With SOME, rows from active_rows on may hold anything.
 
     Grid (row blocks x column blocks, splits): at N = 256 dx has too few blocks to fill a GPU.
     """
     split = tl.program_id(1)
+    if SOME:  # noqa: SIM102
+        if tl.program_id(0) % row_blocks * BLOCK_N >= tl.load(active_rows):
+            return
     rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(0) // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     is_row = rows < N
@@ -686,6 +690,7 @@ def weight_gradients(
     class_dot,
     largest_unit,
     dw,
+    active_rows,
     N,
     C,
     first_class,
@@ -699,11 +704,17 @@ def weight_gradients(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     """dw (chunk, D), written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
 
     Grid (column blocks x class tiles of the chunk), the column blocks of a tile side by side.
+    With SOME, of the first active_rows rows; nothing is written if there are none.
     """
+    if SOME:
+        N = tl.load(active_rows)
+        if N == 0:
+            return
     column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     columns = tl.program_id(0) // column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)

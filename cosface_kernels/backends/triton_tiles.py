@@ -60,6 +60,7 @@ CHUNK_STEP = 256  # a multiple of every tile's number of classes
 LAUNCH_FLOPS = 1 << 36  # of a product with a chunk, which longer ones would hide no better: 86 us at 800 TFLOP/s
 INTERPRETED = "interpreter"
 GEMM_KERNELS = ("class_statistics", "logit_gradients", "embedding_gradients", "weight_gradients")
+SPARSE_KERNELS = ("keep_entries", "sample_entries")  # likewise with a matrix product, for a gradient_tolerance
 
 # By kernel and bytes of an operand: the default, a smaller block, and one for small batches. 128 x 128 sums in 256
 # threads are 64 registers a thread, half of what the epilogues leave; float32 operands as three TensorFloat-32
@@ -73,6 +74,8 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
     ("embedding_gradients", 4): (Tile(64, 32, 64, 8, 2), Tile(64, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
     ("weight_gradients", 4): (Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
+    ("keep_entries", 2): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(16, 128, 64, 4, 2)),
+    ("keep_entries", 4): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 8, 3)),
 }
 # Where an architecture holds more: warp-group products read both operands from shared memory. Where it holds less:
 # on sm_80 and sm_100 a block of TABLE would spill 8 to 24 bytes.
@@ -113,6 +116,8 @@ TOO_LARGE = {
     ("class_statistics", 4, "sm_100", False),
     ("class_statistics", 2, "gfx942", True),
     ("logit_gradients", 2, "gfx942", True),
+    *(("keep_entries", 2, arch, plain) for arch in ("sm_80", "sm_100", "gfx942") for plain in (True, False)),
+    *(("keep_entries", 4, arch, plain) for arch in ("sm_80", "sm_100") for plain in (True, False)),
 }
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
@@ -121,6 +126,8 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 8, 1)),
     "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 16, 32, 4, 1)),
     "weight_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "keep_entries": (Tile(64, 32, 32, 8, 1),),
+    "sample_entries": (Tile(32, 64, 32, 8, 1),),
 }
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")

@@ -52,24 +52,54 @@ class CosineCache {
   CosineCache(const Options& options, const Partition& partition, int64_t n)
       : partition_(partition),
         first_(wanted(options) ? static_cast<char*>(options.cache) + kHeader : nullptr),
-        slot_bytes_(partition.tile * n * kElement),
+        exact_(options.exact_cache),
+        element_(exact_ || sizeof(T) == 8 ? sizeof(T) : 2),
+        slot_bytes_(partition.tile * n * element_),
         kept_(!wanted(options) || slot_bytes_ == 0
                   ? 0
                   : std::min(partition.tiles, (options.cache_bytes - kHeader) / slot_bytes_)) {}
+
+  // z (classes, rows), <w_j, x_hat_i> of the samples from i on with the classes from `first` on, if their tile is
+  // one of those that are kept.
+  void keep(int64_t first, int64_t i, const T* z, int64_t classes, int64_t rows, int64_t stride,
+            const T* inv_norm) const {
+    void* to = at(first, i);
+    if (to == nullptr) return;
+    if (exact_) {
+      for (int64_t j = 0; j < classes; ++j) std::copy_n(z + j * stride, rows, static_cast<T*>(to) + j * rows);
+    } else {
+      kernels<T>().keep_cosines(z, classes, rows, stride, inv_norm, to);
+    }
+  }
+
+  // z as it was, or false.
+  bool recall(int64_t first, int64_t i, T* z, int64_t classes, int64_t rows, int64_t stride,
+              const T* inv_norm) const {
+    const void* from = at(first, i);
+    if (from == nullptr) return false;
+    if (exact_) {
+      for (int64_t j = 0; j < classes; ++j)
+        std::copy_n(static_cast<const T*>(from) + j * rows, rows, z + j * stride);
+    } else {
+      kernels<T>().recall_cosines(from, classes, rows, stride, inv_norm, z);
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kHeader = 64;
 
   // Where the block of samples from row i on of the tile from class `first` on is kept, or null.
   void* at(int64_t first, int64_t i) const {
     const int64_t t = first / partition_.tile, slot = t * kept_ / partition_.tiles;
     if ((t + 1) * kept_ / partition_.tiles == slot) return nullptr;
-    return first_ + slot * slot_bytes_ + i * partition_.tile * kElement;
+    return first_ + slot * slot_bytes_ + i * partition_.tile * element_;
   }
-
- private:
-  static constexpr int64_t kHeader = 64, kElement = sizeof(T) == 8 ? 8 : 2;
 
   const Partition& partition_;
   char* const first_;
-  const int64_t slot_bytes_, kept_;
+  const bool exact_;
+  const int64_t element_, slot_bytes_, kept_;
 };
 
 // The normalised embeddings, in the two layouts that the products read.
@@ -321,6 +351,13 @@ class ExactSamples {
   }
 
   bool active(int64_t i) const { return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0; }
+  // z (classes, rows) of samples from i on becomes 0 where forward may have seen nan and backward must not.
+  void silence(int64_t i, T* z, int64_t classes, int64_t rows, int64_t stride) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      if (active(i + row)) continue;
+      for (int64_t j = 0; j < classes; ++j) z[j * stride + row] = 0;
+    }
+  }
   int64_t index(int64_t i) const { return index_.empty() ? i : index_[i]; }  // among all samples
   // 0 without gradient
   const T* s(int64_t i) const { return &s_[i]; }
@@ -409,9 +446,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
       w.load(first, classes);
       x.each_block([&](int64_t i, int64_t rows) {
         w.dot(x, i, classes, z, i == 0 ? w.ahead(first + classes, classes) : Ahead{});
-        if (void* kept = cosines.at(first, i)) {
-          kernels<T>().keep_cosines(z, classes, rows, x.tile_stride(), w.inv_norm, kept);
-        }
+        cosines.keep(first, i, z, classes, rows, x.tile_stride(), w.inv_norm);
         if (keeper) {
           keeper->forward_tile(part, z, first, classes, i, rows, x.tile_stride(), w.inv_norm);
           return;
@@ -482,8 +517,8 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       if (dw.wanted) dw.begin(first);
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
       x.each_block([&](int64_t i, int64_t rows) {
-        if (const void* kept = cosines.at(first, i)) {
-          kernels<T>().recall_cosines(kept, classes, rows, stride, w.inv_norm, g);
+        if (cosines.recall(first, i, g, classes, rows, stride, w.inv_norm)) {
+          exact.silence(i, g, classes, rows, stride);
         } else {
           w.dot(x, i, classes, g, {});
         }

@@ -424,17 +424,18 @@ void with_a_tolerance() {
 }
 
 // With a cache of cosines, from too small for a tile to more than all: the same loss, the gradients of cosines
-// that are off by at most 2^-16 in float and by nothing in double, and the same bits in any order.
+// that are off by at most 2^-16 in float and by nothing in double or in an exact cache, and the same bits in any
+// order.
 template <typename T>
-void with_a_cache() {
-  constexpr double kOff = sizeof(T) == 4 ? 0x1p-16 : 0;
+void with_a_cache(bool is_exact) {
+  const double off = is_exact || sizeof(T) == 8 ? 0 : 0x1p-16;
   for (const Shape shape : {Shape{7, 1100, 17}, Shape{300, 513, 32}, Shape{1, 84, 20}, Shape{0, 9, 3}}) {
     Problem<T> p(shape, dtypes<T>()[1], shape.d + 2, 64);
     const Definition want = define(p);
     const Forward<T> without(p, runtime(2, 100));
     without.hand_over(p);
     const Backward<T> exact(p, runtime(2, 100));
-    const int64_t tile = std::min<int64_t>(100, shape.classes) * shape.n * (sizeof(T) == 4 ? 2 : 8),
+    const int64_t tile = std::min<int64_t>(100, shape.classes) * shape.n * (off > 0 ? 2 : sizeof(T)),
                   all = 64 + 6 * tile;
     for (int64_t bytes : {int64_t{64}, 64 + tile - 1, 64 + 2 * tile, all, all + 1000}) {
       const auto run = [&](const Runtime& host, const Runtime& later) {
@@ -442,6 +443,7 @@ void with_a_cache() {
         Options options;
         options.cache = cache.begin();
         options.cache_bytes = bytes;
+        options.exact_cache = is_exact;
         Forward<T> forward(p, host, options);
         CHECK(forward.same_bits(without), shape.n, shape.classes, bytes);
         return Backward<T>(p, later, {}, options);
@@ -450,8 +452,8 @@ void with_a_cache() {
       // backward takes the tiles that forward kept, whatever the host asks for by then
       CHECK(got.same_bits(run(runtime(2, 100, Order::kReversed), runtime(2, 7))), shape.n, shape.classes, bytes);
       const bool keeps = shape.n > 0 && bytes >= 64 + tile;
-      CHECK(got.same_bits(exact) == (!keeps || kOff == 0), shape.n, shape.classes, bytes);
-      check_backward(p, want, got, kOff);
+      CHECK(got.same_bits(exact) == (!keeps || off == 0), shape.n, shape.classes, bytes);
+      check_backward(p, want, got, off);
     }
   }
 }
@@ -466,7 +468,7 @@ void all_of() {
   confident<T>();
   bad_samples<T>();
   with_a_tolerance<T>();
-  with_a_cache<T>();
+  for (bool is_exact : {false, true}) with_a_cache<T>(is_exact);
 }
 
 void tests() {
