@@ -25,7 +25,7 @@ def examinations(
     tf32: bool,
     device: Any,
     repeats: int,
-    tiles: Callable[[str, torch.dtype], Sequence[Tile]] = launches.tiles,
+    tiles: Callable[[str, torch.dtype], Sequence[Tile]] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """Each kernel with a matrix product and each of its tiles, and what gives the figures of it."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
@@ -38,7 +38,7 @@ def examinations(
         for kernel in GEMM_KERNELS:
             is_forward = kernel == GEMM_KERNELS[0]
             run = head.forward if is_forward else backward
-            for tile in tiles(kernel, dtype):
+            for tile in (tiles or launches.tiles)(kernel, dtype):
 
                 def examine(kernel=kernel, is_forward=is_forward, run=run, tile=tile) -> dict[str, Any]:  # type: ignore[no-untyped-def]
                     with launches.pinned(kernel, tile):
