@@ -45,7 +45,7 @@ kernels: $(BUILT)
 	test -d build/triton-$(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
 	  triton==$(OLDEST_TRITON)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --dim 512,515,64 --json build/kernels-oldest.json
-	$(BIN)/python -m bench model build/kernels.json --kernels-too
+	$(BIN)/python -m bench model build/kernels.json --kernels-too --specialized
 
 # Compiles the CUDA kernels and, in an environment of its own that later calls find again, the whole extension against
 # a CUDA build of torch, for one architecture; no GPU needed.

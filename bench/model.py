@@ -210,11 +210,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dim", type=int, default=512, help="size of an embedding, one that FILE has")
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--kernels-too", action="store_true", help="what bounds each kernel, and every other tile")
+    parser.add_argument("--specialized", action="store_true", help="with the kernels that are tried on demand")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     rows, batches = json.loads(args.kernels.read_text()), [int(N) for N in args.batch.split(",")]
+    rows = [row for row in rows if args.specialized or not row["config"].get("specialized")]
     print("| GPU | N | ms | TFLOP/s at 8NCD | of the 8192^3 rate | host, ms | bound by |")
     print("|---|---|---|---|---|---|---|")
     for device in _compiled_for(rows):
