@@ -75,23 +75,28 @@ def test_a_faster_device_takes_less_time():
 def test_table_of_all_devices(tmp_path, capsys):
     rows = [{**row(name), "arch": arch} for name in GEMM_KERNELS for arch in ("sm_80", "sm_90", "sm_100")]
     rows += [{**row(GEMM_KERNELS[0], n=256), "spill_bytes": 8}]  # which is not taken
+    rows += [row(GEMM_KERNELS[0], n=512, specialized=True)]  # nor is this, unless asked for
     file = tmp_path / "kernels.json"
     file.write_text(json.dumps(rows))
-    args = argparse.Namespace(kernels=file, batch="256,1024", dim=512, classes=10**6, kernels_too=True)
+    args = argparse.Namespace(
+        kernels=file, batch="256,1024", dim=512, classes=10**6, kernels_too=True, specialized=False
+    )
     assert model.run(args) == 0
     lines = capsys.readouterr().out.splitlines()
     steps, tiles = lines[: lines.index("")], lines[lines.index("") + 1 :]
     assert sum(line.startswith("|") for line in steps) == 2 + 2 * len(DEVICES)
     assert len(steps) == 2 + 2 * len(DEVICES) * (1 + len(GEMM_KERNELS))
     assert len(tiles) == 2 + len(DEVICES) * len(GEMM_KERNELS)
-    assert not any("256 x 128" in line for line in lines)
+    assert not any(f"{n} x 128" in line for line in lines for n in (256, 512))
 
 
 def test_every_tile_is_listed_with_its_waves_and_its_time(tmp_path, capsys):
     rows = [row(name, **config) for name in GEMM_KERNELS for config in ({"n": 16}, {"registers": 255})]
     file = tmp_path / "kernels.json"
     file.write_text(json.dumps(rows))
-    args = argparse.Namespace(kernels=file, batch="64,1024", dim=512, classes=10**6, kernels_too=True)
+    args = argparse.Namespace(
+        kernels=file, batch="64,1024", dim=512, classes=10**6, kernels_too=True, specialized=False
+    )
     assert model.run(args) == 0
     output = capsys.readouterr().out
     assert not any(device.name in output for device in DEVICES if device.arch != "sm_90")
