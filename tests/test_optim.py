@@ -152,7 +152,7 @@ def test_opcheck_update():
     update = Update("sgd", 1, 0, 1.0, math.inf, 0.1, 0.0, 0.9)
     cache = torch.empty(0, dtype=torch.uint8)
     targets = torch.tensor([0, 5, -1])
-    arguments = (x, w, targets, *rows, cache, state, None, *update.flat(), True, "cpu")
+    arguments = (x, w, targets, *rows, cache, state, None, *update.flat(), True, "cpu", None, 0)
     torch.library.opcheck(torch.ops.cosface.lmcl_backward_update_, arguments)
     torch.library.opcheck(torch.ops.cosface.apply_update_, (w, torch.rand(6, 4), state, *update.flat(), "cpu"))
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -36,9 +37,16 @@ class CosineCache {
     return options.cache_bytes >= kHeader && options.gradient_tolerance == 0;
   }
 
-  // Forward says how it cut the classes; backward must do so too, whatever the number of threads is by now.
-  static void begin(const Options& options, const Partition& partition) {
-    if (wanted(options)) *static_cast<int64_t*>(options.cache) = partition.tile;
+  // Forward says how it cut the classes; backward must do so too, whatever the number of threads is by now. What
+  // no tile will fill is 0, so that the cache depends on the inputs alone: the last slot may be for fewer classes.
+  static void begin(const Options& options, const Partition& partition, int64_t n) {
+    if (!wanted(options)) return;
+    const CosineCache cache(options, partition, n);
+    char* const header = static_cast<char*>(options.cache);
+    char* const last_slot = cache.first_ + std::max<int64_t>(cache.kept_ - 1, 0) * cache.slot_bytes_;
+    std::memset(header, 0, kHeader);
+    std::memset(last_slot, 0, header + options.cache_bytes - last_slot);
+    *static_cast<int64_t*>(options.cache) = partition.tile;
   }
   static Partition partition(const Options& options, int64_t classes, const Runtime& runtime) {
     if (!wanted(options)) return {classes, runtime};
@@ -421,7 +429,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
   const bool keeps = options.gradient_tolerance > 0;
   const Partition partition(classes, runtime, keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
   const EntryCache<T> cache(options, n, classes);
-  CosineCache<T>::begin(options, partition);
+  CosineCache<T>::begin(options, partition, n);
   const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest);
