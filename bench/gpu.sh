@@ -165,7 +165,7 @@ measure() {
   await_build
   bench_gpu 90 steps
   bench_gpu 60 update
-  bench_gpu 40 tolerance
+  bench_gpu 60 tolerance
   bench_gpu 50 specialized # where a barrier is wrong, it ends at its limit
   if command -v "${under_profiler[0]}" >/dev/null; then
     step 70 profile "${under_profiler[@]}" "$python" -m bench gpu once "${toy[@]}" --file "$out/$phase.jsonl" \
