@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
 
 def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
     for arch, (x, w, tf32) in itertools.product(architectures, DTYPES):
-        # AMD multiplies float32 as it is; of its dtypes those whose tiles the others take.
-        if arch.startswith("gfx") and (tf32 or (x, w) in OTHER_DTYPES):
+        # AMD multiplies float32 as it is. But on sm_90, the dtypes whose tiles the others take stand for them.
+        if (tf32 and arch.startswith("gfx")) or (arch != "sm_90" and (x, w) in OTHER_DTYPES):
             continue
         for kernel in (*GEMM_KERNELS, *SPARSE_KERNELS):
             for variant in _variants(kernel, arch):
