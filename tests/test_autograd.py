@@ -135,9 +135,7 @@ def test_nothing_is_saved_without_grad(backend, dtypes):
 def test_saves_no_copy_of_the_weight_and_no_logits(backend, dtypes):
     problem = backend.problem(8, 70, 16, dtypes)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
-    _, saved = _saved(
-        lambda: backend.lmcl(x, w, problem.targets, problem.scale, problem.margin, cache_bytes=0)[0]
-    )
+    _, saved = _saved(lambda: backend.lmcl(x, w, problem.targets, problem.scale, problem.margin, cache_bytes=0)[0])
     inputs = {x.data_ptr(), w.data_ptr()}
     norms = 0 if backend.name in ("cpu", "reference") else (72 + 8) * 8  # of each row
     largest = max(norms, 8 * 8)  # a number of each sample
