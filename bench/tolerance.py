@@ -111,7 +111,7 @@ def measure(name: str, state: State, args: argparse.Namespace) -> list[Row]:
     def loss_at(tolerance: float) -> tuple[Tensor, LossStats]:
         return margin_softmax_loss(  # type: ignore[return-value]
             x, weight, state.labels, margin=state.margin, scale=state.scale, backend="cpu",
-            gradient_tolerance=tolerance, cache_bytes=(args.cache_mib << 20) if tolerance else 0,
+            gradient_tolerance=tolerance, cache_bytes=(args.cache_mib << 20) if tolerance else None,
             return_stats=True,
         )  # fmt: skip
 

@@ -112,8 +112,8 @@ class Training:
         torch.manual_seed(case.seed)
         implementation, dtype = IMPLEMENTATIONS[case.impl], DTYPES[case.dtype]
         weight_bytes = case.classes * case.dim * dtype.itemsize
-        self.cache_bytes = weight_bytes // CACHE_SHARE if implementation.cache else 0
-        needed = (2 if implementation.fused else 3) * weight_bytes + self.cache_bytes
+        self.cache_bytes = weight_bytes // CACHE_SHARE if implementation.cache else None  # the head's default
+        needed = (2 if implementation.fused else 3) * weight_bytes + (self.cache_bytes or 0)
         available = machine.available_bytes(case.device)
         if available is not None and needed > available:
             raise UnavailableError(
@@ -158,7 +158,7 @@ class Training:
 
 
 def _fused(
-    problem: Problem, cache_bytes: int
+    problem: Problem, cache_bytes: int | None
 ) -> tuple[Callable[[], Tensor], torch.optim.Optimizer, torch.nn.Parameter]:
     from cosface_kernels.functional import margin_softmax_loss
     from cosface_kernels.optim import FusedSGD
@@ -245,7 +245,7 @@ class Measure:
             seconds.append(time.perf_counter() - start)
         peak, extra = machine.peak(self.case.device), None
         if peak is not None and training.baseline is not None:
-            extra = max(0, peak - training.baseline - training.state_bytes() - training.cache_bytes)
+            extra = max(0, peak - training.baseline - training.state_bytes() - (training.cache_bytes or 0))
         del training
         machine.release_memory()
         return TrainTurn(seconds, extra, (losses[0], losses[-1]), peak)

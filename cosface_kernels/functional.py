@@ -261,8 +261,11 @@ def margin_softmax_loss(
         "workspace_bytes": int(workspace_bytes),
     }
     if differentiable:
-        options |= {"cache_bytes": cache_bytes, "exact_cache": exact_cache}
-        options["gradient_tolerance"] = float(gradient_tolerance)
+        options |= {
+            "cache_bytes": None if cache_bytes is None else int(cache_bytes),
+            "exact_cache": exact_cache,
+            "gradient_tolerance": float(gradient_tolerance),
+        }
     else:
         options["cache_bytes"] = 0
     if isinstance(margin, Margin) and margin.reshapes_negatives:

@@ -31,10 +31,10 @@ class Options:
             With a gradient_tolerance, memory for the entries of the softmax; None and 0 are then as much as they
             take.
         exact_cache: whether cosines are kept as they were computed, in float32 (float64 where an input is), on
-            backend `cpu`. If not, it is in 16-bit fixed point (float64 where an input is), which is off by at most
-            2^-16: a probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at s = 64.
-            bfloat16 exponentials would be off by 2e-3. The loss does not change. A negative that is as near to its
-            threshold may be on its other side in backward. None: if cache_bytes is None.
+            backend `cpu`. If not, they are in 16-bit fixed point (float64 where an input is), which is off by at
+            most 2^-16: a probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at
+            s = 64. bfloat16 exponentials would be off by 2e-3. The loss does not change. A negative that is as
+            near to its threshold may be on its other side in backward. None: if cache_bytes is None.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
             entries in the cache. 0: backward is exact.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
@@ -98,6 +98,7 @@ class Options:
         """
         for field in fields(self):
             value = getattr(self, field.name)
+            # 0, False and None ask alike for nothing.
             differs = isinstance(value, Tensor) or (value or None) != (field.default or None)
             if differs and field.name not in {"workspace_bytes", *supported}:
                 return f"option {field.name!r} is not on this backend yet."

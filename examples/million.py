@@ -60,7 +60,8 @@ class Training:
         self.network = make_network(args.dim)
         self.head = FusedCosFaceLoss(
             args.classes, args.dim, margin=MARGIN, scale=SCALE, dtype=getattr(torch, args.dtype),
-            sample_rate=args.sample_rate, sample_seed=args.seed, cache_bytes=args.cache_mib << 20,
+            sample_rate=args.sample_rate, sample_seed=args.seed,
+            cache_bytes=None if args.cache_mib is None else args.cache_mib << 20,
         )  # fmt: skip
         self.rows = FusedSGD(self.head.parameters(), lr=args.lr, momentum=args.momentum, seed=args.seed)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3)
@@ -125,7 +126,9 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--lr", type=float, default=2.0, help="of the head")
     parser.add_argument("--momentum", type=float, default=0.0, help="of the head")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the head")
-    parser.add_argument("--cache-mib", type=int, default=0, help="memory for cosines of forward in backward")
+    parser.add_argument(
+        "--cache-mib", type=int, help="memory for cosines of forward in backward, in place of the default"
+    )
     parser.add_argument("--every", type=int, default=200, help="steps between tests, and between checkpoints")
     parser.add_argument("--checkpoint", type=Path, help="file to write, and to resume from if it is there")
     parser.add_argument("--seed", type=int, default=0)

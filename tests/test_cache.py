@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from support import (
@@ -191,6 +192,12 @@ def test_nothing_is_kept_without_a_gradient(backend, monkeypatch):
         head(x, labels)
     head(x, labels)
     assert [options.cache_bytes for options in asked] == [0, 10**6]
+
+
+def test_takes_an_integer_of_numpy(backend):
+    head = backend.head(50, 8, cache_bytes=np.int64(1000))
+    head(torch.randn(3, 8, device=backend.device), torch.tensor([1, 2, 3], device=backend.device)).backward()
+    assert bool(head.weight.grad.any())
 
 
 def test_a_weight_that_is_not_normalized_is_refused(backend):

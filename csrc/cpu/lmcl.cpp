@@ -46,7 +46,7 @@ class CosineCache {
     char* const last_slot = cache.first_ + std::max<int64_t>(cache.kept_ - 1, 0) * cache.slot_bytes_;
     std::memset(header, 0, kHeader);
     std::memset(last_slot, 0, header + options.cache_bytes - last_slot);
-    *static_cast<int64_t*>(options.cache) = partition.tile;
+    *reinterpret_cast<int64_t*>(header) = partition.tile;
   }
   static Partition partition(const Options& options, int64_t classes, const Runtime& runtime) {
     if (!wanted(options)) return {classes, runtime};
