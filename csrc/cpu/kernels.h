@@ -94,6 +94,10 @@ struct Kernels {
   // holds v_{q panel + l, k} at [q d panel + k panel + l], with zeros where there is no such row.
   void (*pack_transposed)(const T* v, int64_t rows, int64_t d, int64_t stride, T* to);
 
+  // Rows v (rows, width), which lie `stride` apart, as a Right with adjacent rows of panels that lie panel_stride
+  // apart: rows that are powers of two apart share few places of a cache. width must be a multiple of panel.
+  void (*pack)(const T* v, int64_t rows, int64_t width, int64_t stride, T* to, int64_t panel_stride);
+
   void (*inverse_norms)(const T* w, int64_t rows, int64_t d, int64_t stride, T* inv_norm);
 
   // Conversion of n elements to T, and back: to 16 bits through float, each with round-to-nearest-even.
@@ -138,8 +142,8 @@ struct Kernels {
   // expected value; which way element (row, k) goes depends on seed, stream > 0 and its place alone.
   void (*store_stochastic)(const T* from, int64_t d, void* to, uint64_t seed, uint64_t stream, int64_t row);
 
-  // dx = (dx_hat - row_dot x_hat) / |x|, where dx_hat is the sum of `parts` rows that lie part_stride apart.
-  void (*finish_dx)(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x_hat, T row_dot, T inv_norm,
+  // dx = (dx_hat - row_dot x / |x|) / |x|, where dx_hat is the sum of `parts` rows that lie part_stride apart.
+  void (*finish_dx)(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x, T row_dot, T inv_norm,
                     int64_t d, T* dx);
 
   // The elements [256 group, 256 group + n) of the normal stream, n <= 256.

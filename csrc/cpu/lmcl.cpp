@@ -67,6 +67,8 @@ class CosineCache {
                   ? 0
                   : std::min(partition.tiles, (options.cache_bytes - kHeader) / slot_bytes_)) {}
 
+  bool holds_all() const { return kept_ == partition_.tiles; }
+
   // z (classes, rows), <w_j, x_hat_i> of the samples from i on with the classes from `first` on, if their tile is
   // one of those that are kept.
   void keep(int64_t first, int64_t i, const T* z, int64_t classes, int64_t rows, int64_t stride,
@@ -110,40 +112,59 @@ class CosineCache {
   const int64_t element_, slot_bytes_, kept_;
 };
 
-// The normalised embeddings, in the two layouts that the products read.
+// The normalised embeddings, in the layouts that the products read.
 template <typename T>
 struct Embeddings {
+  enum Layout { kColumns = 1, kPanels = 2, kRows = 4 };
+
   const int64_t n, d, width;  // width: d, rounded up to whole panels
-  Buffer<T> rows;             // (N, width), zeros beyond d
+  const T* x;                 // (N, D), as given
   Buffer<T> columns;          // blocks of kTileRows rows, each packed as its transpose
-  Buffer<T> inv_norm;         // (N)
+  Buffer<T> panels;           // blocks of kTileRows rows, each packed, with zeros beyond d
+  Buffer<T> rows;             // (N, width), zeros beyond d
+  Buffer<T> inv_norm;         // (N), 0 for a row that is not active
 
   // Rows for which active(i) is false become 0, whatever x holds: 0 x nan would be nan in a product.
   template <typename Active>
-  Embeddings(const Batch<T>& batch, const Runtime& runtime, Active active)
+  Embeddings(const Batch<T>& batch, const Runtime& runtime, int layouts, Active active)
       : n(batch.n),
         d(batch.d),
         width(round_up(d, kernels<T>().panel)),
-        rows(n * width),
-        columns(round_up(n, kernels<T>().panel) * d),
+        x(batch.x),
+        columns(layouts & kColumns ? round_up(n, kernels<T>().panel) * d : 0),
+        panels(layouts & kPanels ? n * width : 0),
+        rows(layouts & kRows ? n * width : 0),
         inv_norm(n) {
-    share(n, runtime, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        T* row = rows + i * width;
-        if (active(i)) {
-          kernels<T>().normalize(batch.x + i * d, d, row, inv_norm + i);
-        } else {
-          std::fill_n(row, d, T(0));
-          inv_norm[i] = 0;
+    const int64_t some = kernels<T>().panel;  // rows that every layout has in one place
+    share((n + some - 1) / some, some * d, runtime, [&](int64_t first, int64_t last) {
+      Buffer<T> apart(layouts & kRows ? 0 : some * width);
+      for (int64_t i = first * some; i < std::min(last * some, n); i += some) {
+        T* const here = layouts & kRows ? rows + i * width : apart;
+        const int64_t count = std::min(some, n - i), block = i / kTileRows * kTileRows;
+        for (int64_t k = 0; k < count; ++k) {
+          T* row = here + k * width;
+          if (active(i + k)) {
+            kernels<T>().normalize(x + (i + k) * d, d, row, inv_norm + i + k);
+          } else {
+            std::fill_n(row, d, T(0));
+            inv_norm[i + k] = 0;
+          }
+          std::fill(row + d, row + width, T(0));
         }
-        std::fill(row + d, row + width, T(0));
+        if (layouts & kColumns) kernels<T>().pack_transposed(here, count, d, width, columns + i * d);
+        if (layouts & kPanels) {
+          const Right<T> whole = right(block);
+          kernels<T>().pack(here, count, width, width, panels + block * width + (i - block) * some,
+                            whole.panel_stride);
+        }
       }
     });
-    share((n + kTileRows - 1) / kTileRows, runtime, [&](int64_t first, int64_t last) {
-      for (int64_t i = first * kTileRows; i < std::min(last * kTileRows, n); i += kTileRows) {
-        kernels<T>().pack_transposed(rows + i * width, std::min(kTileRows, n - i), d, width, columns + i * d);
-      }
-    });
+  }
+
+  // The block from row i on, as the right side of a product.
+  Right<T> right(int64_t i) const {
+    const int64_t panel = kernels<T>().panel;
+    return {panels + i * width, std::min(kTileRows, n - i) * panel, panel};
   }
 
   // Calls body(first row, number of rows) for blocks of at most kTileRows rows.
@@ -152,14 +173,22 @@ struct Embeddings {
     for (int64_t i = 0; i < n; i += kTileRows) body(i, std::min(kTileRows, n - i));
   }
 
-  int64_t tile_stride() const { return round_up(std::min(n, kTileRows), kernels<T>().panel); }
+  // Of the classes in a tile of cosines, an odd number of cache lines: a product that reads them by columns would
+  // else have room for few of them in the cache.
+  int64_t tile_stride() const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t columns = round_up(std::min(n, kTileRows), kernels<T>().panel);
+    return (round_up(columns, kLine) / kLine | 1) * kLine;
+  }
 };
+
+constexpr int64_t kPackedRows = 64;  // samples from which on packing a tile of classes is less than it saves
 
 // The class rows of one tile in T, in whole panels: the weight itself where it is so, else a copy.
 template <typename T>
 class ClassRows {
  public:
-  ClassRows(const Weight& weight, const Options& options, const Embeddings<T>& x, int64_t tile)
+  ClassRows(const Weight& weight, const Options& options, const Embeddings<T>& x, int64_t tile, bool packs)
       : inv_norm(tile),
         weight_(weight),
         chosen_(options.classes),
@@ -167,7 +196,9 @@ class ClassRows {
         d_(x.d),
         width_(x.width),
         in_place_(chosen_ == nullptr && is<T>(weight.dtype) && width_ == d_),
-        copy_(in_place_ ? 0 : tile * width_) {}
+        copy_(in_place_ ? 0 : tile * width_),
+        packs_(packs),
+        panels_(packs ? tile * width_ : 0) {}
 
   void load(int64_t first, int64_t classes) {
     const auto* source = static_cast<const char*>(weight_.data);
@@ -189,6 +220,13 @@ class ClassRows {
     } else {
       std::fill_n(static_cast<T*>(inv_norm), classes, T(1));
     }
+    if (packs_) kernels<T>().pack(rows, classes, width_, stride, panels_, classes * kernels<T>().panel);
+  }
+
+  // As the right side of a product.
+  Right<T> right(int64_t classes) const {
+    const int64_t panel = kernels<T>().panel;
+    return packs_ ? Right<T>{panels_, classes * panel, panel} : Right<T>{rows, panel, stride};
   }
 
   // Where the weight keeps the classes from `first` on; chosen classes lie apart.
@@ -217,6 +255,8 @@ class ClassRows {
   const int64_t d_, width_;
   const bool in_place_;
   Buffer<T> copy_;
+  const bool packs_;
+  Buffer<T> panels_;
 };
 
 // The rows of dw that belong to one tile: in dw itself where it has the dtype and whole panels, else in a buffer
@@ -396,8 +436,8 @@ class Sums {
   double* row_dot_of(int64_t part, int64_t i) { return row_dot_.data() + part * n_ + i; }
   double* dscale_of(int64_t part, int64_t i) { return dscale_.data() + part * n_ + i; }
 
-  // Writes the gradients of sample i, whose place among all samples is `to`.
-  void finish(int64_t i, const Embeddings<T>& x, int64_t to, const Gradients<T>& gradients) const {
+  // Writes the gradients of sample i, whose place among all samples is `to`; none if it is not active.
+  void finish(int64_t i, bool active, const Embeddings<T>& x, int64_t to, const Gradients<T>& gradients) const {
     double dot = 0, ds = 0;
     for (int64_t part = 0; part < parts_; ++part) {
       dot += row_dot_[part * n_ + i];
@@ -405,7 +445,11 @@ class Sums {
     }
     gradients.dscale[to] = static_cast<T>(ds);
     if (gradients.dx == nullptr) return;
-    kernels<T>().finish_dx(&dx_hat_[i * width_], parts_, n_ * width_, x.rows + i * width_, static_cast<T>(dot),
+    if (!active) {
+      std::fill_n(gradients.dx + to * x.d, x.d, T(0));
+      return;
+    }
+    kernels<T>().finish_dx(&dx_hat_[i * width_], parts_, n_ * width_, x.x + i * x.d, static_cast<T>(dot),
                            x.inv_norm[i], x.d, gradients.dx + to * x.d);
   }
 
@@ -430,7 +474,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
   const Partition partition(classes, runtime, keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
   const EntryCache<T> cache(options, n, classes);
   CosineCache<T>::begin(options, partition, n);
-  const Embeddings<T> x(batch, runtime, [](int64_t) { return true; });
+  const Embeddings<T> x(batch, runtime, Embeddings<T>::kColumns, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest);
   std::vector<T> max_cos(batch.negatives.tau ? row_max.size() : 0, kLowest);  // where row_max is of N(cos)
@@ -446,9 +490,9 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
                    options.gradient_tolerance);
   }
 
+  const CosineCache<T> cosines(options, partition, n);
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassRows<T> w(weight, options, x, partition.tile);
-    const CosineCache<T> cosines(options, partition, n);
+    ClassRows<T> w(weight, options, x, partition.tile, false);
     Buffer<T> z(partition.tile * x.tile_stride());
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
@@ -496,19 +540,22 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
   const bool sparse = !cache.empty();
   const Partition partition = sparse ? cache.partition() : CosineCache<T>::partition(options, classes, runtime);
   const ExactSamples<T> exact(cache, batch, upstream);
-  const Embeddings<T> x(exact.batch, runtime, [&](int64_t i) { return exact.active(i); });
+  const CosineCache<T> cosines(options, partition, batch.n);
+  const int layouts = (cosines.holds_all() ? 0 : Embeddings<T>::kColumns) |
+                      (gradients.dw || gradients.update ? Embeddings<T>::kPanels : 0);
+  const Embeddings<T> x(exact.batch, runtime, layouts, [&](int64_t i) { return exact.active(i); });
   Sums<T> sums(x, partition.parts, gradients.dx != nullptr);
   std::optional<SparseGradient<T>> gradient;
   std::optional<Embeddings<T>> sparse_x;
   std::optional<Sums<T>> sparse_sums;
   if (sparse) {
     gradient.emplace(cache, batch, upstream);
-    sparse_x.emplace(batch, runtime, [&](int64_t i) { return gradient->active(i); });
+    sparse_x.emplace(batch, runtime, Embeddings<T>::kRows, [&](int64_t i) { return gradient->active(i); });
     sparse_sums.emplace(*sparse_x, partition.parts, gradients.dx != nullptr);
   }
 
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassRows<T> w(weight, options, x, partition.tile);
+    ClassRows<T> w(weight, options, x, partition.tile, gradients.dx != nullptr && x.n >= kPackedRows);
     GradientRows<T> dw(gradients, weight.dtype, x, partition.tile);
     std::optional<RowUpdate<T>> update;
     if (gradients.update != nullptr) update.emplace(*gradients.update, weight, options, d);
@@ -517,7 +564,6 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       walk.emplace(*gradient, part, sparse_x->rows, x.width, sparse_sums->dx_hat_of(part, 0),
                    sparse_sums->row_dot_of(part, 0), sparse_sums->dscale_of(part, 0));
     }
-    const CosineCache<T> cosines(options, partition, batch.n);
     const int64_t stride = x.tile_stride();
     Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
@@ -535,13 +581,11 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
                                    exact.upstream.g_lse + i, exact.upstream.g_cos + i, col_dot,
                                    sums.row_dot_of(part, i), sums.dscale_of(part, i));
         if (gradients.dx) {
-          kernels<T>().matmul({g, 1, stride}, {w.rows, kernels<T>().panel, w.stride}, sums.dx_hat_of(part, i),
-                              x.width, rows, x.width, classes, true,
-                              i == 0 && update ? update->ahead(first, classes) : Ahead{});
+          kernels<T>().matmul({g, 1, stride}, w.right(classes), sums.dx_hat_of(part, i), x.width, rows, x.width,
+                              classes, true, i == 0 && update ? update->ahead(first, classes) : Ahead{});
         }
         if (dw.wanted) {
-          kernels<T>().matmul({g, stride, 1}, {x.rows + i * x.width, kernels<T>().panel, x.width}, dw.rows,
-                              dw.stride, classes, x.width, rows, i > 0,
+          kernels<T>().matmul({g, stride, 1}, x.right(i), dw.rows, dw.stride, classes, x.width, rows, i > 0,
                               i == 0 ? w.ahead(first + classes, classes) : Ahead{});
         }
       });
@@ -565,13 +609,13 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
     if (sparse) walk->finish();
   });
 
-  share(exact.batch.n, runtime, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) sums.finish(i, x, exact.index(i), gradients);
+  share(exact.batch.n, d, runtime, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) sums.finish(i, exact.active(i), x, exact.index(i), gradients);
   });
   if (!sparse) return;
-  share(batch.n, runtime, [&](int64_t first, int64_t last) {
+  share(batch.n, d, runtime, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      if (!cache.exact(i)) sparse_sums->finish(i, *sparse_x, i, gradients);
+      if (!cache.exact(i)) sparse_sums->finish(i, gradient->active(i), *sparse_x, i, gradients);
     }
   });
 }
@@ -579,7 +623,7 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
 template <typename T>
 void apply_update(const Weight& weight, const void* dw, int64_t d, const Update& update, const Runtime& runtime) {
   const int64_t row_bytes = d * size_of(weight.dtype);
-  share(weight.classes, runtime, [&](int64_t first, int64_t last) {
+  share(weight.classes, d, runtime, [&](int64_t first, int64_t last) {
     const RowUpdate<T> rows(update, weight, {}, d);
     Buffer<T> w(d), g(d);
     for (int64_t j = first; j < last; ++j) {
@@ -606,7 +650,7 @@ void fill_normal(void* data, DType dtype, int64_t start, int64_t n, uint64_t see
                  const Runtime& runtime) {
   constexpr int64_t kGroup = 256;  // elements that one call of the kernel makes
   const int64_t skipped = start / kGroup;
-  share((start + n + kGroup - 1) / kGroup - skipped, runtime, [&](int64_t first, int64_t last) {
+  share((start + n + kGroup - 1) / kGroup - skipped, kGroup, runtime, [&](int64_t first, int64_t last) {
     float values[kGroup];
     for (int64_t group = skipped + first; group < skipped + last; ++group) {
       const int64_t from = std::max(start, group * kGroup), to = std::min(start + n, (group + 1) * kGroup);

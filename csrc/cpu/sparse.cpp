@@ -307,7 +307,7 @@ void Keeper<T>::finish(const Runtime& runtime) {
   runtime.parallel(parts, [&](int64_t part) { tally(part, top.data()); });
 
   std::vector<double> wanted(n);  // kept entries, or as many as make a sample as dear as an exact one
-  share(n, runtime, [&](int64_t first, int64_t last) {
+  share(n, parts * kBins, runtime, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       uint32_t* bins = &parts_[0].bins[i * kBins];
       for (int64_t part = 1; part < parts; ++part) {

@@ -140,6 +140,29 @@ void test_pack_transposed() {
   }
 }
 
+// As a part of a matrix with more rows, whose places stay as they are.
+template <typename T>
+void test_pack() {
+  const int64_t panel = kernels<T>().panel;
+  for (int64_t rows : kSizes) {
+    for (int64_t panels : {0, 1, 3}) {
+      for (int64_t gap : {0, 7}) {
+        const int64_t width = panels * panel, stride = width + gap, panel_stride = (rows + gap) * panel;
+        Exact<T> v(extent(rows, width, stride)), to(extent(panels, rows * panel, panel_stride));
+        fill(v);
+        kernels<T>().pack(v, rows, width, stride, to, panel_stride);
+        check_padding(to, rows == 0 ? 0 : panels, rows * panel, panel_stride);
+        for (int64_t j = 0; j < rows; ++j) {
+          for (int64_t k = 0; k < width; ++k) {
+            const T got = to[k / panel * panel_stride + j * panel + k % panel], want = v[j * stride + k];
+            CHECK(got == want, rows, panels, gap, j, k, got, want);
+          }
+        }
+      }
+    }
+  }
+}
+
 // a in rows or in columns, b in the panels of pack_transposed or in rows, with gaps between rows that stay as they
 // are.
 template <typename T>
@@ -576,18 +599,18 @@ void test_finish_dx() {
     for (int64_t parts : {0, 1, 2, 4}) {
       for (T inv_norm : {T(0), T(0.3), T(1 / T(kEps))}) {
         const int64_t part_stride = d + 11;
-        Exact<T> dx_hat(extent(parts, d, part_stride)), x_hat(d), dx(d);
-        fill(dx_hat), fill(x_hat);
+        Exact<T> dx_hat(extent(parts, d, part_stride)), x(d), dx(d);
+        fill(dx_hat), fill(x);
         const T row_dot = static_cast<T>(uniform(-3, 3));
-        kernels<T>().finish_dx(dx_hat, parts, part_stride, x_hat, row_dot, inv_norm, d, dx);
+        kernels<T>().finish_dx(dx_hat, parts, part_stride, x, row_dot, inv_norm, d, dx);
         for (int64_t k = 0; k < d; ++k) {
-          double sum = 0, size = std::fabs(double{row_dot});
+          const double dot = inv_norm >= 1 / T(kEps) ? 0 : row_dot;
+          double sum = 0, size = std::fabs(dot);
           for (int64_t part = 0; part < parts; ++part) {
             sum += dx_hat[part * part_stride + k];
             size += std::fabs(double{dx_hat[part * part_stride + k]});
           }
-          const double dot = inv_norm >= 1 / T(kEps) ? 0 : row_dot;
-          const double want = (sum - dot * x_hat[k]) * inv_norm;
+          const double want = (sum - dot * x[k] * inv_norm) * inv_norm;
           CHECK(close(dx[k], want, 4 * kUlp<T> * size * inv_norm), d, parts, inv_norm, k, dx[k], want);
         }
       }
@@ -601,6 +624,7 @@ void all_of() {
   test_inverse_norms<T>();
   test_clamp_is_exact<T>();
   test_pack_transposed<T>();
+  test_pack<T>();
   test_matmul<T>();
   test_matmul_isolates<T>();
   test_forward_tile<T>();
