@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops, optim
-from cosface_kernels.backends import check_name
+from cosface_kernels.backends import check_name, cpu, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, dense_gradient, several_ranks
 from cosface_kernels.margins import Margin, Rows
-from cosface_kernels.options import WORKSPACE_BYTES
+from cosface_kernels.options import WORKSPACE_BYTES, Options
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.validation import (
@@ -235,8 +235,29 @@ def margin_softmax_loss(
             check_per_sample("sample_weight", sample_weight, labels)
         if validate_labels is None:
             validate_labels = labels.device.type == "cpu"
+        differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
+        options: dict[str, Any] = {"normalize_weight": normalize_weight, "workspace_bytes": int(workspace_bytes)}
+        if differentiable:
+            options |= {
+                "cache_bytes": None if cache_bytes is None else int(cache_bytes),
+                "exact_cache": exact_cache,
+                "gradient_tolerance": float(gradient_tolerance),
+            }
+        else:
+            options["cache_bytes"] = 0
+        m = 0.0 if callable(margin) else float(margin)
+        special = callable(margin) or isinstance(scale, Tensor) or sample_weight is not None
+        special = special or bool(ranks or moves or sampler or gradient_tolerance or return_stats)
+        if normalize_embeddings and not special and not ops.dispatches(embeddings, weight, labels):
+            plain = Options(**options)
+            if (
+                select(backend, embeddings, weight, plain) is cpu
+            ):  # in one call: the rest takes longer than few classes
+                ops.refuse_forward_mode()
+                rule = {"scale": float(scale), "margin": m, "reduction": reduction}
+                rule |= {"ignore_index": int(ignore_index), "validate_labels": validate_labels}
+                return cpu.loss(embeddings, weight, labels, plain, **rule)
         targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate_labels)  # (N,)
-    m = 0.0 if callable(margin) else float(margin)
     s = _row_scale(ranks.replicate(scale) if ranks else scale, embeddings, weight)  # (N,)
     if ranks:  # from here on N counts the samples of all ranks
         embeddings, targets, s = ranks.gather(embeddings), ranks.gather(targets), ranks.gather(s)
@@ -253,21 +274,8 @@ def margin_softmax_loss(
         check_classes(classes, w.shape[0])
     if sampler and not ranks and several_ranks():
         w = dense_gradient(w)
-    differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
+    options["classes"] = classes
     rows = Rows(embeddings, targets, weight if ranks is None else None)
-    options: dict[str, Any] = {
-        "normalize_weight": normalize_weight,
-        "classes": classes,
-        "workspace_bytes": int(workspace_bytes),
-    }
-    if differentiable:
-        options |= {
-            "cache_bytes": None if cache_bytes is None else int(cache_bytes),
-            "exact_cache": exact_cache,
-            "gradient_tolerance": float(gradient_tolerance),
-        }
-    else:
-        options["cache_bytes"] = 0
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
             target_cos = _target_cosines(x, w, own_targets)  # (N,)
@@ -290,14 +298,17 @@ def margin_softmax_loss(
         loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
+    if ranks and reduction == "none":
+        reduced = ranks.keep_own(reduced)
+    if not return_stats:
+        return reduced
     accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
     sparsity = Sparsity(*ops.kept_entries(cache, len(targets))) if options.get("gradient_tolerance") else None
     stats = LossStats((s * top + log_sum).detach(), target_cos.detach(), max_neg, accuracy, sparsity)
     if ranks:
-        reduced = ranks.keep_own(reduced) if reduction == "none" else reduced
         lse, target_cos, max_neg = map(ranks.keep_own, stats[:3])
         stats = LossStats(lse, target_cos, max_neg, accuracy)
-    return (reduced, stats) if return_stats else reduced
+    return reduced, stats
 
 
 def cosine_logits(

@@ -1,14 +1,17 @@
 """The operators torch.ops.cosface.*: one schema, one fake and one autograd formula each.
 
 Everything that knows torch.library is here. Because the ops are registered, torch.compile, autocast, DDP, hooks
-and no_grad treat them like any other operator.
+and no_grad treat them like any other operator. In eager mode their functions are called directly: the way through
+the dispatcher takes longer than the kernels where samples and classes are few.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.backends.contract import check_memory
@@ -18,7 +21,28 @@ from cosface_kernels.reference import compute_dtype, excess
 IGNORED, INVALID = -1, -2  # targets that are no class
 
 
-@torch.library.custom_op("cosface::targets", mutates_args=())
+def dispatches(*tensors: Tensor) -> bool:
+    """Whether torch must see an op: it traces, a mode or a subclass listens, or there is no memory to work on."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta for tensor in tensors)
+    )
+
+
+class Op:
+    """An op that changes nothing, with `eager`, the function that stands for it where torch need not see it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.registered = torch.library.custom_op(f"cosface::{function.__name__}", function, mutates_args=())
+        self.function = self.eager = function
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        first = (argument for argument in arguments[:2] if isinstance(argument, Tensor))
+        return (self.registered if dispatches(*first) else self.eager)(*arguments, **options)
+
+
+@Op
 def targets(labels: Tensor, num_classes: int, ignore_index: int, validate: bool = True) -> Tensor:
     """(N,) int64 labels, with ignore_index replaced by IGNORED.
 
@@ -36,7 +60,7 @@ def targets(labels: Tensor, num_classes: int, ignore_index: int, validate: bool 
     return labels.masked_fill(ignored, IGNORED).masked_fill(wrong, INVALID)
 
 
-@targets.register_fake
+@targets.registered.register_fake
 def _(labels, num_classes, ignore_index, validate=True):  # type: ignore[no-untyped-def]
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
@@ -60,7 +84,7 @@ def refuse_transforms() -> None:
         )
 
 
-@torch.library.custom_op("cosface::lmcl", mutates_args=())
+@Op
 def lmcl(
     x: Tensor,
     w: Tensor,
@@ -104,7 +128,7 @@ def lmcl(
     return loss, top, log_sum, target_cos, max_neg, cache
 
 
-@lmcl.register_fake
+@lmcl.registered.register_fake
 def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=None, gradient_tolerance=0.0, *rest):  # type: ignore[no-untyped-def]
     rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(5))
     options = Options(classes, cache_bytes, gradient_tolerance, *rest)
@@ -112,7 +136,7 @@ def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=None, gra
     return *rows, x.new_empty(size, dtype=torch.uint8)
 
 
-@torch.library.custom_op("cosface::lmcl_backward", mutates_args=())
+@Op
 def lmcl_backward(
     x: Tensor,
     w: Tensor,
@@ -158,7 +182,7 @@ def lmcl_backward(
     )
 
 
-@lmcl_backward.register_fake
+@lmcl_backward.registered.register_fake
 def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, backend, classes=None, *_):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape if need_dx else (0,))
     rows = w.shape[0] if classes is None else classes.shape[0]
@@ -320,4 +344,21 @@ def _backward(ctx, g_loss, _, g_log_sum, g_cos, *__):  # type: ignore[no-untyped
     return dx if need_dx else None, dw if need_dw else None, None, dscale if need_dscale else None, *none
 
 
-lmcl.register_autograd(_backward, setup_context=_setup_context)
+class _Lmcl(torch.autograd.Function):
+    """The op in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        outputs = lmcl.function(*arguments)
+        _setup_context(ctx, arguments, outputs)
+        return outputs
+
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+
+
+def _eager_lmcl(*arguments: Any, **options: Any) -> Any:
+    return _Lmcl.apply(*arguments[:6], *Options(*arguments[6:], **options).flat())  # type: ignore[no-untyped-call]
+
+
+lmcl.registered.register_autograd(_backward, setup_context=_setup_context)
+lmcl.eager = _eager_lmcl

@@ -3,9 +3,13 @@
 #include <torch/extension.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <set>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -130,6 +134,88 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   return {dx.to(x.scalar_type()), dw, dscale};
 }
 
+// Plain LMCL from labels to the reduced loss, and back: what cosface_kernels/functional.py and ops.fold_loss
+// define, in two calls, because their small tensor operations take longer than the kernels do for a thousand
+// classes.
+struct Rule {
+  double scale, margin;
+  int64_t ignore_index;
+  bool validate_labels;
+  std::string reduction;
+
+  // As ops.targets.
+  Tensor targets(const Tensor& labels, int64_t classes) const {
+    Tensor targets = labels.to(at::kLong, /*non_blocking=*/false, /*copy=*/true).contiguous();
+    int64_t* target = targets.mutable_data_ptr<int64_t>();
+    for (int64_t i = 0; i < targets.numel(); ++i) {
+      const int64_t label = target[i];
+      if (label >= 0 && label < classes && label != ignore_index) continue;
+      TORCH_CHECK_VALUE(label == ignore_index || !validate_labels, "labels must be in [0, ", classes,
+                        ") or equal to ignore_index ", ignore_index, ", got ", label, " at row ", i, ".");
+      target[i] = label == ignore_index ? kIgnored : kInvalid;
+    }
+    return targets;
+  }
+
+  // What the sum of the losses is divided by.
+  double divisor(const Tensor& targets) const {
+    if (reduction != "mean") return 1;
+    const int64_t* target = targets.const_data_ptr<int64_t>();
+    return static_cast<double>(targets.numel() - std::count(target, target + targets.numel(), kIgnored));
+  }
+
+  static constexpr int64_t kIgnored = -1, kInvalid = -2;
+};
+
+template <typename T>
+std::array<Tensor, 6> loss_forward(const Tensor& x, const Tensor& w, const Tensor& labels, const Rule& rule,
+                                   const Options& options) {
+  const Tensor targets = rule.targets(labels, w.size(0));
+  const int64_t n = targets.numel(), *target = targets.const_data_ptr<int64_t>();
+  const Tensor s = at::full({n}, rule.scale, x.options().dtype(c10::CppTypeToScalarType<T>::value));
+  auto [loss, top, log_sum, target_cos, max_neg] = forward<T>(x, w, targets, s, rule.margin, options);
+  T* losses = loss.template mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i) {
+    if (target[i] == Rule::kInvalid) losses[i] = std::numeric_limits<T>::quiet_NaN();
+  }
+  if (rule.reduction != "none") {
+    loss = loss.sum() / rule.divisor(targets);
+  }
+  return {loss, targets, s, top, log_sum, target_cos};
+}
+
+template <typename T>
+std::array<Tensor, 2> loss_backward(const Tensor& x, const Tensor& w, const Tensor& targets, const Tensor& s,
+                                    const Tensor& top, const Tensor& log_sum, const Tensor& target_cos,
+                                    const Tensor& g_loss, const Rule& rule, const Options& options, bool need_dx,
+                                    bool need_dw) {
+  const int64_t n = targets.numel(), *target = targets.const_data_ptr<int64_t>();
+  const auto rows = [&](const char* name, const Tensor& given, bool per_sample = true) {
+    const at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
+    const std::vector<int64_t> shape(per_sample ? 1 : 0, n);
+    return cosface::fitting(name, given, shape, at::kCPU, dtype).contiguous();
+  };
+  const Tensor of_loss = rows("the gradient of the loss", g_loss, rule.reduction == "none");
+  const Tensor top_rows = rows("top", top), log_sum_rows = rows("log_sum", log_sum),
+               cos_rows = rows("target_cos", target_cos);
+  const T *g = of_loss.const_data_ptr<T>(), *tops = top_rows.const_data_ptr<T>(),
+          *log_sums = log_sum_rows.const_data_ptr<T>(), *cos = cos_rows.const_data_ptr<T>();
+  const T scale = static_cast<T>(rule.scale), margin = static_cast<T>(rule.margin);
+  const T divisor = static_cast<T>(rule.divisor(targets));
+  Tensor g_lse = at::zeros_like(top), g_cos = at::zeros_like(top);
+  T *g_lses = g_lse.mutable_data_ptr<T>(), *g_coses = g_cos.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i) {
+    const T g_i = (rule.reduction == "none" ? g[i] : g[0]) / divisor;
+    if (target[i] < 0 || g_i == 0) continue;  // no gradient stays none where the loss is nan
+    const T excess = log_sums[i] + scale * (tops[i] - (cos[i] - margin));
+    g_lses[i] = g_i / (1 + std::exp(-excess));
+    g_coses[i] = -scale * g_lses[i];
+  }
+  const auto [dx, dw, dscale] =
+      backward<T>(x, w, targets, s, top, log_sum, g_lse, g_cos, options, need_dx, need_dw);
+  return {dx, dw};
+}
+
 template <typename T>
 std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                            const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
@@ -209,6 +295,26 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          bool need_dw) {
         return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, top, log_sum, g_lse,
                                                                                g_cos, options, need_dx, need_dw);
+      },
+      no_gil);
+  py::class_<Rule>(m, "Rule").def(py::init<double, double, int64_t, bool, std::string>(), py::kw_only(),
+                                  py::arg("scale"), py::arg("margin"), py::arg("ignore_index"),
+                                  py::arg("validate_labels"), py::arg("reduction"));
+  m.def(
+      "loss_forward",
+      [](const Tensor& x, const Tensor& w, const Tensor& labels, const Rule& rule, const Options& options) {
+        return (cosface::in_double(x, w) ? loss_forward<double> : loss_forward<float>)(x, w, labels, rule,
+                                                                                       options);
+      },
+      no_gil);
+  m.def(
+      "loss_backward",
+      [](const Tensor& x, const Tensor& w, const Tensor& targets, const Tensor& s, const Tensor& top,
+         const Tensor& log_sum, const Tensor& target_cos, const Tensor& g_loss, const Rule& rule,
+         const Options& options, bool need_dx, bool need_dw) {
+        return (cosface::in_double(x, w) ? loss_backward<double>
+                                         : loss_backward<float>)(x, w, targets, s, top, log_sum, target_cos,
+                                                                 g_loss, rule, options, need_dx, need_dw);
       },
       no_gil);
   py::class_<cosface::Update>(m, "Update")

@@ -185,13 +185,18 @@ def test_nothing_is_kept_without_a_gradient(backend, monkeypatch):
     head = backend.head(50, 8, cache_bytes=10**6)
     x, labels = torch.randn(3, 8, device=backend.device), torch.tensor([1, 2, 3], device=backend.device)
     asked = []
-    module = BACKENDS[backend.name]
-    real = module.forward
-    monkeypatch.setattr(module, "forward", lambda *inputs: asked.append(inputs[-1]) or real(*inputs))
-    with torch.no_grad():
-        head(x, labels)
-    head(x, labels)
-    assert [options.cache_bytes for options in asked] == [0, 10**6]
+
+    def note(options, *tensors, real=Options.cache_size):
+        asked.append(options.cache_bytes)
+        return real(options, *tensors)
+
+    monkeypatch.setattr(Options, "cache_size", note)
+    for return_stats in (False, True):  # the way through one call of the compiled module, and the other
+        for kept, grad_mode in ((0, torch.no_grad()), (10**6, torch.enable_grad())):
+            with grad_mode:
+                head(x, labels, return_stats)
+            assert set(asked) == {kept}
+            asked.clear()
 
 
 def test_takes_an_integer_of_numpy(backend):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import CACHE_BYTES, Options, Update
@@ -57,6 +58,37 @@ def backward_update_(
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
     _C.apply_update(w, dw, kernel_update(update), state)
+
+
+class _Loss(torch.autograd.Function):
+    """`loss` as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, labels: Tensor, rule: Any, options: Options) -> Tensor:
+        cache = _C.empty_bytes(cache_size(x, w, options))
+        loss, *rows = _C.loss_forward(x, w, labels, rule, _kernel_options(options, cache))
+        ctx.rule, ctx.options = rule, options
+        ctx.save_for_backward(x, w, cache, *rows)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, cache, *rows = ctx.saved_tensors
+        need_dx, need_dw, *_ = ctx.needs_input_grad
+        options = _kernel_options(ctx.options, cache)
+        dx, dw = _C.loss_backward(x, w, *rows, g, ctx.rule, options, need_dx, need_dw)
+        return dx if need_dx else None, dw if need_dw else None, None, None, None
+
+
+def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) -> Tensor:
+    """The reduced loss in one call of the compiled module, and its gradients in another.
+
+    Args:
+        options: its numbers alone, without a gradient_tolerance.
+        rule: margin, scale, reduction, ignore_index and validate_labels of `functional.cosface_loss`.
+    """
+    return _Loss.apply(x, w, labels, _C.Rule(**rule), options)  # type: ignore[no-untyped-call]
 
 
 def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
