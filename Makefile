@@ -84,11 +84,16 @@ wheel: $(DEPENDENCIES)
 sanitize: asan module-asan tsan native
 asan: SANITIZE = address,undefined
 tsan: SANITIZE = thread
+asan tsan: FOLDER = build/$@
+# Where setup.py builds the module, whose objects the tests then run.
+native: FOLDER = build/cmake-$(shell $(BIN)/python -c \
+  "import sys, torch; print(sys.implementation.cache_tag, torch.__version__, sep='-torch-')")
+native: $(BUILT)
 
 asan tsan native: $(DEPENDENCIES)
-	cmake -G Ninja -S . -B build/$@ -DCOSFACE_TESTS=ON -DCOSFACE_SANITIZE=$(SANITIZE)
-	cmake --build build/$@
-	ctest --test-dir build/$@ --output-on-failure -j2
+	cmake -G Ninja -S . -B $(FOLDER) -DCOSFACE_TESTS=ON -DCOSFACE_SANITIZE=$(SANITIZE)
+	cmake --build $(FOLDER)
+	ctest --test-dir $(FOLDER) --output-on-failure -j2
 
 # The module as it is built, under AddressSanitizer, called with what does not fit.
 module-asan: export COSFACE_SANITIZE = address,undefined
