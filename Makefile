@@ -17,11 +17,12 @@ BUILT := .venv/built.stamp
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py
 
-# JOBS processes share the tests.
+# JOBS processes share the tests, each with files of its own, so that most of what a file sets up is set up once; who has
+# none left takes from another.
 # The second run executes the Triton kernels in Triton's interpreter; it and the compiler cannot share a process.
 test: $(BUILT)
-	$(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -W "ignore::RuntimeWarning"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -W "ignore::RuntimeWarning"
 
 # The suites in environments of their own, with the oldest versions that are promised and with those of a GPU machine.
 environments:
@@ -84,18 +85,23 @@ wheel: $(DEPENDENCIES)
 sanitize: asan module-asan tsan native
 asan: SANITIZE = address,undefined
 tsan: SANITIZE = thread
+asan tsan: FOLDER = build/$@
+# Where setup.py builds the module, whose objects the tests then run.
+native: FOLDER = build/cmake-$(shell $(BIN)/python -c \
+  "import sys, torch; print(sys.implementation.cache_tag, torch.__version__, sep='-torch-')")
+native: $(BUILT)
 
 asan tsan native: $(DEPENDENCIES)
-	cmake -G Ninja -S . -B build/$@ -DCOSFACE_TESTS=ON -DCOSFACE_SANITIZE=$(SANITIZE)
-	cmake --build build/$@
-	ctest --test-dir build/$@ --output-on-failure -j2
+	cmake -G Ninja -S . -B $(FOLDER) -DCOSFACE_TESTS=ON -DCOSFACE_SANITIZE=$(SANITIZE)
+	cmake --build $(FOLDER)
+	ctest --test-dir $(FOLDER) --output-on-failure -j2
 
-# The module as it is built, under AddressSanitizer, called with what does not fit.
+# The module as it is built, under AddressSanitizer, called with what does not fit; backend `reference` calls none of it.
 module-asan: export COSFACE_SANITIZE = address,undefined
 module-asan: asan
 	COSFACE_TESTS=1 $(BIN)/python setup.py -q build --build-lib build/asan/site
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" PYTHONMALLOC=malloc \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest -p no:cacheprovider -n $(JOBS) \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest -p no:cacheprovider -n $(JOBS) -k "not reference" \
 	  -o "pythonpath=build/asan/site examples" tests/test_contract.py
 
 bench: $(BUILT)

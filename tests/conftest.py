@@ -43,8 +43,10 @@ hypothesis.settings.register_profile("gpu", hypothesis.settings.get_profile("ci"
 hypothesis.settings.load_profile(os.environ.get("COSFACE_HYPOTHESIS") or ("interpreted" if INTERPRETED else "ci"))
 
 
-# A graph in torch's cache of compiled graphs calls the ops with the schema that they had when it was compiled.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+# A graph in torch's cache of compiled graphs calls the ops with the schema that they had when it was compiled. The
+# processes of one run share theirs, with torch's headers, which take longer than the graphs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
 # Programs that tests start find the package that is under test, which need not be installed.
 ROOT = str(pathlib.Path(__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))

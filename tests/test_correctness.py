@@ -112,7 +112,9 @@ def test_targets(backend, dtypes, targets):
     check_backend(backend, problem, random_upstream(problem, "loss", "lse", "target_cos"))
 
 
-@pytest.mark.parametrize("num_samples", [255, 257, 600], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize(
+    "num_samples", [255, 257, pytest.param(600, marks=pytest.mark.heavy)], ids=lambda n: f"N{n}"
+)
 def test_many_samples(backend, dtypes, num_samples):
     """More rows than fit in one block: gradients of the classes add up over blocks."""
     check_backend(backend, backend.problem(num_samples, 130, 24, dtypes))

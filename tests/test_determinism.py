@@ -29,7 +29,7 @@ def test_bitwise_repeatable(backend, dtypes):
     problem = backend.problem(33, 301 if backend.interpreted else 3001, 72, dtypes)
     upstream = random_upstream(problem, "loss", "lse", "target_cos")
     first = evaluate(backend.lmcl, problem, upstream)
-    for _ in range(4):
+    for _ in range(2 if backend.interpreted else 4):
         torch.empty(12345, device=backend.device).random_()  # moves later allocations to other addresses
         again = evaluate(backend.lmcl, problem, upstream)
         for name in first._fields:
