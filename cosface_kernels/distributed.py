@@ -3,7 +3,11 @@
     x = all_gather(x_r)                             (N, D), N = sum of the ranks' N_r
     top_r, log_sum_r, cos_r, max_r = op(x, w_r, y)  each (N,), over the classes of this rank
     lse = log sum_r e^{lse_r},  cos_y = sum_r cos_r,  max_neg = max_r max_r,  where lse_r = s top_r + log_sum_r
+    dropped = sum_r e^{lse_r - lse} dropped_r       (N,), with a gradient_tolerance
     dx_r = reduce_scatter(dx)
+
+A rank leaves out of a sample at most the tolerance of the softmax over its own negatives. What all ranks drop is a
+mean of those shares, so it is within the tolerance too, and no rank waits for the others' lse to choose.
 
 Between gathering and reducing, every rank computes the same numbers from the same (N,) vectors, so margins, their
 batch statistics and reductions are those of the global batch and need no collective of their own.
@@ -308,6 +312,20 @@ class Exchange:
         all_top = largest[0].masked_fill(largest[0].isneginf(), 0)  # (N,)
         log_sum, target_cos = _combine(log_sum + scale * (top - all_top), target_cos, self.group)  # (N,) each
         return all_top, log_sum, target_cos, largest[1].clone()
+
+    def combine_kept(
+        self, dropped: Tensor, kept: Tensor, negatives: Tensor, lse_from_top: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dropped and kept, each (N,), of the negatives of all ranks from those of each rank's.
+
+        Args:
+            negatives: (N,), how many each sample has among this rank's classes.
+            lse_from_top: (N,) lse_r - s top, over which the mean of dropped is weighted.
+        """
+        mass = lse_from_top.double().exp()  # (N,)
+        sums = self.sum(torch.stack([mass * dropped, mass, negatives * kept, negatives]))  # (4, N)
+        # in a sample without negatives, or of which a logit is nan, nothing is dropped
+        return torch.where(sums[0] > 0, sums[0] / sums[1], 0), sums[2] / sums[3].clamp_min(1)
 
     def sum(self, rows: Tensor) -> Tensor:
         """The sum over the ranks, without a gradient."""

@@ -44,12 +44,13 @@ class Sparsity(NamedTuple):
 
         |delta dx_i| <= s_i |g_i| dropped_i / |x_i|    sum_j |w_j| |delta dw_j| <= sum_i s_i |g_i| dropped_i
 
-    and nothing is left out of the target's part of either. |x_i| and |w_j| are clamped at 1e-12.
+    and nothing is left out of the target's part of either. |x_i| and |w_j| are clamped at 1e-12. Where classes are
+    sharded, all of this is of the samples and the classes of all ranks.
 
     Attributes:
         dropped: (N,) float64, at most the tolerance; 0 for an exact sample.
         kept: (N,) float64, the share of the negatives that is not left out; 1 for an exact sample, one with so
-            many that dense products are faster, or more than there is room for.
+            many that dense products are faster, or more than there is room for, on every rank.
     """
 
     dropped: Tensor
@@ -208,6 +209,7 @@ def margin_softmax_loss(
             "validate_labels": validate_labels,
             "dtype of sample_weight": getattr(sample_weight, "dtype", None),
             "normalization of embeddings and weight": (normalize_embeddings, normalize_weight),
+            "gradient_tolerance": gradient_tolerance,
         }
         if moves:
             facts["optimizer"] = optim.progress(weight)
@@ -226,7 +228,7 @@ def margin_softmax_loss(
         check_flag("validate_labels", validate_labels)
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
-        check_tolerance(gradient_tolerance, sharded=ranks is not None)
+        check_tolerance(gradient_tolerance)
         if not callable(margin):
             check_margin(margin)
         if isinstance(scale, Tensor) and scale.dim():
@@ -298,17 +300,20 @@ def margin_softmax_loss(
         loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
+    sparsity = Sparsity(*ops.kept_entries(cache, len(targets))) if options.get("gradient_tolerance") else None
     if ranks and reduction == "none":
         reduced = ranks.keep_own(reduced)
+    if ranks and sparsity:  # whoever asks for statistics: every rank takes part
+        own_top, own_log_sum = rows_of_x[:2]  # (N,) each
+        negatives = len(w if classes is None else classes) - (positions >= 0).double()  # (N,)
+        lse_from_top = (own_log_sum + own_s * (own_top - top)).detach()  # (N,)
+        sparsity = Sparsity(*map(ranks.keep_own, ranks.combine_kept(*sparsity, negatives, lse_from_top)))
     if not return_stats:
         return reduced
     accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
-    sparsity = Sparsity(*ops.kept_entries(cache, len(targets))) if options.get("gradient_tolerance") else None
-    stats = LossStats((s * top + log_sum).detach(), target_cos.detach(), max_neg, accuracy, sparsity)
-    if ranks:
-        lse, target_cos, max_neg = map(ranks.keep_own, stats[:3])
-        stats = LossStats(lse, target_cos, max_neg, accuracy)
-    return reduced, stats
+    rows_of_stats = ((s * top + log_sum).detach(), target_cos.detach(), max_neg)  # (N,) each
+    lse, target_cos, max_neg = map(ranks.keep_own, rows_of_stats) if ranks else rows_of_stats
+    return reduced, LossStats(lse, target_cos, max_neg, accuracy, sparsity)
 
 
 def cosine_logits(

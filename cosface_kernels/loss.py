@@ -123,7 +123,7 @@ class FusedMarginLoss(nn.Module):
         check_dtype(dtype)
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
-        check_tolerance(gradient_tolerance, sharded=process_group is not None)
+        check_tolerance(gradient_tolerance)
         if self.normalize_embeddings and not isinstance(scale, Tensor):
             theory.warn_of_scale(scale, num_classes)
         self.num_classes = num_classes

@@ -292,6 +292,8 @@ def _that_cached(name: str | None, x: Tensor, w: Tensor, cache: Tensor, options:
 
 def kept_entries(cache: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """dropped and kept, (N,) each, as lmcl with a gradient_tolerance leaves them at the front of its cache."""
+    if not cache.numel():  # of a rank that owns no class
+        return cache.new_zeros(samples, dtype=torch.float64), cache.new_ones(samples, dtype=torch.float64)
     dropped, kept = cache[: 16 * samples].view(torch.float64).view(2, samples).clone()
     return dropped, kept
 

@@ -78,13 +78,9 @@ def check_interval(name: str, value: float, interval: str, low: float, high: flo
         raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}.")
 
 
-def check_tolerance(tolerance: float, sharded: bool) -> None:
+def check_tolerance(tolerance: float) -> None:
     if not isinstance(tolerance, numbers.Real) or not 0 <= tolerance < 1:
         raise ValueError(f"gradient_tolerance must be in [0, 1), got {tolerance!r}.")
-    if tolerance and sharded:
-        raise ValueError(
-            f"gradient_tolerance must be 0 where the classes are sharded over ranks as yet, got {tolerance!r}."
-        )
 
 
 def check_scale(scale: float | Tensor) -> None:

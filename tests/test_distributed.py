@@ -366,6 +366,7 @@ UNLIKE = {
         "dtype of sample_weight {}, got torch.float32 on rank 0 and None",
     ),
     "normalization": ({"normalize_weight": False}, "normalization of embeddings and weight {}, got (True, True)"),
+    "tolerance": ({"gradient_tolerance": 0.1}, "gradient_tolerance {}, got 0.0 on rank 0 and 0.1 on rank 1."),
     "settings": (
         {"margin": (_curricular(), _curricular(0.4), _curricular())},
         "margin {}, got ('CurricularFaceMargin', {{'training': True, 'straight_through': False, 'margin': 0.5, ",

@@ -1,15 +1,18 @@
 """The backward with a tolerance: never further off than the mass it reports, whatever the distribution."""
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
 from support import BF16, F32, F64, Dtypes, run_python
-from torch import Tensor
+from torch import Tensor, nn
 
-from cosface_kernels import FusedCosFaceLoss, Sparsity, cosface_loss, ops, reference
+from cosface_kernels import FusedCosFaceLoss, Sparsity, cosface_loss, margin_softmax_loss, ops, reference
 from cosface_kernels.backends import BACKENDS, cpu
+from cosface_kernels.distributed import class_range, empty_weight, own_classes, own_rows
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options
 
@@ -362,6 +365,127 @@ def test_nothing_is_kept_where_there_is_no_gradient():
     head, x, labels = head_and_batch(gradient_tolerance=1e-3)
     with torch.no_grad():
         assert head(x, labels, return_stats=True)[1].sparsity is None
+
+
+SAMPLES = {1: (6,), 2: (4, 2), 3: (0, 5, 1), 4: (2, 0, 3, 1)}  # of each rank, by the number of ranks
+
+
+def on_rank(rank: int, group, i: Inputs, tolerance: float) -> tuple[Gradients, Sparsity | None]:
+    """Of this rank's samples and classes; the losses have the gradients g_lse."""
+    weight = nn.Parameter(empty_weight(*i.w.shape, group, dtype=i.w.dtype))
+    own = own_classes(weight)
+    own_rows(weight).copy_(i.w[own.start : own.stop])
+    x, labels, scale, upstream = (
+        t.split(SAMPLES[group.size()])[rank].clone() for t in (i.x, i.targets, i.scale, i.g_lse)
+    )
+    loss, stats = margin_softmax_loss(
+        x.requires_grad_(), weight, labels, margin=0.35, scale=scale.requires_grad_(), reduction="none",
+        ignore_index=ops.IGNORED, backend="cpu", gradient_tolerance=tolerance, return_stats=True,
+    )  # fmt: skip
+    loss.backward(upstream)
+    return Gradients(x.grad, weight.grad.to_local() * group.size(), scale.grad), stats.sparsity
+
+
+def run_sharded(ranks, world: int, i: Inputs, tolerance: float) -> tuple[Gradients, Sparsity | None, Inputs]:
+    """Of all samples and classes, as the op has them on one process, and the inputs that it would have."""
+    results = ranks.results(world, on_rank, i, tolerance)
+    dx, dw, dscale = (torch.cat(parts) for parts in zip(*(gradients for gradients, _ in results), strict=True))
+    sparsity = None
+    if tolerance:
+        sparsity = Sparsity(*map(torch.cat, zip(*(sparsity for _, sparsity in results), strict=True)))
+    x, w, scale, g_loss = (t.double() for t in (i.x, i.w, i.scale, i.g_lse))
+    _, top, log_sum, target_cos, _ = reference.forward(x, w, i.targets, scale, 0.35)
+    g_lse, g_cos, of_psi = ops.fold_loss(
+        i.targets, scale, top, log_sum, target_cos - 0.35, g_loss, None, None
+    )  # (N,) each
+    return Gradients(dx, dw, dscale - of_psi), sparsity, i._replace(g_lse=g_lse, g_cos=g_cos)
+
+
+@pytest.mark.parametrize("world", SAMPLES)
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_are_within_the_bound(ranks, kind, tolerance, world):
+    """That of the whole softmax, whatever share of it a rank has: in "late flood" nearly all is on the last."""
+    gradients, sparsity, i = run_sharded(ranks, world, with_cosines(cosines(kind)), tolerance)
+    assert_within_bound(gradients, sparsity, tolerance, i)
+
+
+def test_shards_report_what_the_gradient_lacks(ranks):
+    """As on one process, of ranks that own unlike shares of the heavy entries, and of the mass."""
+    cos = torch.full((N, C), 0.25, dtype=torch.float64)
+    cos[:, ::40] = torch.tensor([0.39, 0.35, 0.37, 0.36, 0.38, 0.34], dtype=torch.float64)[:, None]
+    cos[:, 1000:2000:40] -= 0.03
+    gradients, sparsity, i = run_sharded(ranks, 3, with_cosines(cos, F64, scale=90.0), 0.1)
+    assert_within_bound(gradients, sparsity, 0.1, i)
+    assert bool((sparsity.dropped > 0).any())
+    assert not bool(sparsity.exact.any())
+    lacks = oracle(i).dscale - gradients.dscale
+    torch.testing.assert_close(lacks, i.g_lse * sparsity.dropped * 0.25, rtol=1e-6, atol=1e-10)
+
+
+def test_shards_add_up_what_they_keep(ranks, restore_threads):
+    """The first two ranks are exact in every sample, and the last in none."""
+    torch.set_num_threads(1)  # as the ranks have
+    cos = cosines("equal")
+    cos[:, 2000:] = cosines("one heavy", classes=1000)
+    i = with_cosines(cos, scale=60.0)
+    _, sparsity, _ = run_sharded(ranks, 3, i, 1e-2)
+    kept = torch.zeros(N, dtype=torch.float64)
+    for rank in range(3):
+        own = class_range(C, rank, 3)
+        targets = torch.where((i.targets >= own.start) & (i.targets < own.stop), i.targets - own.start, -1)
+        outputs = lmcl(i._replace(w=i.w[own.start : own.stop], targets=targets), 1e-2)
+        share = ops.kept_entries(outputs[5], N)[1]
+        assert share.eq(1).tolist() == [rank < 2] * N
+        kept += share * (len(own) - (targets >= 0).double())
+    assert not sparsity.exact.any()
+    torch.testing.assert_close(sparsity.kept, kept / (C - (i.targets >= 0).double()))
+    flat = run_sharded(ranks, 3, with_cosines(cosines("equal")), 1e-2)[1]
+    assert bool(flat.exact.all())
+    assert not flat.dropped.any()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5])
+def test_shards_without_classes_or_negatives(ranks, classes):
+    cos = torch.linspace(-0.3, 0.3, N * classes, dtype=torch.float64).view(N, classes)
+    gradients, sparsity, i = run_sharded(ranks, 4, with_cosines(cos, F64), 0.1)
+    assert_within_bound(gradients, sparsity, 0.1, i)
+    exact = run_sharded(ranks, 4, with_cosines(cos, F64), 0.0)[0] if classes == 1 else gradients
+    for mine, want in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+def test_a_broken_sample_of_shards_drops_nothing(ranks):
+    i = with_cosines(cosines("one heavy"), scale=60.0)
+    i.x[3, 0] = math.nan
+    gradients, sparsity, _ = run_sharded(ranks, 2, i, 1e-2)
+    assert sparsity.exact.tolist() == [row == 3 for row in range(N)]
+    assert float(sparsity.dropped[3]) == 0
+    assert gradients.dx.isnan().all(1).tolist() == [row == 3 for row in range(N)]
+
+
+def _train_shards(rank: int, group, accumulate: bool, sample_rate: float) -> Tensor:
+    torch.manual_seed(0)
+    head = FusedCosFaceLoss(2000, 24, process_group=group, gradient_tolerance=1e-2, sample_rate=sample_rate)
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, accumulate=accumulate)
+    for _ in range(3):
+        x, labels = torch.randn(16, 24), torch.randint(2000, (16,))
+        loss, stats = head(x, labels, return_stats=True)
+        assert not stats.sparsity.exact.any()
+        assert 0 < float(stats.sparsity.dropped.max()) <= 1e-2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return own_rows(head.weight)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.8])
+def test_rows_of_shards_move_inside_backward(ranks, sample_rate):
+    """As through a dense dw; of sampled classes the rows that were drawn alone, without the others' decay."""
+    moved, dense = (ranks.results(3, _train_shards, accumulate, sample_rate) for accumulate in (False, True))
+    if sample_rate == 1:
+        for mine, want in zip(moved, dense, strict=True):
+            assert float((mine - want).norm() / want.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 1, math.nan, "0.1"])
