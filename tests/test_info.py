@@ -123,13 +123,14 @@ def test_info_shows_the_forced_backend():
 
 def _spy(monkeypatch, called):
     for name, module in cosface_kernels.backends.BACKENDS.items():
-        forward = module.forward
+        for way in {"forward", "loss"} & set(vars(module)):
+            real = getattr(module, way)
 
-        def wrapped(*args, name=name, forward=forward):
-            called.append(name)
-            return forward(*args)
+            def wrapped(*args, name=name, real=real, **options):
+                called.append(name)
+                return real(*args, **options)
 
-        monkeypatch.setattr(module, "forward", wrapped)
+            monkeypatch.setattr(module, way, wrapped)
 
 
 def test_environment_forces_a_backend(backend, monkeypatch):
