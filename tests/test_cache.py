@@ -207,7 +207,7 @@ def test_nothing_is_kept_without_a_gradient(backend, monkeypatch):
         for kept, grad_mode in ((0, torch.no_grad()), (10**6, torch.enable_grad())):
             with grad_mode:
                 head(x, labels, return_stats)
-            assert set(asked) == {kept}
+            assert set(asked) | {0} == {kept, 0}  # with nothing to keep a backend need not ask
             asked.clear()
 
 
