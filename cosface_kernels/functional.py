@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops, optim
-from cosface_kernels.backends import check_name, cpu, select
+from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, dense_gradient, several_ranks
 from cosface_kernels.margins import Margin, Rows
@@ -252,13 +252,12 @@ def margin_softmax_loss(
         special = special or bool(ranks or moves or sampler or gradient_tolerance or return_stats)
         if normalize_embeddings and not special and not ops.dispatches(embeddings, weight, labels):
             plain = Options(**options)
-            if (
-                select(backend, embeddings, weight, plain) is cpu
-            ):  # in one call: the rest takes longer than few classes
+            in_one_call = getattr(select(backend, embeddings, weight, plain), "loss", None)
+            if in_one_call:
                 ops.refuse_forward_mode()
                 rule = {"scale": float(scale), "margin": m, "reduction": reduction}
                 rule |= {"ignore_index": int(ignore_index), "validate_labels": validate_labels}
-                return cpu.loss(embeddings, weight, labels, plain, **rule)
+                return in_one_call(embeddings, weight, labels, plain, **rule)
         targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate_labels)  # (N,)
     s = _row_scale(ranks.replicate(scale) if ranks else scale, embeddings, weight)  # (N,)
     if ranks:  # from here on N counts the samples of all ranks
@@ -300,9 +299,11 @@ def margin_softmax_loss(
         loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
 
     reduced = _reduce(loss, valid, sample_weight, reduction)
-    sparsity = Sparsity(*ops.kept_entries(cache, len(targets))) if options.get("gradient_tolerance") else None
     if ranks and reduction == "none":
         reduced = ranks.keep_own(reduced)
+    sparsity = None
+    if options.get("gradient_tolerance") and (ranks or return_stats):
+        sparsity = Sparsity(*ops.kept_entries(cache, len(targets)))
     if ranks and sparsity:  # whoever asks for statistics: every rank takes part
         own_top, own_log_sum = rows_of_x[:2]  # (N,) each
         negatives = len(w if classes is None else classes) - (positions >= 0).double()  # (N,)

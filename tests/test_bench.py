@@ -311,10 +311,10 @@ def test_kernel_report_refuses_the_interpreter(monkeypatch, capsys):
 def test_distributed_prints_rows_and_a_prediction(tmp_path, capsys):
     out = tmp_path / "rows.json"
     sizes = ["--batch", "6", "--dim", "8", "--classes", "11", "--steps", "2", "--threads", "1"]
-    assert main(["distributed", "--ranks", "1,2", *sizes, "--json", str(out)]) == 0
+    assert main(["distributed", "--ranks", "1,3", *sizes, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
-    assert [row["ranks"] for row in rows] == [1, 2]
-    assert [row["bytes_formula"] for row in rows] == [0, 6 * (8 * 4 + 60 + 8 * 4) // 2]
+    assert [row["ranks"] for row in rows] == [1, 3]
+    assert [row["bytes_formula"] for row in rows] == [0, 2 * 6 * (8 * 4 + 60 + 8 * 4) // 3]
     for row in rows:
         assert 0 < row["min_s"] <= row["median_s"]
         assert 0 <= row["communication"] <= 1

@@ -370,7 +370,7 @@ def test_nothing_is_kept_where_there_is_no_gradient():
 SAMPLES = {1: (6,), 2: (4, 2), 3: (0, 5, 1), 4: (2, 0, 3, 1)}  # of each rank, by the number of ranks
 
 
-def on_rank(rank: int, group, i: Inputs, tolerance: float) -> tuple[Gradients, Sparsity | None]:
+def on_rank(rank: int, group, i: Inputs, tolerance: float, backend: str) -> tuple[Gradients, Sparsity | None]:
     """Of this rank's samples and classes; the losses have the gradients g_lse."""
     weight = nn.Parameter(empty_weight(*i.w.shape, group, dtype=i.w.dtype))
     own = own_classes(weight)
@@ -380,15 +380,17 @@ def on_rank(rank: int, group, i: Inputs, tolerance: float) -> tuple[Gradients, S
     )
     loss, stats = margin_softmax_loss(
         x.requires_grad_(), weight, labels, margin=0.35, scale=scale.requires_grad_(), reduction="none",
-        ignore_index=ops.IGNORED, backend="cpu", gradient_tolerance=tolerance, return_stats=True,
+        ignore_index=ops.IGNORED, backend=backend, gradient_tolerance=tolerance, return_stats=True,
     )  # fmt: skip
     loss.backward(upstream)
     return Gradients(x.grad, weight.grad.to_local() * group.size(), scale.grad), stats.sparsity
 
 
-def run_sharded(ranks, world: int, i: Inputs, tolerance: float) -> tuple[Gradients, Sparsity | None, Inputs]:
+def run_sharded(
+    ranks, world: int, i: Inputs, tolerance: float, backend: str = "cpu"
+) -> tuple[Gradients, Sparsity | None, Inputs]:
     """Of all samples and classes, as the op has them on one process, and the inputs that it would have."""
-    results = ranks.results(world, on_rank, i, tolerance)
+    results = ranks.results(world, on_rank, i, tolerance, backend)
     dx, dw, dscale = (torch.cat(parts) for parts in zip(*(gradients for gradients, _ in results), strict=True))
     sparsity = None
     if tolerance:

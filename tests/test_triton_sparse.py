@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support import BF16, DEFAULT_DEVICE, F16, F32, Backend, Dtypes
-from test_sparse import Gradients, Inputs, assert_within_bound, cosines, with_cosines
+from test_sparse import Gradients, Inputs, assert_within_bound, cosines, run_sharded, with_cosines
 from torch import Tensor
 
 from cosface_kernels import Sparsity, ops
@@ -55,6 +55,15 @@ def test_gradients_are_within_the_bound(backend, kind, dtypes):
     i = inputs(backend, kind, dtypes=dtypes)
     got, sparsity = run(backend, i, 1e-2)
     assert bool(sparsity.exact.all()) == (kind in ("equal", "late flood"))
+    check(backend, got, sparsity, 1e-2, i)
+
+
+@pytest.mark.parametrize("kind", ["one heavy", "heavy tail", "late flood"])
+def test_shards_are_within_the_bound(backend, ranks, kind):
+    if not backend.interpreted:
+        pytest.skip("The ranks of these tests work on the CPU.")
+    got, sparsity, i = run_sharded(ranks, 3, inputs(backend, kind, 6), 1e-2, backend.name)
+    assert bool((sparsity.dropped > 0).any())
     check(backend, got, sparsity, 1e-2, i)
 
 

@@ -15,6 +15,9 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
         -> dx, dscale; w and the optimizer's state move, unless the 0-d `finite` is there and false. Only where
         `unsupported` takes options.updates, and so
     apply_update_(w, dw, state, update)
+    loss(x, w, labels, options, scale=..., margin=..., reduction=..., ignore_index=..., validate_labels=...)
+        -> plain LMCL as `functional.cosface_loss` has it, from labels to the reduced loss, differentiable; only of
+        a backend for which that is one call
 """
 
 import os

@@ -84,6 +84,8 @@ class _Loss(torch.autograd.Function):
 def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) -> Tensor:
     """The reduced loss in one call of the compiled module, and its gradients in another.
 
+    Where samples and classes are few, the small tensor operations of `functional` take longer than the kernels.
+
     Args:
         options: its numbers alone, without a gradient_tolerance.
         rule: margin, scale, reduction, ignore_index and validate_labels of `functional.cosface_loss`.

@@ -51,9 +51,9 @@ inline double exp(double x) { return __builtin_exp(x > 0 ? 0 : x); }
 //
 // A block of kBlockRows x 2 vectors of c stays in registers while a runs down the depth: each step loads two
 // vectors of b and as many numbers of a as there are rows. a is read in place, and b is made in panels, once per
-// call (x_hat) or per tile (w). On one core of a Xeon with AVX-512 this does 160 to
-// 166 GFLOP/s on a tile's three products, where one library call for each did 125 to 140, because it packs both
-// sides again for every tile.
+// call (x_hat) or per tile (w). With w read in place, one core of a Xeon with AVX-512 did 160 to 166 GFLOP/s on a
+// tile's three products, where one library call for each did 125 to 140, because it packs both sides again for
+// every tile.
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kBlockRows = 14;  // 28 + 2 of 32 registers

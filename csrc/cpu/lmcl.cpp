@@ -118,11 +118,11 @@ struct Embeddings {
   enum Layout { kColumns = 1, kPanels = 2, kRows = 4 };
 
   const int64_t n, d, width;  // width: d, rounded up to whole panels
-  const T* x;                 // (N, D), as given
+  const T* given;             // (N, D)
   Buffer<T> columns;          // blocks of kTileRows rows, each packed as its transpose
   Buffer<T> panels;           // blocks of kTileRows rows, each packed, with zeros beyond d
   Buffer<T> rows;             // (N, width), zeros beyond d
-  Buffer<T> inv_norm;         // (N), 0 for a row that is not active
+  Buffer<T> inv_norm;         // (N)
 
   // Rows for which active(i) is false become 0, whatever x holds: 0 x nan would be nan in a product.
   template <typename Active>
@@ -130,7 +130,7 @@ struct Embeddings {
       : n(batch.n),
         d(batch.d),
         width(round_up(d, kernels<T>().panel)),
-        x(batch.x),
+        given(batch.x),
         columns(layouts & kColumns ? round_up(n, kernels<T>().panel) * d : 0),
         panels(layouts & kPanels ? n * width : 0),
         rows(layouts & kRows ? n * width : 0),
@@ -144,7 +144,7 @@ struct Embeddings {
         for (int64_t k = 0; k < count; ++k) {
           T* row = here + k * width;
           if (active(i + k)) {
-            kernels<T>().normalize(x + (i + k) * d, d, row, inv_norm + i + k);
+            kernels<T>().normalize(given + (i + k) * d, d, row, inv_norm + i + k);
           } else {
             std::fill_n(row, d, T(0));
             inv_norm[i + k] = 0;
@@ -182,7 +182,7 @@ struct Embeddings {
   }
 };
 
-constexpr int64_t kPackedRows = 64;  // samples from which on packing a tile of classes is less than it saves
+constexpr int64_t kPackedRows = 64;  // samples from which on packing a tile of classes saves time, with AVX2
 
 // The class rows of one tile in T, in whole panels: the weight itself where it is so, else a copy.
 template <typename T>
@@ -449,7 +449,7 @@ class Sums {
       std::fill_n(gradients.dx + to * x.d, x.d, T(0));
       return;
     }
-    kernels<T>().finish_dx(&dx_hat_[i * width_], parts_, n_ * width_, x.x + i * x.d, static_cast<T>(dot),
+    kernels<T>().finish_dx(&dx_hat_[i * width_], parts_, n_ * width_, x.given + i * x.d, static_cast<T>(dot),
                            x.inv_norm[i], x.d, gradients.dx + to * x.d);
   }
 

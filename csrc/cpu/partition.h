@@ -37,7 +37,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // Runs body(first, last) on even shares of [0, n), one per thread; of what is little work each, on fewer threads.
 template <typename Body>
 void share(int64_t n, int64_t numbers_each, const Runtime& runtime, Body body) {
-  constexpr int64_t kLeast = 1 << 15;  // numbers that take as long as to wake a thread
+  constexpr int64_t kLeast = 1 << 15;  // numbers that take about as long as to wake a thread
   const int64_t most = n * numbers_each / kLeast + 1;
   const int64_t parts = std::min({static_cast<int64_t>(runtime.threads), n, most});
   runtime.parallel(parts, [&](int64_t part) { body(n * part / parts, n * (part + 1) / parts); });
