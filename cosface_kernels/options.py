@@ -14,7 +14,7 @@ from torch import Tensor
 
 KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
-LARGEST_TILE = 252  # classes by which the last tile of backend `cpu` may pass the end
+LARGEST_TILE = 256  # classes by which the last tile of backend `cpu` may pass the end
 WORKSPACE_BYTES = 256 << 20
 CACHE_BYTES = 32 << 20  # by default, of backend `cpu`
 

@@ -67,9 +67,14 @@ struct Options {
 template <typename T>
 struct Arguments {
   Tensor x, w, y, s, tau, polynomial;  // tau (N) and (q, a, b) are undefined where there are no thresholds
+  bool bfloat16;
 
   explicit Arguments(const cosface::Inputs& given)
-      : x(in_t(given.x)), w(cosface::with_adjacent_elements(given.w)), y(given.y.contiguous()), s(in_t(given.s)) {
+      : x(in_t(given.x)),
+        w(cosface::with_adjacent_elements(given.w)),
+        y(given.y.contiguous()),
+        s(in_t(given.s)),
+        bfloat16(given.x.scalar_type() == at::kBFloat16) {
     if (given.thresholds) tau = in_t(*given.thresholds), polynomial = in_t(*given.negatives);
   }
 
@@ -85,7 +90,8 @@ struct Arguments {
             s.const_data_ptr<T>(),
             x.size(0),
             x.size(1),
-            negatives};
+            negatives,
+            bfloat16};
   }
   cosface::Weight weight() const { return cosface::weight_of(w); }
 };
@@ -353,6 +359,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         [](const Tensor& fresh) { cosface::use_huge_pages(fresh.mutable_data_ptr(), fresh.nbytes()); });
   m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);
+  m.def("multiplies_bfloat16", cosface::multiplies_bfloat16);
 #ifdef COSFACE_CUDA
   cosface::cuda::define(m, [](const Tensor& tensor, auto body) {
     const c10::cuda::CUDAGuard guard(tensor.device());

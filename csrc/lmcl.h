@@ -39,6 +39,7 @@ struct Batch {
   const T* s;        // (N)
   int64_t n, d;
   Negatives<T> negatives = {};
+  bool bfloat16 = false;  // x was given in it, so that products may multiply it as it is
 };
 
 struct Weight {
@@ -125,5 +126,9 @@ void fill_normal(void* data, DType dtype, int64_t start, int64_t n, uint64_t see
 
 // The instruction set in use: the best that this processor has, or the one named in COSFACE_CPU_ISA.
 const char* instruction_set();
+
+// Whether products of embeddings in bfloat16 with a weight in bfloat16 or float32, which is then rounded, are of
+// numbers in bfloat16, without a gradient_tolerance.
+bool multiplies_bfloat16();
 
 }  // namespace cosface

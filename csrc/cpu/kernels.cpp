@@ -441,16 +441,9 @@ void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* in
 }
 
 template <typename T>
-void project(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t rows, int64_t d, const T* inv_norm,
-             const T* col_dot) {
-  for (int64_t j = 0; j < rows; ++j) {
-    if (inv_norm[j] >= 1 / T(kEps)) continue;
-    T* __restrict to = dw + j * dw_stride;
-    const T* __restrict from = w + j * w_stride;
-    const T factor = col_dot[j] * inv_norm[j] * inv_norm[j];
+void project(T* __restrict dw, const T* __restrict w, int64_t d, T projection) {
 #pragma omp simd
-    for (int64_t k = 0; k < d; ++k) to[k] -= factor * from[k];
-  }
+  for (int64_t k = 0; k < d; ++k) dw[k] -= projection * w[k];
 }
 
 template <typename T>
@@ -818,11 +811,8 @@ void weighted_sum(const T* rows, int64_t stride, const uint8_t* index, const T* 
 }
 
 template <typename T>
-constexpr Kernels<T> kTable{kPanel<T>,
-                            matmul<T>,
+constexpr Kernels<T> kTable{{kPanel<T>, 1, matmul<T>, pack_transposed<T>, pack<T>},
                             normalize<T>,
-                            pack_transposed<T>,
-                            pack<T>,
                             inverse_norms<T>,
                             load<T>,
                             store<T>,

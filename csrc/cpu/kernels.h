@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "lmcl.h"
 #include "update.h"
@@ -12,20 +13,27 @@ namespace cosface {
 // Samples per tile. The kernels keep a few numbers per sample on the stack.
 constexpr int64_t kTileRows = 256;
 
+// A number with the exponent of a float, and the first 8 bits of its significand.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // A matrix that is read element by element: (i, k) is at data[i row_stride + k depth_stride]. One of the strides
-// must be 1.
-template <typename T>
+// must be 1, that of the depth if it holds bfloat16.
+template <typename Operand>
 struct Left {
-  const T* data;
+  const Operand* data;
   int64_t row_stride, depth_stride;
 };
 
-// A matrix that is read in panels of Kernels::panel columns: row k of panel q is at
-// data[q panel_stride + k depth_stride].
-template <typename T>
+// A matrix that is read in panels of Products::panel columns: row k of panel q is at
+// data[q panel_stride + k depth_stride]. Of bfloat16, rows 2k and 2k + 1 are interleaved: their numbers in a
+// column are a pair, and depth_stride is the panel.
+template <typename Operand>
 struct Right {
-  const T* data;
+  const Operand* data;
   int64_t panel_stride, depth_stride;
+  const float* factor = nullptr;  // with bfloat16, of the columns of a product; null for 1
 };
 
 // Addresses of memory that will be read soon; empty for none.
@@ -78,25 +86,51 @@ struct SparseKernels {
                        int64_t width, T* to, bool accumulate);
 };
 
-template <typename T>
-struct Kernels {
-  int64_t panel;  // columns that a matrix product makes at a time
+// Matrix products of numbers of type Operand, summed in T.
+template <typename T, typename Operand>
+struct Products {
+  int64_t panel;       // columns that a product makes at a time
+  int64_t depth_step;  // depths are multiples of it, with zeros where there is nothing to multiply
 
   // c (rows, cols) = a (rows, depth) b (depth, cols), or c += a b; cols must be a multiple of panel. Meanwhile
   // fetches what it can of `ahead` into the cache.
-  void (*matmul)(Left<T> a, Right<T> b, T* c, int64_t c_stride, int64_t rows, int64_t cols, int64_t depth,
-                 bool accumulate, Ahead ahead);
-
-  // x_hat = x / max(|x|, eps) and inv_norm = 1 / max(|x|, eps) for a row x of length d.
-  void (*normalize)(const T* x, int64_t d, T* x_hat, T* inv_norm);
+  void (*matmul)(Left<Operand> a, Right<Operand> b, T* c, int64_t c_stride, int64_t rows, int64_t cols,
+                 int64_t depth, bool accumulate, Ahead ahead);
 
   // Rows v (rows, d), which lie `stride` apart, as a Right of depth d whose columns are the rows of v: panel q
   // holds v_{q panel + l, k} at [q d panel + k panel + l], with zeros where there is no such row.
-  void (*pack_transposed)(const T* v, int64_t rows, int64_t d, int64_t stride, T* to);
+  void (*pack_transposed)(const Operand* v, int64_t rows, int64_t d, int64_t stride, Operand* to);
 
   // Rows v (rows, width), which lie `stride` apart, as a Right with adjacent rows of panels that lie panel_stride
-  // apart: rows that are powers of two apart share few places of a cache. width must be a multiple of panel.
-  void (*pack)(const T* v, int64_t rows, int64_t width, int64_t stride, T* to, int64_t panel_stride);
+  // apart: rows that are powers of two apart share few places of a cache. width must be a multiple of panel. Rows
+  // of zeros follow up to the next depth_step.
+  void (*pack)(const Operand* v, int64_t rows, int64_t width, int64_t stride, Operand* to, int64_t panel_stride);
+};
+
+// What products of bfloat16 need besides; see bfloat16.cpp.
+struct Bfloat16Kernels {
+  Products<float, BFloat16> products;
+
+  // to = factor x, rounded to the nearest.
+  void (*scale)(const float* x, int64_t d, float factor, BFloat16* to);
+
+  // A tile of gradients (classes, n) as the left sides of two products: factor_i g_ji class by class, and g_ji
+  // sample by sample, both rounded to the nearest, with zeros up to whole depth_steps of their rows.
+  void (*round)(const float* g, int64_t classes, int64_t n, int64_t stride, const float* factor,
+                BFloat16* by_class, int64_t class_stride, BFloat16* by_sample, int64_t sample_stride);
+
+  void (*inverse_norms)(const BFloat16* w, int64_t rows, int64_t d, int64_t stride, float* inv_norm);
+
+  // to = dw - projection w, rounded to the nearest.
+  void (*project)(const float* dw, const BFloat16* w, int64_t d, float projection, BFloat16* to);
+};
+
+template <typename T>
+struct Kernels {
+  Products<T, T> products;
+
+  // x_hat = x / max(|x|, eps) and inv_norm = 1 / max(|x|, eps) for a row x of length d.
+  void (*normalize)(const T* x, int64_t d, T* x_hat, T* inv_norm);
 
   void (*inverse_norms)(const T* w, int64_t rows, int64_t d, int64_t stride, T* inv_norm);
 
@@ -127,9 +161,8 @@ struct Kernels {
   void (*keep_cosines)(const T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, void* kept);
   void (*recall_cosines)(const void* kept, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, T* z);
 
-  // dw_j -= col_dot_j w_j / |w_j|^2, the projection; none for a row whose norm was clamped.
-  void (*project)(T* dw, int64_t dw_stride, const T* w, int64_t w_stride, int64_t rows, int64_t d,
-                  const T* inv_norm, const T* col_dot);
+  // dw -= projection w, for rows of length d.
+  void (*project)(T* dw, const T* w, int64_t d, T projection);
 
   // The length of a row's gradient g.
   T (*gradient_norm)(RowGradient<T> g, const T* w, int64_t d);
@@ -155,5 +188,17 @@ struct Kernels {
 // The best set that this processor has, or the one named in COSFACE_CPU_ISA; chosen at the first call.
 template <typename T>
 const Kernels<T>& kernels();
+
+// Null where this processor multiplies bfloat16 no faster than float.
+const Bfloat16Kernels* bfloat16_kernels();
+
+template <typename T, typename Operand>
+const Products<T, Operand>& products() {
+  if constexpr (std::is_same_v<T, Operand>) {
+    return kernels<T>().products;
+  } else {
+    return bfloat16_kernels()->products;
+  }
+}
 
 }  // namespace cosface

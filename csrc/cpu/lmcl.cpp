@@ -13,6 +13,7 @@
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -24,6 +25,7 @@ namespace {
 
 template <typename T>
 bool is(DType dtype) {
+  if (std::is_same_v<T, BFloat16>) return dtype == DType::kBFloat16;
   return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
 
@@ -48,10 +50,10 @@ class CosineCache {
     std::memset(last_slot, 0, header + options.cache_bytes - last_slot);
     *reinterpret_cast<int64_t*>(header) = partition.tile;
   }
-  static Partition partition(const Options& options, int64_t classes, const Runtime& runtime) {
-    if (!wanted(options)) return {classes, runtime};
+  static Partition partition(const Options& options, int64_t classes, const Runtime& runtime, TileSize size) {
+    if (!wanted(options)) return {classes, runtime, size};
     const int64_t tile = *static_cast<const int64_t*>(options.cache);
-    if (tile < 1 || tile > std::max(kTileClasses, runtime.tile_classes)) {
+    if (tile < 1 || tile > std::max(size.classes, runtime.tile_classes)) {
       throw std::invalid_argument(kForeignCache);
     }
     return {classes, tile, std::min<int64_t>(runtime.threads, (classes + tile - 1) / tile)};
@@ -112,59 +114,83 @@ class CosineCache {
   const int64_t element_, slot_bytes_, kept_;
 };
 
-// The normalised embeddings, in the layouts that the products read.
+// A stride for rows of this width, an odd number of cache lines: a block of a column would else have few places in
+// the cache.
 template <typename T>
+int64_t odd_lines(int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (round_up(width, kLine) / kLine | 1) * kLine;
+}
+
+// The embeddings as the products read them: normalised, or, in bfloat16, times a power of two and yet to be
+// divided by what is left of their norms, so that nothing is rounded.
+template <typename T, typename Operand>
 struct Embeddings {
   enum Layout { kColumns = 1, kPanels = 2, kRows = 4 };
+  static constexpr bool kNormalized = std::is_same_v<T, Operand>;
 
-  const int64_t n, d, width;  // width: d, rounded up to whole panels
-  const T* given;             // (N, D)
-  Buffer<T> columns;          // blocks of kTileRows rows, each packed as its transpose
-  Buffer<T> panels;           // blocks of kTileRows rows, each packed, with zeros beyond d
-  Buffer<T> rows;             // (N, width), zeros beyond d
-  Buffer<T> inv_norm;         // (N)
+  const int64_t n, d, depth, width;  // d, rounded up to a depth of products, and to whole panels
+  const T* given;                    // (N, D)
+  Buffer<Operand> columns;           // blocks of kTileRows rows, each packed as its transpose
+  Buffer<Operand> panels;            // blocks of kTileRows rows, each packed, with zeros beyond d
+  Buffer<Operand> rows;              // (N, width), zeros beyond d
+  Buffer<T> inv_norm;                // (N)
+  Buffer<T> left;                    // (N), what is left of inv_norm, if not normalised
 
   // Rows for which active(i) is false become 0, whatever x holds: 0 x nan would be nan in a product.
   template <typename Active>
   Embeddings(const Batch<T>& batch, const Runtime& runtime, int layouts, Active active)
       : n(batch.n),
         d(batch.d),
-        width(round_up(d, kernels<T>().panel)),
+        depth(round_up(d, table().depth_step)),
+        width(round_up(d, table().panel)),
         given(batch.x),
-        columns(layouts & kColumns ? round_up(n, kernels<T>().panel) * d : 0),
-        panels(layouts & kPanels ? n * width : 0),
+        columns(layouts & kColumns ? round_up(n, table().panel) * depth : 0),
+        panels(layouts & kPanels ? padded(n) * width : 0),
         rows(layouts & kRows ? n * width : 0),
-        inv_norm(n) {
-    const int64_t some = kernels<T>().panel;  // rows that every layout has in one place
+        inv_norm(n),
+        left(kNormalized ? 0 : round_up(n, table().panel)) {
+    const int64_t some = table().panel;  // rows that every layout has in one place
     share((n + some - 1) / some, some * d, runtime, [&](int64_t first, int64_t last) {
-      Buffer<T> apart(layouts & kRows ? 0 : some * width);
+      Buffer<Operand> apart(layouts & kRows ? 0 : some * width);
       for (int64_t i = first * some; i < std::min(last * some, n); i += some) {
-        T* const here = layouts & kRows ? rows + i * width : apart;
+        Operand* const here = layouts & kRows ? rows + i * width : apart;
         const int64_t count = std::min(some, n - i), block = i / kTileRows * kTileRows;
+        if (!kNormalized) std::fill_n(left + i, some, T(0));
         for (int64_t k = 0; k < count; ++k) {
-          T* row = here + k * width;
+          Operand* row = here + k * width;
           if (active(i + k)) {
-            kernels<T>().normalize(given + (i + k) * d, d, row, inv_norm + i + k);
+            prepare(i + k, row);
           } else {
-            std::fill_n(row, d, T(0));
+            std::fill_n(row, d, Operand{});
             inv_norm[i + k] = 0;
           }
-          std::fill(row + d, row + width, T(0));
+          std::fill(row + d, row + width, Operand{});
         }
-        if (layouts & kColumns) kernels<T>().pack_transposed(here, count, d, width, columns + i * d);
+        if (layouts & kColumns) table().pack_transposed(here, count, depth, width, columns + i * depth);
         if (layouts & kPanels) {
-          const Right<T> whole = right(block);
-          kernels<T>().pack(here, count, width, width, panels + block * width + (i - block) * some,
-                            whole.panel_stride);
+          const Right<Operand> whole = right(block);
+          table().pack(here, count, width, width, panels + block * width + (i - block) * some, whole.panel_stride);
         }
       }
     });
   }
 
+  static const Products<T, Operand>& table() { return products<T, Operand>(); }
+
+  // Samples or classes as a depth of products.
+  static int64_t padded(int64_t count) { return round_up(count, table().depth_step); }
+
   // The block from row i on, as the right side of a product.
-  Right<T> right(int64_t i) const {
-    const int64_t panel = kernels<T>().panel;
-    return {panels + i * width, std::min(kTileRows, n - i) * panel, panel};
+  Right<Operand> right(int64_t i) const {
+    return {panels + i * width, padded(std::min(kTileRows, n - i)) * table().panel, table().panel};
+  }
+
+  // Its transpose.
+  Right<Operand> right_transposed(int64_t i) const {
+    Right<Operand> block{columns + i * depth, depth * table().panel, table().panel};
+    if constexpr (!kNormalized) block.factor = left + i;
+    return block;
   }
 
   // Calls body(first row, number of rows) for blocks of at most kTileRows rows.
@@ -173,60 +199,81 @@ struct Embeddings {
     for (int64_t i = 0; i < n; i += kTileRows) body(i, std::min(kTileRows, n - i));
   }
 
-  // Of the classes in a tile of cosines, an odd number of cache lines: a product that reads them by columns would
-  // else have room for few of them in the cache.
-  int64_t tile_stride() const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t columns = round_up(std::min(n, kTileRows), kernels<T>().panel);
-    return (round_up(columns, kLine) / kLine | 1) * kLine;
+  int64_t tile_stride() const { return odd_lines<T>(round_up(std::min(n, kTileRows), table().panel)); }
+
+ private:
+  void prepare(int64_t i, Operand* row) {
+    const T* const x = given + i * d;
+    if constexpr (kNormalized) {
+      kernels<T>().normalize(x, d, row, inv_norm + i);
+    } else {
+      kernels<T>().inverse_norms(x, 1, d, d, inv_norm + i);
+      int exponent;
+      left[i] = std::frexp(inv_norm[i], &exponent);
+      if (!(left[i] > 0)) left[i] = 1;  // the norm is infinite or nan
+      bfloat16_kernels()->scale(x, d, inv_norm[i] / left[i], row);
+    }
   }
 };
 
 constexpr int64_t kPackedRows = 64;  // samples from which on packing a tile of classes saves time, with AVX2
 
-// The class rows of one tile in T, in whole panels: the weight itself where it is so, else a copy.
-template <typename T>
+// The class rows of one tile, in whole panels: the weight itself where it is of Operand, else a copy.
+template <typename T, typename Operand>
 class ClassRows {
  public:
-  ClassRows(const Weight& weight, const Options& options, const Embeddings<T>& x, int64_t tile, bool packs)
+  ClassRows(const Weight& weight, const Options& options, const Embeddings<T, Operand>& x, int64_t tile,
+            bool packs)
       : inv_norm(tile),
         weight_(weight),
         chosen_(options.classes),
         normalize_(options.normalize_weight),
         d_(x.d),
         width_(x.width),
-        in_place_(chosen_ == nullptr && is<T>(weight.dtype) && width_ == d_),
+        in_place_(chosen_ == nullptr && is<Operand>(weight.dtype) && width_ == d_),
         copy_(in_place_ ? 0 : tile * width_),
+        row_(kSame ? 0 : d_),
         packs_(packs),
-        panels_(packs ? tile * width_ : 0) {}
+        panels_(packs ? x.padded(tile) * width_ : 0) {}
 
   void load(int64_t first, int64_t classes) {
     const auto* source = static_cast<const char*>(weight_.data);
     const int64_t row_bytes = weight_.row_stride * size_of(weight_.dtype);
     if (in_place_) {
-      rows = reinterpret_cast<const T*>(source + first * row_bytes);
+      rows = reinterpret_cast<const Operand*>(source + first * row_bytes);
       stride = weight_.row_stride;
     } else {
       for (int64_t j = 0; j < classes; ++j) {
-        kernels<T>().load(source + (chosen_ ? chosen_[first + j] : first + j) * row_bytes, weight_.dtype, d_,
-                          copy_ + j * width_);
-        std::fill(copy_ + j * width_ + d_, copy_ + (j + 1) * width_, T(0));
+        fetch(source + (chosen_ ? chosen_[first + j] : first + j) * row_bytes, copy_ + j * width_);
+        std::fill(copy_ + j * width_ + d_, copy_ + (j + 1) * width_, Operand{});
       }
       rows = copy_;
       stride = width_;
     }
-    if (normalize_) {
+    if (!normalize_) {
+      std::fill_n(static_cast<T*>(inv_norm), classes, T(1));
+    } else if constexpr (kSame) {
       kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
     } else {
-      std::fill_n(static_cast<T*>(inv_norm), classes, T(1));
+      bfloat16_kernels()->inverse_norms(rows, classes, d_, stride, inv_norm);
     }
-    if (packs_) kernels<T>().pack(rows, classes, width_, stride, panels_, classes * kernels<T>().panel);
+    if (packs_) table().pack(rows, classes, width_, stride, panels_, panel_stride(classes));
+  }
+
+  // The row of class j of the tile in T, until the next is asked for.
+  const T* row(int64_t j) const {
+    if constexpr (kSame) {
+      return rows + j * stride;
+    } else {
+      kernels<T>().load(rows + j * stride, DType::kBFloat16, d_, row_);
+      return row_;
+    }
   }
 
   // As the right side of a product.
-  Right<T> right(int64_t classes) const {
-    const int64_t panel = kernels<T>().panel;
-    return packs_ ? Right<T>{panels_, classes * panel, panel} : Right<T>{rows, panel, stride};
+  Right<Operand> right(int64_t classes) const {
+    const int64_t panel = table().panel;
+    return packs_ ? Right<Operand>{panels_, panel_stride(classes), panel} : Right<Operand>{rows, panel, stride};
   }
 
   // Where the weight keeps the classes from `first` on; chosen classes lie apart.
@@ -238,60 +285,124 @@ class ClassRows {
   }
 
   // z (classes, rows) = w x_hat^T for the block of embeddings that begins at row i.
-  void dot(const Embeddings<T>& x, int64_t i, int64_t classes, T* z, Ahead ahead) const {
-    const int64_t panel = kernels<T>().panel;
-    kernels<T>().matmul({rows, stride, 1}, {x.columns + i * d_, d_ * panel, panel}, z, x.tile_stride(), classes,
-                        round_up(std::min(kTileRows, x.n - i), panel), d_, false, ahead);
+  void dot(const Embeddings<T, Operand>& x, int64_t i, int64_t classes, T* z, Ahead ahead) const {
+    table().matmul({rows, stride, 1}, x.right_transposed(i), z, x.tile_stride(), classes,
+                   round_up(std::min(kTileRows, x.n - i), table().panel), x.depth, false, ahead);
   }
 
-  const T* rows = nullptr;
+  const Operand* rows = nullptr;
   int64_t stride = 0;
   Buffer<T> inv_norm;  // (classes)
 
  private:
+  static constexpr bool kSame = std::is_same_v<T, Operand>;
+  static const Products<T, Operand>& table() { return products<T, Operand>(); }
+  static int64_t panel_stride(int64_t classes) { return round_up(classes, table().depth_step) * table().panel; }
+
+  void fetch(const char* source, Operand* to) const {
+    if constexpr (kSame) {
+      kernels<T>().load(source, weight_.dtype, d_, to);
+    } else if (is<Operand>(weight_.dtype)) {
+      std::memcpy(to, source, d_ * sizeof(Operand));
+    } else {
+      kernels<T>().store(reinterpret_cast<const T*>(source), d_, to, DType::kBFloat16);
+    }
+  }
+
   const Weight& weight_;
   const int64_t* const chosen_;
   const bool normalize_;
   const int64_t d_, width_;
   const bool in_place_;
-  Buffer<T> copy_;
+  Buffer<Operand> copy_;
+  Buffer<T> row_;
   const bool packs_;
-  Buffer<T> panels_;
+  Buffer<Operand> panels_;
+};
+
+// A tile of G_ij / |w_j| as the left side of two products: by classes, whose right side are the embeddings, and by
+// samples.
+template <typename T, typename Operand>
+class GradientTile {
+ public:
+  GradientTile(int64_t classes, int64_t samples)
+      : class_stride_(samples),
+        sample_stride_(classes),
+        by_class_(classes * samples),
+        by_sample_(samples * classes) {}
+
+  void load(const T* g, int64_t classes, int64_t rows, int64_t stride, const T* left) {
+    bfloat16_kernels()->round(g, classes, rows, stride, left, by_class_, class_stride_, by_sample_,
+                              sample_stride_);
+  }
+  Left<Operand> by_class(int64_t j) const { return {by_class_ + j * class_stride_, class_stride_, 1}; }
+  Left<Operand> by_sample() const { return {by_sample_, sample_stride_, 1}; }
+
+ private:
+  const int64_t class_stride_, sample_stride_;
+  Buffer<Operand> by_class_, by_sample_;
+};
+
+// In place.
+template <typename T>
+class GradientTile<T, T> {
+ public:
+  GradientTile(int64_t, int64_t) {}
+
+  void load(const T* g, int64_t, int64_t, int64_t stride, const T*) { g_ = g, stride_ = stride; }
+  Left<T> by_class(int64_t j) const { return {g_ + j * stride_, stride_, 1}; }
+  Left<T> by_sample() const { return {g_, 1, stride_}; }
+
+ private:
+  const T* g_ = nullptr;
+  int64_t stride_ = 0;
 };
 
 // The rows of dw that belong to one tile: in dw itself where it has the dtype and whole panels, else in a buffer
-// that save() rounds into dw, or that an update uses up.
+// of `capacity` rows at a time that save() rounds into dw, or that an update uses up.
 template <typename T>
 class GradientRows {
  public:
-  GradientRows(const Gradients<T>& gradients, DType dtype, const Embeddings<T>& x, int64_t tile)
+  GradientRows(const Gradients<T>& gradients, DType dtype, int64_t d, int64_t width, int64_t capacity)
       : wanted(gradients.dw != nullptr || gradients.update != nullptr),
-        stride(x.width),
+        stride(width),
+        capacity(capacity),
         dw_(static_cast<char*>(gradients.dw)),
         dtype_(dtype),
-        d_(x.d),
-        in_place_(dw_ != nullptr && is<T>(dtype) && x.width == x.d),
-        copy_(!wanted || in_place_ ? 0 : tile * x.width) {}
+        d_(d),
+        in_place_(dw_ != nullptr && is<T>(dtype) && width == d),
+        copy_(!wanted || in_place_ ? 0 : capacity * width) {}
 
-  void begin(int64_t first) { rows = in_place_ ? reinterpret_cast<T*>(row(first)) : copy_; }
+  void begin(int64_t first) { first_ = first; }
 
-  void save(int64_t first, int64_t classes) const {
-    if (in_place_) return;
-    for (int64_t j = 0; j < classes; ++j) kernels<T>().store(copy_ + j * stride, d_, row(first + j), dtype_);
+  // Row j of the tile.
+  T* row(int64_t j) const { return in_place_ ? reinterpret_cast<T*>(stored(j)) : copy_ + j % capacity * stride; }
+
+  // Less its projection on the row of w.
+  template <typename Operand>
+  void save(int64_t j, T projection, const ClassRows<T, Operand>& w) const {
+    if constexpr (std::is_same_v<Operand, BFloat16>) {
+      if (is<Operand>(dtype_)) {
+        auto* const to = reinterpret_cast<Operand*>(stored(j));
+        return bfloat16_kernels()->project(row(j), w.rows + j * w.stride, d_, projection, to);
+      }
+    }
+    if (projection != 0) kernels<T>().project(row(j), w.row(j), d_, projection);
+    if (!in_place_) kernels<T>().store(row(j), d_, stored(j), dtype_);
   }
 
   const bool wanted;
-  const int64_t stride;
-  T* rows = nullptr;
+  const int64_t stride, capacity;
 
  private:
-  char* row(int64_t j) const { return dw_ + j * d_ * size_of(dtype_); }
+  char* stored(int64_t j) const { return dw_ + (first_ + j) * d_ * size_of(dtype_); }
 
   char* const dw_;
   const DType dtype_;
   const int64_t d_;
   const bool in_place_;
   Buffer<T> copy_;
+  int64_t first_ = 0;
 };
 
 // Moves rows of the weight and of the optimizer's state: in place where these are in T, else in copies of a row.
@@ -424,20 +535,22 @@ class ExactSamples {
 template <typename T>
 class Sums {
  public:
-  Sums(const Embeddings<T>& x, int64_t parts, bool need_dx)
-      : n_(x.n),
-        width_(x.width),
+  Sums(int64_t n, int64_t stride, int64_t parts, bool need_dx)
+      : stride(stride),
+        n_(n),
         parts_(parts),
-        dx_hat_(need_dx ? std::max<int64_t>(parts, 1) * n_ * width_ : 0),
+        dx_hat_(need_dx ? std::max<int64_t>(parts, 1) * n_ * stride : 0),
         row_dot_(parts * n_),
         dscale_(parts * n_) {}
 
-  T* dx_hat_of(int64_t part, int64_t i) { return dx_hat_.empty() ? nullptr : &dx_hat_[(part * n_ + i) * width_]; }
+  T* dx_hat_of(int64_t part, int64_t i) { return dx_hat_.empty() ? nullptr : &dx_hat_[(part * n_ + i) * stride]; }
   double* row_dot_of(int64_t part, int64_t i) { return row_dot_.data() + part * n_ + i; }
   double* dscale_of(int64_t part, int64_t i) { return dscale_.data() + part * n_ + i; }
 
   // Writes the gradients of sample i, whose place among all samples is `to`; none if it is not active.
-  void finish(int64_t i, bool active, const Embeddings<T>& x, int64_t to, const Gradients<T>& gradients) const {
+  template <typename Operand>
+  void finish(int64_t i, bool active, const Embeddings<T, Operand>& x, int64_t to,
+              const Gradients<T>& gradients) const {
     double dot = 0, ds = 0;
     for (int64_t part = 0; part < parts_; ++part) {
       dot += row_dot_[part * n_ + i];
@@ -449,13 +562,15 @@ class Sums {
       std::fill_n(gradients.dx + to * x.d, x.d, T(0));
       return;
     }
-    kernels<T>().finish_dx(&dx_hat_[i * width_], parts_, n_ * width_, x.given + i * x.d, static_cast<T>(dot),
+    kernels<T>().finish_dx(&dx_hat_[i * stride], parts_, n_ * stride, x.given + i * x.d, static_cast<T>(dot),
                            x.inv_norm[i], x.d, gradients.dx + to * x.d);
   }
 
+  const int64_t stride;  // of rows of dx_hat
+
  private:
-  const int64_t n_, width_, parts_;
-  std::vector<T> dx_hat_;                 // (parts, N, width)
+  const int64_t n_, parts_;
+  std::vector<T> dx_hat_;                 // (parts, N, stride)
   std::vector<double> row_dot_, dscale_;  // (parts, N)
 };
 
@@ -464,17 +579,21 @@ T softplus(T z) {
   return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
 }
 
-}  // namespace
+constexpr int64_t kRowsAtOnce = 64;
 
-template <typename T>
-void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options,
-                  const Runtime& runtime, const Results<T>& results) {
+template <typename T, typename Operand>
+constexpr TileSize kTileOf = std::is_same_v<T, Operand> ? kTile : kBfloat16Tile;
+
+template <typename T, typename Operand>
+void forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options, const Runtime& runtime,
+             const Results<T>& results) {
   const int64_t n = batch.n, classes = options.classes ? options.count : weight.classes;
   const bool keeps = options.gradient_tolerance > 0;
-  const Partition partition(classes, runtime, keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
+  const Partition partition(classes, runtime, kTileOf<T, Operand>,
+                            keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
   const EntryCache<T> cache(options, n, classes);
   CosineCache<T>::begin(options, partition, n);
-  const Embeddings<T> x(batch, runtime, Embeddings<T>::kColumns, [](int64_t) { return true; });
+  const Embeddings<T, Operand> x(batch, runtime, Embeddings<T, Operand>::kColumns, [](int64_t) { return true; });
   constexpr T kLowest = std::numeric_limits<T>::lowest();  // finite, so that the difference of two is 0
   std::vector<T> row_max(partition.parts * n, kLowest);
   std::vector<T> max_cos(batch.negatives.tau ? row_max.size() : 0, kLowest);  // where row_max is of N(cos)
@@ -492,7 +611,7 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
 
   const CosineCache<T> cosines(options, partition, n);
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassRows<T> w(weight, options, x, partition.tile, false);
+    ClassRows<T, Operand> w(weight, options, x, partition.tile, false);
     Buffer<T> z(partition.tile * x.tile_stride());
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
@@ -531,32 +650,39 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
   }
 }
 
-template <typename T>
-void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
-                   const Options& options, const Runtime& runtime, const Gradients<T>& gradients) {
+template <typename T, typename Operand>
+void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream, const Options& options,
+              const Runtime& runtime, const Gradients<T>& gradients) {
+  using X = Embeddings<T, Operand>;
+  const Products<T, Operand>& table = products<T, Operand>();
   const int64_t d = batch.d, classes = options.classes ? options.count : weight.classes;
   const EntryCache<T> cache(options, batch.n, classes);
   cache.check();
   const bool sparse = !cache.empty();
-  const Partition partition = sparse ? cache.partition() : CosineCache<T>::partition(options, classes, runtime);
+  const Partition partition =
+      sparse ? cache.partition() : CosineCache<T>::partition(options, classes, runtime, kTileOf<T, Operand>);
   const ExactSamples<T> exact(cache, batch, upstream);
   const CosineCache<T> cosines(options, partition, batch.n);
-  const int layouts = (cosines.holds_all() ? 0 : Embeddings<T>::kColumns) |
-                      (gradients.dw || gradients.update ? Embeddings<T>::kPanels : 0);
-  const Embeddings<T> x(exact.batch, runtime, layouts, [&](int64_t i) { return exact.active(i); });
-  Sums<T> sums(x, partition.parts, gradients.dx != nullptr);
+  const int layouts =
+      (cosines.holds_all() ? 0 : X::kColumns) | (gradients.dw || gradients.update ? X::kPanels : 0);
+  const X x(exact.batch, runtime, layouts, [&](int64_t i) { return exact.active(i); });
+  Sums<T> sums(x.n, odd_lines<T>(x.width), partition.parts, gradients.dx != nullptr);
   std::optional<SparseGradient<T>> gradient;
-  std::optional<Embeddings<T>> sparse_x;
+  std::optional<Embeddings<T, T>> sparse_x;
   std::optional<Sums<T>> sparse_sums;
   if (sparse) {
     gradient.emplace(cache, batch, upstream);
-    sparse_x.emplace(batch, runtime, Embeddings<T>::kRows, [&](int64_t i) { return gradient->active(i); });
-    sparse_sums.emplace(*sparse_x, partition.parts, gradients.dx != nullptr);
+    sparse_x.emplace(batch, runtime, Embeddings<T, T>::kRows, [&](int64_t i) { return gradient->active(i); });
+    sparse_sums.emplace(batch.n, sparse_x->width, partition.parts, gradients.dx != nullptr);
   }
 
   runtime.parallel(partition.parts, [&](int64_t part) {
-    ClassRows<T> w(weight, options, x, partition.tile, gradients.dx != nullptr && x.n >= kPackedRows);
-    GradientRows<T> dw(gradients, weight.dtype, x, partition.tile);
+    const bool packs = gradients.dx != nullptr && (x.n >= kPackedRows || !X::kNormalized);
+    ClassRows<T, Operand> w(weight, options, x, partition.tile, packs);
+    // in bfloat16 a few rows of dw at a time, which are finished while they are in the cache
+    const int64_t some = X::kNormalized || x.n > kTileRows ? partition.tile : kRowsAtOnce;
+    GradientRows<T> dw(gradients, weight.dtype, d, x.width, some);
+    GradientTile<T, Operand> left(x.padded(partition.tile), x.padded(std::min(x.n, kTileRows)));
     std::optional<RowUpdate<T>> update;
     if (gradients.update != nullptr) update.emplace(*gradients.update, weight, options, d);
     std::optional<typename SparseGradient<T>::Walk> walk;
@@ -568,8 +694,19 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
     Buffer<T> g(partition.tile * stride), col_dot(partition.tile);
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
-      if (dw.wanted) dw.begin(first);
+      dw.begin(first);
       std::fill_n(static_cast<T*>(col_dot), classes, T(0));
+      const auto finish = [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+          const T inv = w.inv_norm[j];
+          const T projection = options.normalize_weight && inv < 1 / T(kEps) ? col_dot[j] * inv * inv : 0;
+          if (update) {
+            update->move(first + j, dw.row(j), projection, w.row(j));
+          } else {
+            dw.save(j, projection, w);
+          }
+        }
+      };
       x.each_block([&](int64_t i, int64_t rows) {
         if (cosines.recall(first, i, g, classes, rows, stride, w.inv_norm)) {
           exact.silence(i, g, classes, rows, stride);
@@ -580,31 +717,28 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
                                    exact.batch.negatives.from(i), exact.top(i), exact.log_sum(i),
                                    exact.upstream.g_lse + i, exact.upstream.g_cos + i, col_dot,
                                    sums.row_dot_of(part, i), sums.dscale_of(part, i));
+        left.load(g, classes, rows, stride, x.left + i);
         if (gradients.dx) {
-          kernels<T>().matmul({g, 1, stride}, w.right(classes), sums.dx_hat_of(part, i), x.width, rows, x.width,
-                              classes, true, i == 0 && update ? update->ahead(first, classes) : Ahead{});
+          table.matmul(left.by_sample(), w.right(classes), sums.dx_hat_of(part, i), sums.stride, rows, x.width,
+                       x.padded(classes), true, i == 0 && update ? update->ahead(first, classes) : Ahead{});
         }
-        if (dw.wanted) {
-          kernels<T>().matmul({g, stride, 1}, x.right(i), dw.rows, dw.stride, classes, x.width, rows, i > 0,
-                              i == 0 ? w.ahead(first + classes, classes) : Ahead{});
+        for (int64_t j = 0; dw.wanted && j < classes; j += dw.capacity) {
+          const int64_t end = std::min(j + dw.capacity, classes);
+          table.matmul(left.by_class(j), x.right(i), dw.row(j), dw.stride, end - j, x.width, x.padded(rows), i > 0,
+                       i == 0 ? w.ahead(first + classes + j, end - j) : Ahead{});
+          if (i + rows == x.n && !sparse) finish(j, end);
         }
       });
-      if (dw.wanted && x.n == 0 && !sparse) std::fill_n(dw.rows, classes * dw.stride, T(0));
-      if (sparse) {
-        walk->tile(first, classes, {w.rows, w.stride, w.inv_norm}, {dw.rows, dw.stride, x.n > 0}, col_dot);
+      if constexpr (X::kNormalized) {
+        if (sparse) {
+          walk->tile(first, classes, {w.rows, w.stride, w.inv_norm}, {dw.row(0), dw.stride, x.n > 0}, col_dot);
+        }
       }
-      if (!dw.wanted) return;
-      for (int64_t j = 0; update && j < classes; ++j) {
-        const T inv = w.inv_norm[j];
-        const bool projects = options.normalize_weight && inv < 1 / T(kEps);
-        update->move(first + j, dw.rows + j * dw.stride, projects ? col_dot[j] * inv * inv : 0,
-                     w.rows + j * w.stride);
+      if (!dw.wanted || (x.n > 0 && !sparse)) return;
+      for (int64_t j = 0; j < classes; ++j) {
+        if (!sparse) std::fill_n(dw.row(j), dw.stride, T(0));
+        finish(j, j + 1);
       }
-      if (update) return;
-      if (options.normalize_weight) {
-        kernels<T>().project(dw.rows, dw.stride, w.rows, w.stride, classes, d, w.inv_norm, col_dot);
-      }
-      dw.save(first, classes);
     });
     if (sparse) walk->finish();
   });
@@ -618,6 +752,36 @@ void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T
       if (!cache.exact(i)) sparse_sums->finish(i, gradient->active(i), *sparse_x, i, gradients);
     }
   });
+}
+
+template <typename T>
+bool in_bfloat16(const Batch<T>& batch, const Weight& weight, const Options& options) {
+  return multiplies_bfloat16() && batch.bfloat16 && options.gradient_tolerance == 0 &&
+         (weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32);
+}
+
+}  // namespace
+
+template <typename T>
+void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options,
+                  const Runtime& runtime, const Results<T>& results) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (in_bfloat16(batch, weight, options)) {
+      return forward<T, BFloat16>(batch, weight, margin, options, runtime, results);
+    }
+  }
+  forward<T, T>(batch, weight, margin, options, runtime, results);
+}
+
+template <typename T>
+void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
+                   const Options& options, const Runtime& runtime, const Gradients<T>& gradients) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (in_bfloat16(batch, weight, options)) {
+      return backward<T, BFloat16>(batch, weight, upstream, options, runtime, gradients);
+    }
+  }
+  backward<T, T>(batch, weight, upstream, options, runtime, gradients);
 }
 
 template <typename T>

@@ -10,10 +10,13 @@
 
 namespace cosface {
 
-// 504 classes x 256 samples x 4 B = 504 KiB of z and, at D = 512, 1 MiB of class rows stay in an L2 of 2 MiB. 504
-// is a multiple of every kBlockRows, so that the matrix products have no blocks that are partly empty.
-constexpr int64_t kTileClasses = 252;
-constexpr int64_t kClassesStep = 84;
+// 252 classes x 256 samples x 4 B = 252 KiB of z and, at D = 512, 504 KiB of class rows stay in an L2 of 1 MiB.
+// 252 is a multiple of every kBlockRows, so that the matrix products have no blocks that are partly empty.
+struct TileSize {
+  int64_t classes, step;
+};
+constexpr TileSize kTile{252, 84};
+constexpr TileSize kBfloat16Tile{256, 32};
 
 // Uninitialised memory, aligned for the widest registers.
 template <typename T>
@@ -50,9 +53,9 @@ struct Partition {
   Partition(int64_t classes, int64_t tile, int64_t parts)
       : classes(classes), tile(tile), tiles((classes + tile - 1) / tile), parts(parts) {}
 
-  Partition(int64_t classes, const Runtime& runtime, int64_t most = INT64_MAX) : classes(classes) {
-    const int64_t fair = round_up((classes + runtime.threads - 1) / runtime.threads, kClassesStep);
-    tile = runtime.tile_classes > 0 ? runtime.tile_classes : std::clamp(fair, kClassesStep, kTileClasses);
+  Partition(int64_t classes, const Runtime& runtime, TileSize size, int64_t most = INT64_MAX) : classes(classes) {
+    const int64_t fair = round_up((classes + runtime.threads - 1) / runtime.threads, size.step);
+    tile = runtime.tile_classes > 0 ? runtime.tile_classes : std::clamp(fair, size.step, size.classes);
     tile = std::min({tile, most, std::max<int64_t>(classes, 1)});  // buffers are as large as a tile
     tiles = (classes + tile - 1) / tile;
     parts = std::min<int64_t>(runtime.threads, tiles);

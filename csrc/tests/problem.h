@@ -66,8 +66,8 @@ struct Problem {
         g_cos(shape.n),
         w(shape.classes ? ((shape.classes - 1) * row_stride + shape.d) * size_of(dtype) : 0),
         y(shape.n) {
-    for (T& v : x) v = static_cast<T>(normal());
-    for (int64_t k = 0; k < w.size() / size_of(dtype); ++k) put(normal(), w, dtype, k);
+    for (int64_t k = 0; k < x.size(); ++k) set_x(k, normal());
+    for (int64_t k = 0; k < w.size() / size_of(dtype); ++k) set_weight(k, normal());
     for (int64_t i = 0; i < shape.n; ++i) {
       s[i] = static_cast<T>(scale * (1 - 0.001 * static_cast<double>(i % 50)));
       // the edges of the classes and of the tiles, the middle, and no target
@@ -78,8 +78,17 @@ struct Problem {
     }
   }
 
+  // Products of bfloat16 see the problem as it is, if its numbers are such.
+  void set_x(int64_t k, double v) { x[k] = static_cast<T>(in_bfloat16() ? kBrain.decode(kBrain.encode(v)) : v); }
+  void set_weight(int64_t k, double v) { put(in_bfloat16() ? kBrain.decode(kBrain.encode(v)) : v, w, dtype, k); }
+  bool in_bfloat16() const {
+    return sizeof(T) == 4 && multiplies_bfloat16() && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+  }
+  // What rounding the gradients of cosines to the operand of products does to them, relatively.
+  double operand_tolerance() const { return in_bfloat16() ? 0x1p-8 : 0; }
+
   double weight(int64_t j, int64_t k) const { return get(w, dtype, j * row_stride + k); }
-  Batch<T> batch() const { return {x, y, s, shape.n, shape.d}; }
+  Batch<T> batch() const { return {x, y, s, shape.n, shape.d, {}, in_bfloat16()}; }
   Weight weights() const { return {w, dtype, shape.classes, row_stride}; }
   bool active(int64_t i) const { return g_lse[i] != 0 || g_cos[i] != 0; }
   // What roundings do to e^z, relatively: those of D products, which are then multiplied by s, and those of a sum
