@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.hazards import Pipeline, pipeline
-from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS, operand_dtype
+from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS
 from cosface_kernels.backends.triton_tiles import (
     GEMM_KERNELS,
     RAGGED,
@@ -28,6 +28,7 @@ from cosface_kernels.backends.triton_tiles import (
     specialized,
     table,
 )
+from cosface_kernels.reference import operand_dtype
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.

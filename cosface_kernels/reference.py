@@ -20,6 +20,17 @@ def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
 
 
+def operand_dtype(x: torch.dtype, w: torch.dtype) -> torch.dtype:
+    """What units that multiply matrices of 16 bits multiply, with float32 sums: no matter of this module's own.
+
+    The common dtype; a float32 weight is rounded to the bfloat16 of its embeddings, as autocast would do. Not to
+    float16, whose range a short row of an un-normalised weight would leave.
+    """
+    if x == w or (x, w) == (torch.bfloat16, torch.float32):
+        return x
+    return torch.float32
+
+
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z), exact to rounding at both ends (F.softplus drops the tail above its threshold)."""
     return torch.logaddexp(z, torch.zeros_like(z))

@@ -18,7 +18,9 @@ from torch import Tensor
 
 import cosface_kernels
 from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, reference
-from cosface_kernels.backends.triton import operand_dtype
+from cosface_kernels.backends import cpu
+from cosface_kernels.options import Options
+from cosface_kernels.reference import operand_dtype
 
 Forward = Callable[..., tuple[Tensor, ...]]
 # A context for code of others that makes tensors without a device and moves them, which from "meta", the default
@@ -43,7 +45,9 @@ class Backend:
 
     def operand(self, dtypes: Dtypes) -> torch.dtype:
         """What it multiplies in the products of backward, where others upcast: G and x_hat are rounded to it."""
-        if self.name in ("cpu", "reference") or torch.float64 in dtypes:
+        if self.name == "cpu":
+            return torch.bfloat16 if cpu.multiplies_bfloat16(*dtypes, Options()) else dtypes.compute
+        if self.name == "reference" or torch.float64 in dtypes:
             return dtypes.compute
         return operand_dtype(*dtypes)
 

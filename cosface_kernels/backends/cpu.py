@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import CACHE_BYTES, Options, Update
+from cosface_kernels.reference import operand_dtype
 
 
 def unavailable() -> str | None:
@@ -28,12 +29,18 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     return options.refusal(supported)
 
 
+def multiplies_bfloat16(x: torch.dtype, w: torch.dtype, options: Options) -> bool:
+    """Whether matrix products are of bfloat16 numbers, as `reference.operand_dtype` has it, with float32 sums."""
+    return _C.multiplies_bfloat16() and operand_dtype(x, w) is torch.bfloat16 and not options.gradient_tolerance
+
+
 def describe() -> str:
     return f"instruction set {_C.instruction_set()}, {_C.threads()} threads"
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    return options.cache_size(x, w, CACHE_BYTES)
+    # Products of bfloat16 make cosines faster than memory brings them back.
+    return options.cache_size(x, w, 0 if multiplies_bfloat16(x.dtype, w.dtype, options) else CACHE_BYTES)
 
 
 def forward(

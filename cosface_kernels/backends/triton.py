@@ -18,6 +18,7 @@ from cosface_kernels.backends import contract, triton_choice, triton_tiles
 from cosface_kernels.backends.triton_choice import Trial
 from cosface_kernels.backends.triton_tiles import LIBRARY, Key, Tile
 from cosface_kernels.options import PLAIN, Options, Update
+from cosface_kernels.reference import operand_dtype
 
 MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory that a product still reads
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
@@ -568,17 +569,6 @@ def _move_rows(
             1 - update.lr * update.weight_decay, 1 - update.beta1, update.beta2, 1 - update.beta2,
             math.sqrt(1 - update.beta2**update.step), update.eps, **blocks, AMSGRAD=amsgrad, CHOSEN=is_chosen,
         )  # fmt: skip
-
-
-def operand_dtype(x: torch.dtype, w: torch.dtype) -> torch.dtype:
-    """What the matrix units multiply, with float32 sums.
-
-    The common dtype; a float32 weight is rounded to the bfloat16 of its embeddings, as autocast would do. Not to
-    float16, whose range a short row of an un-normalised weight would leave.
-    """
-    if x == w or (x, w) == (torch.bfloat16, torch.float32):
-        return x
-    return torch.float32
 
 
 def _operand(x: Tensor, w: Tensor) -> Any:
