@@ -27,7 +27,8 @@ class Options:
         classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
             are positions in it, and dw is (S, D). None: all rows.
         cache_bytes: memory that forward may fill for backward with cosines that backward would compute again.
-            None: CACHE_BYTES on backend `cpu`, kept exactly, which changes no bit of a gradient; 0 elsewhere.
+            None: CACHE_BYTES on backend `cpu`, kept exactly, which changes no bit of a gradient; 0 elsewhere, and
+            on `cpu` where it multiplies bfloat16, which makes a cosine faster than memory brings it back.
             With a gradient_tolerance, memory for the entries of the softmax; None and 0 are then as much as they
             take.
         exact_cache: whether cosines are kept as they were computed, in float32 (float64 where an input is), on

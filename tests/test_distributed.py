@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import LARGEST_WORLD
-from support import F32, F64, Dtypes, make_problem, relative_error
+from support import F32, F64, Backend, Dtypes, make_problem, relative_error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -611,7 +611,8 @@ def test_half_precision_features(ranks, dtype):
     results = ranks.results(world, _half, dtype)
     batch = make_batch(Case("half", samples=RAGGED, dtypes=Dtypes(dtype, torch.float32)), world)
     x = batch.x.double().requires_grad_()
-    want = cosface_loss(x, batch.w.double(), batch.labels)
+    weight = batch.w.to(Backend("cpu").operand(Dtypes(dtype, torch.float32)))  # as it is multiplied
+    want = cosface_loss(x, weight.double(), batch.labels)
     want.backward()
     assert {r[0].dtype for r in results} == {torch.float32}
     torch.testing.assert_close(results[0][0].double(), want.detach(), rtol=1e-5, atol=0)

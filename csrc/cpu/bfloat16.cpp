@@ -44,8 +44,7 @@ inline __m256i rounded(__m512 v) { return reinterpret_cast<__m256i>(_mm512_cvtne
 
 #if defined(__AMX_BF16__)
 
-// -- AMX: a block of 32 x 32 sums in four tiles
-// -------------------------------------------------------------------
+// -- AMX: a block of 32 x 32 sums in four tiles ------------------------------------------------------------------
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -154,8 +153,7 @@ void matmul(Left<BFloat16> a, Right<BFloat16> b, float* c, int64_t c_stride, int
 
 #else
 
-// -- a block of kRows x 32 sums
-// -----------------------------------------------------------------------------------
+// -- a block of kRows x 32 sums ----------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
 
@@ -248,21 +246,26 @@ inline void block_of(int64_t rows, Args... args) {
 
 void matmul(Left<BFloat16> a, Right<BFloat16> b, float* c, int64_t c_stride, int64_t rows, int64_t cols,
             int64_t depth, bool accumulate, Ahead ahead) {
-  for (int64_t q = 0; q * kPanel < cols; ++q) {
-    for (int64_t i = 0; i < rows; i += kBlockRows) {
-      float* out = c + i * c_stride + q * kPanel;
-      const uintptr_t next = ahead.first < ahead.last ? ahead.first : reinterpret_cast<uintptr_t>(out);
-      ahead.first += depth / 16 * kCacheLine;
-      block_of<kBlockRows>(rows - i, a.data + i * a.row_stride, a.row_stride, b.data + q * b.panel_stride, depth,
-                           out, c_stride, accumulate, b.factor ? b.factor + q * kPanel : nullptr, next);
+  constexpr int64_t kDepth = 256;  // of a panel, which stays in an L1 of 32 KiB
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t some = depth - k < kDepth ? depth - k : kDepth;
+    const float* const factor = k + some < depth ? nullptr : b.factor;
+    for (int64_t q = 0; q * kPanel < cols; ++q) {
+      const BFloat16* const panel = b.data + q * b.panel_stride + k * kPanel;
+      for (int64_t i = 0; i < rows; i += kBlockRows) {
+        float* out = c + i * c_stride + q * kPanel;
+        const uintptr_t next = ahead.first < ahead.last ? ahead.first : reinterpret_cast<uintptr_t>(out);
+        ahead.first += some / 16 * kCacheLine;
+        block_of<kBlockRows>(rows - i, a.data + i * a.row_stride + k, a.row_stride, panel, some, out, c_stride,
+                             accumulate || k > 0, factor ? factor + q * kPanel : nullptr, next);
+      }
     }
   }
 }
 
 #endif
 
-// -- layouts
-// ------------------------------------------------------------------------------------------------------
+// -- layouts -----------------------------------------------------------------------------------------------------
 
 void pack_transposed(const BFloat16* v, int64_t rows, int64_t d, int64_t stride, BFloat16* to) {
   constexpr int64_t kPairs = 16;  // at a time: a cache line of each row
