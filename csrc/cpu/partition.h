@@ -10,12 +10,13 @@
 
 namespace cosface {
 
-// 252 classes x 256 samples x 4 B = 252 KiB of z and, at D = 512, 504 KiB of class rows stay in an L2 of 1 MiB.
-// 252 is a multiple of every kBlockRows, so that the matrix products have no blocks that are partly empty.
+// The most classes of a tile, and what its classes are a multiple of. 252 classes x 256 samples x 4 B = 252 KiB of
+// z and, at D = 512, 504 KiB of class rows stay in an L2 of 1 MiB. 252 is a multiple of every kBlockRows, and 14
+// of that of AVX-512, so that the matrix products have few blocks that are partly empty.
 struct TileSize {
   int64_t classes, step;
 };
-constexpr TileSize kTile{252, 84};
+constexpr TileSize kTile{252, 14};
 constexpr TileSize kBfloat16Tile{256, 32};
 
 // Uninitialised memory, aligned for the widest registers.
@@ -35,7 +36,8 @@ class Buffer {
 
 constexpr char kForeignCache[] = "cache must be what lmcl returned for these tensors and options.";
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t step) { return divide_up(n, step) * step; }
 
 // Runs body(first, last) on even shares of [0, n), one per thread; of what is little work each, on fewer threads.
 template <typename Body>
@@ -54,8 +56,9 @@ struct Partition {
       : classes(classes), tile(tile), tiles((classes + tile - 1) / tile), parts(parts) {}
 
   Partition(int64_t classes, const Runtime& runtime, TileSize size, int64_t most = INT64_MAX) : classes(classes) {
-    const int64_t fair = round_up((classes + runtime.threads - 1) / runtime.threads, size.step);
-    tile = runtime.tile_classes > 0 ? runtime.tile_classes : std::clamp(fair, size.step, size.classes);
+    const int64_t fair = divide_up(std::max<int64_t>(classes, 1), runtime.threads);  // classes of a thread
+    const int64_t each = divide_up(fair, size.classes);                              // its tiles
+    tile = runtime.tile_classes > 0 ? runtime.tile_classes : round_up(divide_up(fair, each), size.step);
     tile = std::min({tile, most, std::max<int64_t>(classes, 1)});  // buffers are as large as a tile
     tiles = (classes + tile - 1) / tile;
     parts = std::min<int64_t>(runtime.threads, tiles);
