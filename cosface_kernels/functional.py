@@ -47,6 +47,10 @@ class Sparsity(NamedTuple):
     and nothing is left out of the target's part of either. |x_i| and |w_j| are clamped at 1e-12. Where classes are
     sharded, all of this is of the samples and the classes of all ranks.
 
+    Where the margin reshapes negatives, N(cos_ij) takes the place of cos_ij in p_ij. What is left out then has the
+    factor N'(cos_ij), and both bounds the largest |N'| of it: at most 2 + |t| of CurricularFace, 1 + t of
+    MV-Softmax, and 1 with an inter-class filter.
+
     Attributes:
         dropped: (N,) float64, at most the tolerance; 0 for an exact sample.
         kept: (N,) float64, the share of the negatives that is not left out; 1 for an exact sample, one with so

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from support import BF16, F32, F64, Dtypes, run_python
+from test_options import POLYNOMIALS
 from torch import Tensor, nn
 
-from cosface_kernels import FusedCosFaceLoss, Sparsity, cosface_loss, margin_softmax_loss, ops, reference
+from cosface_kernels import (
+    FusedCombinedMarginLoss,
+    FusedCosFaceLoss,
+    FusedCurricularFaceLoss,
+    FusedMVSoftmaxLoss,
+    Sparsity,
+    cosface_loss,
+    margin_softmax_loss,
+    ops,
+    reference,
+)
 from cosface_kernels.backends import BACKENDS, cpu
 from cosface_kernels.distributed import class_range, empty_weight, own_classes, own_rows
+from cosface_kernels.margins import CombinedMargin, Margin, MVSoftmaxMargin, Rows
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options
 
 DTYPES = (F32, F64, BF16, Dtypes(torch.float32, torch.bfloat16))
 TOLERANCES = (0.3, 1e-2, 1e-3, 1e-5)
 N, C, SCALE = 6, 3000, 20.0
+RESHAPED = (None, *POLYNOMIALS)
 
 
 class Inputs(NamedTuple):
@@ -30,6 +44,22 @@ class Inputs(NamedTuple):
     scale: Tensor  # (N,)
     g_lse: Tensor  # (N,)
     g_cos: Tensor  # (N,)
+
+
+class Negatives(NamedTuple):
+    """What reshapes them, as the op takes it."""
+
+    thresholds: Tensor  # (N,)
+    polynomial: Tensor  # (3,)
+
+    def double(self) -> Negatives:
+        return Negatives(*(t.double() for t in self))
+
+    def of(self, cos: Tensor) -> tuple[Tensor, Tensor]:
+        """N(cos) and N'(cos), (N, C)."""
+        q, a, b = self.polynomial
+        hard = cos > self.thresholds[:, None]
+        return torch.where(hard, (q * cos + a) * cos + b, cos), torch.where(hard, 2 * q * cos + a, 1)
 
 
 class Gradients(NamedTuple):
@@ -95,8 +125,45 @@ def cosines(kind: str, n: int = N, classes: int = C) -> Tensor:
 KINDS = ("equal", "one heavy", "heavy tail", "normal", "steps", "ascending", "descending", "late flood")
 
 
-def lmcl(i: Inputs, tolerance: float, classes: Tensor | None = None, cache_bytes: int = 0) -> tuple[Tensor, ...]:
-    return ops.lmcl(i.x, i.w, i.targets, i.scale, 0.35, "cpu", classes, cache_bytes, tolerance)
+def cosines_of(i: Inputs) -> tuple[Tensor, Tensor]:
+    """(N, C) in double, and which are those of negatives."""
+    cos = nn.functional.normalize(i.x.double()) @ nn.functional.normalize(i.w.double()).T
+    return cos, i.targets[:, None] != torch.arange(len(i.w))
+
+
+def reshape(i: Inputs, polynomial: str | None) -> Negatives | None:
+    """Thresholds below all cosines of a sample, above all, and in gaps between, which no rounding can cross."""
+    if polynomial is None:
+        return None
+    cos = cosines_of(i)[0].nan_to_num().sort(1).values  # (N, C)
+    classes = cos.shape[1]
+    thresholds = []
+    for row, share in zip(cos, (None, 0.5, 1.0, 0.9, 0.99, 0.6) * len(cos), strict=False):
+        first = 0 if share is None else int(share * classes)
+        gaps = row[first : first + 100].diff()  # few of the cosines there are nearer to each other
+        if share == 1:
+            thresholds.append(float(row[-1]) + 0.1)
+        elif share is None or not len(gaps) or gaps.max() < 2e-5:
+            thresholds.append(float(row[0]) - 0.1)
+        else:
+            below = first + int(gaps.argmax())
+            thresholds.append(float(row[below : below + 2].mean()))
+    compute = i.scale.dtype
+    return Negatives(torch.tensor(thresholds, dtype=compute), torch.tensor(POLYNOMIALS[polynomial], dtype=compute))
+
+
+def lmcl(
+    i: Inputs,
+    tolerance: float,
+    classes: Tensor | None = None,
+    cache_bytes: int = 0,
+    by: Negatives | None = None,
+) -> tuple[Tensor, ...]:
+    thresholds, polynomial = by or (None, None)
+    return ops.lmcl(
+        i.x, i.w, i.targets, i.scale, 0.35, "cpu", classes, cache_bytes, tolerance, thresholds=thresholds,
+        negatives=polynomial,
+    )  # fmt: skip
 
 
 def backward(
@@ -105,8 +172,10 @@ def backward(
     tolerance: float,
     classes: Tensor | None = None,
     cache_bytes: int = 0,
+    by: Negatives | None = None,
 ) -> Gradients:
     top, log_sum, cache = outputs[1], outputs[2], outputs[5]
+    thresholds, polynomial = by or (None, None)
     return Gradients(
         *ops.lmcl_backward(
             i.x,
@@ -124,39 +193,59 @@ def backward(
             classes,
             cache_bytes,
             tolerance,
+            thresholds=thresholds,
+            negatives=polynomial,
         )
     )
 
 
-def run(i: Inputs, tolerance: float, classes: Tensor | None = None) -> tuple[Gradients, Sparsity]:
-    outputs = lmcl(i, tolerance, classes)
-    return backward(i, outputs, tolerance, classes), Sparsity(*ops.kept_entries(outputs[5], len(i.x)))
+def run(
+    i: Inputs, tolerance: float, classes: Tensor | None = None, by: Negatives | None = None
+) -> tuple[Gradients, Sparsity]:
+    outputs = lmcl(i, tolerance, classes, by=by)
+    return backward(i, outputs, tolerance, classes, by=by), Sparsity(*ops.kept_entries(outputs[5], len(i.x)))
 
 
-def oracle(i: Inputs) -> Gradients:
+def options_of(by: Negatives | None) -> Options:
+    return Options(thresholds=by.thresholds, negatives=by.polynomial) if by else Options()
+
+
+def oracle(i: Inputs, by: Negatives | None = None) -> Gradients:
     x, w, scale, g_lse, g_cos = (t.double() for t in (i.x, i.w, i.scale, i.g_lse, i.g_cos))
-    _, top, log_sum, *_ = reference.forward(x, w, i.targets, scale, 0.35)
-    return Gradients(*reference.backward(x, w, i.targets, scale, top, log_sum, g_lse, g_cos))
+    options = options_of(by and by.double())
+    _, top, log_sum, *_ = reference.forward(x, w, i.targets, scale, 0.35, options)
+    return Gradients(*reference.backward(x, w, i.targets, scale, top, log_sum, g_lse, g_cos, options=options))
 
 
 def assert_within_bound(
-    got: Gradients, sparsity: Sparsity, tolerance: float, i: Inputs, rounding: float = 0.0
+    got: Gradients,
+    sparsity: Sparsity,
+    tolerance: float,
+    i: Inputs,
+    rounding: float = 0.0,
+    by: Negatives | None = None,
 ) -> None:
     """The bounds of `Sparsity`, with what rounding may add to the same sums; `rounding`, that of operands."""
-    want = oracle(i)
+    want = oracle(i, by)
+    largest = steepest = torch.ones(len(i.x), dtype=torch.float64)  # (N,): at least |N| and |N'|
+    if by:
+        cos, others = cosines_of(i)
+        largest, steepest = (v.abs().where(others, 0).amax(1).clamp_min(1) for v in by.double().of(cos))
     assert bool((sparsity.dropped <= tolerance).all())
     assert bool((sparsity.dropped[sparsity.exact] == 0).all())
-    g, x_norm, w_norm = (i.scale * i.g_lse).abs().double(), i.x.double().norm(dim=1), i.w.double().norm(dim=1)
+    g = (i.scale * i.g_lse).abs().double() * steepest  # (N,)
+    x_norm, w_norm = i.x.double().norm(dim=1), i.w.double().norm(dim=1)
     terms = g + i.g_cos.abs()  # (N,), bounds sum_j |G_ij|
     # of an e^z, as in support.LOGIT_ULPS, and of sums of C terms, whose roundings add up where terms are equal
-    ulp = torch.finfo(i.scale.dtype).eps * (8 * float(i.scale.max()) + 8 * len(i.w) ** 0.5)
+    slope = float(steepest.amax()) if len(i.x) else 1.0
+    ulp = torch.finfo(i.scale.dtype).eps * (8 * float(i.scale.max()) * slope + 8 * len(i.w) ** 0.5)
     own = {name: ulp + rounding + torch.finfo(getattr(i, name).dtype).eps for name in ("x", "w")}
     dx_error = (got.dx.double() - want.dx).norm(dim=1) * x_norm  # (N,)
     assert bool((dx_error <= g * sparsity.dropped + own["x"] * terms).all())
     dw_error = ((got.dw.double() - want.dw).norm(dim=1) * w_norm).sum()
     assert dw_error <= (g * sparsity.dropped).sum() + own["w"] * terms.sum()
     dscale_error = (got.dscale.double() - want.dscale).abs()
-    assert bool((dscale_error <= i.g_lse.abs() * (sparsity.dropped + ulp)).all())
+    assert bool((dscale_error <= i.g_lse.abs() * largest * (sparsity.dropped + ulp)).all())
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -167,17 +256,30 @@ def test_gradients_are_within_the_bound(kind, tolerance, dtypes):
     assert_within_bound(*run(i, tolerance), tolerance, i)
 
 
+@pytest.mark.parametrize(("dtypes", "tolerance"), [(F32, 1e-2), (F64, 1e-5), (BF16, 0.3)], ids=str)
+@pytest.mark.parametrize("polynomial", POLYNOMIALS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_reshaped_negatives_are_within_the_bound(kind, polynomial, dtypes, tolerance):
+    i = with_cosines(cosines(kind), dtypes)
+    by = reshape(i, polynomial)
+    assert_within_bound(*run(i, tolerance, by=by), tolerance, i, by=by)
+
+
+@pytest.mark.parametrize("polynomial", RESHAPED)
 @pytest.mark.parametrize("shape", [(1, 1000), (5, 700), (300, 2000), (513, 300)], ids=str)
-def test_ragged_shapes(shape):
+def test_ragged_shapes(shape, polynomial):
     n, classes = shape
     torch.manual_seed(0)
     x, w = torch.randn(n, 21), torch.randn(classes, 21)
     targets = torch.randint(-1, classes, (n,))
     g_cos = torch.randn(n).where(targets >= 0, 0)
     i = Inputs(x, w, targets, torch.linspace(80, 60, n), torch.randn(n), g_cos)
-    gradients, sparsity = run(i, 1e-2)
-    assert_within_bound(gradients, sparsity, 1e-2, i)
-    assert not sparsity.exact.all()
+    by = reshape(i, polynomial)
+    gradients, sparsity = run(i, 1e-2, by=by)
+    assert_within_bound(gradients, sparsity, 1e-2, i, by=by)
+    if not sparsity.exact.all():
+        return
+    assert polynomial is not None  # which may leave one sample, or few, with flat logits
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 1e-3])
@@ -191,6 +293,22 @@ def test_dropped_is_the_mass_that_the_gradient_lacks(tolerance):
     assert bool((sparsity.dropped > 0).any())
     assert not bool(sparsity.exact.any())
     torch.testing.assert_close(lacks, i.g_lse * sparsity.dropped * 0.25, rtol=1e-6, atol=1e-10)
+
+
+def test_a_gradient_lacks_the_slope_of_what_is_dropped():
+    """Light entries have cosine 0.25, N = 0.1875 and N' = 1.5; heavy ones lie below, with a larger N."""
+    cos = torch.full((3, C), 0.25, dtype=torch.float64)
+    cos[:, ::40] = torch.tensor([-0.36, -0.37, -0.38], dtype=torch.float64)[:, None]
+    i = with_cosines(cos, F64, scale=60.0)
+    by = Negatives(torch.full((3,), -2.0, dtype=torch.float64), torch.tensor([3.0, 0, 0], dtype=torch.float64))
+    want, (got, sparsity) = oracle(i, by), run(i, 1e-3, by=by)
+    assert bool((sparsity.dropped > 1e-6).all())
+    assert not bool(sparsity.exact.any())
+    p = i.g_lse * sparsity.dropped  # (N,)
+    torch.testing.assert_close(want.dscale - got.dscale, p * 0.1875, rtol=1e-6, atol=1e-10)
+    x_hat, centre = nn.functional.normalize(i.x), nn.functional.normalize(i.w[1], dim=0)  # (N, D), (D,)
+    lacks = (60 * 1.5 * p / i.x.norm(dim=1))[:, None] * (centre - 0.25 * x_hat)  # (N, D)
+    torch.testing.assert_close(want.dx - got.dx, lacks, rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["heavy tail", "one heavy"])
@@ -221,22 +339,26 @@ def test_path_follows_density(n, spread, least, most):
     assert_within_bound(got, sparsity, 1e-2, i)
 
 
-def test_loss_and_statistics_stay_exact():
+@pytest.mark.parametrize("polynomial", RESHAPED)
+def test_loss_and_statistics_stay_exact(polynomial):
     i = with_cosines(cosines("heavy tail"))
-    for got, want in zip(lmcl(i, 1e-2)[:4], lmcl(i, 0.0)[:4], strict=True):
+    by = reshape(i, polynomial)
+    for got, want in zip(lmcl(i, 1e-2, by=by)[:5], lmcl(i, 0.0, by=by)[:5], strict=True):
         assert torch.equal(got, want)
 
 
-def test_equal_logits_take_the_exact_path():
+@pytest.mark.parametrize("polynomial", RESHAPED)
+def test_equal_logits_take_the_exact_path(polynomial):
     i = with_cosines(cosines("equal"))
-    got, sparsity = run(i, 1e-2)
+    by = reshape(i, polynomial)
+    got, sparsity = run(i, 1e-2, by=by)
     assert bool(sparsity.exact.all())
-    for mine, exact in zip(got, run_exact(i), strict=True):
+    for mine, exact in zip(got, run_exact(i, by), strict=True):
         assert torch.equal(mine, exact)
 
 
-def run_exact(i: Inputs) -> Gradients:
-    return backward(i, lmcl(i, 0.0), 0.0)
+def run_exact(i: Inputs, by: Negatives | None = None) -> Gradients:
+    return backward(i, lmcl(i, 0.0, by=by), 0.0, by=by)
 
 
 @pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
@@ -248,36 +370,55 @@ def test_exact_and_sparse_samples_in_one_batch(dtypes):
     assert_within_bound(got, sparsity, 1e-2, i)
 
 
-def test_no_room_is_the_exact_path():
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
+def test_samples_that_reshaping_makes_exact(dtypes):
+    """Of samples that are alike, a filter flattens those with low thresholds; their thresholds go with them."""
+    i = with_cosines(cosines("one heavy", 9) * 0.8, dtypes, scale=60.0)
+    i.g_lse[7] = i.g_cos[7] = 0
+    flat = torch.tensor([True, False, False, True, False, True, False, True, False])
+    compute = dtypes.compute
+    by = Negatives(torch.where(flat, -1.0, 0.25).to(compute), torch.tensor([0.0, 0.0, 0.5], dtype=compute))
+    got, sparsity = run(i, 1e-2, by=by)
+    assert torch.equal(sparsity.exact, flat)
+    assert_within_bound(got, sparsity, 1e-2, i, by=by)
+
+
+@pytest.mark.parametrize("polynomial", [None, "linear"])
+def test_no_room_is_the_exact_path(polynomial):
     i = with_cosines(cosines("heavy tail"))
-    outputs = lmcl(i, 1e-2, None, 1000)
+    by = reshape(i, polynomial)
+    outputs = lmcl(i, 1e-2, None, 1000, by)
     assert bool((ops.kept_entries(outputs[5], N)[1] == 1).all())
-    for mine, exact in zip(backward(i, outputs, 1e-2, None, 1000), run_exact(i), strict=True):
+    for mine, exact in zip(backward(i, outputs, 1e-2, None, 1000, by), run_exact(i, by), strict=True):
         assert torch.equal(mine, exact)
 
 
+@pytest.mark.parametrize("polynomial", RESHAPED)
 @pytest.mark.parametrize("room", [40_000, 80_000, 160_000])
-def test_little_room_is_within_the_bound(room):
+def test_little_room_is_within_the_bound(room, polynomial):
     """Rows are given up, or all of them, when the buffers of a thread are full."""
     cos = torch.cat([cosines("equal", 3, 30_000), cosines("heavy tail", 5, 30_000)]) * 0.8
     i = with_cosines(cos, scale=80.0)
-    outputs = lmcl(i, 1e-2, None, room)
+    by = reshape(i, polynomial)
+    outputs = lmcl(i, 1e-2, None, room, by)
     sparsity = Sparsity(*ops.kept_entries(outputs[5], 8))
     assert bool(sparsity.exact[:3].all())
-    assert_within_bound(backward(i, outputs, 1e-2, None, room), sparsity, 1e-2, i)
+    assert_within_bound(backward(i, outputs, 1e-2, None, room, by), sparsity, 1e-2, i, by=by)
 
 
-def test_bad_samples_do_not_spread():
+@pytest.mark.parametrize("polynomial", [None, "all"])
+def test_bad_samples_do_not_spread(polynomial):
     i = with_cosines(cosines("heavy tail", 8))
+    by = reshape(i, polynomial)
     i.x[2, 3], i.x[5] = math.nan, 0
     i.scale[4] = 0
     i.g_lse[2] = i.g_cos[2] = 0  # ignored
-    got, sparsity = run(i, 1e-2)
+    got, sparsity = run(i, 1e-2, by=by)
     clean = i._replace(x=i.x.nan_to_num())
-    assert_within_bound(got, sparsity, 1e-2, clean)
+    assert_within_bound(got, sparsity, 1e-2, clean, by=by)
     assert bool((got.dx[2] == 0).all())
     i.g_lse[2] = 1
-    got, sparsity = run(i, 1e-2)
+    got, sparsity = run(i, 1e-2, by=by)
     assert bool(sparsity.exact[2])
     assert bool(got.dx[2].isnan().all())
     assert bool(got.dx[[0, 1, 3]].isfinite().all())
@@ -288,38 +429,54 @@ def test_one_class_has_no_negatives():
     got, sparsity = run(i, 0.1)
     assert sparsity.dropped.tolist() == [0, 0]
     torch.testing.assert_close(got.dx, run_exact(i).dx)
+    by = Negatives(torch.tensor([-2.0, 2.0]), torch.tensor([1.0, 0.3, 0.0]))
+    got, sparsity = run(i, 0.1, by=by)
+    assert sparsity.dropped.tolist() == [0, 0]
+    torch.testing.assert_close(got.dx, run_exact(i, by).dx)
 
 
+@pytest.mark.parametrize("polynomial", [None, "linear"])
 @pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
-def test_some_classes(dtypes):
+def test_some_classes(dtypes, polynomial):
     i = with_cosines(cosines("heavy tail"), dtypes, scale=60.0)
     classes = torch.randperm(C)[:1000].sort().values
     i = i._replace(targets=torch.tensor([0, -1, 999, 5, 6, 7]))
     i.g_cos[1] = 0
-    got, sparsity = run(i, 1e-2, classes)
+    chosen = i._replace(w=i.w[classes])
+    by = reshape(chosen, polynomial)
+    got, sparsity = run(i, 1e-2, classes, by)
     assert not sparsity.exact.all()
-    assert_within_bound(got, sparsity, 1e-2, i._replace(w=i.w[classes]))
+    assert_within_bound(got, sparsity, 1e-2, chosen, by=by)
 
 
+@pytest.mark.parametrize("polynomial", [None, "linear"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bitwise_the_same_in_every_run(threads, restore_threads):
+def test_bitwise_the_same_in_every_run(threads, polynomial, restore_threads):
     torch.set_num_threads(threads)
     i = with_cosines(cosines("normal", classes=20_000), scale=60.0)
-    outputs = lmcl(i, 1e-2)
-    first = backward(i, outputs, 1e-2)
+    by = reshape(i, polynomial)
+    outputs = lmcl(i, 1e-2, by=by)
+    first = backward(i, outputs, 1e-2, by=by)
     torch.set_num_threads(3 - threads // 2)  # forward has shared the classes out among threads
-    again, anew = backward(i, outputs, 1e-2), None
+    again, anew = backward(i, outputs, 1e-2, by=by), None
     torch.set_num_threads(threads)
-    anew, sparsity = run(i, 1e-2)
+    anew, sparsity = run(i, 1e-2, by=by)
     assert not sparsity.exact.any()
     for a, b, c in zip(first, again, anew, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
 
 
-def head_and_batch(**options) -> tuple[FusedCosFaceLoss, Tensor, Tensor]:
+RESHAPING_HEADS = {
+    "curricularface": FusedCurricularFaceLoss,
+    "mv_softmax": FusedMVSoftmaxLoss,
+    "filter": partial(FusedCombinedMarginLoss, filter_above=0.2),
+}
+
+
+def head_and_batch(make=FusedCosFaceLoss, **options) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    head = FusedCosFaceLoss(2000, 24, scale=64.0, backend="cpu", **options)
+    head = make(2000, 24, scale=64.0, backend="cpu", **options)
     with torch.no_grad():
         head.weight.mul_(100)
     labels = torch.randint(2000, (16,))
@@ -327,15 +484,16 @@ def head_and_batch(**options) -> tuple[FusedCosFaceLoss, Tensor, Tensor]:
     return head, x, labels
 
 
+@pytest.mark.parametrize("make", [FusedCosFaceLoss, FusedMVSoftmaxLoss])
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "rtol"),
     [(FusedSGD, torch.float32, 1e-5), (FusedAdamW, torch.float32, 1e-4), (FusedSGD, torch.bfloat16, 1e-2)],
 )
-def test_rows_that_move_inside_backward(optimizer, dtype, rtol):
+def test_rows_that_move_inside_backward(optimizer, dtype, rtol, make):
     """The same steps through a dense dw of the same tolerance; rounding to bfloat16 is stochastic."""
     heads = []
     for accumulate in (True, False):
-        head, x, labels = head_and_batch(gradient_tolerance=1e-2, dtype=dtype)
+        head, x, labels = head_and_batch(make, gradient_tolerance=1e-2, dtype=dtype)
         step = optimizer(head.parameters(), lr=0.1, weight_decay=0.1, accumulate=accumulate)
         for _ in range(3):
             loss, stats = head(x, labels, return_stats=True)
@@ -345,6 +503,31 @@ def test_rows_that_move_inside_backward(optimizer, dtype, rtol):
             step.zero_grad()
         heads.append(head.weight.detach().float())
     assert float((heads[1] - heads[0]).norm() / heads[0].norm()) < rtol
+
+
+@pytest.mark.parametrize("regime", ["confident", "random"])
+@pytest.mark.parametrize("name", RESHAPING_HEADS)
+def test_heads_that_reshape_negatives(name, regime):
+    """Three steps' gradients against the exact ones, within the bound on all of dw and on each row of dx."""
+    gradients = []
+    for tolerance in (1e-2, 0.0):
+        head, x, labels = head_and_batch(RESHAPING_HEADS[name], gradient_tolerance=tolerance, dtype=torch.float64)
+        labels[5] = -100
+        x = (torch.randn_like(x) if regime == "random" else x).double().requires_grad_()
+        for _ in range(3):
+            loss, stats = head(x, labels, return_stats=True)
+            loss.backward()
+        gradients.append((x.grad, head.weight.grad))
+        if tolerance:
+            sparsity = stats.sparsity
+    assert not sparsity.exact.any()
+    assert 0 < float(sparsity.dropped.max()) <= 1e-2
+    steepest = (2 if name == "curricularface" else 1) + float(getattr(head.margin, "t", 0))
+    bound = 3 * 64 / 15 * steepest * sparsity.dropped * (labels >= 0)  # (N,): |d loss / d lse| <= 1 / 15
+    (dx, dw), (want_dx, want_dw) = gradients
+    dx_error, dw_error = (dx - want_dx).norm(dim=1), (dw - want_dw).norm(dim=1)
+    assert bool((dx_error * x.detach().norm(dim=1) <= bound + 1e-12).all())
+    assert float((dw_error * head.weight.detach().norm(dim=1)).sum()) <= float(bound.sum()) + 1e-12
 
 
 def test_module_returns_what_it_dropped():
@@ -370,7 +553,9 @@ def test_nothing_is_kept_where_there_is_no_gradient():
 SAMPLES = {1: (6,), 2: (4, 2), 3: (0, 5, 1), 4: (2, 0, 3, 1)}  # of each rank, by the number of ranks
 
 
-def on_rank(rank: int, group, i: Inputs, tolerance: float, backend: str) -> tuple[Gradients, Sparsity | None]:
+def on_rank(
+    rank: int, group, i: Inputs, tolerance: float, backend: str, margin: float | Margin
+) -> tuple[Gradients, Sparsity | None]:
     """Of this rank's samples and classes; the losses have the gradients g_lse."""
     weight = nn.Parameter(empty_weight(*i.w.shape, group, dtype=i.w.dtype))
     own = own_classes(weight)
@@ -379,7 +564,7 @@ def on_rank(rank: int, group, i: Inputs, tolerance: float, backend: str) -> tupl
         t.split(SAMPLES[group.size()])[rank].clone() for t in (i.x, i.targets, i.scale, i.g_lse)
     )
     loss, stats = margin_softmax_loss(
-        x.requires_grad_(), weight, labels, margin=0.35, scale=scale.requires_grad_(), reduction="none",
+        x.requires_grad_(), weight, labels, margin=margin, scale=scale.requires_grad_(), reduction="none",
         ignore_index=ops.IGNORED, backend=backend, gradient_tolerance=tolerance, return_stats=True,
     )  # fmt: skip
     loss.backward(upstream)
@@ -387,20 +572,28 @@ def on_rank(rank: int, group, i: Inputs, tolerance: float, backend: str) -> tupl
 
 
 def run_sharded(
-    ranks, world: int, i: Inputs, tolerance: float, backend: str = "cpu"
+    ranks, world: int, i: Inputs, tolerance: float, backend: str = "cpu", margin: float | Margin = 0.35
 ) -> tuple[Gradients, Sparsity | None, Inputs]:
     """Of all samples and classes, as the op has them on one process, and the inputs that it would have."""
-    results = ranks.results(world, on_rank, i, tolerance, backend)
+    results = ranks.results(world, on_rank, i, tolerance, backend, margin)
     dx, dw, dscale = (torch.cat(parts) for parts in zip(*(gradients for gradients, _ in results), strict=True))
     sparsity = None
     if tolerance:
         sparsity = Sparsity(*map(torch.cat, zip(*(sparsity for _, sparsity in results), strict=True)))
     x, w, scale, g_loss = (t.double() for t in (i.x, i.w, i.scale, i.g_lse))
-    _, top, log_sum, target_cos, _ = reference.forward(x, w, i.targets, scale, 0.35)
-    g_lse, g_cos, of_psi = ops.fold_loss(
-        i.targets, scale, top, log_sum, target_cos - 0.35, g_loss, None, None
-    )  # (N,) each
+    options = options_of(negatives_of(margin, i))
+    _, top, log_sum, target_cos, _ = reference.forward(x, w, i.targets, scale, 0.0, options)
+    psi = margin(target_cos, None) if callable(margin) else target_cos - margin  # (N,), of slope 1
+    g_lse, g_cos, of_psi = ops.fold_loss(i.targets, scale, top, log_sum, psi, g_loss, None, None)  # (N,) each
     return Gradients(dx, dw, dscale - of_psi), sparsity, i._replace(g_lse=g_lse, g_cos=g_cos)
+
+
+def negatives_of(margin: float | Margin, i: Inputs) -> Negatives | None:
+    """In double."""
+    if not callable(margin):
+        return None
+    cos, others = cosines_of(i)
+    return Negatives(*margin.negatives(cos.masked_fill(others, 0).sum(1), Rows(i.x, i.targets)))
 
 
 @pytest.mark.parametrize("world", SAMPLES)
@@ -410,6 +603,19 @@ def test_shards_are_within_the_bound(ranks, kind, tolerance, world):
     """That of the whole softmax, whatever share of it a rank has: in "late flood" nearly all is on the last."""
     gradients, sparsity, i = run_sharded(ranks, world, with_cosines(cosines(kind)), tolerance)
     assert_within_bound(gradients, sparsity, tolerance, i)
+
+
+RESHAPING_MARGINS = (MVSoftmaxMargin(0.303), CombinedMargin((1, 0, 0.3), filter_above=0.24))
+
+
+@pytest.mark.parametrize("margin", RESHAPING_MARGINS, ids=lambda margin: type(margin).__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_with_reshaped_negatives_are_within_the_bound(ranks, kind, margin):
+    for scale in (20.0, 64.0):
+        i = with_cosines(cosines(kind), scale=scale)
+        by = negatives_of(margin, i)
+        gradients, sparsity, i = run_sharded(ranks, 3, i, 1e-2, margin=margin)
+        assert_within_bound(gradients, sparsity, 1e-2, i, by=by)
 
 
 def test_shards_report_what_the_gradient_lacks(ranks):
@@ -505,13 +711,6 @@ def test_other_backends_refuse(name):
     assert "gradient_tolerance" in refusal or "CPU" in refusal or "device" in refusal or "GPU" in refusal
 
 
-def test_refuses_reshaped_negatives():
-    options = Options(gradient_tolerance=0.1, thresholds=torch.ones(1), negatives=torch.ones(3))
-    assert "reshaped negatives with a gradient_tolerance" in cpu.unsupported(
-        torch.ones(1, 2), torch.ones(3, 2), options
-    )
-
-
 def test_weights_that_are_not_normalised():
     i = with_cosines(cosines("heavy tail"), F64, scale=60.0)
     outputs = [
@@ -529,8 +728,9 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.cosface.lmcl, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_compiles_to_one_graph():
-    head, x, labels = head_and_batch(gradient_tolerance=1e-2)
+@pytest.mark.parametrize("make", [FusedCosFaceLoss, FusedMVSoftmaxLoss])
+def test_compiles_to_one_graph(make):
+    head, x, labels = head_and_batch(make, gradient_tolerance=1e-2)
     x.requires_grad_()
     head(x, labels).backward()
     eager, head.weight.grad, x.grad = (x.grad, head.weight.grad), None, None
@@ -571,4 +771,6 @@ def test_entries_stay_within_their_budget():
 
 
 def test_named_in_what_the_backend_takes():
-    assert cpu.unsupported(torch.ones(1, 2), torch.ones(3, 2), Options(gradient_tolerance=0.1)) is None
+    for reshaped in ({}, {"thresholds": torch.ones(1), "negatives": torch.ones(3)}):
+        options = Options(gradient_tolerance=0.1, **reshaped)
+        assert cpu.unsupported(torch.ones(1, 2), torch.ones(3, 2), options) is None

@@ -10,6 +10,9 @@ from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import CACHE_BYTES, Options, Update
 from cosface_kernels.reference import operand_dtype
 
+OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives"}
+OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance"}
+
 
 def unavailable() -> str | None:
     if _C is None:
@@ -21,12 +24,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    supported = {"cache_bytes", "exact_cache", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
-    if options.gradient_tolerance:
-        if options.thresholds is not None:
-            return "reshaped negatives with a gradient_tolerance are not on this backend yet."
-        supported.add("gradient_tolerance")
-    return options.refusal(supported)
+    return options.refusal(OPTIONS)
 
 
 def multiplies_bfloat16(x: torch.dtype, w: torch.dtype, options: Options) -> bool:

@@ -291,13 +291,24 @@ void targets_in_tile(const int64_t* y, int64_t n, int64_t first_class, int64_t c
   }
 }
 
-// The first half of a tile's logsumexp: z becomes cos, or N(cos), and top its running maximum.
+// N(cos) and N'(cos) for a negative of sample i.
+template <bool kReshaped, typename T>
+inline T reshape(const Negatives<T>& by, int64_t i, T cos) {
+  if constexpr (!kReshaped) return cos;
+  return cos > by.tau[i] ? (by.q * cos + by.a) * cos + by.b : cos;
+}
+template <bool kReshaped, typename T>
+inline T slope(const Negatives<T>& by, int64_t i, T cos) {
+  if constexpr (!kReshaped) return 1;
+  return cos > by.tau[i] ? 2 * by.q * cos + by.a : T(1);
+}
+
+// The first half of a tile's logsumexp: z becomes cos, and top the running maximum of N(cos).
 template <typename T, bool kReshaped>
 inline void cosines_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                       int64_t first_class, const Negatives<T>& negatives, const T* row_max, T* max_cos,
-                       T* target_cos, T* top) {
+                       int64_t first_class, Negatives<T> negatives, const T* row_max, T* max_cos, T* target_cos,
+                       T* top) {
   T target[kTileRows];
-  const T *tau = negatives.tau, q = negatives.q, a = negatives.a, b = negatives.b;
   targets_in_tile(y, n, first_class, classes, target);
   for (int64_t i = 0; i < n; ++i) {
     const auto j = static_cast<int64_t>(target[i]);
@@ -309,20 +320,18 @@ inline void cosines_of(T* z, int64_t classes, int64_t n, int64_t stride, const T
     const T inv = inv_norm[j], here = static_cast<T>(j);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      T cos = target[i] == here ? T(-__builtin_inf()) : row[i] * inv;
-      if constexpr (kReshaped) {
-        max_cos[i] = cos > max_cos[i] ? cos : max_cos[i];
-        cos = cos > tau[i] ? (q * cos + a) * cos + b : cos;
-      }
+      const T cos = target[i] == here ? T(-__builtin_inf()) : row[i] * inv;
+      if constexpr (kReshaped) max_cos[i] = cos > max_cos[i] ? cos : max_cos[i];
+      const T shaped = reshape<kReshaped>(negatives, i, cos);
       row[i] = cos;
-      top[i] = cos > top[i] ? cos : top[i];  // a nan is passed over here and enters through the sum
+      top[i] = shaped > top[i] ? shaped : top[i];  // a nan is passed over here and enters through the sum
     }
   }
 }
 
 template <typename T, bool kReshaped>
 void forward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                     int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
+                     int64_t first_class, const T* s, Negatives<T> negatives, T* row_max, T* max_cos,
                      double* row_sum, T* target_cos) {
   T top[kTileRows], sum[kTileRows] = {};
   cosines_of<T, kReshaped>(z, classes, n, stride, inv_norm, y, first_class, negatives, row_max, max_cos,
@@ -330,7 +339,7 @@ void forward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* 
   for (int64_t j = 0; j < classes; ++j) {
     const T* cos = z + j * stride;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sum[i] += exp(s[i] * (cos[i] - top[i]));
+    for (int64_t i = 0; i < n; ++i) sum[i] += exp(s[i] * (reshape<kReshaped>(negatives, i, cos[i]) - top[i]));
   }
   for (int64_t i = 0; i < n; ++i) {
     row_sum[i] = row_sum[i] * exp(s[i] * (row_max[i] - top[i])) + sum[i];
@@ -349,11 +358,9 @@ void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv
 
 template <typename T, bool kReshaped>
 void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                      int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
-                      const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
-                      double* dscale) {
+                      int64_t first_class, const T* s, Negatives<T> negatives, const T* top, const T* log_sum,
+                      const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
   T target[kTileRows], dot[kTileRows] = {}, ds[kTileRows] = {};
-  const T *tau = negatives.tau, q = negatives.q, a = negatives.a, b = negatives.b;
   targets_in_tile(y, n, first_class, classes, target);
   for (int64_t j = 0; j < classes; ++j) {
     T* row = z + j * stride;
@@ -363,15 +370,10 @@ void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T*
     for (int64_t i = 0; i < n; ++i) {
       const bool is_target = target[i] == here;
       const T cos = row[i] * inv;  // rounded as in forward: other uses than the difference keep it out of an fma
-      T shaped = cos, slope = 1;
-      if constexpr (kReshaped) {
-        const bool hard = cos > tau[i];
-        shaped = hard ? (q * cos + a) * cos + b : cos;
-        slope = hard ? 2 * q * cos + a : T(1);
-      }
+      const T shaped = reshape<kReshaped>(negatives, i, cos);
       const T g_neg = g_lse[i] * exp(s[i] * (shaped - top[i]) - log_sum[i]);
       const T p = is_target ? T(0) : g_neg;
-      const T g = is_target ? g_cos[i] : s[i] * p * slope;
+      const T g = is_target ? g_cos[i] : s[i] * p * slope<kReshaped>(negatives, i, cos);
       ds[i] += p * shaped;
       dot[i] += g * cos;
       col += g * cos;
@@ -606,82 +608,89 @@ void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t se
 // -- entries that are kept for a sparse backward -----------------------------------------------------------------
 
 #if defined(__AVX512F__)
-// Keeps what is above cut of 16 numbers; returns how many that are.
-inline int64_t keep_vector(const float* cos, const float* cut, __m512i places, float* kept, Place* to) {
-  const __m512 values = _mm512_loadu_ps(cos);
-  const __mmask16 above = _mm512_cmp_ps_mask(values, _mm512_loadu_ps(cut), _CMP_GT_OQ);
+// Keeps the cosines of 16 that are above cut as they are shaped; returns how many that are.
+inline int64_t keep_vector(const float* cos, const float* shaped, const float* cut, __m512i places, float* kept,
+                           Place* to) {
+  const __mmask16 above = _mm512_cmp_ps_mask(_mm512_loadu_ps(shaped), _mm512_loadu_ps(cut), _CMP_GT_OQ);
   if (above == 0) return 0;
   const __m512i chosen = _mm512_maskz_compress_epi32(above, places);
-  _mm512_storeu_ps(kept, _mm512_maskz_compress_ps(above, values));
+  _mm512_storeu_ps(kept, _mm512_maskz_compress_ps(above, _mm512_loadu_ps(cos)));
   _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, chosen));
   return __builtin_popcount(above);
 }
 
 // Their places are place, place + 1, ...
-inline int64_t keep_vector(const float* cos, const float* cut, uint32_t place, float* kept, Place* to) {
+inline int64_t keep_vector(const float* cos, const float* shaped, const float* cut, uint32_t place, float* kept,
+                           Place* to) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return keep_vector(cos, cut, _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(place)), lanes), kept, to);
+  const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(place)), lanes);
+  return keep_vector(cos, shaped, cut, places, kept, to);
 }
 
-inline int64_t keep_vector(const float* cos, const float* cut, const Place* places, float* kept, Place* to) {
+inline int64_t keep_vector(const float* cos, const float* shaped, const float* cut, const Place* places,
+                           float* kept, Place* to) {
   const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(places));
-  return keep_vector(cos, cut, _mm512_maskz_cvtepu16_epi32(0xffff, own), kept, to);
+  return keep_vector(cos, shaped, cut, _mm512_maskz_cvtepu16_epi32(0xffff, own), kept, to);
 }
 #endif
 
 template <typename T>
-inline int64_t keep_vector(const T* cos, const T* cut, uint32_t place, T* kept, Place* places) {
+inline int64_t keep_vector(const T* cos, const T* shaped, const T* cut, uint32_t place, T* kept, Place* places) {
   int any = 0;
 #pragma omp simd reduction(| : any)
-  for (int l = 0; l < 16; ++l) any |= cos[l] > cut[l];
+  for (int l = 0; l < 16; ++l) any |= shaped[l] > cut[l];
   if (any == 0) return 0;
   int64_t count = 0;
   for (uint32_t l = 0; l < 16; ++l) {
     kept[count] = cos[l];
     places[count] = static_cast<Place>(place + l);
-    count += cos[l] > cut[l];
+    count += shaped[l] > cut[l];
   }
   return count;
 }
 
 template <typename T>
-inline int64_t keep_vector(const T* cos, const T* cut, const Place* places, T* kept, Place* to) {
+inline int64_t keep_vector(const T* cos, const T* shaped, const T* cut, const Place* places, T* kept, Place* to) {
   int64_t count = 0;
-  for (int64_t l = 0; l < 16; ++l) {  // `to` may be where the places are
+  for (int64_t l = 0; l < 16; ++l) {  // kept and `to` may be where the cosines and the places are
     const T value = cos[l];
     const Place place = places[l];
+    const bool above = shaped[l] > cut[l];
     kept[count] = value;
     to[count] = place;
-    count += value > cut[l];
+    count += above;
   }
   return count;
 }
 
-template <typename T>
+template <typename T, bool kReshaped>
 int64_t forward_and_keep(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                         int64_t first_class, const T* s, T* row_max, double* row_sum, T* target_cos, const T* cut,
-                         double* tail, T* kept, Place* place) {
-  T top[kTileRows], sum[kTileRows] = {}, dropped[kTileRows] = {}, above[kTileRows];
+                         int64_t first_class, const T* s, Negatives<T> negatives, T* row_max, T* max_cos,
+                         double* row_sum, T* target_cos, const T* cut, double* tail, T* kept, Place* place) {
+  T top[kTileRows], sum[kTileRows] = {}, dropped[kTileRows] = {}, above[kTileRows], shaped_row[kTileRows];
   for (int64_t i = 0; i < kTileRows; ++i) above[i] = i < n ? cut[i] : T(__builtin_inf());
-  cosines_of<T, false>(z, classes, n, stride, inv_norm, y, first_class, {}, row_max, nullptr, target_cos, top);
+  cosines_of<T, kReshaped>(z, classes, n, stride, inv_norm, y, first_class, negatives, row_max, max_cos,
+                           target_cos, top);
   const int64_t whole = n / 16 * 16;
   int64_t count = 0;
   for (int64_t j = 0; j < classes; ++j) {
-    const T* cos = z + j * stride;
+    const T *cos = z + j * stride, *shaped = kReshaped ? shaped_row : cos;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const T e = exp(s[i] * (cos[i] - top[i]));
+      const T value = reshape<kReshaped>(negatives, i, cos[i]), e = exp(s[i] * (value - top[i]));
       sum[i] += e;
-      dropped[i] += cos[i] > above[i] ? T(0) : e;  // a nan is not above, and enters
+      dropped[i] += value > above[i] ? T(0) : e;  // a nan is not above, and enters
+      if constexpr (kReshaped) shaped_row[i] = value;
     }
     const auto first = static_cast<uint32_t>(j << 8);
     for (int64_t i = 0; i < whole; i += 16) {
-      count += keep_vector(cos + i, above + i, first + static_cast<uint32_t>(i), kept + count, place + count);
+      count += keep_vector(cos + i, shaped + i, above + i, first + static_cast<uint32_t>(i), kept + count,
+                           place + count);
     }
     for (int64_t i = whole; i < n; ++i) {
       kept[count] = cos[i];
       place[count] = static_cast<Place>((j << 8) + i);
-      count += cos[i] > above[i];
+      count += shaped[i] > above[i];
     }
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -697,39 +706,44 @@ int64_t forward_and_keep(T* z, int64_t classes, int64_t n, int64_t stride, const
 // add up one after the other.
 constexpr int64_t kBatch = 64;
 
-template <typename T>
-void tally(const T* kept, const Place* place, int64_t count, const T* s, const T* top, uint32_t* bins) {
+template <typename T, bool kReshaped>
+void tally(const T* kept, const Place* place, int64_t count, const T* s, Negatives<T> negatives, const T* top,
+           uint32_t* bins) {
   int32_t bin[kBatch];
   for (int64_t first = 0; first < count; first += kBatch) {
     const int64_t some = count - first < kBatch ? count - first : kBatch;
 #pragma omp simd
     for (int64_t k = 0; k < some; ++k) {
       const int32_t i = place[first + k] & 255;
-      const T distance = s[i] * (top[i] - kept[first + k]) * T(kBinsPerNat);
-      bin[k] = i * static_cast<int32_t>(kBins) +
-               static_cast<int32_t>(distance < T(kBins - 1) ? distance : T(kBins - 1));  // so that nan is far
+      const T shaped = reshape<kReshaped>(negatives, i, kept[first + k]);
+      const T distance = s[i] * (top[i] - shaped) * T(kBinsPerNat);
+      const T near = distance < T(kBins - 1) ? distance : T(kBins - 1);  // so that nan is far
+      bin[k] = i * static_cast<int32_t>(kBins) + static_cast<int32_t>(near > 0 ? near : T(0));
     }
     for (int64_t k = 0; k < some; ++k) ++bins[bin[k]];
   }
 }
 
-template <typename T>
-int64_t prune(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, const T* top,
-              double* tail, uint32_t* row_count, T* to_kept, Place* to_place) {
-  T limit[kBatch], e[kBatch];
+template <typename T, bool kReshaped>
+int64_t prune(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, Negatives<T> negatives,
+              const T* top, double* tail, uint32_t* row_count, T* to_kept, Place* to_place) {
+  T limit[kBatch], e[kBatch], shaped_batch[kBatch];
   int32_t below[kBatch];
   int64_t left = 0;
   for (int64_t first = 0; first < count; first += kBatch) {
     const int64_t some = count - first < kBatch ? count - first : kBatch;
+    const T* shaped = kReshaped ? shaped_batch : kept + first;
     int32_t any = 0;
 #pragma omp simd reduction(+ : any)
     for (int64_t k = 0; k < some; ++k) {
       const int32_t i = place[first + k] & 255;
-      const T cos = kept[first + k], least = cut[i], mass = exp(s[i] * (cos - top[i]));
+      const T value = reshape<kReshaped>(negatives, i, kept[first + k]);
+      const T least = cut[i], mass = exp(s[i] * (value - top[i]));
       limit[k] = least;
-      e[k] = cos > least ? T(0) : mass;
-      below[k] = cos > least ? 0 : 1;
-      any += cos > least ? 0 : 1;
+      e[k] = value > least ? T(0) : mass;
+      below[k] = value > least ? 0 : 1;
+      any += value > least ? 0 : 1;
+      if constexpr (kReshaped) shaped_batch[k] = value;
     }
     for (int64_t k = 0; any != 0 && k < some; ++k) {
       const int64_t i = place[first + k] & 255;
@@ -738,21 +752,23 @@ int64_t prune(const T* kept, const Place* place, int64_t count, const T* cut, co
     }
     int64_t k = 0;
     for (; k + 16 <= some; k += 16) {
-      left += keep_vector(kept + first + k, limit + k, place + first + k, to_kept + left, to_place + left);
+      left +=
+          keep_vector(kept + first + k, shaped + k, limit + k, place + first + k, to_kept + left, to_place + left);
     }
     for (; k < some; ++k) {
+      const bool above = shaped[k] > limit[k];
       to_kept[left] = kept[first + k];
       to_place[left] = place[first + k];
-      left += kept[first + k] > limit[k];
+      left += above;
     }
   }
   return left;
 }
 
-template <typename T>
-int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s, const T* top,
-                  const T* log_sum, const T* g_lse, T* col_dot, double* dscale, T* g, uint8_t* classes,
-                  uint8_t* samples) {
+template <typename T, bool kReshaped>
+int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s,
+                  Negatives<T> negatives, const T* top, const T* log_sum, const T* g_lse, T* col_dot,
+                  double* row_dot, double* dscale, T* g, uint8_t* classes, uint8_t* samples) {
   T p[kBatch];
   int64_t left = 0;
   for (int64_t first = 0; first < count; first += kBatch) {
@@ -760,15 +776,17 @@ int64_t gradients(const T* kept, const Place* place, int64_t count, const T* inv
 #pragma omp simd
     for (int64_t k = 0; k < some; ++k) {
       const int32_t i = place[first + k] & 255;
-      p[k] = g_lse[i] * exp(s[i] * (kept[first + k] - top[i]) - log_sum[i]);
+      const T shaped = reshape<kReshaped>(negatives, i, kept[first + k]);
+      p[k] = g_lse[i] * exp(s[i] * (shaped - top[i]) - log_sum[i]);
     }
     for (int64_t k = 0; k < some; ++k) {
       const int64_t i = place[first + k] & 255, j = place[first + k] >> 8;
       if (g_lse[i] == 0) continue;
-      const T along = p[k] * kept[first + k];
-      dscale[i] += along;
+      const T cos = kept[first + k], steep = p[k] * slope<kReshaped>(negatives, i, cos), along = steep * cos;
+      dscale[i] += p[k] * reshape<kReshaped>(negatives, i, cos);
       col_dot[j] += s[i] * along;
-      g[left] = s[i] * p[k] * inv_norm[j];
+      if constexpr (kReshaped) row_dot[i] += s[i] * along;
+      g[left] = s[i] * steep * inv_norm[j];
       classes[left] = static_cast<uint8_t>(j);
       samples[left++] = static_cast<uint8_t>(i);
     }
@@ -810,6 +828,10 @@ void weighted_sum(const T* rows, int64_t stride, const uint8_t* index, const T* 
   }
 }
 
+template <typename T, bool kReshaped>
+constexpr SparseKernels<T> kSparse{forward_and_keep<T, kReshaped>, tally<T, kReshaped>, prune<T, kReshaped>,
+                                   gradients<T, kReshaped>, weighted_sum<T>};
+
 template <typename T>
 constexpr Kernels<T> kTable{{kPanel<T>, 1, matmul<T>, pack_transposed<T>, pack<T>},
                             normalize<T>,
@@ -827,7 +849,7 @@ constexpr Kernels<T> kTable{{kPanel<T>, 1, matmul<T>, pack_transposed<T>, pack<T
                             store_stochastic<T>,
                             finish_dx<T>,
                             normal,
-                            {forward_and_keep<T>, tally<T>, prune<T>, gradients<T>, weighted_sum<T>}};
+                            {kSparse<T, false>, kSparse<T, true>}};
 
 }  // namespace
 

@@ -52,7 +52,7 @@ struct RowGradient {
 using Place = uint16_t;
 constexpr int64_t kPlaceClasses = 256;
 
-// Of the distance s_i (top_i - cos_ij) of an entry from the largest of its row. The last bin has no end.
+// Of the distance s_i (top_i - N(cos_ij)) of an entry from the largest of its row. The last bin has no end.
 constexpr int64_t kBins = 256, kBinsPerNat = 8;
 
 constexpr int64_t kKeepSlack = 64;  // entries that forward_and_keep() may write beyond those it counts
@@ -60,26 +60,30 @@ constexpr int64_t kKeepSlack = 64;  // entries that forward_and_keep() may write
 // The loops over the entries of the softmax that are kept for a sparse backward; see sparse.h.
 template <typename T>
 struct SparseKernels {
-  // As Kernels::forward_tile, and keeps the entries with cos_ij > cut_i, class by class; returns how many there
-  // are. tail_i is the running sum of e^{s_i (cos_ij - row_max_i)} over the others.
+  // As Kernels::forward_tile, and keeps cos_ij of the entries with N(cos_ij) > cut_i, class by class; returns how
+  // many there are. tail_i is the running sum of e^{s_i (N(cos_ij) - row_max_i)} over the others.
   int64_t (*forward_and_keep)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm,
-                              const int64_t* y, int64_t first_class, const T* s, T* row_max, double* row_sum,
-                              T* target_cos, const T* cut, double* tail, T* kept, Place* place);
+                              const int64_t* y, int64_t first_class, const T* s, Negatives<T> negatives,
+                              T* row_max, T* max_cos, double* row_sum, T* target_cos, const T* cut, double* tail,
+                              T* kept, Place* place);
 
   // Adds entries to bins (samples, kBins).
-  void (*tally)(const T* kept, const Place* place, int64_t count, const T* s, const T* top, uint32_t* bins);
+  void (*tally)(const T* kept, const Place* place, int64_t count, const T* s, Negatives<T> negatives, const T* top,
+                uint32_t* bins);
 
-  // Moves the entries with cos_ij > cut_i to the front of `to`, which may be where they are or before it, and
-  // returns how many there are. Adds e^{s_i (cos_ij - top_i)} of the others to tail_i, and takes them off
+  // Moves the entries with N(cos_ij) > cut_i to the front of `to`, which may be where they are or before it, and
+  // returns how many there are. Adds e^{s_i (N(cos_ij) - top_i)} of the others to tail_i, and takes them off
   // row_count_i.
-  int64_t (*prune)(const T* kept, const Place* place, int64_t count, const T* cut, const T* s, const T* top,
-                   double* tail, uint32_t* row_count, T* to_kept, Place* to_place);
+  int64_t (*prune)(const T* kept, const Place* place, int64_t count, const T* cut, const T* s,
+                   Negatives<T> negatives, const T* top, double* tail, uint32_t* row_count, T* to_kept,
+                   Place* to_place);
 
   // G_ij / |w_j| of entries, each with its class and sample apart; those of samples with g_lse_i = 0 are left out,
-  // and the number of others is returned. Adds G_ij cos_ij to col_dot_j, and g_lse_i p_ij cos_ij to dscale_i.
+  // and the number of others is returned. Adds G_ij cos_ij to col_dot_j, and g_lse_i p_ij N(cos_ij) to dscale_i;
+  // with reshaped negatives G_ij cos_ij to row_dot_i, which is else s_i times what dscale_i gets and not touched.
   int64_t (*gradients)(const T* kept, const Place* place, int64_t count, const T* inv_norm, const T* s,
-                       const T* top, const T* log_sum, const T* g_lse, T* col_dot, double* dscale, T* g,
-                       uint8_t* classes, uint8_t* samples);
+                       Negatives<T> negatives, const T* top, const T* log_sum, const T* g_lse, T* col_dot,
+                       double* row_dot, double* dscale, T* g, uint8_t* classes, uint8_t* samples);
 
   // to = sum_k factor_k rows_{index_k}, or to += it; rows have `width` numbers, a multiple of the panel.
   void (*weighted_sum)(const T* rows, int64_t stride, const uint8_t* index, const T* factor, int64_t count,
@@ -182,7 +186,11 @@ struct Kernels {
   // The elements [256 group, 256 group + n) of the normal stream, n <= 256.
   void (*normal)(uint64_t seed, uint64_t group, int64_t n, float std, float* to);
 
-  SparseKernels<T> sparse;
+  SparseKernels<T> sparse[2];  // N(c) = c, and reshaped negatives
+
+  const SparseKernels<T>& sparse_for(const Negatives<T>& negatives) const {
+    return sparse[negatives.tau == nullptr ? 0 : 1];
+  }
 };
 
 // The best set that this processor has, or the one named in COSFACE_CPU_ISA; chosen at the first call.

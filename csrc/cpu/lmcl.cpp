@@ -496,8 +496,10 @@ class ExactSamples {
         log_sum_.push_back(up.log_sum[i]);
         g_lse_.push_back(up.g_lse[i]);
         g_cos_.push_back(up.g_cos[i]);
+        if (all.negatives.tau != nullptr) tau_.push_back(all.negatives.tau[i]);
       }
-      batch = {x_.data(), y_.data(), s_.data(), static_cast<int64_t>(index_.size()), all.d, {}};
+      batch = {x_.data(), y_.data(), s_.data(), static_cast<int64_t>(index_.size()), all.d, all.negatives};
+      if (all.negatives.tau != nullptr) batch.negatives.tau = tau_.data();
       upstream = {top_.data(), log_sum_.data(), g_lse_.data(), g_cos_.data()};
     } else {
       s_.assign(all.s, all.s + all.n);
@@ -528,7 +530,7 @@ class ExactSamples {
 
  private:
   std::vector<int64_t> index_, y_;
-  std::vector<T> x_, s_, top_, log_sum_, g_lse_, g_cos_;
+  std::vector<T> x_, s_, top_, log_sum_, g_lse_, g_cos_, tau_;
 };
 
 // What each thread sums up for each sample.
@@ -605,8 +607,8 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
   std::optional<Keeper<T>> keeper;
   if (keeps) {
     cache.lay_out(partition);
-    keeper.emplace(cache, partition, batch, s.data(), row_max.data(), row_sum.data(), results.target_cos,
-                   options.gradient_tolerance);
+    keeper.emplace(cache, partition, batch, s.data(), row_max.data(), max_cos.empty() ? nullptr : max_cos.data(),
+                   row_sum.data(), results.target_cos, options.gradient_tolerance);
   }
 
   const CosineCache<T> cosines(options, partition, n);

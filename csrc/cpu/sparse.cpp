@@ -51,7 +51,7 @@ int64_t first_dropped(const uint32_t* bins, double budget) {
   return 0;
 }
 
-// A cosine that lies below all entries of bins before b and above the others but for rounding, which keeps more.
+// An N(cos) that lies below all entries of bins before b and above the others but for rounding, which keeps more.
 template <typename T>
 T cut_before(int64_t b, T top, T s) {
   if (b == kBins) return -kInfinity<T>;
@@ -125,12 +125,14 @@ Place* EntryCache<T>::place(int64_t part) const {
 
 template <typename T>
 Keeper<T>::Keeper(const EntryCache<T>& cache, const Partition& partition, const Batch<T>& batch, const T* s,
-                  T* row_max, double* row_sum, T* target_cos, double tolerance)
+                  T* row_max, T* max_cos, double* row_sum, T* target_cos, double tolerance)
     : cache_(cache),
       partition_(partition),
       batch_(batch),
+      sparse_(kernels<T>().sparse_for(batch.negatives)),
       s_(s),
       row_max_(row_max),
+      max_cos_(max_cos),
       row_sum_(row_sum),
       target_cos_(target_cos),
       tolerance_(tolerance),
@@ -148,15 +150,17 @@ template <typename T>
 void Keeper<T>::forward_tile(int64_t part, T* z, int64_t first, int64_t classes, int64_t i, int64_t rows,
                              int64_t stride, const T* inv_norm) {
   const int64_t at = part * batch_.n + i;
+  T* const max_cos = max_cos_ == nullptr ? nullptr : max_cos_ + at;
   if (!has_room(part, classes * rows + kKeepSlack)) {
-    kernels<T>().forward_tile(z, classes, rows, stride, inv_norm, batch_.y + i, first, s_ + i, {}, row_max_ + at,
-                              nullptr, row_sum_ + at, target_cos_ + i);
+    kernels<T>().forward_tile(z, classes, rows, stride, inv_norm, batch_.y + i, first, s_ + i,
+                              batch_.negatives.from(i), row_max_ + at, max_cos, row_sum_ + at, target_cos_ + i);
     return;
   }
   Part& p = parts_[part];
-  const int64_t kept = kernels<T>().sparse.forward_and_keep(
-      z, classes, rows, stride, inv_norm, batch_.y + i, first, s_ + i, row_max_ + at, row_sum_ + at,
-      target_cos_ + i, &p.cut[i], &p.tail[i], cache_.cos(part) + p.count, cache_.place(part) + p.count);
+  const int64_t kept =
+      sparse_.forward_and_keep(z, classes, rows, stride, inv_norm, batch_.y + i, first, s_ + i,
+                               batch_.negatives.from(i), row_max_ + at, max_cos, row_sum_ + at, target_cos_ + i,
+                               &p.cut[i], &p.tail[i], cache_.cos(part) + p.count, cache_.place(part) + p.count);
   cache_.counts(p.first_tile)[p.segments++] = static_cast<uint32_t>(kept);
   p.count += kept;
   if (i + rows == batch_.n) ++p.tiles;
@@ -262,7 +266,7 @@ void Keeper<T>::tally(int64_t part, const T* top) {
   const T* cos = cache_.cos(part);
   const Place* place = cache_.place(part);
   each_segment(p, [&](int64_t i, uint32_t& count) {
-    kernels<T>().sparse.tally(cos, place, count, s_ + i, top + i, &p.bins[i * kBins]);
+    sparse_.tally(cos, place, count, s_ + i, batch_.negatives.from(i), top + i, &p.bins[i * kBins]);
     cos += count;
     place += count;
   });
@@ -277,8 +281,8 @@ void Keeper<T>::prune(int64_t part, const T* cut, const T* top, double* tail) {
   T *cos = cache_.cos(part), *to_cos = cos;
   Place *place = cache_.place(part), *to_place = place;
   each_segment(p, [&](int64_t i, uint32_t& count) {
-    const int64_t left = kernels<T>().sparse.prune(cos, place, count, cut + i, s_ + i, top + i, tail + i,
-                                                   &p.rows[i], to_cos, to_place);
+    const int64_t left = sparse_.prune(cos, place, count, cut + i, s_ + i, batch_.negatives.from(i), top + i,
+                                       tail + i, &p.rows[i], to_cos, to_place);
     cos += count;
     place += count;
     to_cos += left;
@@ -345,6 +349,7 @@ template <typename T>
 SparseGradient<T>::SparseGradient(const EntryCache<T>& cache, const Batch<T>& batch, const Upstream<T>& upstream)
     : cache_(cache),
       batch_(batch),
+      sparse_(kernels<T>().sparse_for(batch.negatives)),
       s_(batch.n),
       top_(batch.n),
       log_sum_(batch.n),
@@ -391,7 +396,7 @@ void SparseGradient<T>::Walk::tile(int64_t first, int64_t classes, TileRows<T> w
 template <typename T>
 void SparseGradient<T>::Walk::block(int64_t i, int64_t count, int64_t classes, TileRows<T> w, DwRows<T> dw,
                                     T* col_dot) {
-  const auto& sparse = kernels<T>().sparse;
+  const auto& sparse = of_.sparse_;
   Place last_class = 0, last_sample = 0;
   for (int64_t k = 0; k < count; ++k) {
     last_class = std::max<Place>(last_class, place_[k] / kTileRows);
@@ -404,9 +409,9 @@ void SparseGradient<T>::Walk::block(int64_t i, int64_t count, int64_t classes, T
     for (auto* v : {&g_, &sorted_g_}) v->resize(count);
     for (auto* v : {&class_, &sorted_class_, &sample_}) v->resize(count);
   }
-  const int64_t left =
-      sparse.gradients(cos_, place_, count, w.inv_norm, &of_.s_[i], &of_.top_[i], &of_.log_sum_[i], &of_.g_lse_[i],
-                       col_dot, dscale_ + i, g_.data(), class_.data(), sample_.data());
+  const int64_t left = sparse.gradients(cos_, place_, count, w.inv_norm, &of_.s_[i], of_.batch_.negatives.from(i),
+                                        &of_.top_[i], &of_.log_sum_[i], &of_.g_lse_[i], col_dot, row_dot_ + i,
+                                        dscale_ + i, g_.data(), class_.data(), sample_.data());
   cos_ += count;
   place_ += count;
   for (int64_t k = 0; dw.data != nullptr && k < left;) {
@@ -442,16 +447,17 @@ void SparseGradient<T>::Walk::target(int64_t i, int64_t j, TileRows<T> w, DwRows
   col_dot[j] += g * cos;
   row_dot_[i] += g * cos;
   if (dw.data != nullptr) {
-    kernels<T>().sparse.weighted_sum(x_hat, 0, &only, &factor, 1, width_, dw.data + j * dw.stride, written_[j]);
+    of_.sparse_.weighted_sum(x_hat, 0, &only, &factor, 1, width_, dw.data + j * dw.stride, written_[j]);
     written_[j] = true;
   }
   if (dx_hat_ != nullptr) {
-    kernels<T>().sparse.weighted_sum(row, 0, &only, &factor, 1, width_, dx_hat_ + i * width_, true);
+    of_.sparse_.weighted_sum(row, 0, &only, &factor, 1, width_, dx_hat_ + i * width_, true);
   }
 }
 
 template <typename T>
 void SparseGradient<T>::Walk::finish() {
+  if (of_.batch_.negatives.tau != nullptr) return;
   for (int64_t i = 0; i < of_.batch_.n; ++i) row_dot_[i] += of_.s_[i] * dscale_[i];
 }
 

@@ -1,16 +1,18 @@
 // The sparse backward: forward keeps the entries of the softmax that matter, and backward visits no other.
 //
-// An entry is cos_ij with its place, for j != y_i. With p_ij = e^{z_ij - lse_i}, which sums to 1 over j != y_i,
+// An entry is cos_ij with its place, for j != y_i. With z_ij = s_i N(cos_ij), where N(c) = c unless negatives are
+// reshaped, which may also turn their order round, and p_ij = e^{z_ij - lse_i}, which sums to 1 over j != y_i,
 // forward keeps of sample i so many entries that dropped_i, the p of the others, is at most the tolerance; it sums
 // dropped_i itself, not 1 - sum of the kept, so that no cancellation enters. A sample of which this is not true,
 // or that would keep so many entries that the dense products are faster, is exact: backward recomputes its row.
 //
-// Error: a gradient without the dropped entries lacks D_i = s_i g_lse_i sum_{j dropped} p_ij w_hat_j, whose length
-// is at most s_i |g_lse_i| dropped_i, and the projection onto the complement of x_hat_i does not lengthen it. So
+// Error: a gradient without the dropped entries lacks D_i = s_i g_lse_i sum_{j dropped} p_ij N'(cos_ij) w_hat_j,
+// whose length is at most s_i |g_lse_i| L_i dropped_i with L_i = max_{j dropped} |N'(cos_ij)|, which is 1 for
+// N(c) = c, and the projection onto the complement of x_hat_i does not lengthen it. So
 //
-//     |x_i| |delta dx_i|           <= s_i |g_lse_i| dropped_i
-//     sum_j |w_j| |delta dw_j|     <= sum_i s_i |g_lse_i| dropped_i
-//     |delta dscale_i|             <= |g_lse_i| dropped_i max_j |cos_ij|
+//     |x_i| |delta dx_i|           <= s_i |g_lse_i| L_i dropped_i
+//     sum_j |w_j| |delta dw_j|     <= sum_i s_i |g_lse_i| L_i dropped_i
+//     |delta dscale_i|             <= |g_lse_i| dropped_i max_{j dropped} |N(cos_ij)|
 #pragma once
 
 #include <atomic>
@@ -76,9 +78,9 @@ class EntryCache {
 template <typename T>
 class Keeper {
  public:
-  // s (N); row_max and row_sum (parts, N), as forward_tile updates them.
+  // s (N); row_max, max_cos and row_sum (parts, N), as forward_tile updates them.
   Keeper(const EntryCache<T>& cache, const Partition& partition, const Batch<T>& batch, const T* s, T* row_max,
-         double* row_sum, T* target_cos, double tolerance);
+         T* max_cos, double* row_sum, T* target_cos, double tolerance);
 
   // Kernels::forward_tile for the block of samples from i on of the part's next tile, which begins at class
   // `first`.
@@ -92,7 +94,7 @@ class Keeper {
   struct Part {
     int64_t first_tile = 0, segments = 0;  // of a tile and a block each
     int64_t tiles = 0, tighten_at = 1, count = 0;
-    std::vector<T> cut;          // (N)
+    std::vector<T> cut;          // (N), of N(cos)
     std::vector<double> tail;    // (N)
     std::vector<uint32_t> bins;  // (N, kBins)
     std::vector<uint32_t> rows;  // (N) entries
@@ -109,8 +111,9 @@ class Keeper {
   const EntryCache<T>& cache_;
   const Partition& partition_;
   const Batch<T>& batch_;
+  const SparseKernels<T>& sparse_;
   const T* const s_;
-  T* const row_max_;
+  T *const row_max_, *const max_cos_;
   double* const row_sum_;
   T* const target_cos_;
   const double tolerance_;
@@ -175,6 +178,7 @@ class SparseGradient {
  private:
   const EntryCache<T>& cache_;
   const Batch<T>& batch_;
+  const SparseKernels<T>& sparse_;
   std::vector<T> s_, top_, log_sum_, g_lse_, g_cos_;  // (N), 0 where a sample is exact
 };
 

@@ -53,6 +53,8 @@ struct Problem {
   Exact<char> w;
   Exact<int64_t> y;
   T margin = T(0.35);
+  std::vector<T> tau;  // (N), or empty where negatives are not reshaped
+  T q = 0, a = 1, b = 0;
 
   Problem(Shape shape, DType dtype, int64_t row_stride, double scale)
       : shape(shape),
@@ -88,16 +90,23 @@ struct Problem {
   double operand_tolerance() const { return in_bfloat16() ? 0x1p-8 : 0; }
 
   double weight(int64_t j, int64_t k) const { return get(w, dtype, j * row_stride + k); }
-  Batch<T> batch() const { return {x, y, s, shape.n, shape.d, {}, in_bfloat16()}; }
+  Batch<T> batch() const {
+    const Negatives<T> negatives{tau.empty() ? nullptr : tau.data(), q, a, b};
+    return {x, y, s, shape.n, shape.d, negatives, in_bfloat16()};
+  }
   Weight weights() const { return {w, dtype, shape.classes, row_stride}; }
+  bool hard(int64_t i, double cos) const { return !tau.empty() && cos > tau[i]; }
+  double shaped(int64_t i, double cos) const { return hard(i, cos) ? (q * cos + a) * cos + b : cos; }
+  double slope(int64_t i, double cos) const { return hard(i, cos) ? 2 * q * cos + a : 1; }
+  double steepest() const { return std::max(1.0, 2 * std::fabs(double{q}) + std::fabs(double{a})); }
   bool active(int64_t i) const { return g_lse[i] != 0 || g_cos[i] != 0; }
-  // What roundings do to e^z, relatively: those of D products, which are then multiplied by s, and those of a sum
-  // over the classes, which may all go the same way.
+  // What roundings do to e^z, relatively: those of D products, which are then multiplied by s N', and those of a
+  // sum over the classes, which may all go the same way.
   double tolerance() const {
     double s_max = 1;
     for (T v : s) s_max = std::max(s_max, double{v});
-    return kUlp<T> *
-           (8 + 4 * s_max + std::sqrt(static_cast<double>(shape.d)) + static_cast<double>(shape.classes) / 4);
+    return kUlp<T> * (8 + 4 * s_max * steepest() + std::sqrt(static_cast<double>(shape.d)) +
+                      static_cast<double>(shape.classes) / 4);
   }
 };
 

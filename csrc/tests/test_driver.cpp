@@ -65,9 +65,15 @@ Definition define(const Problem<T>& p) {
         r.max_neg[i] = cos[j];
       }
     }
-    double sum = 0;
-    for (int64_t j = 0; j < classes; ++j) sum += j == p.y[i] ? 0 : std::exp(p.s[i] * (cos[j] - r.max_neg[i]));
-    if (sum != 0) r.lse[i] = p.s[i] * r.max_neg[i] + std::log(sum);
+    double top = -kInf, sum = 0;
+    for (int64_t j = 0; j < classes; ++j) {
+      const double shaped = p.shaped(i, cos[j]);
+      if (j != p.y[i] && !(shaped <= top)) top = shaped;
+    }
+    for (int64_t j = 0; j < classes; ++j) {
+      sum += j == p.y[i] ? 0 : std::exp(p.s[i] * (p.shaped(i, cos[j]) - top));
+    }
+    if (sum != 0) r.lse[i] = p.s[i] * top + std::log(sum);
     const double z = r.lse[i] - p.s[i] * (r.target_cos[i] - double{p.margin});
     r.loss[i] = p.y[i] < 0 ? 0 : z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
 
@@ -75,14 +81,15 @@ Definition define(const Problem<T>& p) {
     const double x_clamped = std::max(r.x_norm[i], kEps);
     for (int64_t j = 0; j < classes; ++j) {
       const bool target = j == p.y[i];
-      const double prob = target ? 0 : p.g_lse[i] * std::exp(p.s[i] * cos[j] - r.lse[i]);
-      const double g = target ? double{p.g_cos[i]} : p.s[i] * prob;
+      const double shaped = p.shaped(i, cos[j]);
+      const double prob = target ? 0 : p.g_lse[i] * std::exp(p.s[i] * shaped - r.lse[i]);
+      const double g = target ? double{p.g_cos[i]} : p.s[i] * prob * p.slope(i, cos[j]);
       for (int64_t k = 0; k < d; ++k) {
         r.dx[i * d + k] += g * r.w_hat[j * d + k];
         r.dw[j * d + k] += g * r.x_hat[i * d + k];
       }
-      r.dscale[i] += prob * cos[j];
-      r.dscale_size[i] += std::fabs(prob);
+      r.dscale[i] += prob * shaped;
+      r.dscale_size[i] += std::fabs(prob) * std::max(1.0, std::fabs(shaped));
       r.dx_size[i] += std::fabs(g) / x_clamped;
       r.dw_size[j] += std::fabs(g) / std::max(r.w_norm[j], kEps);
     }
@@ -92,9 +99,38 @@ Definition define(const Problem<T>& p) {
   return r;
 }
 
+struct Polynomial {
+  double q, a, b;
+};
+
+// Of an inter-class filter, MV-Softmax and CurricularFace, and one that turns the order of cosines round.
+constexpr Polynomial kPolynomials[] = {{0, 0, 0}, {0, 1.2, 0.2}, {1, 0.3, 0}, {0.7, -0.4, 0.1}};
+
+// Thresholds below all cosines of a sample, above all, and in gaps between, which no rounding can cross.
+template <typename T>
+void reshape(Problem<T>& p, Polynomial by) {
+  p.q = static_cast<T>(by.q), p.a = static_cast<T>(by.a), p.b = static_cast<T>(by.b);
+  std::vector<double> cos = define(p).cos;
+  p.tau.resize(p.shape.n);
+  for (int64_t i = 0; i < p.shape.n; ++i) {
+    const auto begin = cos.begin() + i * p.shape.classes, end = begin + p.shape.classes;
+    std::sort(begin, end);
+    const double shares[] = {0.5, 0.9, 0.99};
+    const auto first = begin + static_cast<int64_t>(shares[i % 3] * static_cast<double>(p.shape.classes));
+    double gap = 1e-5, tau = i % 5 == 1 ? -2 : 2;
+    for (auto here = first; i % 5 > 1 && here + 1 < std::min(first + 100, end); ++here) {
+      if (here[1] - here[0] < gap) continue;
+      gap = here[1] - here[0];
+      tau = (here[0] + here[1]) / 2;
+    }
+    p.tau[i] = static_cast<T>(tau);
+  }
+}
+
 // The definition's gradients against differences of its own values.
-void definition_agrees_with_itself() {
+void definition_agrees_with_itself(bool reshaped) {
   Problem<double> p({4, 5, 3}, DType::kFloat64, 3, 6);
+  if (reshaped) reshape(p, kPolynomials[3]);
   const Definition r = define(p);
   const auto value = [&p] {
     const Definition at = define(p);
@@ -382,46 +418,85 @@ void long_rows() {
   }
 }
 
-// With a tolerance: dx within the bound of what was dropped, the same bits in any order, in caches from too small
-// to ample.
+// Hard negatives that are reshaped, without a tolerance.
 template <typename T>
-void with_a_tolerance() {
+void reshaped() {
+  int64_t turn = 0;
+  for (const Polynomial& by : kPolynomials) {
+    for (const Shape shape : {Shape{7, 513, 17}, Shape{300, 84, 5}, Shape{1, 1, 3}, Shape{0, 9, 3}}) {
+      Problem<T> p(shape, DType::kFloat32, shape.d, 64);
+      reshape(p, by);
+      const Definition want = define(p);
+      check_all(p, want, static_cast<int>(++turn % 3) + 1, 0);
+    }
+  }
+}
+
+// With a tolerance: the loss is as without, the gradients are within the bounds of what was dropped, with the same
+// bits in any order, in caches from too small to ample. Every third sample is at its class, as after training.
+template <typename T>
+void with_a_tolerance(const Polynomial* by) {
   const double tolerance = 0.02;
-  for (const Shape shape : {Shape{7, 1100, 17}, Shape{300, 513, 32}, Shape{1, 2000, 20}}) {
+  double least_kept = 1;
+  for (const Shape shape : {Shape{7, 1100, 17}, Shape{300, 513, 32}, Shape{1, 2000, 20}, Shape{2, 1, 3}}) {
+    Problem<T> p(shape, DType::kFloat32, shape.d, 128);
+    for (int64_t k = 0; k < shape.n * shape.d; ++k) {
+      const int64_t i = k / shape.d;
+      if (i % 3 == 2 && p.y[i] >= 0) p.x[k] = static_cast<T>(p.weight(p.y[i], k % shape.d) + 0.1 * normal());
+    }
+    if (by) reshape(p, *by);
+    const Definition want = define(p);
     for (int64_t bytes : {0, 64 * 300, 64 * 20000, 64 * 200000}) {
-      Problem<T> p(shape, DType::kFloat32, shape.d, 128);
-      const auto run = [&](const Runtime& host, Exact<char>& cache, Exact<T>& dx, Exact<char>& dw) {
+      const auto run = [&](const Runtime& host, Exact<char>& cache) {
         Options options;
         options.gradient_tolerance = tolerance;
         options.cache = cache.begin();
         options.cache_bytes = bytes;
-        Exact<T> loss(shape.n), target_cos(shape.n), max_neg(shape.n), dscale(shape.n);
-        lmcl_forward<T>(p.batch(), p.weights(), p.margin, options, host,
-                        {loss, p.top, p.log_sum, target_cos, max_neg});
-        lmcl_backward<T>(p.batch(), p.weights(), {p.top, p.log_sum, p.g_lse, p.g_cos}, options, host,
-                         {dx, dw, dscale});
+        const Forward<T> forward(p, host, options);
+        check_forward(p, want, forward);
+        forward.hand_over(p);
+        return Backward<T>(p, host, {}, options);
       };
-      const int64_t dw_bytes = shape.classes * shape.d * size_of(p.dtype);
-      Exact<char> cache(bytes), dw(dw_bytes), other_cache(bytes), other_dw(dw_bytes);
-      Exact<T> dx(shape.n * shape.d), other_dx(shape.n * shape.d);
-      run(runtime(2, 0), cache, dx, dw);
-      run(runtime(2, 0, Order::kReversed), other_cache, other_dx, other_dw);
-      CHECK(dx.same_bits(other_dx) && dw.same_bits(other_dw), shape.n, shape.classes, bytes);
-      const Definition want = define(p);
+      Exact<char> cache(bytes), other_cache(bytes);
+      const Backward<T> got = run(runtime(2, 0), cache);
+      CHECK(got.same_bits(run(runtime(2, 0, Order::kReversed), other_cache)), shape.n, shape.classes, bytes);
       const auto* dropped = reinterpret_cast<const double*>(cache.begin());
+      double dw_error = 0, dw_lacks = 0, dw_size = 0;
       for (int64_t i = 0; i < shape.n; ++i) {
         const double mass = bytes == 0 ? 0 : dropped[i];
+        if (bytes > 0) least_kept = std::min(least_kept, dropped[shape.n + i]);
         CHECK(mass <= tolerance, shape.n, shape.classes, bytes, i, mass);
+        double steepest = 0, largest = 0, error = 0;  // of the negatives: |N'| and |N|
+        for (int64_t j = 0; j < shape.classes; ++j) {
+          if (j == p.y[i]) continue;
+          const double cos = want.cos[i * shape.classes + j];
+          steepest = std::max(steepest, std::fabs(p.slope(i, cos)));
+          largest = std::max(largest, std::fabs(p.shaped(i, cos)));
+        }
+        for (int64_t k = 0; k < shape.d; ++k) {
+          error = std::hypot(error, double{got.dx[i * shape.d + k]} - want.dx[i * shape.d + k]);
+        }
+        const double lacks = std::fabs(double{p.s[i]} * p.g_lse[i]) * steepest * mass;
+        CHECK(error <= lacks / want.x_norm[i] + 8 * p.tolerance() * want.dx_size[i], shape.n, shape.classes, bytes,
+              i, error, lacks);
+        dw_lacks += lacks;
+        const double off = std::fabs(double{got.dscale[i]} - want.dscale[i]);
+        CHECK(off <= std::fabs(double{p.g_lse[i]}) * largest * mass + 8 * p.tolerance() * want.dscale_size[i],
+              shape.n, shape.classes, bytes, i, off, mass);
+      }
+      for (int64_t j = 0; j < shape.classes; ++j) {
         double error = 0;
         for (int64_t k = 0; k < shape.d; ++k) {
-          error = std::hypot(error, double{dx[i * shape.d + k]} - want.dx[i * shape.d + k]);
+          error = std::hypot(error, get(got.dw, p.dtype, j * shape.d + k) - want.dw[j * shape.d + k]);
         }
-        const double lacks = std::fabs(double{p.s[i]} * p.g_lse[i]) * mass / want.x_norm[i];
-        CHECK(error <= lacks + 8 * p.tolerance() * want.dx_size[i], shape.n, shape.classes, bytes, i, error,
-              lacks);
+        dw_error += error * want.w_norm[j];
+        dw_size += want.dw_size[j] * want.w_norm[j];
       }
+      const double rounding = (8 * p.tolerance() + 0x1p-24) * dw_size;
+      CHECK(dw_error <= dw_lacks + rounding, shape.n, shape.classes, bytes, dw_error, dw_lacks, rounding);
     }
   }
+  CHECK(least_kept < 0.3, least_kept);
 }
 
 // With a cache of cosines, from too small for a tile to more than all: the same loss, the gradients of cosines
@@ -468,12 +543,14 @@ void all_of() {
   expanded_weight<T>();
   confident<T>();
   bad_samples<T>();
-  with_a_tolerance<T>();
+  reshaped<T>();
+  with_a_tolerance<T>(nullptr);
+  for (const Polynomial& by : kPolynomials) with_a_tolerance<T>(&by);
   for (bool is_exact : {false, true}) with_a_cache<T>(is_exact);
 }
 
 void tests() {
-  definition_agrees_with_itself();
+  for (bool reshaped : {false, true}) definition_agrees_with_itself(reshaped);
   all_of<float>();
   if (!multiplies_bfloat16()) all_of<double>();  // double has nothing to do with it
 }

@@ -368,6 +368,28 @@ void test_forward_isolates_rows() {
   }
 }
 
+// Entries fall into the bins of their own sample, whatever their distance from the largest is: one that rounding
+// puts above it into the first, and a nan, as what is far, into the last.
+template <typename T>
+void test_tally() {
+  constexpr int64_t kSamples = 3, kNear = 1;
+  for (bool reshaped : {false, true}) {
+    Exact<T> s(kSamples, T(2)), top(kSamples, T(0.5)), tau(kSamples, T(0.25));
+    const Negatives<T> negatives{reshaped ? tau.begin() : nullptr, T(1), T(0), T(0.25)};  // N(0.5) = 0.5
+    const T values[] = {T(0.5), T(0.75), T(100), T(0.1875), T(-200), static_cast<T>(kNan)};
+    const int64_t bins_of[] = {0, 0, 0, 5, kBins - 1, kBins - 1};  // of 8 x 2 (0.5 - c)
+    constexpr int64_t kCount = std::size(values);
+    Exact<T> kept(kCount);
+    std::copy_n(values, kCount, kept.begin());
+    Exact<Place> place(kCount, Place(7 << 8 | kNear));
+    Exact<uint32_t> bins(kSamples * kBins, 0);
+    std::vector<uint32_t> want(kSamples * kBins);
+    for (int64_t bin : bins_of) ++want[kNear * kBins + bin];
+    kernels<T>().sparse_for(negatives).tally(kept, place, kCount, s, negatives, top, bins);
+    for (int64_t k = 0; k < kSamples * kBins; ++k) CHECK(bins[k] == want[k], reshaped, k, bins[k], want[k]);
+  }
+}
+
 template <typename T>
 void test_backward_tile(const Problem<T>& p, int64_t stride) {
   const int64_t first = p.cols;
@@ -616,6 +638,7 @@ void all_of() {
   test_matmul_isolates<T>();
   test_forward_tile<T>();
   test_forward_without_negatives<T>();
+  test_tally<T>();
   test_forward_isolates_rows<T>();
   test_backward_tile<T>();
   test_probabilities_of_large_logits<T>();
