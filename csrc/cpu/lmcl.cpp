@@ -122,8 +122,8 @@ int64_t odd_lines(int64_t width) {
   return (round_up(width, kLine) / kLine | 1) * kLine;
 }
 
-// The embeddings as the products read them: normalised, or, in bfloat16, times a power of two and yet to be
-// divided by what is left of their norms, so that nothing is rounded.
+// The embeddings as the products read them: normalised, or, in bfloat16, times the power of two that brings their
+// norms near 1 and yet to be divided by what remains of these, so that nothing is rounded.
 template <typename T, typename Operand>
 struct Embeddings {
   enum Layout { kColumns = 1, kPanels = 2, kRows = 4 };
@@ -135,7 +135,7 @@ struct Embeddings {
   Buffer<Operand> panels;            // blocks of kTileRows rows, each packed, with zeros beyond d
   Buffer<Operand> rows;              // (N, width), zeros beyond d
   Buffer<T> inv_norm;                // (N)
-  Buffer<T> left;                    // (N), what is left of inv_norm, if not normalised
+  Buffer<T> remainder;               // (N), of inv_norm without the power of two, if not normalised
 
   // Rows for which active(i) is false become 0, whatever x holds: 0 x nan would be nan in a product.
   template <typename Active>
@@ -149,14 +149,14 @@ struct Embeddings {
         panels(layouts & kPanels ? padded(n) * width : 0),
         rows(layouts & kRows ? n * width : 0),
         inv_norm(n),
-        left(kNormalized ? 0 : round_up(n, table().panel)) {
+        remainder(kNormalized ? 0 : round_up(n, table().panel)) {
     const int64_t some = table().panel;  // rows that every layout has in one place
     share((n + some - 1) / some, some * d, runtime, [&](int64_t first, int64_t last) {
       Buffer<Operand> apart(layouts & kRows ? 0 : some * width);
       for (int64_t i = first * some; i < std::min(last * some, n); i += some) {
         Operand* const here = layouts & kRows ? rows + i * width : apart;
         const int64_t count = std::min(some, n - i), block = i / kTileRows * kTileRows;
-        if (!kNormalized) std::fill_n(left + i, some, T(0));
+        if (!kNormalized) std::fill_n(remainder + i, some, T(0));
         for (int64_t k = 0; k < count; ++k) {
           Operand* row = here + k * width;
           if (active(i + k)) {
@@ -189,7 +189,7 @@ struct Embeddings {
   // Its transpose.
   Right<Operand> right_transposed(int64_t i) const {
     Right<Operand> block{columns + i * depth, depth * table().panel, table().panel};
-    if constexpr (!kNormalized) block.factor = left + i;
+    if constexpr (!kNormalized) block.factor = remainder + i;
     return block;
   }
 
@@ -209,9 +209,9 @@ struct Embeddings {
     } else {
       kernels<T>().inverse_norms(x, 1, d, d, inv_norm + i);
       int exponent;
-      left[i] = std::frexp(inv_norm[i], &exponent);
-      if (!(left[i] > 0)) left[i] = 1;  // the norm is infinite or nan
-      bfloat16_kernels()->scale(x, d, inv_norm[i] / left[i], row);
+      remainder[i] = std::frexp(inv_norm[i], &exponent);
+      if (!(remainder[i] > 0)) remainder[i] = 1;  // the norm is infinite or nan
+      bfloat16_kernels()->scale(x, d, inv_norm[i] / remainder[i], row);
     }
   }
 };
@@ -331,8 +331,8 @@ class GradientTile {
         by_class_(classes * samples),
         by_sample_(samples * classes) {}
 
-  void load(const T* g, int64_t classes, int64_t rows, int64_t stride, const T* left) {
-    bfloat16_kernels()->round(g, classes, rows, stride, left, by_class_, class_stride_, by_sample_,
+  void load(const T* g, int64_t classes, int64_t rows, int64_t stride, const T* remainder) {
+    bfloat16_kernels()->round(g, classes, rows, stride, remainder, by_class_, class_stride_, by_sample_,
                               sample_stride_);
   }
   Left<Operand> by_class(int64_t j) const { return {by_class_ + j * class_stride_, class_stride_, 1}; }
@@ -684,7 +684,7 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
     // in bfloat16 a few rows of dw at a time, which are finished while they are in the cache
     const int64_t some = X::kNormalized || x.n > kTileRows ? partition.tile : kRowsAtOnce;
     GradientRows<T> dw(gradients, weight.dtype, d, x.width, some);
-    GradientTile<T, Operand> left(x.padded(partition.tile), x.padded(std::min(x.n, kTileRows)));
+    GradientTile<T, Operand> gradient_tile(x.padded(partition.tile), x.padded(std::min(x.n, kTileRows)));
     std::optional<RowUpdate<T>> update;
     if (gradients.update != nullptr) update.emplace(*gradients.update, weight, options, d);
     std::optional<typename SparseGradient<T>::Walk> walk;
@@ -719,15 +719,16 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
                                    exact.batch.negatives.from(i), exact.top(i), exact.log_sum(i),
                                    exact.upstream.g_lse + i, exact.upstream.g_cos + i, col_dot,
                                    sums.row_dot_of(part, i), sums.dscale_of(part, i));
-        left.load(g, classes, rows, stride, x.left + i);
+        gradient_tile.load(g, classes, rows, stride, x.remainder + i);
         if (gradients.dx) {
-          table.matmul(left.by_sample(), w.right(classes), sums.dx_hat_of(part, i), sums.stride, rows, x.width,
-                       x.padded(classes), true, i == 0 && update ? update->ahead(first, classes) : Ahead{});
+          table.matmul(gradient_tile.by_sample(), w.right(classes), sums.dx_hat_of(part, i), sums.stride, rows,
+                       x.width, x.padded(classes), true,
+                       i == 0 && update ? update->ahead(first, classes) : Ahead{});
         }
         for (int64_t j = 0; dw.wanted && j < classes; j += dw.capacity) {
           const int64_t end = std::min(j + dw.capacity, classes);
-          table.matmul(left.by_class(j), x.right(i), dw.row(j), dw.stride, end - j, x.width, x.padded(rows), i > 0,
-                       i == 0 ? w.ahead(first + classes + j, end - j) : Ahead{});
+          table.matmul(gradient_tile.by_class(j), x.right(i), dw.row(j), dw.stride, end - j, x.width,
+                       x.padded(rows), i > 0, i == 0 ? w.ahead(first + classes + j, end - j) : Ahead{});
           if (i + rows == x.n && !sparse) finish(j, end);
         }
       });
