@@ -277,9 +277,8 @@ def test_ragged_shapes(shape, polynomial):
     by = reshape(i, polynomial)
     gradients, sparsity = run(i, 1e-2, by=by)
     assert_within_bound(gradients, sparsity, 1e-2, i, by=by)
-    if not sparsity.exact.all():
-        return
-    assert polynomial is not None  # which may leave one sample, or few, with flat logits
+    # a reshaped batch of few samples, or one, may be flat
+    assert polynomial is not None or not sparsity.exact.all()
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 1e-3])

@@ -46,7 +46,8 @@ namespace {
 
 struct Isa {
   const char* name;
-  bool supported, preferred;  // to those that follow
+  bool (*supported)();
+  bool preferred;  // to those that follow
   const Kernels<float>& (*single_precision)();
   const Kernels<double>& (*double_precision)();
   const Bfloat16Kernels& (*bfloat16)();
@@ -82,27 +83,28 @@ const Isa& chosen() {
   static const Isa& isa = []() -> const Isa& {
     static const Isa kIsas[] = {
 #ifdef COSFACE_X86
-        {"amx", has_amx(), true, avx512::table<float>, avx512::table<double>, amx::bfloat16_table},
+        {"amx", has_amx, true, avx512::table<float>, avx512::table<double>, amx::bfloat16_table},
         // on Intel's it multiplies bfloat16 no faster than float
-        {"avx512_bf16", has_avx512_bf16(), __builtin_cpu_is("amd") != 0, avx512::table<float>,
-         avx512::table<double>, avx512_bf16::bfloat16_table},
-        {"avx512", has_avx512(), true, avx512::table<float>, avx512::table<double>, nullptr},
-        {"avx2", has_avx2(), true, avx2::table<float>, avx2::table<double>, nullptr},
+        {"avx512_bf16", has_avx512_bf16, __builtin_cpu_is("amd") != 0, avx512::table<float>, avx512::table<double>,
+         avx512_bf16::bfloat16_table},
+        {"avx512", has_avx512, true, avx512::table<float>, avx512::table<double>, nullptr},
+        {"avx2", has_avx2, true, avx2::table<float>, avx2::table<double>, nullptr},
 #endif
-        {"baseline", true, true, baseline::table<float>, baseline::table<double>, nullptr},
+        {"baseline", [] { return true; }, true, baseline::table<float>, baseline::table<double>, nullptr},
 #ifdef COSFACE_X86
-        {"emulated_amx", has_avx2(), false, avx2::table<float>, avx2::table<double>, emulated_amx::bfloat16_table},
-        {"emulated_avx512_bf16", has_avx2(), false, avx2::table<float>, avx2::table<double>,
+        {"emulated_amx", has_avx2, false, avx2::table<float>, avx2::table<double>, emulated_amx::bfloat16_table},
+        {"emulated_avx512_bf16", has_avx2, false, avx2::table<float>, avx2::table<double>,
          emulated_avx512_bf16::bfloat16_table},
 #endif
     };
     const char* wanted = std::getenv("COSFACE_CPU_ISA");
     const bool any = wanted == nullptr || *wanted == '\0';
+    for (const Isa& isa : kIsas) {
+      if ((any ? isa.preferred : std::string(wanted) == isa.name) && isa.supported()) return isa;
+    }
     std::string names;
     for (const Isa& isa : kIsas) {
-      if (!isa.supported) continue;
-      if (any ? isa.preferred : std::string(wanted) == isa.name) return isa;
-      names += names.empty() ? isa.name : std::string(", ") + isa.name;
+      if (isa.supported()) names += names.empty() ? isa.name : std::string(", ") + isa.name;
     }
     throw std::runtime_error("COSFACE_CPU_ISA must be one that this processor runs (" + names + "), got '" +
                              wanted + "'.");

@@ -303,8 +303,9 @@ inline T slope(const Negatives<T>& by, int64_t i, T cos) {
   return cos > by.tau[i] ? 2 * by.q * cos + by.a : T(1);
 }
 
-// The first half of a tile's logsumexp: z becomes cos, and top the running maximum of N(cos).
-template <typename T, bool kReshaped>
+// The first half of a tile's logsumexp: z becomes N(cos), or stays cos for its entries to be kept, and top the
+// running maximum of N(cos).
+template <typename T, bool kReshaped, bool kKeeps>
 inline void cosines_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                        int64_t first_class, Negatives<T> negatives, const T* row_max, T* max_cos, T* target_cos,
                        T* top) {
@@ -323,7 +324,7 @@ inline void cosines_of(T* z, int64_t classes, int64_t n, int64_t stride, const T
       const T cos = target[i] == here ? T(-__builtin_inf()) : row[i] * inv;
       if constexpr (kReshaped) max_cos[i] = cos > max_cos[i] ? cos : max_cos[i];
       const T shaped = reshape<kReshaped>(negatives, i, cos);
-      row[i] = cos;
+      row[i] = kKeeps ? cos : shaped;
       top[i] = shaped > top[i] ? shaped : top[i];  // a nan is passed over here and enters through the sum
     }
   }
@@ -334,12 +335,12 @@ void forward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* 
                      int64_t first_class, const T* s, Negatives<T> negatives, T* row_max, T* max_cos,
                      double* row_sum, T* target_cos) {
   T top[kTileRows], sum[kTileRows] = {};
-  cosines_of<T, kReshaped>(z, classes, n, stride, inv_norm, y, first_class, negatives, row_max, max_cos,
-                           target_cos, top);
+  cosines_of<T, kReshaped, false>(z, classes, n, stride, inv_norm, y, first_class, negatives, row_max, max_cos,
+                                  target_cos, top);
   for (int64_t j = 0; j < classes; ++j) {
     const T* cos = z + j * stride;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sum[i] += exp(s[i] * (reshape<kReshaped>(negatives, i, cos[i]) - top[i]));
+    for (int64_t i = 0; i < n; ++i) sum[i] += exp(s[i] * (cos[i] - top[i]));
   }
   for (int64_t i = 0; i < n; ++i) {
     row_sum[i] = row_sum[i] * exp(s[i] * (row_max[i] - top[i])) + sum[i];
@@ -669,8 +670,8 @@ int64_t forward_and_keep(T* z, int64_t classes, int64_t n, int64_t stride, const
                          double* row_sum, T* target_cos, const T* cut, double* tail, T* kept, Place* place) {
   T top[kTileRows], sum[kTileRows] = {}, dropped[kTileRows] = {}, above[kTileRows], shaped_row[kTileRows];
   for (int64_t i = 0; i < kTileRows; ++i) above[i] = i < n ? cut[i] : T(__builtin_inf());
-  cosines_of<T, kReshaped>(z, classes, n, stride, inv_norm, y, first_class, negatives, row_max, max_cos,
-                           target_cos, top);
+  cosines_of<T, kReshaped, true>(z, classes, n, stride, inv_norm, y, first_class, negatives, row_max, max_cos,
+                                 target_cos, top);
   const int64_t whole = n / 16 * 16;
   int64_t count = 0;
   for (int64_t j = 0; j < classes; ++j) {

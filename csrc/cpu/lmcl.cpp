@@ -56,7 +56,7 @@ class CosineCache {
     if (tile < 1 || tile > std::max(size.classes, runtime.tile_classes)) {
       throw std::invalid_argument(kForeignCache);
     }
-    return {classes, tile, std::min<int64_t>(runtime.threads, (classes + tile - 1) / tile)};
+    return {classes, tile, std::min<int64_t>(runtime.threads, divide_up(classes, tile))};
   }
 
   CosineCache(const Options& options, const Partition& partition, int64_t n)
@@ -151,7 +151,7 @@ struct Embeddings {
         inv_norm(n),
         remainder(kNormalized ? 0 : round_up(n, table().panel)) {
     const int64_t some = table().panel;  // rows that every layout has in one place
-    share((n + some - 1) / some, some * d, runtime, [&](int64_t first, int64_t last) {
+    share(divide_up(n, some), some * d, runtime, [&](int64_t first, int64_t last) {
       Buffer<Operand> apart(layouts & kRows ? 0 : some * width);
       for (int64_t i = first * some; i < std::min(last * some, n); i += some) {
         Operand* const here = layouts & kRows ? rows + i * width : apart;
@@ -297,7 +297,7 @@ class ClassRows {
  private:
   static constexpr bool kSame = std::is_same_v<T, Operand>;
   static const Products<T, Operand>& table() { return products<T, Operand>(); }
-  static int64_t panel_stride(int64_t classes) { return round_up(classes, table().depth_step) * table().panel; }
+  static int64_t panel_stride(int64_t classes) { return Embeddings<T, Operand>::padded(classes) * table().panel; }
 
   void fetch(const char* source, Operand* to) const {
     if constexpr (kSame) {
@@ -581,7 +581,7 @@ T softplus(T z) {
   return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
 }
 
-constexpr int64_t kRowsAtOnce = 64;
+constexpr int64_t kRowsAtOnce = 64;  // of dw, of bfloat16 products with one block of samples
 
 template <typename T, typename Operand>
 constexpr TileSize kTileOf = std::is_same_v<T, Operand> ? kTile : kBfloat16Tile;
@@ -681,7 +681,7 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
   runtime.parallel(partition.parts, [&](int64_t part) {
     const bool packs = gradients.dx != nullptr && (x.n >= kPackedRows || !X::kNormalized);
     ClassRows<T, Operand> w(weight, options, x, partition.tile, packs);
-    // in bfloat16 a few rows of dw at a time, which are finished while they are in the cache
+    // so that rows are finished while they are in the cache
     const int64_t some = X::kNormalized || x.n > kTileRows ? partition.tile : kRowsAtOnce;
     GradientRows<T> dw(gradients, weight.dtype, d, x.width, some);
     GradientTile<T, Operand> gradient_tile(x.padded(partition.tile), x.padded(std::min(x.n, kTileRows)));
@@ -817,7 +817,7 @@ void fill_normal(void* data, DType dtype, int64_t start, int64_t n, uint64_t see
                  const Runtime& runtime) {
   constexpr int64_t kGroup = 256;  // elements that one call of the kernel makes
   const int64_t skipped = start / kGroup;
-  share((start + n + kGroup - 1) / kGroup - skipped, kGroup, runtime, [&](int64_t first, int64_t last) {
+  share(divide_up(start + n, kGroup) - skipped, kGroup, runtime, [&](int64_t first, int64_t last) {
     float values[kGroup];
     for (int64_t group = skipped + first; group < skipped + last; ++group) {
       const int64_t from = std::max(start, group * kGroup), to = std::min(start + n, (group + 1) * kGroup);

@@ -53,14 +53,14 @@ struct Partition {
   int64_t classes, tile, tiles, parts;
 
   Partition(int64_t classes, int64_t tile, int64_t parts)
-      : classes(classes), tile(tile), tiles((classes + tile - 1) / tile), parts(parts) {}
+      : classes(classes), tile(tile), tiles(divide_up(classes, tile)), parts(parts) {}
 
   Partition(int64_t classes, const Runtime& runtime, TileSize size, int64_t most = INT64_MAX) : classes(classes) {
     const int64_t fair = divide_up(std::max<int64_t>(classes, 1), runtime.threads);  // classes of a thread
     const int64_t each = divide_up(fair, size.classes);                              // its tiles
     tile = runtime.tile_classes > 0 ? runtime.tile_classes : round_up(divide_up(fair, each), size.step);
     tile = std::min({tile, most, std::max<int64_t>(classes, 1)});  // buffers are as large as a tile
-    tiles = (classes + tile - 1) / tile;
+    tiles = divide_up(classes, tile);
     parts = std::min<int64_t>(runtime.threads, tiles);
   }
 

@@ -59,7 +59,7 @@ class EntryCache {
   // Every sample is exact.
   void clear() const;
 
-  int64_t blocks() const { return (n_ + kTileRows - 1) / kTileRows; }
+  int64_t blocks() const { return divide_up(n_, kTileRows); }
   uint32_t* counts(int64_t tile) const { return reinterpret_cast<uint32_t*>(shape + 1) + tile * blocks(); }
   T* cos(int64_t part) const;
   Place* place(int64_t part) const;
