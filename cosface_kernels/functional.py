@@ -253,7 +253,7 @@ def margin_softmax_loss(
             options["cache_bytes"] = 0
         m = 0.0 if callable(margin) else float(margin)
         special = callable(margin) or isinstance(scale, Tensor) or sample_weight is not None
-        special = special or bool(ranks or moves or sampler or gradient_tolerance or return_stats)
+        special = special or bool(ranks or moves or sampler or return_stats)
         if normalize_embeddings and not special and not ops.dispatches(embeddings, weight, labels):
             plain = Options(**options)
             in_one_call = getattr(select(backend, embeddings, weight, plain), "loss", None)

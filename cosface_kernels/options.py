@@ -29,8 +29,8 @@ class Options:
         cache_bytes: memory that forward may fill for backward with cosines that backward would compute again.
             None: CACHE_BYTES on backend `cpu`, kept exactly, which changes no bit of a gradient; 0 elsewhere, and
             on `cpu` where it multiplies bfloat16, which makes a cosine faster than memory brings it back.
-            With a gradient_tolerance, memory for the entries of the softmax; None and 0 are then as much as they
-            take.
+            With a gradient_tolerance, memory for the entries of the softmax; 0 is then as much as they take, and
+            None that much beside the memory for cosines, which serve where an exact backward is faster.
         exact_cache: whether cosines are kept as they were computed, in float32 (float64 where an input is), on
             backend `cpu`. If not, they are in 16-bit fixed point (float64 where an input is), which is off by at
             most 2^-16: a probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at
@@ -70,27 +70,32 @@ class Options:
     def keeps_exactly(self) -> bool:
         return self.cache_bytes is None if self.exact_cache is None else self.exact_cache
 
-    def cache_size(self, x: Tensor, w: Tensor, by_default: int = 0) -> int:
-        """Bytes that a cache takes: cache_bytes, or fewer if that is more than all it is for.
+    def entry_bytes(self, x: Tensor, w: Tensor) -> int:
+        """Of the entries of the softmax, each a cosine and 16 bits, where there is a tolerance.
 
-        With a tolerance, no cache_bytes mean a share of KEPT_SHARE of the entries, each a cosine and 16 bits, and
-        KEPT_MIN more for the first tiles, of which nothing can be left out yet. Only what is filled is touched.
+        A share of KEPT_SHARE of all, and KEPT_MIN more for the first tiles, of which nothing can be left out yet.
+        Only what is filled is touched.
         """
+        if not self.gradient_tolerance:
+            return 0
         samples, classes = x.shape[0], self.count(w)
-        number = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
-        if self.gradient_tolerance:
-            entry = number.itemsize + 2
-            all_entries = samples * classes
-            few = torch.sym_min(2 * all_entries, int(KEPT_SHARE * 2**20) * all_entries // 2**20 + KEPT_MIN)
-            if self.cache_bytes:
-                few = torch.sym_min(few, self.cache_bytes // entry)
-            counts = 4 * (classes // 64 + 1) * (samples // 256 + 1)
-            return 16 * samples + counts + entry * few + 4096
-        most = by_default if self.cache_bytes is None else self.cache_bytes
+        entry = _compute_dtype(x, w).itemsize + 2
+        all_entries = samples * classes
+        few = torch.sym_min(2 * all_entries, int(KEPT_SHARE * 2**20) * all_entries // 2**20 + KEPT_MIN)
+        if self.cache_bytes:
+            few = torch.sym_min(few, self.cache_bytes // entry)
+        counts = 4 * (classes // 64 + 1) * (samples // 256 + 1)
+        return (16 * samples + counts + entry * few + 4096) // 64 * 64
+
+    def cosine_bytes(self, x: Tensor, w: Tensor, by_default: int = 0) -> int:
+        """Of cosines: cache_bytes, or fewer if that is more than all."""
+        entries_alone = self.gradient_tolerance and self.cache_bytes is not None
+        most = 0 if entries_alone else by_default if self.cache_bytes is None else self.cache_bytes
         if most < CACHE_HEADER:
             return 0
-        itemsize = number.itemsize if self.keeps_exactly or number is torch.float64 else 2
-        return torch.sym_min(most, CACHE_HEADER + itemsize * samples * (classes + LARGEST_TILE))
+        dtype = _compute_dtype(x, w)
+        itemsize = dtype.itemsize if self.keeps_exactly or dtype is torch.float64 else 2
+        return torch.sym_min(most, CACHE_HEADER + itemsize * x.shape[0] * (self.count(w) + LARGEST_TILE))
 
     def refusal(self, supported: Collection[str] = ()) -> str | None:
         """Why a backend that knows only the `supported` options cannot take these, or None.
@@ -154,6 +159,10 @@ class Update:
             raise ValueError(f"numbers must hold {', '.join(names)}, got {len(numbers)} numbers.")
         values: dict[str, Any] = dict(zip(names, numbers, strict=True))
         return cls(rule, step, seed, **{**values, "nesterov": bool(values["nesterov"])})
+
+
+def _compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
 
 
 def empty_cache(x: Tensor) -> Tensor:

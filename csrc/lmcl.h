@@ -55,12 +55,13 @@ struct Options {
   int64_t count = 0;                 // S
   bool normalize_weight = true;      // if not, <x_i, w_j> / |x_i| takes the place of cos_ij
   double gradient_tolerance = 0;     // mass of the softmax that backward may leave out of every sample
-  // What forward leaves for backward, aligned to 64 bytes. With a tolerance the entries that matter, or nothing if
-  // they do not fit. Else cosines of as many tiles as fit, which are not computed again.
-  void* cache = nullptr;
-  int64_t cache_bytes = 0;
-  bool exact_cache = false;  // in T, as they were computed; if not, where T is float, in 16-bit fixed point, off
-                             // by at most 2^-16
+  // What forward leaves for backward, aligned to 64 bytes: with a tolerance the entries that matter, or nothing if
+  // they do not fit or are too many; and cosines of as many tiles as fit, which an exact backward does not compute
+  // again.
+  void *entries = nullptr, *cosines = nullptr;
+  int64_t entry_bytes = 0, cosine_bytes = 0;
+  bool exact_cosines = false;  // in T, as they were computed; if not, where T is float, in 16-bit fixed point, off
+                               // by at most 2^-16
 };
 
 // lse_i = log sum_{j != y_i} e^{z_ij} = s_i top_i + log_sum_i with top_i = max_{j != y_i} N(cos_ij), 0 if there is

@@ -19,7 +19,6 @@ from torch import Tensor
 import cosface_kernels
 from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, reference
 from cosface_kernels.backends import cpu
-from cosface_kernels.options import Options
 from cosface_kernels.reference import operand_dtype
 
 Forward = Callable[..., tuple[Tensor, ...]]
@@ -46,7 +45,7 @@ class Backend:
     def operand(self, dtypes: Dtypes) -> torch.dtype:
         """What it multiplies in the products of backward, where others upcast: G and x_hat are rounded to it."""
         if self.name == "cpu":
-            return torch.bfloat16 if cpu.multiplies_bfloat16(*dtypes, Options()) else dtypes.compute
+            return torch.bfloat16 if cpu.multiplies_bfloat16(*dtypes) else dtypes.compute
         if self.name == "reference" or torch.float64 in dtypes:
             return dtypes.compute
         return operand_dtype(*dtypes)

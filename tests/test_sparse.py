@@ -29,7 +29,8 @@ from cosface_kernels.margins import CombinedMargin, Margin, MVSoftmaxMargin, Row
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options
 
-DTYPES = (F32, F64, BF16, Dtypes(torch.float32, torch.bfloat16))
+HALVES = Dtypes(torch.bfloat16, torch.float16)  # upcast by every processor
+DTYPES = (F32, F64, HALVES, Dtypes(torch.float32, torch.bfloat16))
 TOLERANCES = (0.3, 1e-2, 1e-3, 1e-5)
 N, C, SCALE = 6, 3000, 20.0
 RESHAPED = (None, *POLYNOMIALS)
@@ -68,7 +69,7 @@ class Gradients(NamedTuple):
     dscale: Tensor
 
 
-def with_cosines(cos: Tensor, dtypes: Dtypes = F32, dim: int = 40, scale: float = SCALE) -> Inputs:
+def with_cosines(cos: Tensor, dtypes: Dtypes = F32, dim: int = 256, scale: float = SCALE) -> Inputs:
     """Embeddings and centres with these (N, C) cosines, which must leave a length below 1 to every centre."""
     n, classes = cos.shape
     rest = 1 - cos.square().sum(0)  # (C,)
@@ -256,7 +257,7 @@ def test_gradients_are_within_the_bound(kind, tolerance, dtypes):
     assert_within_bound(*run(i, tolerance), tolerance, i)
 
 
-@pytest.mark.parametrize(("dtypes", "tolerance"), [(F32, 1e-2), (F64, 1e-5), (BF16, 0.3)], ids=str)
+@pytest.mark.parametrize(("dtypes", "tolerance"), [(F32, 1e-2), (F64, 1e-5), (HALVES, 0.3)], ids=str)
 @pytest.mark.parametrize("polynomial", POLYNOMIALS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_reshaped_negatives_are_within_the_bound(kind, polynomial, dtypes, tolerance):
@@ -360,7 +361,7 @@ def run_exact(i: Inputs, by: Negatives | None = None) -> Gradients:
     return backward(i, lmcl(i, 0.0, by=by), 0.0, by=by)
 
 
-@pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtypes", [F32, F64, HALVES], ids=str)
 def test_exact_and_sparse_samples_in_one_batch(dtypes):
     cos = torch.cat([cosines("equal", 3), cosines("one heavy", 4), cosines("equal", 2)]) * 0.8
     i = with_cosines(cos, dtypes, scale=60.0)
@@ -369,7 +370,7 @@ def test_exact_and_sparse_samples_in_one_batch(dtypes):
     assert_within_bound(got, sparsity, 1e-2, i)
 
 
-@pytest.mark.parametrize("dtypes", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("dtypes", [F32, F64, HALVES], ids=str)
 def test_samples_that_reshaping_makes_exact(dtypes):
     """Of samples that are alike, a filter flattens those with low thresholds; their thresholds go with them."""
     i = with_cosines(cosines("one heavy", 9) * 0.8, dtypes, scale=60.0)
@@ -380,6 +381,14 @@ def test_samples_that_reshaping_makes_exact(dtypes):
     got, sparsity = run(i, 1e-2, by=by)
     assert torch.equal(sparsity.exact, flat)
     assert_within_bound(got, sparsity, 1e-2, i, by=by)
+
+
+def test_products_of_bfloat16_are_faster_than_entries():
+    i = with_cosines(cosines("one heavy"), BF16, scale=60.0)
+    got, sparsity = run(i, 1e-2)
+    units = cpu.multiplies_bfloat16(i.x.dtype, i.w.dtype)
+    assert bool(sparsity.exact.all() if units else not sparsity.exact.any())
+    assert all(torch.equal(mine, exact) == units for mine, exact in zip(got[:2], run_exact(i)[:2], strict=True))
 
 
 @pytest.mark.parametrize("polynomial", [None, "linear"])
@@ -435,7 +444,7 @@ def test_one_class_has_no_negatives():
 
 
 @pytest.mark.parametrize("polynomial", [None, "linear"])
-@pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtypes", [F32, HALVES], ids=str)
 def test_some_classes(dtypes, polynomial):
     i = with_cosines(cosines("heavy tail"), dtypes, scale=60.0)
     classes = torch.randperm(C)[:1000].sort().values
@@ -473,13 +482,13 @@ RESHAPING_HEADS = {
 }
 
 
-def head_and_batch(make=FusedCosFaceLoss, **options) -> tuple[nn.Module, Tensor, Tensor]:
+def head_and_batch(make=FusedCosFaceLoss, scale=128.0, **options) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    head = make(2000, 24, scale=64.0, backend="cpu", **options)
+    head = make(2000, 256, scale=scale, backend="cpu", **options)
     with torch.no_grad():
         head.weight.mul_(100)
     labels = torch.randint(2000, (16,))
-    x = head.weight.detach()[labels].float() + 0.5 * torch.randn(16, 24)
+    x = head.weight.detach()[labels].float() + 0.5 * torch.randn(16, 256)
     return head, x, labels
 
 
@@ -510,7 +519,8 @@ def test_heads_that_reshape_negatives(name, regime):
     """Three steps' gradients against the exact ones, within the bound on all of dw and on each row of dx."""
     gradients = []
     for tolerance in (1e-2, 0.0):
-        head, x, labels = head_and_batch(RESHAPING_HEADS[name], gradient_tolerance=tolerance, dtype=torch.float64)
+        options = {"gradient_tolerance": tolerance, "dtype": torch.float64}
+        head, x, labels = head_and_batch(RESHAPING_HEADS[name], scale=400.0, **options)
         labels[5] = -100
         x = (torch.randn_like(x) if regime == "random" else x).double().requires_grad_()
         for _ in range(3):
@@ -522,7 +532,7 @@ def test_heads_that_reshape_negatives(name, regime):
     assert not sparsity.exact.any()
     assert 0 < float(sparsity.dropped.max()) <= 1e-2
     steepest = (2 if name == "curricularface" else 1) + float(getattr(head.margin, "t", 0))
-    bound = 3 * 64 / 15 * steepest * sparsity.dropped * (labels >= 0)  # (N,): |d loss / d lse| <= 1 / 15
+    bound = 3 * 400 / 15 * steepest * sparsity.dropped * (labels >= 0)  # (N,): |d loss / d lse| <= 1 / 15
     (dx, dw), (want_dx, want_dw) = gradients
     dx_error, dw_error = (dx - want_dx).norm(dim=1), (dw - want_dw).norm(dim=1)
     assert bool((dx_error * x.detach().norm(dim=1) <= bound + 1e-12).all())
@@ -673,10 +683,11 @@ def test_a_broken_sample_of_shards_drops_nothing(ranks):
 
 def _train_shards(rank: int, group, accumulate: bool, sample_rate: float) -> Tensor:
     torch.manual_seed(0)
-    head = FusedCosFaceLoss(2000, 24, process_group=group, gradient_tolerance=1e-2, sample_rate=sample_rate)
+    options = {"gradient_tolerance": 1e-2, "sample_rate": sample_rate}
+    head = FusedCosFaceLoss(2000, 256, scale=200.0, process_group=group, **options)
     optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, accumulate=accumulate)
     for _ in range(3):
-        x, labels = torch.randn(16, 24), torch.randint(2000, (16,))
+        x, labels = torch.randn(16, 256), torch.randint(2000, (16,))
         loss, stats = head(x, labels, return_stats=True)
         assert not stats.sparsity.exact.any()
         assert 0 < float(stats.sparsity.dropped.max()) <= 1e-2

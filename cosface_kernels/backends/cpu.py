@@ -27,9 +27,9 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     return options.refusal(OPTIONS)
 
 
-def multiplies_bfloat16(x: torch.dtype, w: torch.dtype, options: Options) -> bool:
+def multiplies_bfloat16(x: torch.dtype, w: torch.dtype) -> bool:
     """Whether matrix products are of bfloat16 numbers, as `reference.operand_dtype` has it, with float32 sums."""
-    return _C.multiplies_bfloat16() and operand_dtype(x, w) is torch.bfloat16 and not options.gradient_tolerance
+    return _C.multiplies_bfloat16() and operand_dtype(x, w) is torch.bfloat16
 
 
 def describe() -> str:
@@ -37,19 +37,25 @@ def describe() -> str:
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
+    return options.entry_bytes(x, w) + cosine_bytes(x, w, options)
+
+
+def cosine_bytes(x: Tensor, w: Tensor, options: Options) -> int:
+    """Of the cache, at its end."""
     # Products of bfloat16 make cosines faster than memory brings them back.
-    return options.cache_size(x, w, 0 if multiplies_bfloat16(x.dtype, w.dtype, options) else CACHE_BYTES)
+    return options.cosine_bytes(x, w, 0 if multiplies_bfloat16(x.dtype, w.dtype) else CACHE_BYTES)
 
 
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     cache = _C.empty_bytes(cache_size(x, w, options))
-    return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, cache)), cache
+    return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, x, w, cache)), cache
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.lmcl_backward(*tensors[:-1], _kernel_options(options, tensors[-1]), need_dx, need_dw)
+    kernel_options = _kernel_options(options, tensors[0], tensors[1], tensors[-1])
+    return _C.lmcl_backward(*tensors[:-1], kernel_options, need_dx, need_dw)
 
 
 def backward_update_(
@@ -58,7 +64,9 @@ def backward_update_(
     if finite is not None and not finite:
         return backward(*tensors, options=options, need_dx=need_dx, need_dw=False)[::2]
     numbers = kernel_update(update)
-    return _C.lmcl_backward_update(*tensors[:-1], _kernel_options(options, tensors[-1]), numbers, state, need_dx)
+    return _C.lmcl_backward_update(
+        *tensors[:-1], _kernel_options(options, tensors[0], tensors[1], tensors[-1]), numbers, state, need_dx
+    )
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
@@ -71,7 +79,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, labels: Tensor, rule: Any, options: Options) -> Tensor:
         cache = _C.empty_bytes(cache_size(x, w, options))
-        loss, *rows = _C.loss_forward(x, w, labels, rule, _kernel_options(options, cache))
+        loss, *rows = _C.loss_forward(x, w, labels, rule, _kernel_options(options, x, w, cache))
         ctx.rule, ctx.options = rule, options
         ctx.save_for_backward(x, w, cache, *rows)
         return loss
@@ -81,7 +89,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, cache, *rows = ctx.saved_tensors
         need_dx, need_dw, *_ = ctx.needs_input_grad
-        options = _kernel_options(ctx.options, cache)
+        options = _kernel_options(ctx.options, x, w, cache)
         dx, dw = _C.loss_backward(x, w, *rows, g, ctx.rule, options, need_dx, need_dw)
         return dx if need_dx else None, dw if need_dw else None, None, None, None
 
@@ -92,7 +100,7 @@ def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) ->
     Where samples and classes are few, the small tensor operations of `functional` take longer than the kernels.
 
     Args:
-        options: its numbers alone, without a gradient_tolerance.
+        options: its numbers alone.
         rule: margin, scale, reduction, ignore_index and validate_labels of `functional.cosface_loss`.
     """
     return _Loss.apply(x, w, labels, _C.Rule(**rule), options)  # type: ignore[no-untyped-call]
@@ -105,12 +113,13 @@ def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros
 
 
-def _kernel_options(options: Options, cache: Tensor) -> Any:
+def _kernel_options(options: Options, x: Tensor, w: Tensor, cache: Tensor) -> Any:
     return _C.Options(
         classes=options.classes,
         gradient_tolerance=options.gradient_tolerance,
         cache=cache,
-        exact_cache=options.keeps_exactly,
+        cosine_bytes=cosine_bytes(x, w, options),
+        exact_cosines=options.keeps_exactly,
         normalize_weight=options.normalize_weight,
         thresholds=options.thresholds,
         negatives=options.negatives,

@@ -44,7 +44,7 @@ def describe() -> str:
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
     """Of the norms that forward leaves for backward, and of cosines; csrc/cuda/driver.cpp has the same rule."""
     norms = x.shape[0] + (options.count(w) if options.normalize_weight else 0)
-    return compute_dtype(x, w).itemsize * norms + options.cache_size(x, w)
+    return compute_dtype(x, w).itemsize * norms + options.cosine_bytes(x, w)
 
 
 def forward(

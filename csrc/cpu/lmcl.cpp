@@ -35,24 +35,22 @@ int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DT
 template <typename T>
 class CosineCache {
  public:
-  static bool wanted(const Options& options) {
-    return options.cache_bytes >= kHeader && options.gradient_tolerance == 0;
-  }
+  static bool wanted(const Options& options) { return options.cosine_bytes >= kHeader; }
 
   // Forward says how it cut the classes; backward must do so too, whatever the number of threads is by now. What
   // no tile will fill is 0, so that the cache depends on the inputs alone: the last slot may be for fewer classes.
   static void begin(const Options& options, const Partition& partition, int64_t n) {
     if (!wanted(options)) return;
     const CosineCache cache(options, partition, n);
-    char* const header = static_cast<char*>(options.cache);
+    char* const header = static_cast<char*>(options.cosines);
     char* const last_slot = cache.first_ + std::max<int64_t>(cache.kept_ - 1, 0) * cache.slot_bytes_;
     std::memset(header, 0, kHeader);
-    std::memset(last_slot, 0, header + options.cache_bytes - last_slot);
+    std::memset(last_slot, 0, header + options.cosine_bytes - last_slot);
     *reinterpret_cast<int64_t*>(header) = partition.tile;
   }
   static Partition partition(const Options& options, int64_t classes, const Runtime& runtime, TileSize size) {
     if (!wanted(options)) return {classes, runtime, size};
-    const int64_t tile = *static_cast<const int64_t*>(options.cache);
+    const int64_t tile = *static_cast<const int64_t*>(options.cosines);
     if (tile < 1 || tile > std::max(size.classes, runtime.tile_classes)) {
       throw std::invalid_argument(kForeignCache);
     }
@@ -61,15 +59,20 @@ class CosineCache {
 
   CosineCache(const Options& options, const Partition& partition, int64_t n)
       : partition_(partition),
-        first_(wanted(options) ? static_cast<char*>(options.cache) + kHeader : nullptr),
-        exact_(options.exact_cache),
+        first_(wanted(options) ? static_cast<char*>(options.cosines) + kHeader : nullptr),
+        exact_(options.exact_cosines),
         element_(exact_ || sizeof(T) == 8 ? sizeof(T) : 2),
         slot_bytes_(partition.tile * n * element_),
         kept_(!wanted(options) || slot_bytes_ == 0
                   ? 0
-                  : std::min(partition.tiles, (options.cache_bytes - kHeader) / slot_bytes_)) {}
+                  : std::min(partition.tiles, (options.cosine_bytes - kHeader) / slot_bytes_)) {}
 
   bool holds_all() const { return kept_ == partition_.tiles; }
+
+  // Of the tiles.
+  double share() const {
+    return static_cast<double>(kept_) / static_cast<double>(std::max<int64_t>(partition_.tiles, 1));
+  }
 
   // z (classes, rows), <w_j, x_hat_i> of the samples from i on with the classes from `first` on, if their tile is
   // one of those that are kept.
@@ -590,7 +593,8 @@ template <typename T, typename Operand>
 void forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options, const Runtime& runtime,
              const Results<T>& results) {
   const int64_t n = batch.n, classes = options.classes ? options.count : weight.classes;
-  const bool keeps = options.gradient_tolerance > 0;
+  // one entry at a time is slower than products of bfloat16
+  const bool keeps = options.gradient_tolerance > 0 && Embeddings<T, Operand>::kNormalized;
   const Partition partition(classes, runtime, kTileOf<T, Operand>,
                             keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
   const EntryCache<T> cache(options, n, classes);
@@ -604,14 +608,16 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
   // With s = 0 the left-out target, s (-inf), would be nan; e^{s cos} is 1 for the smallest s as well.
   std::vector<T> s(batch.s, batch.s + n);
   for (T& scale : s) scale = scale == 0 ? std::numeric_limits<T>::min() : scale;
+  const CosineCache<T> cosines(options, partition, n);
   std::optional<Keeper<T>> keeper;
   if (keeps) {
     cache.lay_out(partition);
     keeper.emplace(cache, partition, batch, s.data(), row_max.data(), max_cos.empty() ? nullptr : max_cos.data(),
-                   row_sum.data(), results.target_cos, options.gradient_tolerance);
+                   row_sum.data(), results.target_cos, options.gradient_tolerance, cosines.share());
+  } else {
+    cache.clear();
   }
 
-  const CosineCache<T> cosines(options, partition, n);
   runtime.parallel(partition.parts, [&](int64_t part) {
     ClassRows<T, Operand> w(weight, options, x, partition.tile, false);
     Buffer<T> z(partition.tile * x.tile_stride());
@@ -661,10 +667,12 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
   const EntryCache<T> cache(options, batch.n, classes);
   cache.check();
   const bool sparse = !cache.empty();
+  Options kept = options;
+  if (sparse) kept.cosine_bytes = 0;  // the exact samples have moved together
   const Partition partition =
-      sparse ? cache.partition() : CosineCache<T>::partition(options, classes, runtime, kTileOf<T, Operand>);
+      sparse ? cache.partition() : CosineCache<T>::partition(kept, classes, runtime, kTileOf<T, Operand>);
   const ExactSamples<T> exact(cache, batch, upstream);
-  const CosineCache<T> cosines(options, partition, batch.n);
+  const CosineCache<T> cosines(kept, partition, batch.n);
   const int layouts =
       (cosines.holds_all() ? 0 : X::kColumns) | (gradients.dw || gradients.update ? X::kPanels : 0);
   const X x(exact.batch, runtime, layouts, [&](int64_t i) { return exact.active(i); });
@@ -758,8 +766,8 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
 }
 
 template <typename T>
-bool in_bfloat16(const Batch<T>& batch, const Weight& weight, const Options& options) {
-  return multiplies_bfloat16() && batch.bfloat16 && options.gradient_tolerance == 0 &&
+bool in_bfloat16(const Batch<T>& batch, const Weight& weight) {
+  return multiplies_bfloat16() && batch.bfloat16 &&
          (weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32);
 }
 
@@ -769,7 +777,7 @@ template <typename T>
 void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options,
                   const Runtime& runtime, const Results<T>& results) {
   if constexpr (std::is_same_v<T, float>) {
-    if (in_bfloat16(batch, weight, options)) {
+    if (in_bfloat16(batch, weight)) {
       return forward<T, BFloat16>(batch, weight, margin, options, runtime, results);
     }
   }
@@ -780,7 +788,7 @@ template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
                    const Options& options, const Runtime& runtime, const Gradients<T>& gradients) {
   if constexpr (std::is_same_v<T, float>) {
-    if (in_bfloat16(batch, weight, options)) {
+    if (in_bfloat16(batch, weight)) {
       return backward<T, BFloat16>(batch, weight, upstream, options, runtime, gradients);
     }
   }

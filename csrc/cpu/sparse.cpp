@@ -26,11 +26,11 @@ constexpr double kShareOfOne = 1.0 / 32;
 constexpr double kMostExact = 0.85;
 
 // A row looks spread until its first heavy class has come; if it has but one in a thread's classes, that is among
-// the share f of them seen so far with probability f. So all is given up if fewer than 1 - kMostExact of the share
-// f of the rows do not look spread, once that is a share of kRowsExpected rows.
+// the share f of them seen so far with probability f. So all is given up if less than 1 - kMostExact of the dense
+// products of the share f of the rows would be saved, once that is a share of kRowsExpected rows.
 constexpr double kRowsExpected = 8;
 
-// A row looks spread if it would keep more than the dense products are worth, or than there is room for, of the
+// What is too much to keep, since the dense products are worth no more or there is no more room, is taken of the
 // classes seen so far and of this share of all: the largest of a normal distribution are yet to come.
 constexpr double kSlack = 1.0 / 32;
 
@@ -45,11 +45,15 @@ int64_t first_dropped(const uint32_t* bins, double budget) {
     return values;
   }();
   for (int64_t b = kBins; b > 0; --b) {
+    if (bins[b - 1] == 0) continue;  // most are
     budget -= bins[b - 1] * heaviest[b - 1];
     if (!(budget >= 0)) return b;
   }
   return 0;
 }
+
+// The entries of the first bins of one sample.
+int64_t count(const uint32_t* bins, int64_t first) { return std::accumulate(bins, bins + first, int64_t{0}); }
 
 // An N(cos) that lies below all entries of bins before b and above the others but for rounding, which keeps more.
 template <typename T>
@@ -65,9 +69,9 @@ T cut_before(int64_t b, T top, T s) {
 
 template <typename T>
 EntryCache<T>::EntryCache(const Options& options, int64_t n, int64_t classes)
-    : classes(classes), n_(n), bytes_(options.gradient_tolerance > 0 ? options.cache_bytes : 0) {
+    : classes(classes), n_(n), bytes_(options.gradient_tolerance > 0 ? options.entry_bytes : 0) {
   if (static_cast<int64_t>(2 * n * sizeof(double) + sizeof(Shape)) > bytes_) return;
-  dropped = static_cast<double*>(options.cache);
+  dropped = static_cast<double*>(options.entries);
   kept = dropped + n;
   shape = reinterpret_cast<Shape*>(kept + n);
 }
@@ -104,6 +108,7 @@ void EntryCache<T>::check() const {
 
 template <typename T>
 void EntryCache<T>::clear() const {
+  if (dropped == nullptr) return;
   std::fill_n(dropped, n_, 0);
   std::fill_n(kept, n_, 1);
   shape->capacity = 0;
@@ -125,7 +130,7 @@ Place* EntryCache<T>::place(int64_t part) const {
 
 template <typename T>
 Keeper<T>::Keeper(const EntryCache<T>& cache, const Partition& partition, const Batch<T>& batch, const T* s,
-                  T* row_max, T* max_cos, double* row_sum, T* target_cos, double tolerance)
+                  T* row_max, T* max_cos, double* row_sum, T* target_cos, double tolerance, double cosines)
     : cache_(cache),
       partition_(partition),
       batch_(batch),
@@ -136,6 +141,8 @@ Keeper<T>::Keeper(const EntryCache<T>& cache, const Partition& partition, const 
       row_sum_(row_sum),
       target_cos_(target_cos),
       tolerance_(tolerance),
+      most_of_row_(std::min(kMostKept, static_cast<double>(batch.d) / 1000)),
+      most_kept_(most_of_row_ / (1 + cosines)),
       parts_(partition.parts),
       hopeless_(cache.empty()) {
   for (int64_t part = 0; part < partition.parts; ++part) {
@@ -196,31 +203,40 @@ double Keeper<T>::seen(int64_t part) const {
   return static_cast<double>(p.tiles) / static_cast<double>(partition_.first_tile(part + 1) - p.first_tile);
 }
 
-// Raises the cuts as far as the entries seen so far allow, and gives up if too many rows look spread.
+// Raises the cuts as far as the entries seen so far allow, and gives up if they promise too little.
 template <typename T>
 void Keeper<T>::tighten(int64_t part) {
   Part& p = parts_[part];
   const T* top = row_max_ + part * batch_.n;
-  tally(part, top);
+  const double* sum = row_sum_ + part * batch_.n;
   const auto n = static_cast<double>(batch_.n);
   const auto classes = static_cast<double>((partition_.first_tile(part + 1) - p.first_tile) * partition_.tile);
   const double room = static_cast<double>(cache_.shape->capacity) / n;
-  const double most = std::min(kMostKept * classes, room) * (seen(part) + kSlack);
-  int64_t peaked = 0;
+  const double most = std::min(most_kept_ * classes, room) * (seen(part) + kSlack);
+  const auto is_hopeless = [&](auto wanted) {
+    double gain = 0;  // rows' worth of dense products
+    for (int64_t i = 0; i < batch_.n; ++i) {
+      if (p.cut[i] != kInfinity<T>) gain += std::max(0.0, 1 - wanted(i) / most);
+    }
+    const double met = seen(part) * n;  // rows that have met their only heavy class
+    if (met >= kRowsExpected && gain < (1 - kMostExact) * met) hopeless_ = true;
+    return hopeless_.load();
+  };
+  // The sum is of numbers of at most 1.
+  if (is_hopeless([&](int64_t i) { return (1 - tolerance_) * sum[i]; })) return;
+  tally(part, top);
+  if (is_hopeless([&](int64_t i) {
+        const uint32_t* bins = &p.bins[i * kBins];
+        return static_cast<double>(count(bins, first_dropped(bins, tolerance_ * sum[i])));
+      })) {
+    return;
+  }
   for (int64_t i = 0; i < batch_.n; ++i) {
-    const uint32_t* bins = &p.bins[i * kBins];
-    const double sum = row_sum_[part * batch_.n + i], all = tolerance_ * sum;
+    const double all = tolerance_ * sum[i];
     const double budget = kShareOnTheWay * seen(part) * all - p.tail[i];
     const T light = top[i] + static_cast<T>(std::log(kShareOfOne * all)) / s_[i];
-    const T cut = std::min(light, cut_before(first_dropped(bins, budget), top[i], s_[i]));
+    const T cut = std::min(light, cut_before(first_dropped(&p.bins[i * kBins], budget), top[i], s_[i]));
     p.cut[i] = std::max(p.cut[i], cut);
-    const bool given_up = p.cut[i] == kInfinity<T>;
-    peaked += !given_up && std::accumulate(bins, bins + first_dropped(bins, all), 0.0) <= most;
-  }
-  const double met = seen(part) * n;  // rows that have met their only heavy class
-  if (met >= kRowsExpected && static_cast<double>(peaked) < (1 - kMostExact) * met) {
-    hopeless_ = true;
-    return;
   }
   prune(part, p.cut.data(), top, p.tail.data());
 }
@@ -318,14 +334,14 @@ void Keeper<T>::finish(const Runtime& runtime) {
         for (int64_t b = 0; b < kBins; ++b) bins[b] += parts_[part].bins[i * kBins + b];
       }
       const int64_t end = first_dropped(bins, kShareAtTheEnd * tolerance_ * sum[i] - tail[i]);
-      const double most = kMostKept * static_cast<double>(partition_.classes);
-      wanted[i] = std::accumulate(bins, bins + end, 0.0);
+      const double most = most_of_row_ * static_cast<double>(partition_.classes);
+      wanted[i] = static_cast<double>(count(bins, end));
       const bool exact = !(tail[i] <= tolerance_ * sum[i]) || wanted[i] > most;
       cut[i] = exact ? kInfinity<T> : cut_before(end, top[i], s_[i]);
       if (exact) wanted[i] = most;
     }
   });
-  const double all = kMostKept * static_cast<double>(partition_.classes) * static_cast<double>(n);
+  const double all = most_kept_ * static_cast<double>(partition_.classes) * static_cast<double>(n);
   if (std::accumulate(wanted.begin(), wanted.end(), 0.0) > kMostExact * all) return cache_.clear();
 
   std::vector<double> pruned(parts * n);

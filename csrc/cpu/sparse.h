@@ -24,13 +24,16 @@
 
 namespace cosface {
 
-// A row of which more than this share of the negatives would be kept is exact. Measured on one core of an EPYC
-// (Zen 4, AVX-512) with 256 samples: of what an exact step takes, one that keeps a share x takes 0.30 + 1.29 x at
-// D = 512 and 0.52 + 1.13 x at D = 128, since forward stores an entry, and backward adds up two rows out of L2 for
-// it in place of its part of three products. So they are even at 0.54 and 0.42.
+// A row of which more than min(kMostKept, D / 1000) of the negatives would be kept is exact. All are if they would
+// keep more than that on average, or half of it where an exact backward finds all cosines. Measured with 256
+// samples: of what an exact step without cosines takes, one that keeps a share x takes 0.30 + 1.29 x at D = 512
+// and 0.52 + 1.13 x at D = 128 on one core of an EPYC (Zen 4), since forward stores an entry, and backward adds up
+// two rows out of L2 for it in place of its part of three products: even at 0.54 and 0.42. On two of a Xeon
+// (Sapphire Rapids) 0.39 + 1.74 x and 0.52 + 3.5 x: even at 0.35 and 0.14. An exact step with all cosines takes
+// 0.75 there, even at 0.2 and 0.07.
 constexpr double kMostKept = 0.4;
 
-// What forward leaves for backward, in Options::cache:
+// What forward leaves for backward, in Options::entries:
 //   double dropped[N]                  0 of an exact sample
 //   double kept[N]                     share of the negatives; 1 of an exact sample
 //   Shape shape
@@ -56,7 +59,7 @@ class EntryCache {
   // For backward: throws std::invalid_argument if the sizes that forward left cannot be of these tensors.
   void check() const;
 
-  // Every sample is exact.
+  // Every sample is exact; nothing without a tolerance.
   void clear() const;
 
   int64_t blocks() const { return divide_up(n_, kTileRows); }
@@ -79,8 +82,9 @@ template <typename T>
 class Keeper {
  public:
   // s (N); row_max, max_cos and row_sum (parts, N), as forward_tile updates them.
+  // An exact backward would find the share `cosines` of what it needs.
   Keeper(const EntryCache<T>& cache, const Partition& partition, const Batch<T>& batch, const T* s, T* row_max,
-         T* max_cos, double* row_sum, T* target_cos, double tolerance);
+         T* max_cos, double* row_sum, T* target_cos, double tolerance, double cosines);
 
   // Kernels::forward_tile for the block of samples from i on of the part's next tile, which begins at class
   // `first`.
@@ -116,7 +120,7 @@ class Keeper {
   T *const row_max_, *const max_cos_;
   double* const row_sum_;
   T* const target_cos_;
-  const double tolerance_;
+  const double tolerance_, most_of_row_, most_kept_;  // the last two: shares of the negatives
   std::vector<Part> parts_;
   std::atomic<bool> hopeless_ = false;
 };
