@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos
 from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, update_average
 from cosface_kernels.margins.target import ArcFaceMargin
@@ -27,7 +28,7 @@ class CurricularFaceMargin(ArcFaceMargin):
     reshapes_negatives = True
     t: Tensor
 
-    def __init__(self, margin: float = 0.5, *, rate: float = 0.01) -> None:
+    def __init__(self, margin: float = defaults.ARCFACE_MARGIN, *, rate: float = defaults.RATE) -> None:
         super().__init__(margin)
         check_rate(rate)
         self.rate = rate
@@ -59,7 +60,9 @@ class MVSoftmaxMargin(Margin):
 
     reshapes_negatives = True
 
-    def __init__(self, margin: float = 0.35, *, t: float = 0.2, arc: bool = False) -> None:
+    def __init__(
+        self, margin: float = defaults.MV_SOFTMAX_MARGIN, *, t: float = defaults.MV_SOFTMAX_T, arc: bool = False
+    ) -> None:
         super().__init__()
         check_interval("margin", margin, "[0, pi) radians" if arc else "[0, 2)", 0, math.pi if arc else 2)
         check_interval("t", t, "[0, inf)", 0, math.inf)
@@ -100,7 +103,7 @@ class CombinedMargin(Margin):
 
     def __init__(
         self,
-        margins: Sequence[float] = (1.0, 0.5, 0.0),
+        margins: Sequence[float] = defaults.COMBINED_MARGINS,
         *,
         filter_above: float | None = None,
         guard: bool | None = None,

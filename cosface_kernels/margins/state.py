@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, sine
 from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, update_average
 from cosface_kernels.margins.target import CosFaceMargin, SphereFaceMargin
@@ -66,7 +67,12 @@ class AnnealedSphereFaceMargin(SphereFaceMargin):
     step: Tensor
 
     def __init__(
-        self, margin: float = 4.0, *, base: float = 1000.0, gamma: float = 0.12, lambda_min: float = 5.0
+        self,
+        margin: float = defaults.A_SOFTMAX_MARGIN,
+        *,
+        base: float = defaults.A_SOFTMAX_BASE,
+        gamma: float = defaults.A_SOFTMAX_GAMMA,
+        lambda_min: float = defaults.A_SOFTMAX_LAMBDA_MIN,
     ) -> None:
         super().__init__(margin)
         for name, value in (("base", base), ("gamma", gamma), ("lambda_min", lambda_min)):
@@ -111,7 +117,12 @@ class AdaFaceMargin(Margin):
     std: Tensor
 
     def __init__(
-        self, margin: float = 0.4, *, h: float = 0.333, rate: float = 0.01, straight_through: bool = False
+        self,
+        margin: float = defaults.ADAFACE_MARGIN,
+        *,
+        h: float = defaults.ADAFACE_H,
+        rate: float = defaults.RATE,
+        straight_through: bool = False,
     ) -> None:
         super().__init__(straight_through=straight_through)
         check_interval("margin", margin, "[0, pi)", 0, math.pi)
@@ -166,10 +177,10 @@ class KappaFaceMargin(Margin):
     def __init__(
         self,
         class_counts: Tensor | Sequence[int],
-        margin: float = 0.8,
+        margin: float = defaults.KAPPAFACE_MARGIN,
         *,
-        temperature: float = 0.4,
-        gamma: float = 0.7,
+        temperature: float = defaults.KAPPAFACE_TEMPERATURE,
+        gamma: float = defaults.KAPPAFACE_GAMMA,
     ) -> None:
         super().__init__()
         try:
@@ -235,11 +246,11 @@ class GBCosFaceMargin(Margin):
 
     def __init__(
         self,
-        margin: float = 0.16,
+        margin: float = defaults.GB_COSFACE_MARGIN,
         *,
-        alpha: float = 0.15,
-        bounds: Sequence[float] = (0.5, 0.7),
-        rate: float = 0.01,
+        alpha: float = defaults.GB_COSFACE_ALPHA,
+        bounds: Sequence[float] = defaults.GB_COSFACE_BOUNDS,
+        rate: float = defaults.RATE,
     ) -> None:
         super().__init__()
         check_margin(margin)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos, sine
 from cosface_kernels.margins.base import Margin, Rows
 from cosface_kernels.reference import EPS
@@ -21,7 +22,7 @@ class CosFaceMargin(Margin):
     tensor([0.3600])
     """
 
-    def __init__(self, margin: float = 0.35) -> None:
+    def __init__(self, margin: float = defaults.COSFACE_MARGIN) -> None:
         super().__init__()
         check_margin(margin)
         self.margin = margin
@@ -48,7 +49,7 @@ class ArcFaceMargin(Margin):
     tensor([ 0.8776, -0.4794, -1.2397])
     """
 
-    def __init__(self, margin: float = 0.5, *, straight_through: bool = False) -> None:
+    def __init__(self, margin: float = defaults.ARCFACE_MARGIN, *, straight_through: bool = False) -> None:
         super().__init__(straight_through=straight_through)
         check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
         self.margin = margin
@@ -76,7 +77,7 @@ class SphereFaceMargin(Margin):
     tensor([ 1., -7.])
     """
 
-    def __init__(self, margin: float = 1.7, *, straight_through: bool = False) -> None:
+    def __init__(self, margin: float = defaults.SPHEREFACE_MARGIN, *, straight_through: bool = False) -> None:
         super().__init__(straight_through=straight_through)
         check_interval("margin", margin, "[1, inf)", 1, math.inf)
         self.margin = margin
@@ -130,10 +131,10 @@ class MagFaceMargin(Margin):
 
     def __init__(
         self,
-        margins: Sequence[float] = (0.45, 0.8),
+        margins: Sequence[float] = defaults.MAGFACE_MARGINS,
         *,
-        norms: Sequence[float] = (10.0, 110.0),
-        regularizer: float = 35.0,
+        norms: Sequence[float] = defaults.MAGFACE_NORMS,
+        regularizer: float = defaults.MAGFACE_REGULARIZER,
     ) -> None:
         super().__init__()
         self.margins, self.norms = check_numbers("margins", margins, 2), check_numbers("norms", norms, 2)
@@ -174,7 +175,12 @@ class X2SoftmaxMargin(Margin):
     """
 
     def __init__(
-        self, a: float = -0.9, h: float = 0.0, k: float = 0.65, *, straight_through: bool = False
+        self,
+        a: float = defaults.X2_SOFTMAX_A,
+        h: float = defaults.X2_SOFTMAX_H,
+        k: float = defaults.X2_SOFTMAX_K,
+        *,
+        straight_through: bool = False,
     ) -> None:
         super().__init__(straight_through=straight_through)
         check_interval("a", a, "(-inf, 0)", -math.inf, 0)
