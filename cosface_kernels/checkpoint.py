@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state_di
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels.distributed import check_group, naming, own_rows
+from cosface_kernels.collectives import naming
+from cosface_kernels.distributed import check_group, own_rows
 from cosface_kernels.optim import restoring
 from cosface_kernels.validation import check_integer
 

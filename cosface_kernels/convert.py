@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels import checkpoint  # before safetensors, since it says how to install that
-from cosface_kernels.distributed import Exchange
+from cosface_kernels.distributed import Exchange, own_classes, own_rows
 
 # isort: split
 import safetensors
@@ -148,11 +148,8 @@ def load_weight_(weight: Tensor, path: str | os.PathLike[str]) -> Tensor:
         rows = file.get_slice(NAME)
         if tuple(rows.get_shape()) != tuple(weight.shape):
             raise ValueError(f"{path} has a weight of shape {tuple(rows.get_shape())}, not {tuple(weight.shape)}.")
-        if isinstance(weight, DTensor):
-            own = Exchange(weight).classes
-            weight.to_local().copy_(rows[own.start : own.stop])
-        else:
-            weight.copy_(rows[:])
+        own = own_classes(weight)
+        own_rows(weight).copy_(rows[own.start : own.stop])
     return weight
 
 

@@ -23,29 +23,24 @@ on one process, so that averaging the backbone's gradient over the ranks makes i
 """
 
 import functools
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.profiler import record_function
 
-from cosface_kernels import ops
+from cosface_kernels import collectives, ops
+from cosface_kernels.collectives import naming
 from cosface_kernels.validation import warn
-
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> range:
@@ -75,7 +70,9 @@ def empty_weight(
     """
     check_group(group)
     device = torch.device(device) if device is not None else torch.get_default_device()
-    _agree(group, device, {"num_classes": num_classes, "embedding_size": embedding_size, "dtype": dtype})
+    collectives.agree(
+        group, device, {"num_classes": num_classes, "embedding_size": embedding_size, "dtype": dtype}
+    )
     own = class_range(num_classes, dist.get_rank(group), dist.get_world_size(group))
     return DTensor.from_local(
         torch.empty(len(own), embedding_size, device=device, dtype=dtype),
@@ -138,7 +135,7 @@ def _pass_ignored_on(module: nn.Module, name: str, part: nn.Module | None) -> No
 
 def own_classes(weight: Tensor) -> range:
     """The classes whose rows are here: all of a plain weight, this rank's of a sharded one."""
-    return Exchange(weight).classes if isinstance(weight, DTensor) else range(weight.shape[0])
+    return placement(weight).classes
 
 
 def own_rows(tensor: Tensor) -> Tensor:
@@ -221,6 +218,54 @@ def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(meshes.values())
 
 
+def placement(weight: Tensor) -> "Local | Exchange":
+    """What a batch has to do with other ranks; `Exchange` says what each method is for."""
+    return Exchange(weight) if isinstance(weight, DTensor) else Local(weight)
+
+
+class Local:
+    """`Exchange` where nobody shares the weight: there is nothing to agree on, to take or to bring."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = self.whole = weight
+
+    @property
+    def classes(self) -> range:
+        return range(self.weight.shape[0])
+
+    def agreement(self, *_: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def keep_own(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def replicate(self, parameter: float | Tensor) -> float | Tensor:
+        return parameter
+
+    def enter(
+        self, x: Tensor, targets: Tensor, scale: Tensor, sampled: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weight = collectives.dense_gradient(self.weight) if sampled and several_ranks() else self.weight  # (C, D)
+        return x, weight, targets, scale
+
+    def combine(
+        self, _: Tensor, loss: Tensor, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return loss, top, log_sum, target_cos, max_neg
+
+    def takes_part(self, asked: bool) -> bool:
+        return asked
+
+    def combine_kept(self, dropped: Tensor, kept: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return dropped, kept
+
+    def sum(self, rows: Tensor) -> Tensor:
+        return rows
+
+
 class Exchange:
     """What one batch takes to and from the other ranks that share a weight.
 
@@ -230,7 +275,10 @@ class Exchange:
     Attributes:
         weight: (C_r, D), the rows of this rank, connected to the DTensor's gradient.
         classes: the global numbers of these rows.
+        whole: None; the weight, (C, D), where all of it is on one process.
     """
+
+    whole = None
 
     def __init__(self, weight: DTensor) -> None:
         if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
@@ -242,19 +290,23 @@ class Exchange:
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.shape = weight.shape
         self.classes = class_range(weight.shape[0], self.rank, self.world_size)
-        self.weight = dense_gradient(weight.to_local())
+        self.weight = collectives.dense_gradient(weight.to_local())
         self._counts: list[int] = []
+        self._lse_from_top: Tensor  # (N,) lse_r - s top
 
     @contextmanager
-    def agreement(self, embeddings: Tensor, *per_sample: Tensor | None, **facts: object) -> Iterator[None]:
+    def agreement(
+        self, describe: Callable[[], dict[str, object]], embeddings: Tensor, *per_sample: Tensor | None
+    ) -> Iterator[None]:
         """Checks the batch in its body; what one rank raises there, or sees unlike the others, all ranks raise.
 
         A rank that raised alone would leave the others waiting for it in the next collective.
 
         Args:
+            describe: gives what must be the same on every rank, by its name in a message.
             embeddings, per_sample: inputs that all ranks must have, or lack, and differentiate, or not.
-            facts: what else must be the same on every rank, by its name in a message.
         """
+        facts = describe()
         refusal = None
         try:
             yield
@@ -273,11 +325,11 @@ class Exchange:
                 if torch.is_grad_enabled()
                 else "off",
             }
-        self._counts = _agree(self.group, self.weight.device, facts, count, refusal)
+        self._counts = collectives.agree(self.group, self.weight.device, facts, count, refusal)
 
     def gather(self, rows: Tensor) -> Tensor:
         """(N, ...) rows of all ranks, in their order, from the (N_r, ...) of this rank."""
-        return _gather(rows, self._counts, self.group)
+        return collectives.gather(rows, self._counts, self.group)
 
     def keep_own(self, rows: Tensor) -> Tensor:
         """(N_r, ...) rows of this rank's samples, from the (N, ...) of all."""
@@ -286,43 +338,53 @@ class Exchange:
     def replicate(self, parameter: float | Tensor) -> float | Tensor:
         """A 0-d parameter of which every rank has a copy; its gradient becomes the same on all."""
         single = isinstance(parameter, Tensor) and not parameter.dim()
-        return _replicate(parameter, self.group) if single else parameter
+        return collectives.replicate(parameter, self.group) if single else parameter
 
-    def enter(self, x: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, weight, targets and scale for the op on this rank's classes, from the gathered batch.
+    def enter(
+        self, x: Tensor, targets: Tensor, scale: Tensor, sampled: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, weight, targets and scale for the op on this rank's classes, or on a sample of them.
 
         The op's gradients are those of the mean over the ranks' losses, while each rank's graph is that of its own
         loss, of which gathering takes the sum: hence the factor.
         """
         inside = (targets >= self.classes.start) & (targets < self.classes.stop)  # (N,)
         targets = torch.where(inside, targets - self.classes.start, ops.IGNORED)
-        x, scale = (_scale_gradient(t, self.world_size) for t in (x, scale))
+        x, scale = (collectives.scale_gradient(t, self.world_size) for t in (x, scale))
         return x, self.weight, targets, scale
 
     def combine(
-        self, scale: Tensor, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """top, log_sum, target_cos and max_neg, each (N,), over all classes from those over each rank's.
+        self, scale: Tensor, loss: Tensor, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor
+    ) -> tuple[None, Tensor, Tensor, Tensor, Tensor]:
+        """The results of the op, each (N,), over all classes from those over each rank's.
 
-        Two reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
+        That of the loss is None: it follows from the others, and from those of the ranks it does not. Two
+        reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
         """
         largest = torch.stack([top.masked_fill(log_sum.isneginf(), -torch.inf), max_neg])  # (2, N)
         with naming("combining the shards", self.group):
             dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         all_top = largest[0].masked_fill(largest[0].isneginf(), 0)  # (N,)
-        log_sum, target_cos = _combine(log_sum + scale * (top - all_top), target_cos, self.group)  # (N,) each
-        return all_top, log_sum, target_cos, largest[1].clone()
+        lse_from_top = log_sum + scale * (top - all_top)  # (N,)
+        self._lse_from_top = lse_from_top.detach()
+        log_sum, target_cos = collectives.combine(lse_from_top, target_cos, self.group)  # (N,) each
+        return None, all_top, log_sum, target_cos, largest[1].clone()
+
+    def takes_part(self, asked: bool) -> bool:
+        """Whether this rank is in a sum that is asked for, here or, of which it cannot know, on another."""
+        return True
 
     def combine_kept(
-        self, dropped: Tensor, kept: Tensor, negatives: Tensor, lse_from_top: Tensor
+        self, dropped: Tensor, kept: Tensor, targets: Tensor, num_classes: int
     ) -> tuple[Tensor, Tensor]:
-        """dropped and kept, each (N,), of the negatives of all ranks from those of each rank's.
+        """dropped and kept, each (N,), of the negatives of all ranks from those of each rank's, after `combine`.
 
         Args:
-            negatives: (N,), how many each sample has among this rank's classes.
-            lse_from_top: (N,) lse_r - s top, over which the mean of dropped is weighted.
+            targets: (N,), negative where the target is no class of this rank.
+            num_classes: of this rank, that take part.
         """
-        mass = lse_from_top.double().exp()  # (N,)
+        negatives = num_classes - (targets >= 0).double()  # (N,)
+        mass = self._lse_from_top.double().exp()  # (N,), by which the mean of dropped is weighted
         sums = self.sum(torch.stack([mass * dropped, mass, negatives * kept, negatives]))  # (4, N)
         # in a sample without negatives, or of which a logit is nan, nothing is dropped
         return torch.where(sums[0] > 0, sums[0] / sums[1], 0), sums[2] / sums[3].clamp_min(1)
@@ -333,163 +395,3 @@ class Exchange:
         with naming("combining the shards", self.group):
             dist.all_reduce(rows, group=self.group)
         return rows
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks; backward sums over the ranks, in float32 at least, and keeps the rows of this one."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.counts, ctx.group = counts, group
-        own = _pad(rows, [len(rows)], max(1, *counts))
-        everyones = rows.new_empty(len(counts) * len(own), *rows.shape[1:])
-        with naming("gathering the batch", group):
-            all_gather(everyones, own, group=group)
-        return torch.cat([block[:n] for block, n in zip(everyones.split(len(own)), counts, strict=True)])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        most = max(1, *ctx.counts)
-        own = grad.new_empty(most, *grad.shape[1:], dtype=dtype)
-        with naming("summing the embeddings' gradient", ctx.group):
-            reduce_scatter(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
-        return own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """log_sum = log sum_r e^{l_r} of l_r = lse_r - s top, and the sum of cos_r.
-
-    d log_sum / d l_r = e^{l_r - log_sum}. The gradient is that of the mean over the ranks' losses.
-    """
-
-    @staticmethod
-    def forward(ctx, l_r, cos_r, group):  # type: ignore[no-untyped-def]
-        sums = torch.stack([l_r.exp(), cos_r])  # (2, N)
-        with naming("combining the shards", group):
-            dist.all_reduce(sums, group=group)
-        log_sum = sums[0].log()  # (N,)
-        ctx.group = group
-        ctx.save_for_backward(l_r, log_sum)
-        return log_sum, sums[1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_log_sum, g_cos):  # type: ignore[no-untyped-def]
-        l_r, log_sum = ctx.saved_tensors
-        g = torch.stack([g_log_sum, g_cos])  # (2, N)
-        with naming("averaging the ranks' gradients", ctx.group):
-            dist.all_reduce(g, group=ctx.group)
-        g /= dist.get_world_size(ctx.group)
-        flows = (g[0] != 0) & ~l_r.isneginf()  # no gradient stays none where log_sum is nan or has no terms
-        return torch.where(flows, g[0] * (l_r - log_sum).exp(), 0), g[1], None
-
-
-class _Replicate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, parameter: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.group = group
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        grad = grad.contiguous().clone()
-        with naming("averaging the ranks' gradients", ctx.group):
-            dist.all_reduce(grad, group=ctx.group)
-        return grad / dist.get_world_size(ctx.group), None
-
-
-class _DenseGradient(torch.autograd.Function):
-    """A gradient of sampled classes as one of all, because neither a DTensor nor DDP's buckets can be sparse."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return grad.to_dense() if grad.is_sparse else grad
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.factor = factor
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return grad * ctx.factor, None
-
-
-_gather: Callable[..., Tensor] = _Gather.apply
-_combine: Callable[..., tuple[Tensor, Tensor]] = _Combine.apply
-_replicate: Callable[..., Tensor] = _Replicate.apply
-dense_gradient: Callable[..., Tensor] = _DenseGradient.apply
-_scale_gradient: Callable[..., Tensor] = _ScaleGradient.apply
-
-
-def _pad(rows: Tensor, counts: Sequence[int], most: int) -> Tensor:
-    """Blocks of counts[r] rows as blocks of `most` rows, with zeros after each."""
-    if all(count == most for count in counts):
-        return rows.contiguous()
-    padded = rows.new_zeros(len(counts), most, *rows.shape[1:])
-    for block, own in zip(padded, rows.split(list(counts)), strict=True):
-        block[: len(own)] = own
-    return padded.flatten(0, 1)
-
-
-@contextmanager
-def naming(
-    work: str, group: ProcessGroup | None, cause: str = "another rank has ended, hangs or cannot be reached"
-) -> Iterator[None]:
-    """Names a collective to a profiler, and to the user if it fails: the backend knows an address and no rank."""
-    try:
-        with record_function(f"cosface: {work}"):
-            yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{work} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {cause}, and its own "
-            f"output says why. {error}"
-        ) from error
-
-
-def _agree(
-    group: ProcessGroup,
-    device: torch.device,
-    facts: Mapping[str, object],
-    count: int = 0,
-    refusal: Exception | None = None,
-) -> list[int]:
-    """Every rank's count, once no rank has refused and all know the same facts; waits for the device.
-
-    Raises:
-        ValueError: on every rank, if the facts differ or another rank has refused, with its sentence.
-        Exception: the refusal, on the rank that has one.
-    """
-    said = {name: str(fact) for name, fact in facts.items()}
-    own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
-    table = own.new_empty(dist.get_world_size(group) * 3)
-    with naming("agreeing on the batch", group):
-        all_gather(table, own, group=group)
-    counts, refused, digests = table.view(-1, 3).T.tolist()
-    if not any(refused) and len(set(digests)) == 1:
-        return counts
-    answers: list[tuple[dict[str, str], str | None]] = [({}, None)] * len(counts)
-    dist.all_gather_object(answers, (said, refusal and f"{refusal}"), group=group)
-    if refusal is not None:
-        raise refusal
-    for rank, (_, sentence) in enumerate(answers):
-        if sentence is not None:
-            raise ValueError(f"rank {rank} refused: {sentence}")
-    first = answers[0][0]
-    rank, theirs = next((rank, theirs) for rank, (theirs, _) in enumerate(answers) if theirs != first)
-    name = next(name for name in {**first, **theirs} if first.get(name) != theirs.get(name))
-    raise ValueError(
-        f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and {theirs.get(name)} on rank "
-        f"{rank}."
-    )

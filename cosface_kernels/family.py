@@ -6,13 +6,13 @@ and those of `FusedMarginLoss`. Angles are in radians, where pytorch-metric-lear
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from cosface_kernels.functional import LossStats
-from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss
+from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss, HeadOptions
 from cosface_kernels.margins import (
     AdaCosMargin,
     AdaFaceMargin,
@@ -27,6 +27,7 @@ from cosface_kernels.margins import (
     MVSoftmaxMargin,
     SphereFaceMargin,
     X2SoftmaxMargin,
+    defaults,
 )
 from cosface_kernels.validation import check_numbers, check_positive, check_scale
 
@@ -46,8 +47,8 @@ class FusedNormalizedSoftmaxLoss(FusedCosFaceLoss):
         embedding_size: int,
         *,
         margin: float = 0.0,
-        scale: float | Tensor = 64.0,
-        **options: Any,
+        scale: float | Tensor = defaults.SCALE,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, margin, scale, **options)
 
@@ -67,11 +68,11 @@ class FusedArcFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.5,
-        scale: float | Tensor = 64.0,
+        margin: float = defaults.ARCFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
         *,
         straight_through: bool = False,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = ArcFaceMargin(margin, straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -88,13 +89,13 @@ class FusedCombinedMarginLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: Sequence[float] = (1.0, 0.5, 0.0),
-        scale: float | Tensor = 64.0,
+        margin: Sequence[float] = defaults.COMBINED_MARGINS,
+        scale: float | Tensor = defaults.SCALE,
         *,
         filter_above: float | None = None,
         guard: bool | None = None,
         straight_through: bool = False,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = CombinedMargin(margin, filter_above=filter_above, guard=guard, straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -112,11 +113,11 @@ class FusedSphereFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 1.7,
-        scale: float | Tensor = 30.0,
+        margin: float = defaults.SPHEREFACE_MARGIN,
+        scale: float | Tensor = defaults.SPHEREFACE_SCALE,
         *,
         straight_through: bool = False,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = SphereFaceMargin(margin, straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -137,13 +138,13 @@ class FusedASoftmaxLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 4.0,
+        margin: float = defaults.A_SOFTMAX_MARGIN,
         scale: float | Tensor = 1.0,
         *,
-        base: float = 1000.0,
-        gamma: float = 0.12,
-        lambda_min: float = 5.0,
-        **options: Any,
+        base: float = defaults.A_SOFTMAX_BASE,
+        gamma: float = defaults.A_SOFTMAX_GAMMA,
+        lambda_min: float = defaults.A_SOFTMAX_LAMBDA_MIN,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = AnnealedSphereFaceMargin(margin, base=base, gamma=gamma, lambda_min=lambda_min)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -163,7 +164,7 @@ class FusedSoftmaxLoss(FusedMarginLoss):
         embedding_size: int,
         margin: float = 0.0,
         scale: float | Tensor = 1.0,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         if margin != 0:
             raise ValueError(f"margin must be 0, because the plain softmax has none, got {margin!r}.")
@@ -183,9 +184,9 @@ class FusedLSoftmaxLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 4.0,
+        margin: float = defaults.L_SOFTMAX_MARGIN,
         scale: float | Tensor = 1.0,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, LSoftmaxMargin(margin), scale, **options)
 
@@ -200,11 +201,11 @@ class FusedCurricularFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.5,
-        scale: float | Tensor = 64.0,
+        margin: float = defaults.ARCFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
         *,
-        rate: float = 0.01,
-        **options: Any,
+        rate: float = defaults.RATE,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, CurricularFaceMargin(margin, rate=rate), scale, **options)
 
@@ -219,12 +220,12 @@ class FusedMVSoftmaxLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.35,
-        scale: float | Tensor = 32.0,
+        margin: float = defaults.MV_SOFTMAX_MARGIN,
+        scale: float | Tensor = defaults.MV_SOFTMAX_SCALE,
         *,
-        t: float = 0.2,
+        t: float = defaults.MV_SOFTMAX_T,
         arc: bool = False,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, MVSoftmaxMargin(margin, t=t, arc=arc), scale, **options)
 
@@ -239,13 +240,13 @@ class FusedAdaFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.4,
-        scale: float | Tensor = 64.0,
+        margin: float = defaults.ADAFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
         *,
-        h: float = 0.333,
-        rate: float = 0.01,
+        h: float = defaults.ADAFACE_H,
+        rate: float = defaults.RATE,
         straight_through: bool = False,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = AdaFaceMargin(margin, h=h, rate=rate, straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -261,12 +262,12 @@ class FusedMagFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: Sequence[float] = (0.45, 0.8),
-        scale: float | Tensor = 64.0,
+        margin: Sequence[float] = defaults.MAGFACE_MARGINS,
+        scale: float | Tensor = defaults.SCALE,
         *,
-        norms: Sequence[float] = (10.0, 110.0),
-        regularizer: float = 35.0,
-        **options: Any,
+        norms: Sequence[float] = defaults.MAGFACE_NORMS,
+        regularizer: float = defaults.MAGFACE_REGULARIZER,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = MagFaceMargin(margin, norms=norms, regularizer=regularizer)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -285,13 +286,13 @@ class FusedKappaFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.8,
-        scale: float | Tensor = 64.0,
+        margin: float = defaults.KAPPAFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
         *,
         class_counts: Tensor | Sequence[int] | None = None,
-        temperature: float = 0.4,
-        gamma: float = 0.7,
-        **options: Any,
+        temperature: float = defaults.KAPPAFACE_TEMPERATURE,
+        gamma: float = defaults.KAPPAFACE_GAMMA,
+        **options: Unpack[HeadOptions],
     ) -> None:
         if class_counts is None:
             raise ValueError(
@@ -314,11 +315,11 @@ class FusedX2SoftmaxLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: Sequence[float] = (-0.9, 0.0, 0.65),
-        scale: float | Tensor = 64.0,
+        margin: Sequence[float] = defaults.X2_SOFTMAX_PARABOLA,
+        scale: float | Tensor = defaults.SCALE,
         *,
         straight_through: bool = False,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = X2SoftmaxMargin(*check_numbers("margin", margin, 3), straight_through=straight_through)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -334,13 +335,13 @@ class FusedGBCosFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.16,
-        scale: float | Tensor = 32.0,
+        margin: float = defaults.GB_COSFACE_MARGIN,
+        scale: float | Tensor = defaults.GB_COSFACE_SCALE,
         *,
-        alpha: float = 0.15,
-        bounds: Sequence[float] = (0.5, 0.7),
-        rate: float = 0.01,
-        **options: Any,
+        alpha: float = defaults.GB_COSFACE_ALPHA,
+        bounds: Sequence[float] = defaults.GB_COSFACE_BOUNDS,
+        rate: float = defaults.RATE,
+        **options: Unpack[HeadOptions],
     ) -> None:
         psi = GBCosFaceMargin(margin, alpha=alpha, bounds=bounds, rate=rate)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
@@ -369,7 +370,7 @@ class FusedAdaCosLoss(FusedMarginLoss):
         embedding_size: int,
         margin: float = 0.0,
         scale: float | None = None,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         if scale is None:
             check_positive("num_classes - 2, of which AdaCos takes a logarithm,", num_classes - 2)

@@ -1,87 +1,27 @@
-"""The functional form: validation, margin, reduction. The work is done by torch.ops.cosface.lmcl."""
+"""The functional form. The work is done by torch.ops.cosface.lmcl; what comes before and after, by `stages`."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels import ops, optim
-from cosface_kernels.backends import check_name, select
-from cosface_kernels.backends.contract import check_classes
-from cosface_kernels.distributed import Exchange, dense_gradient, several_ranks
-from cosface_kernels.margins import Margin, Rows
-from cosface_kernels.options import WORKSPACE_BYTES, Options
-from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
+from cosface_kernels import ops, optim, stages
+from cosface_kernels.distributed import placement
+from cosface_kernels.margins import defaults
+from cosface_kernels.options import WORKSPACE_BYTES
+from cosface_kernels.reference import compute_dtype
 from cosface_kernels.sampling import ClassSampler
+from cosface_kernels.stats import LossStats as LossStats
+from cosface_kernels.stats import Sparsity as Sparsity
 from cosface_kernels.validation import (
-    check_cache,
-    check_flag,
-    check_integer,
-    check_labels,
     check_margin,
-    check_per_sample,
-    check_reduction,
     check_rows,
-    check_sampler,
-    check_scale,
-    check_tolerance,
 )
 
 LOGITS_CHUNK = 8192  # classes that cosine_logits upcasts at a time: 16 MiB of float32 at embedding_size 512
-
-
-class Sparsity(NamedTuple):
-    """What a backward with a gradient_tolerance leaves out, known before it runs.
-
-    Let p_ij = e^{s_i cos_ij} / sum_{k != y_i} e^{s_i cos_ik}, and dropped_i the sum of p_ij over the negatives
-    left out. With g_i = d loss / d lse_i, |x_i| dx_i lacks s_i g_i sum_{j dropped} p_ij w_j / |w_j|, and
-    |w_j| dw_j lacks s_i g_i p_ij x_i / |x_i| of every i that dropped it, projected, which makes nothing longer. So
-
-        |delta dx_i| <= s_i |g_i| dropped_i / |x_i|    sum_j |w_j| |delta dw_j| <= sum_i s_i |g_i| dropped_i
-
-    and nothing is left out of the target's part of either. |x_i| and |w_j| are clamped at 1e-12. Where classes are
-    sharded, all of this is of the samples and the classes of all ranks.
-
-    Where the margin reshapes negatives, N(cos_ij) takes the place of cos_ij in p_ij. What is left out then has the
-    factor N'(cos_ij), and both bounds the largest |N'| of it: at most 2 + |t| of CurricularFace, 1 + t of
-    MV-Softmax, and 1 with an inter-class filter.
-
-    Attributes:
-        dropped: (N,) float64, at most the tolerance; 0 for an exact sample.
-        kept: (N,) float64, the share of the negatives that is not left out; 1 for an exact sample, one with so
-            many that dense products are faster, or more than there is room for, on every rank.
-    """
-
-    dropped: Tensor
-    kept: Tensor
-
-    @property
-    def exact(self) -> Tensor:
-        """(N,) bool: the samples that take the exact path."""
-        return self.kept == 1
-
-
-class LossStats(NamedTuple):
-    """What the loss knows of its batch without another pass over the weights. Detached from the graph.
-
-    Attributes:
-        lse: (N,) log sum_{j != y} e^{s cos_ij}, over the negative classes alone.
-        target_cos: (N,) cosine between each embedding and its class centre; 0 for an ignored sample.
-        max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
-        accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin.
-        sparsity: with a gradient_tolerance, and where there will be a gradient.
-    """
-
-    lse: Tensor
-    target_cos: Tensor
-    max_negative_cos: Tensor
-    accuracy: Tensor
-    sparsity: Sparsity | None = None
 
 
 def cosface_loss(
@@ -89,8 +29,8 @@ def cosface_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    margin: float = 0.35,
-    scale: float | Tensor = 64.0,
+    margin: float = defaults.COSFACE_MARGIN,
+    scale: float | Tensor = defaults.SCALE,
     reduction: str = "mean",
     ignore_index: int = -100,
     validate_labels: bool | None = None,
@@ -159,7 +99,7 @@ def margin_softmax_loss(
     labels: Tensor,
     *,
     margin: float | Callable[..., Tensor],
-    scale: float | Tensor = 64.0,
+    scale: float | Tensor = defaults.SCALE,
     reduction: str = "mean",
     ignore_index: int = -100,
     validate_labels: bool | None = None,
@@ -200,125 +140,33 @@ def margin_softmax_loss(
     tensor(1.6890)
     """
     ops.refuse_transforms()
-    ranks = Exchange(weight) if isinstance(weight, DTensor) else None
-    moves = getattr(weight, optim.MARK, False)
-    facts: dict[str, Any] = {}
-    if ranks:
-        facts = {
-            "reduction": reduction,
-            "sample_rate": sampler.rate if sampler else 1,
-            "margin": _described(margin),
-            "scale": _described(scale),
-            "ignore_index": ignore_index,
-            "validate_labels": validate_labels,
-            "dtype of sample_weight": getattr(sample_weight, "dtype", None),
-            "normalization of embeddings and weight": (normalize_embeddings, normalize_weight),
-            "gradient_tolerance": gradient_tolerance,
-        }
-        if moves:
-            facts["optimizer"] = optim.progress(weight)
-            facts["options of the optimizer"] = optim.options_of(weight)
-    with ranks.agreement(embeddings, sample_weight, **facts) if ranks else nullcontext():
-        if moves:
-            optim.note_use(weight)
-        check_rows(embeddings, weight)
-        if sampler:
-            check_sampler(sampler.num_classes, len(ranks.classes) if ranks else weight.shape[0])
-        check_labels(labels, embeddings)
-        check_reduction(reduction)
-        check_name(backend)
-        check_scale(scale)
-        check_integer("ignore_index", ignore_index)
-        check_flag("validate_labels", validate_labels)
-        check_cache(cache_bytes, exact_cache)
-        check_integer("workspace_bytes", workspace_bytes, 0)
-        check_tolerance(gradient_tolerance)
-        if not callable(margin):
-            check_margin(margin)
-        if isinstance(scale, Tensor) and scale.dim():
-            check_per_sample("scale", scale, labels)
-        if sample_weight is not None:
-            check_per_sample("sample_weight", sample_weight, labels)
-        if validate_labels is None:
-            validate_labels = labels.device.type == "cpu"
+    ranks = placement(weight)
+    settings = stages.Settings(
+        margin, reduction, ignore_index, validate_labels, backend, gradient_tolerance, normalize_embeddings,
+        normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
+    )  # fmt: skip
+    with ranks.agreement(partial(stages.facts, settings, weight, scale, sample_weight), embeddings, sample_weight):
+        stages.check(settings, ranks, embeddings, weight, labels, scale, sample_weight)
+        validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
-        options: dict[str, Any] = {"normalize_weight": normalize_weight, "workspace_bytes": int(workspace_bytes)}
-        if differentiable:
-            options |= {
-                "cache_bytes": None if cache_bytes is None else int(cache_bytes),
-                "exact_cache": exact_cache,
-                "gradient_tolerance": float(gradient_tolerance),
-            }
-        else:
-            options["cache_bytes"] = 0
-        m = 0.0 if callable(margin) else float(margin)
-        special = callable(margin) or isinstance(scale, Tensor) or sample_weight is not None
-        special = special or bool(ranks or moves or sampler or return_stats)
-        if normalize_embeddings and not special and not ops.dispatches(embeddings, weight, labels):
-            plain = Options(**options)
-            in_one_call = getattr(select(backend, embeddings, weight, plain), "loss", None)
-            if in_one_call:
-                ops.refuse_forward_mode()
-                rule = {"scale": float(scale), "margin": m, "reduction": reduction}
-                rule |= {"ignore_index": int(ignore_index), "validate_labels": validate_labels}
-                return in_one_call(embeddings, weight, labels, plain, **rule)
-        targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate_labels)  # (N,)
-    s = _row_scale(ranks.replicate(scale) if ranks else scale, embeddings, weight)  # (N,)
-    if ranks:  # from here on N counts the samples of all ranks
-        embeddings, targets, s = ranks.gather(embeddings), ranks.gather(targets), ranks.gather(s)
-        sample_weight = None if sample_weight is None else ranks.gather(sample_weight)
-    valid = targets != ops.IGNORED  # (N,)
-    if not normalize_embeddings:
-        # no kernel: s x = (s |x|) x / |x|; clamped as the kernels clamp, so that x = 0 has its gradient
-        s = s * Rows(embeddings, targets).norms().clamp_min(EPS)  # (N,)
-
-    # x (N, D), w (C, D), and of the classes of w: targets (N,), which take part (S,), targets among those (N,)
-    x, w, own_targets, own_s = ranks.enter(embeddings, targets, s) if ranks else (embeddings, weight, targets, s)
-    classes, positions = sampler(own_targets) if sampler else (None, own_targets)
-    if classes is not None and validate_labels and classes.device.type != "cpu":  # on a CPU the op looks at them
-        check_classes(classes, w.shape[0])
-    if sampler and not ranks and several_ranks():
-        w = dense_gradient(w)
-    options["classes"] = classes
-    rows = Rows(embeddings, targets, weight if ranks is None else None)
-    if isinstance(margin, Margin) and margin.reshapes_negatives:
-        with torch.no_grad():
-            target_cos = _target_cosines(x, w, own_targets)  # (N,)
-            target_cos = ranks.sum(target_cos) if ranks else target_cos
-            options["thresholds"], options["negatives"] = margin.negatives(target_cos, rows)
-    lmcl: Any = ops.lmcl
-    if moves:
-        lmcl = partial(optim.lmcl, weight, whole_gradient=isinstance(margin, Margin) and margin.reads_weight)
-    loss, *rows_of_x, cache = lmcl(x, w, positions, own_s, m, backend, **options)  # each (N,)
-    top, log_sum, target_cos, max_neg = ranks.combine(own_s, *rows_of_x) if ranks else rows_of_x  # each (N,)
-    if isinstance(margin, Margin):
-        # masked before and after: a nan in an ignored sample must not reach a gradient
-        loss = margin.loss(torch.where(valid, top, 0), torch.where(valid, log_sum, 0), target_cos, s, rows)  # (N,)
-        loss = torch.where(valid, loss, 0)  # (N,)
-    elif ranks or callable(margin):
-        psi = margin(target_cos) if callable(margin) else target_cos - m  # (N,)
-        check_per_sample("the margin's result", psi, targets)
-        loss = torch.where(valid, softplus(torch.where(valid, excess(s, top, log_sum, psi), 0)), 0)  # (N,)
-    if not validate_labels:
-        loss = loss.masked_fill(targets == ops.INVALID, torch.nan)  # (N,)
-
-    reduced = _reduce(loss, valid, sample_weight, reduction)
-    if ranks and reduction == "none":
-        reduced = ranks.keep_own(reduced)
+        options = stages.op_options(settings, differentiable)
+        if not (return_stats or sample_weight is not None or isinstance(scale, Tensor)):
+            loss = stages.in_one_call(settings, options, embeddings, weight, labels, scale, validate)
+            if loss is not None:
+                return loss
+        targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate)  # (N,)
+    batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight)
+    part = stages.over_own_classes(settings, options, ranks, weight, batch, validate)
+    loss, *results = ranks.combine(part.scale, *part.results)  # (N,) each, over all classes
+    softmax = stages.Softmax(*results)
+    loss = stages.with_margin(settings, loss, softmax, batch)  # (N,)
+    if not validate:
+        loss = loss.masked_fill(batch.rows.targets == ops.INVALID, torch.nan)  # (N,)
+    reduced = stages.reduce(ranks, loss, batch, reduction)
     sparsity = None
-    if options.get("gradient_tolerance") and (ranks or return_stats):
-        sparsity = Sparsity(*ops.kept_entries(cache, len(targets)))
-    if ranks and sparsity:  # whoever asks for statistics: every rank takes part
-        own_top, own_log_sum = rows_of_x[:2]  # (N,) each
-        negatives = len(w if classes is None else classes) - (positions >= 0).double()  # (N,)
-        lse_from_top = (own_log_sum + own_s * (own_top - top)).detach()  # (N,)
-        sparsity = Sparsity(*map(ranks.keep_own, ranks.combine_kept(*sparsity, negatives, lse_from_top)))
-    if not return_stats:
-        return reduced
-    accuracy = ((target_cos > max_neg) & valid).sum() / valid.sum()
-    rows_of_stats = ((s * top + log_sum).detach(), target_cos.detach(), max_neg)  # (N,) each
-    lse, target_cos, max_neg = map(ranks.keep_own, rows_of_stats) if ranks else rows_of_stats
-    return reduced, LossStats(lse, target_cos, max_neg, accuracy, sparsity)
+    if options.get("gradient_tolerance") and ranks.takes_part(return_stats):
+        sparsity = stages.sparsity(ranks, part)
+    return (reduced, stages.statistics(ranks, softmax, batch, sparsity)) if return_stats else reduced
 
 
 def cosine_logits(
@@ -355,40 +203,3 @@ def cosine_logits(
         x = scale * (F.normalize(x) if normalize_embeddings else x)
         chunks = (w.to(dtype) for w in torch.split(weight, LOGITS_CHUNK))
         return torch.cat([x @ (F.normalize(w) if normalize_weight else w).T for w in chunks], dim=1)  # (N, C)
-
-
-def _described(value: object) -> object:
-    """What of a margin or a scale must be the same on every rank, for its text; a function has only a name."""
-    if isinstance(value, Tensor):
-        return value.item() if not value.dim() else "one per sample"
-    if isinstance(value, Margin):
-        settings = {name: setting for name, setting in vars(value).items() if not name.startswith("_")}
-        return type(value).__name__, settings, [state.item() for state in value.batch_state()]
-    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
-
-
-def _target_cosines(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """(N,) cosines with the targets, 0 where there is none, ahead of the pass over all classes."""
-    dtype, has_target = compute_dtype(x, w), targets >= 0  # (N,)
-    if not len(w):  # a rank that owns no class
-        return x.new_zeros(len(x), dtype=dtype)
-    x_hat, w_hat = (F.normalize(rows.to(dtype)) for rows in (x, w[targets.clamp_min(0)]))  # (N, D)
-    return torch.where(has_target, (x_hat * w_hat).sum(1), 0)
-
-
-def _reduce(loss: Tensor, valid: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
-    count = valid
-    if sample_weight is not None:
-        count = torch.where(valid, sample_weight, 0)
-        loss = torch.where(valid, loss * sample_weight, 0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / count.sum()
-
-
-def _row_scale(scale: float | Tensor, embeddings: Tensor, weight: Tensor) -> Tensor:
-    """The (N,) scale that the op takes, differentiable if the user's scale is."""
-    rows, dtype = embeddings.shape[0], compute_dtype(embeddings, weight)
-    if isinstance(scale, Tensor):
-        return scale.to(embeddings.device, dtype).expand(rows)
-    return embeddings.new_full((rows,), scale, dtype=dtype)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+from typing_extensions import Unpack
 
 from cosface_kernels import optim, theory
 from cosface_kernels.backends import check_name
@@ -20,7 +21,7 @@ from cosface_kernels.distributed import (
 )
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
-from cosface_kernels.margins import Margin
+from cosface_kernels.margins import Margin, defaults
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
@@ -37,6 +38,24 @@ from cosface_kernels.validation import (
 )
 
 INIT_STD = 0.01  # as in insightface's partial_fc; the loss does not depend on it, the effective learning rate does
+
+
+class HeadOptions(TypedDict, total=False):
+    """The keyword arguments of `FusedMarginLoss`, which says what they mean and are by default."""
+
+    reduction: str
+    ignore_index: int
+    validate_labels: bool | None
+    backend: str | None
+    gradient_tolerance: float
+    process_group: ProcessGroup | None
+    sample_rate: float
+    sample_seed: int
+    cache_bytes: int | None
+    exact_cache: bool | None
+    workspace_bytes: int
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class FusedMarginLoss(nn.Module):
@@ -93,7 +112,7 @@ class FusedMarginLoss(nn.Module):
         num_classes: int,
         embedding_size: int,
         margin: float | Callable[..., Tensor],
-        scale: float | Tensor = 64.0,
+        scale: float | Tensor = defaults.SCALE,
         *,
         reduction: str = "mean",
         ignore_index: int = -100,
@@ -306,9 +325,9 @@ class FusedCosFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = 0.35,
-        scale: float | Tensor = 64.0,
-        **options: Any,
+        margin: float = defaults.COSFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
+        **options: Unpack[HeadOptions],
     ) -> None:
         check_margin(margin)  # FusedMarginLoss would take a callable
         super().__init__(num_classes, embedding_size, margin, scale, **options)

@@ -5,6 +5,8 @@ and no_grad treat them like any other operator. In eager mode their functions ar
 the dispatcher takes longer than the kernels where samples and classes are few.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.backends.contract import check_memory
-from cosface_kernels.options import WORKSPACE_BYTES, Options, Update, empty_cache
+from cosface_kernels.options import ARGUMENTS, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, excess
 
 IGNORED, INVALID = -1, -2  # targets that are no class
@@ -84,7 +86,33 @@ def refuse_transforms() -> None:
         )
 
 
+def takes_options(*, updates: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a function whose last parameter is `options`: in its place an op takes what a schema can say of them.
+
+    That is `options.ARGUMENTS`, with their types and defaults.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+        *own, last = signature.parameters.values()
+        count = len(own)
+
+        @functools.wraps(function)
+        def flat(*arguments: Any, **named: Any) -> Any:
+            named["updates"] = updates
+            return function(*arguments[:count], Options(*arguments[count:], **named))
+
+        options = (
+            last.replace(name=field.name, default=field.default, annotation=field.type) for field in ARGUMENTS
+        )
+        flat.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return flat
+
+    return decorate
+
+
 @Op
+@takes_options()
 def lmcl(
     x: Tensor,
     w: Tensor,
@@ -92,30 +120,13 @@ def lmcl(
     scale: Tensor,
     margin: float,
     backend: str | None,
-    classes: Tensor | None = None,
-    cache_bytes: int | None = None,
-    gradient_tolerance: float = 0.0,
-    normalize_weight: bool = True,
-    workspace_bytes: int = WORKSPACE_BYTES,
-    exact_cache: bool | None = None,
-    thresholds: Tensor | None = None,
-    negatives: Tensor | None = None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, top, log_sum, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them.
 
-    The arguments after `backend` are those of `Options`; the sixth result, uint8, is lmcl_backward's cache.
+    The sixth result, uint8, is lmcl_backward's cache.
     """
     refuse_forward_mode()
-    options = Options(
-        classes,
-        cache_bytes,
-        gradient_tolerance,
-        normalize_weight,
-        workspace_bytes,
-        exact_cache,
-        thresholds,
-        negatives,
-    )
     if not w.shape[0]:  # a rank that owns no class
         fills = (0, 0, -torch.inf, 0, -torch.inf)
         loss, top, log_sum, target_cos, max_neg = (
@@ -129,14 +140,15 @@ def lmcl(
 
 
 @lmcl.registered.register_fake
-def _(x, w, targets, scale, margin, backend, classes=None, cache_bytes=None, gradient_tolerance=0.0, *rest):  # type: ignore[no-untyped-def]
+@takes_options()
+def _(x, w, targets, scale, margin, backend, options):  # type: ignore[no-untyped-def]
     rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(5))
-    options = Options(classes, cache_bytes, gradient_tolerance, *rest)
     size = select(backend, x, w, options).cache_size(x, w, options) if w.shape[0] else 0
     return *rows, x.new_empty(size, dtype=torch.uint8)
 
 
 @Op
+@takes_options()
 def lmcl_backward(
     x: Tensor,
     w: Tensor,
@@ -150,30 +162,13 @@ def lmcl_backward(
     need_dx: bool,
     need_dw: bool,
     backend: str | None,
-    classes: Tensor | None = None,
-    cache_bytes: int | None = None,
-    gradient_tolerance: float = 0.0,
-    normalize_weight: bool = True,
-    workspace_bytes: int = WORKSPACE_BYTES,
-    exact_cache: bool | None = None,
-    thresholds: Tensor | None = None,
-    negatives: Tensor | None = None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dw (C, D) and dscale (N,), as `cosface_kernels.reference.backward` defines them.
 
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
     refuse_forward_mode()
-    options = Options(
-        classes,
-        cache_bytes,
-        gradient_tolerance,
-        normalize_weight,
-        workspace_bytes,
-        exact_cache,
-        thresholds,
-        negatives,
-    )
     if not w.shape[0]:
         dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
         return dx, dw, torch.zeros_like(log_sum)
@@ -183,14 +178,16 @@ def lmcl_backward(
 
 
 @lmcl_backward.registered.register_fake
-def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, backend, classes=None, *_):  # type: ignore[no-untyped-def]
+@takes_options()
+def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, backend, options):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape if need_dx else (0,))
-    rows = w.shape[0] if classes is None else classes.shape[0]
+    rows = w.shape[0] if options.classes is None else options.classes.shape[0]
     dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
     return dx, dw, log_sum.new_empty(log_sum.shape)
 
 
 @torch.library.custom_op("cosface::lmcl_backward_update_", mutates_args=("w", "state"))
+@takes_options(updates=True)
 def lmcl_backward_update_(
     x: Tensor,
     w: Tensor,
@@ -209,30 +206,12 @@ def lmcl_backward_update_(
     numbers: list[float],
     need_dx: bool,
     backend: str | None,
-    classes: Tensor | None = None,
-    cache_bytes: int | None = None,
-    gradient_tolerance: float = 0.0,
-    normalize_weight: bool = True,
-    workspace_bytes: int = WORKSPACE_BYTES,
-    exact_cache: bool | None = None,
-    thresholds: Tensor | None = None,
-    negatives: Tensor | None = None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """dx and dscale as lmcl_backward has them; w and the optimizer's state move, as `reference.move_rows` defines.
 
     rule, step, seed and numbers are the fields of `Update`, in order. Where `finite`, 0-d, is false nothing moves.
     """
-    options = Options(
-        classes,
-        cache_bytes,
-        gradient_tolerance,
-        normalize_weight,
-        workspace_bytes,
-        exact_cache,
-        thresholds,
-        negatives,
-        updates=True,
-    )
     if not w.shape[0]:
         return x.new_zeros(x.shape if need_dx else 0), torch.zeros_like(log_sum)
     update = Update.unflat(rule, step, seed, numbers)

@@ -41,7 +41,7 @@ from torch.optim.optimizer import Optimizer
 
 from cosface_kernels import ops
 from cosface_kernels.backends import cpu, select
-from cosface_kernels.distributed import Exchange, agreed, own_classes, own_rows, shard_like
+from cosface_kernels.distributed import agreed, own_classes, own_rows, placement, shard_like
 from cosface_kernels.options import Options, Update
 from cosface_kernels.validation import is_capturing
 
@@ -892,7 +892,7 @@ def lmcl(
 
 
 def _check_weight(weight: Tensor) -> None:
-    rows = Exchange(weight).weight if isinstance(weight, DTensor) else weight
+    rows = placement(weight).weight
     if weight.dim() != 2 or weight.dtype not in MOVABLE:
         raise ValueError(
             "A head's weight must have shape (C, D) and dtype float64, float32 or bfloat16 for its rows to move "

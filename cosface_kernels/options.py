@@ -1,12 +1,12 @@
 """What the op may be asked for beyond plain LMCL, in one record that travels from the op to the kernels.
 
-The op's schema is flat; `ops.py` gathers its optional arguments into an `Options` and hands it to the backend. A
-new option is a field here, an argument of the ops with the same name and default, and a field of `Options` in
-csrc/lmcl.h.
+The op's schema is flat; `ops.py` takes its optional arguments from here, gathers them into an `Options` and hands
+it to the backend. A new option is a field here and a field of `Options` in csrc/lmcl.h.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -60,8 +60,8 @@ class Options:
     updates: bool = False
 
     def flat(self) -> tuple[Any, ...]:
-        """The arguments of an op for it; whether it updates is which op it is."""
-        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "updates")
+        """The arguments of an op for it, `ARGUMENTS`."""
+        return _values(self)
 
     def count(self, w: Tensor) -> int:
         """How many classes take part."""
@@ -103,18 +103,21 @@ class Options:
 
         It need not know of workspace_bytes, which changes no result.
         """
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, default in DEFAULTS.items():
+            value = getattr(self, name)
             # 0, False and None ask alike for nothing.
-            differs = isinstance(value, Tensor) or (value or None) != (field.default or None)
-            if differs and field.name not in {"workspace_bytes", *supported}:
-                return f"option {field.name!r} is not on this backend yet."
+            differs = isinstance(value, Tensor) or (value or None) != (default or None)
+            if differs and name not in {"workspace_bytes", *supported}:
+                return f"option {name!r} is not on this backend yet."
         if self.cache_bytes and not (self.gradient_tolerance or self.normalize_weight or self.keeps_exactly):
             return "it keeps cosines alone in 16 bits, so that without normalize_weight an exact_cache is needed."
         return None
 
 
 PLAIN = Options()
+DEFAULTS = {field.name: field.default for field in fields(Options)}
+ARGUMENTS = tuple(field for field in fields(Options) if field.name != "updates")  # that is which op it is
+_values = attrgetter(*(field.name for field in ARGUMENTS))
 RULES = ("sgd", "adamw")
 
 

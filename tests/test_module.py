@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support import DEFAULT_DEVICE, relative_error
 
 import cosface_kernels
 from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, cosface_loss
+from cosface_kernels.loss import HeadOptions
 
 
 def _head(backend, **options):
@@ -27,6 +29,9 @@ def test_signature():
     assert list(options)[:4] == list(parameters)[:4]
     keyword_only = [name for name, p in options.items() if p.kind is p.KEYWORD_ONLY]
     assert {"reduction", "ignore_index", "backend", "device", "dtype"} <= set(keyword_only)
+    hints = get_type_hints(FusedMarginLoss.__init__)
+    # by which an editor knows what the family passes on
+    assert {name: hints[name] for name in keyword_only} == get_type_hints(HeadOptions)
     pml = pytest.importorskip("pytorch_metric_learning.losses")
     theirs = list(inspect.signature(pml.LargeMarginSoftmaxLoss).parameters)  # the base of their CosFaceLoss
     assert theirs[:4] == list(parameters)[:4]

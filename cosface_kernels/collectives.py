@@ -1,0 +1,178 @@
+"""The collectives of a batch as autograd sees them, and how ranks agree on one.
+
+Each has a name for a profiler and for the message of its failure.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.profiler import record_function
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; backward sums over the ranks, in float32 at least, and keeps the rows of this one."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.group = counts, group
+        own = _pad(rows, [len(rows)], max(1, *counts))
+        everyones = rows.new_empty(len(counts) * len(own), *rows.shape[1:])
+        with naming("gathering the batch", group):
+            all_gather(everyones, own, group=group)
+        return torch.cat([block[:n] for block, n in zip(everyones.split(len(own)), counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        most = max(1, *ctx.counts)
+        own = grad.new_empty(most, *grad.shape[1:], dtype=dtype)
+        with naming("summing the embeddings' gradient", ctx.group):
+            reduce_scatter(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
+        return own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """log_sum = log sum_r e^{l_r} of l_r = lse_r - s top, and the sum of cos_r.
+
+    d log_sum / d l_r = e^{l_r - log_sum}. The gradient is that of the mean over the ranks' losses.
+    """
+
+    @staticmethod
+    def forward(ctx, l_r, cos_r, group):  # type: ignore[no-untyped-def]
+        sums = torch.stack([l_r.exp(), cos_r])  # (2, N)
+        with naming("combining the shards", group):
+            dist.all_reduce(sums, group=group)
+        log_sum = sums[0].log()  # (N,)
+        ctx.group = group
+        ctx.save_for_backward(l_r, log_sum)
+        return log_sum, sums[1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_log_sum, g_cos):  # type: ignore[no-untyped-def]
+        l_r, log_sum = ctx.saved_tensors
+        g = torch.stack([g_log_sum, g_cos])  # (2, N)
+        with naming("averaging the ranks' gradients", ctx.group):
+            dist.all_reduce(g, group=ctx.group)
+        g /= dist.get_world_size(ctx.group)
+        flows = (g[0] != 0) & ~l_r.isneginf()  # no gradient stays none where log_sum is nan or has no terms
+        return torch.where(flows, g[0] * (l_r - log_sum).exp(), 0), g[1], None
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        grad = grad.contiguous().clone()
+        with naming("averaging the ranks' gradients", ctx.group):
+            dist.all_reduce(grad, group=ctx.group)
+        return grad / dist.get_world_size(ctx.group), None
+
+
+class _DenseGradient(torch.autograd.Function):
+    """A gradient of sampled classes as one of all, because neither a DTensor nor DDP's buckets can be sparse."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return grad.to_dense() if grad.is_sparse else grad
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad * ctx.factor, None
+
+
+gather: Callable[..., Tensor] = _Gather.apply
+combine: Callable[..., tuple[Tensor, Tensor]] = _Combine.apply
+replicate: Callable[..., Tensor] = _Replicate.apply
+dense_gradient: Callable[..., Tensor] = _DenseGradient.apply
+scale_gradient: Callable[..., Tensor] = _ScaleGradient.apply
+
+
+def _pad(rows: Tensor, counts: Sequence[int], most: int) -> Tensor:
+    """Blocks of counts[r] rows as blocks of `most` rows, with zeros after each."""
+    if all(count == most for count in counts):
+        return rows.contiguous()
+    padded = rows.new_zeros(len(counts), most, *rows.shape[1:])
+    for block, own in zip(padded, rows.split(list(counts)), strict=True):
+        block[: len(own)] = own
+    return padded.flatten(0, 1)
+
+
+@contextmanager
+def naming(
+    work: str, group: ProcessGroup | None, cause: str = "another rank has ended, hangs or cannot be reached"
+) -> Iterator[None]:
+    """Names a collective to a profiler, and to the user if it fails: the backend knows an address and no rank."""
+    try:
+        with record_function(f"cosface: {work}"):
+            yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{work} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {cause}, and its own "
+            f"output says why. {error}"
+        ) from error
+
+
+def agree(
+    group: ProcessGroup,
+    device: torch.device,
+    facts: Mapping[str, object],
+    count: int = 0,
+    refusal: Exception | None = None,
+) -> list[int]:
+    """Every rank's count, once no rank has refused and all know the same facts; waits for the device.
+
+    Raises:
+        ValueError: on every rank, if the facts differ or another rank has refused, with its sentence.
+        Exception: the refusal, on the rank that has one.
+    """
+    said = {name: str(fact) for name, fact in facts.items()}
+    own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
+    table = own.new_empty(dist.get_world_size(group) * 3)
+    with naming("agreeing on the batch", group):
+        all_gather(table, own, group=group)
+    counts, refused, digests = table.view(-1, 3).T.tolist()
+    if not any(refused) and len(set(digests)) == 1:
+        return counts
+    answers: list[tuple[dict[str, str], str | None]] = [({}, None)] * len(counts)
+    dist.all_gather_object(answers, (said, refusal and f"{refusal}"), group=group)
+    if refusal is not None:
+        raise refusal
+    for rank, (_, sentence) in enumerate(answers):
+        if sentence is not None:
+            raise ValueError(f"rank {rank} refused: {sentence}")
+    first = answers[0][0]
+    rank, theirs = next((rank, theirs) for rank, (theirs, _) in enumerate(answers) if theirs != first)
+    name = next(name for name in {**first, **theirs} if first.get(name) != theirs.get(name))
+    raise ValueError(
+        f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and {theirs.get(name)} on rank "
+        f"{rank}."
+    )

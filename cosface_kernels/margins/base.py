@@ -1,0 +1,105 @@
+"""What every margin is made of: the batch that it sees, its base class, averages over batches."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cosface_kernels.reference import excess, softplus
+from cosface_kernels.validation import check_interval
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of a batch, for the margins that look at more than their target's cosine.
+
+    Attributes:
+        embeddings: (N, D), as given to the loss.
+        targets: (N,) int64 classes, negative for a sample that has no loss.
+        weight: (C, D) class centres, or None if they are sharded.
+    """
+
+    embeddings: Tensor
+    targets: Tensor
+    weight: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        return self.targets >= 0  # (N,)
+
+    def norms(self) -> Tensor:
+        """(N,) |x_i|, differentiable; 0 for a sample that has no loss."""
+        dtype = torch.promote_types(self.embeddings.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.embeddings.where(self.valid[:, None], 0), dim=1, dtype=dtype)
+
+
+class Margin(nn.Module):
+    """Base of the margins. A subclass defines psi as `forward(cos, rows)`; some replace `loss`.
+
+    One that `reshapes_negatives` also has `negatives(cos, rows)`, which is called first, without a graph. It
+    returns (N,) thresholds, above which a negative's cosine c enters the softmax as (q c + a) c + b, and (3,) q, a
+    and b.
+
+    One that `reads_weight` has a gradient of the class centres besides that of their cosines.
+    """
+
+    reshapes_negatives = reads_weight = False
+
+    def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def __init__(self, *, straight_through: bool = False) -> None:
+        super().__init__()
+        self.straight_through = straight_through
+        self._initial: dict[str, float] = {}
+
+    def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+        """softplus(lse - s psi(c)), and 0 for a sample that has no loss.
+
+        Args:
+            top, log_sum, cos, scale: (N,), finite for samples without a loss; log_sum is -inf, and top 0, where
+                there is no other class.
+
+        Returns:
+            (N,); what it holds for a sample without a loss is dropped.
+        """
+        psi = self(cos, rows)  # (N,)
+        if self.straight_through:
+            psi = cos + (psi - cos).detach()
+        return softplus(torch.where(rows.valid, excess(scale, top, log_sum, psi), 0))
+
+    def reset_parameters(self) -> None:
+        """Sets the state to what it was before the first batch."""
+        for name, value in self._initial.items():
+            self.get_buffer(name).fill_(value)
+
+    def batch_state(self) -> list[Tensor]:
+        """What a batch may change; a state of each class is changed between batches."""
+        return [state for state in map(self.get_buffer, self._initial) if not state.dim()]
+
+    def _register_state(self, name: str, initial: float, *shape: int) -> None:
+        self._initial[name] = initial
+        self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Margin":
+        super()._apply(lambda state: fn(state).to(state.dtype), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def mean_and_std(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation over the valid samples, 0-d float64; nan if there are too few."""
+    count = valid.sum()
+    values = values.double()  # (N,)
+    mean = values.where(valid, 0).sum() / count
+    return mean, ((values - mean).where(valid, 0).square().sum() / (count - 1)).sqrt()
+
+
+def update_average(average: Tensor, value: Tensor, rate: float) -> None:
+    """average += rate (value - average), in place; a value that is not finite changes nothing."""
+    average.copy_(torch.where(value.isfinite(), average.lerp(value.to(average.dtype), rate), average))
+
+
+def check_rate(rate: float) -> None:
+    check_interval("rate", rate, "[0, 1]", 0, math.nextafter(1, 2))
