@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -35,22 +34,41 @@ def peak_extra_bytes(step: Callable[[], object], repeats: int = 5) -> int | None
         for _ in range(repeats):
             gc.collect()
             libc.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            before = resident_bytes("VmRSS")
+            before = restart_peak()
             step()
-            rises.append(resident_bytes("VmHWM") - before)
-    except (OSError, AttributeError, KeyError):
+            after = peak_since_restart()
+            if before is None or after is None:
+                return None
+            rises.append(after - before)
+    except (OSError, AttributeError):
         return None
     return int(statistics.median(rises))
 
 
-def resident_bytes(counter: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields[counter].split()[0]) * 1024
+def restart_peak() -> int | None:
+    """Restarts the peak of this process's resident memory at its present memory, and returns that in bytes.
+
+    None where the system cannot (anything but Linux).
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return peak_since_restart()
+
+
+def peak_since_restart() -> int | None:
+    """Bytes of resident memory at their most; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def peak_resident_bytes() -> int:
     """The largest memory of this process so far."""
+    import resource  # which Windows lacks
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

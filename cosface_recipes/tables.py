@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """For a terminal: the first column to the left, the others to the right.
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """For a terminal: these columns to the left, the others to the right.
 
     >>> print(aligned([["", "rank-1"], ["CosFace", "9 %"]]))
              rank-1
@@ -15,7 +15,11 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in lines
     )
 
 
