@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cosface_recipes.memory import peak_since_restart, restart_peak
+
 SQUARE_SIZES = {"cpu": (2048, 3072), "cuda": (4096, 8192)}
 TILE_CLASSES = 8192  # of the problem's own matrix products; larger ones are slower, being bound by memory
 SECONDS_PER_SHAPE = 0.1
@@ -79,28 +81,20 @@ def release_memory() -> None:
 def reset_peak(device: str) -> int | None:
     """Restarts this process's peak memory at its present memory, and returns that in bytes.
 
-    On a GPU that is what torch's allocator has handed out; on the CPU the kernel's VmHWM, reset through
-    /proc/self/clear_refs, and None where the system cannot.
+    On a GPU that is what torch's allocator has handed out; on the CPU resident memory, and None where the system
+    cannot.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return peak(device)
+    return restart_peak()
 
 
 def peak(device: str) -> int | None:
     """Bytes of peak memory since the last reset; None where the system does not say."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return peak_since_restart()
 
 
 class Matmul:

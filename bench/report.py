@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cosface_recipes.tables import aligned
+
 MISSING = "-"
 
 
@@ -50,15 +52,7 @@ def table(rows: Sequence[Row]) -> str:
     fused = next((row.median_s for row in rows if row.impl in ("fused", "fused+FusedSGD")), None)
     header = ("impl", "median", "min", "/ fused", "extra MiB", "of matmul", "max rel err", "steps", "note")
     lines = [header, *(_cells(row, fused) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    last = len(header) - 1
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned(lines, left=(0, len(header) - 1))
 
 
 def _cells(row: Row, fused: float | None) -> tuple[str, ...]:

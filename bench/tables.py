@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report as step_report
+from cosface_recipes.tables import aligned
 
 LIMIT = 9_500  # characters of a report: some consoles keep the last 12,000
 FAILURES = 30  # tests that are named
@@ -34,13 +35,8 @@ def cell(key: str, value: Any) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of one step's rows, in columns."""
     keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("step", "note")))
-    lines = [keys, *([cell(key, row.get(key)) for key in keys] for row in rows)]
-    widths = [max(len(cells[i]) for cells in lines) for i in range(len(keys))]
-    notes = ["", *(str(row.get("note", ""))[:NOTE] for row in rows)]
-    return [
-        "  ".join([*(text.ljust(width) for text, width in zip(cells, widths, strict=True)), note]).rstrip()
-        for cells, note in zip(lines, notes, strict=True)
-    ]
+    cells = ([*(cell(key, row.get(key)) for key in keys), str(row.get("note", ""))[:NOTE]] for row in rows)
+    return aligned([[*keys, ""], *cells], left=range(len(keys) + 1)).split("\n")
 
 
 def report(file: Path, junit: Path | None = None, peers: Path | None = None) -> str:

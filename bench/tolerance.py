@@ -78,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--state",
         type=_states,
         help="with commas: random; spread:S, cosines with standard deviation S; or a file that "
-        "examples/head_state.py wrote, whose sizes, scale and margin then count",
+        "examples/studies/head_state.py wrote, whose sizes, scale and margin then count",
     )
     group.add_argument("--tolerance", type=_tolerances, default="1e-2,1e-3,1e-4", help="with commas; 0 is added")
     group.add_argument("--cache-mib", type=int, default=0, help="memory for the entries; 0: the head's default")

@@ -1,12 +1,14 @@
 """`python -m bench train-step --state`: its states and its rows. No timings."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+import head_state
+import million
 from bench.__main__ import main
+from cosface_recipes import synthetic
 
 TINY = [
     "--batch",
@@ -44,19 +46,15 @@ def test_every_state_gives_a_row_a_tolerance(tmp_path, capsys):
     assert "x 1.00" in capsys.readouterr().out
 
 
-def test_loads_what_the_examples_write(tmp_path, monkeypatch):
+def test_loads_what_the_recipes_write(tmp_path):
     """A checkpoint of million.py, through head_state.py."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
-    import head_state
-    import million
-
     checkpoint, state, out = (tmp_path / name for name in ("million.pt", "state.pt", "rows.json"))
     options = "--classes 400 --dim 32 --batch 50 --steps 20 --every 20 --sample-rate 0.5 --checkpoint"
     million.main([*options.split(), str(checkpoint)])
     head_state.main([str(checkpoint), str(state), "--batch", "9"])
     assert main(["train-step", "--state", str(state), "--json", str(out), *TINY]) == 0
     row = json.loads(out.read_text())[0]
-    assert [row[name] for name in ("batch", "classes", "dim", "scale")] == [9, 400, 32, million.SCALE]
+    assert [row[name] for name in ("batch", "classes", "dim", "scale")] == [9, 400, 32, synthetic.SCALE]
 
 
 @pytest.mark.parametrize("state", ["flat", "spread:", "spread:2", "missing.pt", "random:1"])

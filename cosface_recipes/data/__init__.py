@@ -1,0 +1,1 @@
+"""Images of identities: read, paired, aligned, augmented."""

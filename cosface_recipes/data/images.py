@@ -1,0 +1,115 @@
+"""Image files: which there are, how they are decoded, and a folder of them held in memory."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # none that Pillow hands to another program
+MODES = {"gray": "L", "rgb": "RGB"}
+# What Pillow raises on bytes that are not an image, apart from its own errors, which are OSErrors.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class CorruptSampleError(ValueError):
+    """A sample that cannot be read; the message has its key."""
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images below a folder, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def identity_files(folder: Path) -> dict[str, list[Path]]:
+    """The images below each sub-folder that has any, by its name, in the order of the names."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The image folder {folder} does not exist or is not a folder.")
+    files = {path.name: image_files(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {name: paths for name, paths in files.items() if paths}
+
+
+def decode(data: bytes | Path, color: str = "rgb") -> Image.Image:
+    """A JPEG, PNG, WebP, BMP, PPM or TIFF image, in memory or in a file.
+
+    Args:
+        color: "rgb" or "gray".
+    """
+    source = data if isinstance(data, Path) else io.BytesIO(data)
+    with Image.open(source, formats=FORMATS) as image:
+        return image.convert(MODES[color])
+
+
+def read_image(path: Path, color: str) -> Image.Image:
+    """An image file; raises CorruptSampleError with its path where it cannot be read."""
+    try:
+        return decode(path, color)
+    except UNREADABLE as error:
+        raise CorruptSampleError(f"The image {path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of identities, all of one size."""
+
+    pixels: Tensor  # (n, channels, height, width) uint8
+    labels: Tensor  # (n,) int64, in [0, len(identities))
+    identities: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_folder(folder: Path, *, size: int, color: str, test_fraction: float) -> tuple[Images, Images]:
+    """Load a folder with one sub-folder of images per identity, and hold identities out for the test.
+
+    Of the identities with two images or more, in the order of their names, every k-th is held out, with
+    k = round(1 / test_fraction): whole identities, so that the test verifies people never seen in training.
+    An identity with one image has no genuine pair to test and stays in training.
+
+    Args:
+        folder: e.g. FOLDER/alice/1.png, FOLDER/alice/2.png, FOLDER/bob/1.jpg.
+        size: images are resized to size x size pixels.
+        color: "gray" or "rgb".
+        test_fraction: share of identities held out, in (0, 0.5].
+
+    Returns:
+        train and test images, each with labels counted from 0.
+
+    Raises:
+        ValueError: an option is out of range, the folder holds too few identities, or an image cannot be read;
+            the message shows which.
+        FileNotFoundError: there is no such folder.
+    """
+    if size < 8:
+        raise ValueError(f"image_size must be at least 8, got {size}.")
+    if not 0 < test_fraction <= 0.5:
+        raise ValueError(f"test_fraction must be above 0 and at most 0.5, got {test_fraction}.")
+    files = identity_files(folder)
+    candidates = [name for name, paths in files.items() if len(paths) >= 2]
+    step = max(2, round(1 / test_fraction))
+    held_out = set(candidates[step - 1 :: step])
+    training = [name for name in files if name not in held_out]
+    if len(held_out) < 2 or len(training) < 2:
+        raise ValueError(
+            f"The image folder {folder} has {len(files)} identities (sub-folders with images), "
+            f"{len(candidates)} of them with two images or more; a test fraction of {test_fraction:g} needs "
+            f"at least {2 * step} of the latter, so that two can be held out and two are left to train on."
+        )
+
+    def load(names: list[str]) -> Images:
+        images = (read_image(path, color) for name in names for path in files[name])
+        resized = (image.resize((size, size), Image.Resampling.BILINEAR) for image in images)
+        pixels = [np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1) for image in resized]
+        labels = [label for label, name in enumerate(names) for _ in files[name]]
+        return Images(torch.from_numpy(np.stack(pixels)), torch.tensor(labels), names)
+
+    return load(training), load(sorted(held_out))

@@ -1,0 +1,159 @@
+"""Sets of image pairs for verification: insightface's .bin files, LFW's pairs.txt, and lists of pairs."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cosface_recipes.data.image_datasets import ImageFiles
+from cosface_recipes.data.images import SUFFIXES
+from cosface_recipes.data.plain_pickle import Array, PickleError, read_pickle
+
+
+class PairedImages(ImageFiles):
+    """Samples (transform(PIL image), index), and the pairs of them that are to be told apart.
+
+    Attributes:
+        pairs: (n, 2) int64, indices of samples.
+        same: (n,) bool, whether a pair is of one identity.
+    """
+
+    pairs: Tensor
+    same: Tensor
+
+
+def read_bin(path: str | Path) -> tuple[list[bytes | np.ndarray], np.ndarray]:
+    """The encoded images of a .bin file, and whether images 2i and 2i + 1 are of one identity.
+
+    The file is a pickle (images, same), written by Python 2 or 3 (insightface, recognition/arcface_torch/eval/
+    verification.py). Nothing in it is executed; see plain_pickle.py.
+
+    Returns:
+        2n images, each bytes or an array of uint8, and (n,) bool.
+
+    Raises:
+        PickleError: the file is damaged, or holds anything else.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, tuple | list) or len(content) != 2:
+        raise PickleError(
+            f"{path} should hold a pair, of images and of booleans, and holds a {type(content).__name__}."
+        )
+    images, same = content
+    if isinstance(same, Array) and same.value is not None and same.value.dtype == np.bool_:
+        same = same.value.tolist()
+    if not isinstance(same, list) or not all(isinstance(item, bool) for item in same):
+        raise PickleError(f"The second half of {path} should be a list of booleans, one per pair.")
+    if not isinstance(images, list) or len(images) != 2 * len(same):
+        count = f"{len(images)} images" if isinstance(images, list) else "no list of images"
+        raise PickleError(f"{path} has {count} for {len(same)} pairs.")
+    return [_encoded(path, i, image) for i, image in enumerate(images)], np.array(same, np.bool_)
+
+
+def _encoded(path: str | Path, i: int, image: object) -> bytes | np.ndarray:
+    data = image.value if isinstance(image, Array) else image
+    if isinstance(data, bytes | bytearray) or (isinstance(data, np.ndarray) and data.dtype == np.uint8):
+        return data
+    raise PickleError(f"Image {i} of {path} is neither bytes nor an array of uint8.")
+
+
+def write_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:
+    """Write encoded images, two per pair, as insightface's Python 3 code reads them."""
+    if len(images) != 2 * len(same):
+        raise ValueError(f"{len(same)} pairs take {2 * len(same)} images, got {len(images)}.")
+    with open(path, "wb") as file:
+        pickle.dump(([bytes(image) for image in images], [bool(item) for item in same]), file, protocol=4)
+
+
+def read_pairs(path: str | Path) -> list[tuple[str, str, bool]]:
+    """Names of two images or videos, and whether they are of one identity, for each line of a text file.
+
+    Three formats, told apart by the first line:
+
+        10 <TAB> 300                     LFW's pairs.txt; then "name i j" and "name i other j", for name/name_0001
+        split number, first name, ...    YTF's splits.txt; then "split, first, second, same", sorted by split
+        anything else                    "first second same" on every line, with same 0 or 1
+
+    Raises:
+        ValueError: a line is not in the format; the message shows it.
+    """
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if lines and all(field.isdigit() for field in lines[0].split()) and len(lines[0].split()) <= 2:
+        parse, lines = _lfw_pair, lines[1:]
+    elif lines and "," in lines[0]:
+        lines = [line for line in lines if line.split(",")[0].strip().isdigit()]  # not the line of titles
+        parse, lines = _ytf_pair, sorted(lines, key=lambda line: int(line.split(",")[0]))
+    else:
+        parse = _plain_pair
+    pairs = []
+    for line in lines:
+        try:
+            pairs.append(parse(line))
+        except (ValueError, KeyError):
+            raise ValueError(f"The line {line!r} of {path} is no pair.") from None
+    return pairs
+
+
+def _lfw_pair(line: str) -> tuple[str, str, bool]:
+    fields = line.split("\t") if "\t" in line else line.split()
+    name, i, *other, j = fields
+    other = other[0] if len(fields) == 4 else name
+    if len(fields) > 4:
+        raise ValueError
+    return f"{name}/{name}_{int(i):04}", f"{other}/{other}_{int(j):04}", len(fields) == 3
+
+
+def _ytf_pair(line: str) -> tuple[str, str, bool]:
+    _, first, second, same = (field.strip() for field in line.split(",")[:4])
+    return first, second, {"0": False, "1": True}[same]
+
+
+def _plain_pair(line: str) -> tuple[str, str, bool]:
+    first, second, same = line.split()
+    return first, second, {"0": False, "1": True}[same]
+
+
+def open_bin(
+    path: str | Path, transform: Callable[[Image.Image], object] | None = None, color: str = "rgb"
+) -> PairedImages:
+    images, same = read_bin(path)
+    keys = [f"{Path(path).name}:{i}" for i in range(len(images))]
+    dataset = PairedImages(images, keys, transform=transform, color=color)
+    dataset.pairs, dataset.same = torch.arange(len(images)).reshape(-1, 2), torch.from_numpy(same)
+    return dataset
+
+
+def open_pairs(
+    folder: str | Path,
+    pairs: str | Path,
+    transform: Callable[[Image.Image], object] | None = None,
+    color: str = "rgb",
+) -> PairedImages:
+    """The images of a folder that a file of pairs names, with or without their suffix, each once."""
+    keys, rows, same = index_pairs(read_pairs(pairs))
+    dataset = PairedImages([_find(Path(folder), key) for key in keys], keys, transform=transform, color=color)
+    dataset.pairs, dataset.same = rows, same
+    return dataset
+
+
+def index_pairs(named: list[tuple[str, str, bool]]) -> tuple[list[str], Tensor, Tensor]:
+    """The names of `read_pairs`, each once; the pairs as (n, 2) positions among them; and (n,) bool."""
+    names = sorted({name for first, second, _ in named for name in (first, second)})
+    position = {name: i for i, name in enumerate(names)}
+    rows = torch.tensor([(position[first], position[second]) for first, second, _ in named]).reshape(-1, 2)
+    return names, rows, torch.tensor([same for *_, same in named])
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in sorted(SUFFIXES))):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"There is no image {name} in {folder}, with any suffix of {', '.join(sorted(SUFFIXES))}."
+    )

@@ -1,0 +1,1 @@
+"""Verification and identification of identities that were not trained on."""

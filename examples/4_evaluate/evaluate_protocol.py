@@ -1,0 +1,294 @@
+"""Evaluate a face-recognition network, or features that it gave, under a protocol of the literature.
+
+    evaluate_protocol.py --protocol lfw --model MODEL --data lfw --pairs pairs.txt
+    evaluate_protocol.py --protocol bin --model MODEL --data agedb_30.bin
+    evaluate_protocol.py --protocol ytf --model MODEL --data YouTubeFaces/aligned_images_DB --pairs splits.txt
+    evaluate_protocol.py --protocol ijb --model MODEL --data IJBC --target ijbc
+    evaluate_protocol.py --protocol megaface --model MODEL --data facescrub --distractors megaface
+
+MODEL is what train.py exports. With --features FILE instead of --model, the embeddings come from a file of named
+arrays, .npz or .safetensors, such as --save writes:
+
+    lfw, bin    features (m, D); same (n,); pairs (n, 2), rows of features: without them, rows 2i and 2i + 1
+    ytf         features (frames, D); videos (frames,); same (n,); pairs (n, 2), of videos
+    ijb         features (images, D); templates, media, scores (images,); same (n,); pairs (n, 2), of templates
+    megaface    features (P, D); labels (P,); and in the file of --distractors, features (N, D)
+
+All but the features is taken from --data, where the file lacks it, for bin and ijb. For megaface, --features and
+--distractors can also be folders of matrices, as its development kit writes them.
+
+The folder of ijb has meta/TARGET_face_tid_mid.txt, TARGET_template_pair_label.txt and TARGET_name_5pts_score.txt
+and, for a model, loose_crop/, from which the faces are cut out by their landmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cosface_recipes.data.pairs import read_bin
+from cosface_recipes.evaluation.collect import (
+    Arrays,
+    Embedder,
+    collect_bin,
+    collect_identities,
+    collect_ijb,
+    collect_images,
+    collect_lfw,
+    collect_ytf,
+    read_ijb,
+)
+from cosface_recipes.evaluation.features import load_features, save_features
+from cosface_recipes.evaluation.plots import plot_cmc, plot_roc
+from cosface_recipes.evaluation.protocols import (
+    cross_validate,
+    identify,
+    pair_distances,
+    tar_at_nearest_far,
+    template_embeddings,
+    video_embeddings,
+)
+from cosface_recipes.evaluation.verification import Curve, Histogram
+from cosface_recipes.export import load
+
+FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RANKS = 100
+PER_SAMPLE = ("labels", "names", "videos", "templates", "media", "scores")
+NEEDED = {
+    "lfw": ("same",),
+    "bin": ("same",),
+    "ytf": ("videos", "pairs", "same"),
+    "ijb": ("templates", "media", "pairs", "same"),
+    "megaface": ("labels",),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a protocol measures.
+
+    Attributes:
+        rows: by name; nan where there are too few pairs.
+        curve: of verification.
+        cmc: rates at rank 1, 2, ..., by number of distractors.
+    """
+
+    rows: dict[str, float | int | str]
+    curve: Curve
+    cmc: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def evaluate_lfw(arrays: Arrays) -> Report:
+    same, rows_of = arrays["same"].astype(bool), np.arange(len(arrays["features"]))
+    pairs = positions(rows_of, arrays["pairs"], "row") if "pairs" in arrays else None
+    distances = pair_distances(arrays["features"], pairs)
+    result = cross_validate(distances, same)
+    rows = {
+        "pairs": len(same),
+        "accuracy": result.accuracy,
+        "standard deviation": result.std,
+        "standard error": result.standard_error,
+        "VAL": float(result.vals.mean()),
+        "VAL's standard deviation": float(result.vals.std()),
+        "FAR of VAL": float(result.fars.mean()),
+        "cosine threshold": result.cosine_threshold,
+    }
+    return Report(rows, counted(1 - distances / 2, same))
+
+
+def evaluate_ytf(arrays: Arrays) -> Report:
+    videos, ids = video_embeddings(arrays["features"], arrays["videos"])
+    return evaluate_lfw(
+        {"features": videos, "pairs": positions(ids, arrays["pairs"], "video"), "same": arrays["same"]}
+    )
+
+
+def evaluate_ijb(arrays: Arrays) -> Report:
+    templates, ids = template_embeddings(
+        arrays["features"], arrays["templates"], arrays["media"], arrays.get("scores")
+    )
+    same = arrays["same"].astype(bool)
+    first, second = positions(ids, arrays["pairs"], "template").T
+    blocks = np.array_split(np.arange(len(same)), math.ceil(len(same) / 100_000))
+    scores = np.concatenate([(templates[first[i]] * templates[second[i]]).sum(1) for i in blocks])
+    rates = tar_at_nearest_far(scores, same, FARS)
+    rows = {"templates": len(ids), "pairs": len(same)}
+    return Report(
+        rows | {f"TAR@FAR={far:g}": rate for far, rate in zip(FARS, rates, strict=True)}, counted(scores, same)
+    )
+
+
+def evaluate_megaface(
+    arrays: Arrays, distractors: np.ndarray, sizes: Sequence[int] | None, cleaned: bool
+) -> Report:
+    sizes = sizes or [n for n in (10**k for k in range(1, 7)) if n <= len(distractors)] or [len(distractors)]
+    probes, labels, others = map(torch.from_numpy, (arrays["features"], arrays["labels"], distractors))
+    result = identify(probes, labels, others, sizes, RANKS)
+    rows: dict[str, float | int | str] = {"probes": len(labels), "distractors": max(sizes)}
+    rows["cleaned lists"] = "yes" if cleaned else "no"
+    rows |= {f"rank-1 of {n:,}": float(rates[0]) for n, rates in result.rates.items()}
+    rows |= {f"TAR@FAR={far:g}": result.curve.tar_at_far(far) for far in FARS}
+    return Report(rows, result.curve, {f"{n:,} distractors": rates for n, rates in result.rates.items()})
+
+
+def counted(similarity: np.ndarray, same: np.ndarray) -> Histogram:
+    curve = Histogram()
+    curve.add(torch.from_numpy(similarity), torch.from_numpy(same))
+    return curve
+
+
+def positions(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
+    """Where the numbers of videos or templates are among the ascending ids."""
+    found = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
+    if (missing := ids[found] != wanted).any():
+        raise ValueError(f"No feature is of {what} {wanted[missing][0]}, which a pair names.")
+    return found
+
+
+def without(arrays: Arrays, noise: set[str]) -> Arrays:
+    """Leave out the samples whose names are, or end in, one of a list; arrays have a row per sample."""
+    if "names" not in arrays:
+        raise ValueError("The features have no names, so that none can be left out.")
+    tails = [
+        {name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == "/")} for name in arrays["names"]
+    ]
+    kept = np.array([not tail & noise for tail in tails])
+    return {name: array[kept] for name, array in arrays.items()}
+
+
+def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
+    """What the protocol is computed from, from images or from a file."""
+    if embedder:
+        folder = required(args, "data")
+        if args.protocol == "lfw":
+            arrays = collect_lfw(embedder, folder, required(args, "pairs"))
+        elif args.protocol == "bin":
+            arrays = collect_bin(embedder, folder)
+        elif args.protocol == "ytf":
+            arrays = collect_ytf(embedder, folder, required(args, "pairs"))
+        elif args.protocol == "ijb":
+            arrays = collect_ijb(embedder, folder, args.target)
+        else:
+            arrays = collect_identities(embedder, folder)
+    else:
+        arrays = load_features(args.features)
+        if args.protocol == "ijb" and args.data:
+            arrays = read_ijb(args.data, args.target) | arrays
+        elif args.protocol == "bin" and args.data:
+            arrays = {"same": read_bin(args.data)[1]} | arrays
+    check(arrays, args.protocol)
+    return arrays
+
+
+def required(args: argparse.Namespace, name: str) -> Path:
+    if (value := getattr(args, name)) is None:
+        raise ValueError(f"Protocol {args.protocol} needs --{name}.")
+    return value
+
+
+def check(arrays: Arrays, protocol: str) -> None:
+    if missing := [name for name in NEEDED[protocol] if name not in arrays]:
+        raise ValueError(f"The features of protocol {protocol} lack {', '.join(missing)}.")
+    for name in PER_SAMPLE:
+        if name in arrays and len(arrays[name]) != len(arrays["features"]):
+            raise ValueError(f"There are {len(arrays['features'])} features and {len(arrays[name])} {name}.")
+    if "pairs" in arrays:
+        shape, pairs = arrays["pairs"].shape, len(arrays["same"])
+        if shape != (pairs, 2):
+            raise ValueError(f"pairs must be of shape ({pairs}, 2), as many as same has, got {shape}.")
+
+
+def run(args: argparse.Namespace) -> Report:
+    if (args.model is None) == (args.features is None):
+        raise ValueError("Either --model or --features is needed, and not both.")
+    embedder = load_embedder(args) if args.model else None
+    arrays = load_arrays(args, embedder)
+    if args.save:
+        save_features(args.save, arrays)
+    if args.protocol != "megaface":
+        evaluate = {"lfw": evaluate_lfw, "bin": evaluate_lfw, "ytf": evaluate_ytf, "ijb": evaluate_ijb}
+        return evaluate[args.protocol](arrays)
+    path = required(args, "distractors")
+    others = collect_images(embedder, path) if embedder and path.is_dir() else load_features(path)
+    if args.noise:
+        noise = {line.strip() for line in args.noise.read_text(encoding="utf-8").splitlines()}
+        arrays, others = without(arrays, noise), without(others, noise)
+    return evaluate_megaface(arrays, others["features"], args.sizes, cleaned=args.noise is not None)
+
+
+def load_embedder(args: argparse.Namespace) -> Embedder:
+    network, description = load(args.model)
+    flip = args.flip or ("sum" if description.flip else "none")
+    return Embedder(
+        network,
+        description.image_size,
+        description.color,
+        None if flip == "none" else flip,
+        args.batch_size,
+        args.workers,
+    )
+
+
+def show(value: float | int | str) -> str:
+    if isinstance(value, float):
+        return "n/a" if math.isnan(value) else f"{value:.5f}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", choices=NEEDED, required=True)
+    parser.add_argument("--model", type=Path, help="exported network")
+    parser.add_argument("--features", type=Path, help="embeddings, instead of a network")
+    parser.add_argument("--data", type=Path, help="images")
+    parser.add_argument("--pairs", type=Path, metavar="TXT", help="lfw: pairs.txt; ytf: splits.txt")
+    parser.add_argument("--target", default="ijbc", help="ijb: how its files' names begin (default: ijbc)")
+    parser.add_argument("--distractors", type=Path, help="megaface: images or features")
+    parser.add_argument(
+        "--sizes",
+        type=lambda text: [int(n) for n in text.split(",")],
+        help="megaface: numbers of distractors, by comma",
+    )
+    parser.add_argument("--noise", type=Path, metavar="TXT", help="megaface: names to leave out, one a line")
+    parser.add_argument(
+        "--flip",
+        choices=("sum", "concatenate", "none"),
+        help="the mirror image's embedding (default: sum, or none if the model was exported so)",
+    )
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images (default: 0)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the arrays, .npz or .safetensors")
+    parser.add_argument("--roc", type=Path, metavar="PNG", help="draw the ROC curve")
+    parser.add_argument("--cmc", type=Path, metavar="PNG", help="megaface: draw the rates by rank")
+    parser.add_argument("--json", type=Path, help="write the figures")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        report = run(args)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    width = max(map(len, report.rows))
+    for name, value in report.rows.items():
+        print(f"{name:{width}}  {show(value)}")
+    if args.roc:
+        plot_roc({args.protocol: report.curve}, args.roc)
+    if args.cmc and report.cmc:
+        plot_cmc(report.cmc, args.cmc, "MegaFace")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"protocol": args.protocol, **report.rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""examples/3_train/million.py at a tiny size: it learns, and a run that resumes is the run that never stopped."""
+
+import re
+
+import pytest
+import torch
+
+import million
+from cosface_recipes import synthetic
+
+TINY = ["--classes", "400", "--dim", "32", "--batch", "50", "--sample-rate", "0.5", "--lr", "1", "--every", "20"]
+
+
+def test_identities_are_standard_normal_and_their_own():
+    z = synthetic.latents(torch.arange(20_000))
+    assert abs(float(z.mean())) < 4 / z.numel() ** 0.5
+    assert abs(float(z.var()) - 1) < 4 * (2 / z.numel()) ** 0.5
+    assert torch.equal(synthetic.latents(torch.tensor([7, 19_999])), z[[7, 19_999]])
+    correlation = (z[:-1] * z[1:]).mean()
+    assert abs(float(correlation)) < 4 / z.numel() ** 0.5
+    assert bool(synthetic.latents(torch.tensor([2**40])).isfinite().all())
+
+
+def test_samples_of_an_identity_differ_and_repeat_for_a_seed():
+    labels = torch.tensor([3, 3, 5])
+    x = synthetic.views(labels, seed=1)
+    assert x.shape == (3, synthetic.VIEW)
+    assert torch.equal(x, synthetic.views(labels, seed=1))
+    assert float((x[0] - x[1]).norm()) < float((x[0] - x[2]).norm())
+    assert not torch.equal(x[0], synthetic.views(labels, seed=2)[0])
+
+
+def test_learns_far_above_chance_and_says_how_it_goes(capsys):
+    accuracy = million.main([*TINY, "--steps", "80"])
+    assert accuracy > 0.5
+    out = capsys.readouterr()
+    assert "chance is 2.5e-03" in out.out
+    assert re.search(r"loss [\d.]+, [\d,]+ classes/s, [\d.]+ GiB", out.err)
+    assert out.err.count("accuracy") + out.out.count("accuracy") == 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumes_where_it_stopped(dtype, tmp_path, capsys):
+    options = [*TINY, "--dtype", dtype, "--momentum", "0.9", "--lr", "0.2"]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    million.main([*options, "--steps", "40", "--checkpoint", str(whole)])
+    million.main([*options, "--steps", "20", "--checkpoint", str(half)])
+    million.main([*options, "--steps", "40", "--checkpoint", str(half)])
+    assert "Resumed after step 20." in capsys.readouterr().out
+    a, b = torch.load(whole), torch.load(half)
+    assert a["steps"] == b["steps"] == 40
+    for name in ("network", "head"):
+        for key, value in a[name].items():
+            assert torch.equal(value, b[name][key]), key
+    assert not list(tmp_path.glob("*.partial"))
