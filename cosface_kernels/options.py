@@ -37,8 +37,8 @@ class Options:
             s = 64. bfloat16 exponentials would be off by 2e-3. The loss does not change. A negative that is as
             near to its threshold may be on its other side in backward. None: if cache_bytes is None.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
-            entries in the cache. 0: backward is exact, as it always is on `cpu` where it multiplies bfloat16, which
-            is faster.
+            entries in the cache. 0: backward is exact, as it always is on `cpu` where it multiplies bfloat16,
+            which is faster.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
         workspace_bytes: memory that a chunk of classes may take on a GPU for its logit gradients and, where rows
             move, for their gradients, but at least what 256 classes take. The more, the fewer launches. Results
