@@ -1,4 +1,10 @@
 // How the class axis is cut and shared out among threads.
+//
+// A tile is a range of classes, taken up to kTileRows samples at a time and laid out class by class. Forward is
+// one matrix product, z = w x_hat^T, and an epilogue; backward is the same product, an epilogue that turns z into
+// G, and two more products, dw = G x_hat and dx_hat += G^T w. Each thread owns a range of tiles and keeps partial
+// results of its own, which are combined in the order of the threads, so that a result depends on the inputs, the
+// number of threads, the size of a tile and the instruction set, and on nothing else.
 #pragma once
 
 #include <algorithm>

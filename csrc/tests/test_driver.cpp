@@ -300,6 +300,18 @@ void shapes() {
   }
 }
 
+// With so many threads that they share tiles, of fewer blocks of samples than of threads in a team, and of more.
+template <typename T>
+void teams() {
+  for (const Shape shape : {Shape{1100, 60, 512}, Shape{600, 100, 300}}) {
+    for (DType dtype : dtypes<T>()) {
+      Problem<T> p(shape, dtype, shape.d, 64);
+      const Definition want = define(p);
+      for (const auto& [threads, tile] : {std::pair{40, 0}, {64, 7}, {200, 14}}) check_all(p, want, threads, tile);
+    }
+  }
+}
+
 // What is not wanted is not touched, and leaves the rest as it is, bit for bit.
 template <typename T>
 void gradients_that_are_not_wanted() {
@@ -542,6 +554,7 @@ void with_a_cache(bool is_exact) {
 template <typename T>
 void all_of() {
   shapes<T>();
+  teams<T>();
   long_rows<T>();
   gradients_that_are_not_wanted<T>();
   clamped_norms<T>();

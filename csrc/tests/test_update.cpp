@@ -190,7 +190,8 @@ template <typename T>
 void rows_move_inside_backward() {
   const std::vector<DType> wide = sizeof(T) == 4 ? std::vector{DType::kFloat32} : std::vector{DType::kFloat64};
   int64_t turn = 0;
-  for (const Shape shape : {Shape{7, 300, 17}, Shape{300, 190, 32}, Shape{5, 1, 3}, Shape{0, 20, 4}}) {
+  for (const Shape shape :
+       {Shape{7, 300, 17}, Shape{300, 190, 32}, Shape{5, 1, 3}, Shape{0, 20, 4}, Shape{520, 60, 400}}) {
     for (const Update& update : updates()) {
       for (DType dtype : {wide[0], DType::kBFloat16}) {
         const bool adamw = update.rule == Rule::kAdamW;
@@ -209,8 +210,8 @@ void rows_move_inside_backward() {
           for (int64_t i = 0; i < shape.n; ++i) p.y[i] = std::min(p.y[i], step.rows() - 1);
         }
         const int64_t tile = turn % 2 ? 0 : 40;
-        const Runtime host = runtime(static_cast<int>(turn % 3) + 1, tile);
-        const Runtime reversed = runtime(static_cast<int>(turn % 3) + 1, tile, Order::kReversed);
+        const int threads = static_cast<int>(turn % 3) + (shape.n > 500 ? 50 : 1);  // so many work in teams
+        const Runtime host = runtime(threads, tile), reversed = runtime(threads, tile, Order::kReversed);
         Exact<T> loss(shape.n), target_cos(shape.n), max_neg(shape.n), dx(shape.n * shape.d);
         lmcl_forward<T>(p.batch(), p.weights(), p.margin, step.options(), host,
                         {loss, p.top, p.log_sum, target_cos, max_neg});
