@@ -86,6 +86,25 @@ def test_the_measurement_sees_logits():
     assert _peaks("reference", "none")[f"none {MANY} {torch.float32}"] > logits
 
 
+def peak_of_many_threads() -> None:
+    """Prints by how much a step raises the resident memory; runs in a process of its own."""
+    torch.set_num_threads(64)
+    w, x = torch.randn(1000, 512, requires_grad=True), torch.randn(4096, 512, requires_grad=True)
+    labels = torch.randint(1000, (4096,))
+    cosface_loss(x[:512], w, labels[:512], backend="cpu").backward()  # threads take their memory once
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    cosface_loss(x, w, labels, backend="cpu").backward()
+    print((_status("VmHWM") - before) / MIB)
+
+
+def test_threads_share_sums_of_samples():
+    """A dx of its own for each of 64 threads would take 512 MiB."""
+    done = run_python("import test_memory; test_memory.peak_of_many_threads()", OMP_WAIT_POLICY="passive")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 150
+
+
 LARGE = (20_000, 512)  # 39 MiB of float32: a gradient whose pages are kept for the next
 
 
