@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-FOLDER = Path(__file__).parents[1] / "cosface_kernels" / "backends"
-SHARED = ("EPS", "G_LIFT", "LOG2_E", "TINY", "_factor", "_finite", "_is_active", "_shrink")  # of triton_kernels
+FOLDER = Path(__file__).parents[1] / "cosface_kernels" / "backends" / "triton" / "kernels"
+SHARED = ("EPS", "G_LIFT", "LOG2_E", "TINY", "_factor", "_finite", "_is_active", "_shrink")  # of common.py
 BFLOAT16 = "bfloat16"  # its numbers are kept in float32
 
 
@@ -369,8 +369,8 @@ class Kernels:
     def __init__(self, seed=0, change=lambda source: source):
         self.host = Host(seed)
         names = self.host.names()
-        _define(names, (FOLDER / "triton_kernels.py").read_text(), SHARED)
-        _define(names, change((FOLDER / "triton_hopper.py").read_text()))
+        _define(names, (FOLDER / "common.py").read_text(), SHARED)
+        _define(names, change((FOLDER / "hopper.py").read_text()))
         self.names = names
 
     def __getattr__(self, name):

@@ -13,8 +13,8 @@ from bench.gpu_steps import variations
 from bench.head import draw
 from bench.probe import TOY, Bench
 from bench.report import Row
-from cosface_kernels.backends import triton, triton_choice
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile
+from cosface_kernels.backends.triton import choice, launch
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile
 
 TILE = Tile(128, 128, 64, 8, 3)
 
@@ -35,7 +35,7 @@ class Kernels:
 
     def run(self):
         out = torch.empty(3)
-        triton.kernels.product[2, 1](out, 3, BLOCK=16)
+        launch.kernels.product[2, 1](out, 3, BLOCK=16)
         return (torch.zeros(2),)  # which does not show it
 
 
@@ -43,15 +43,15 @@ class Kernels:
 @pytest.mark.parametrize("value", [float("nan"), 1 + 2**-23])
 def test_a_bit_that_changes_in_what_a_kernel_writes_is_seen(monkeypatch, wrong_at, differing, value):
     kernels = Kernels(wrong_at, value)
-    monkeypatch.setattr(triton, "kernels", kernels)
+    monkeypatch.setattr(launch, "kernels", kernels)
     assert race.repeat("product", kernels.run, 5)[0] == differing
     assert kernels.launches == 5
-    assert triton.kernels is kernels, "launches go their own way again"
+    assert launch.kernels is kernels, "launches go their own way again"
 
 
 def test_nan_that_stays_is_no_difference(monkeypatch):
     kernels = Kernels()
-    monkeypatch.setattr(triton, "kernels", kernels)
+    monkeypatch.setattr(launch, "kernels", kernels)
     assert race.repeat("product", lambda: (*kernels.run(), torch.full((3,), torch.nan)), 3)[0] == 0
 
 
@@ -104,11 +104,11 @@ def test_nan_is_wrong():
 
 
 def test_a_pinned_kernel_has_its_tile_and_others_theirs(monkeypatch):
-    monkeypatch.setattr(triton_choice, "choose", lambda kernel, key, prepare: "theirs")
+    monkeypatch.setattr(choice, "choose", lambda kernel, key, prepare: "theirs")
     with launches.pinned("class_statistics", TILE):
-        assert triton_choice.choose("class_statistics", None, None) == TILE
-        assert triton_choice.choose("weight_gradients", None, None) == "theirs"
-    assert triton_choice.choose("class_statistics", None, None) == "theirs"
+        assert choice.choose("class_statistics", None, None) == TILE
+        assert choice.choose("weight_gradients", None, None) == "theirs"
+    assert choice.choose("class_statistics", None, None) == "theirs"
 
 
 def test_variations_differ_and_begin_with_the_tile():

@@ -8,7 +8,7 @@ import pytest
 
 from bench import model
 from bench.model import DEVICES, Kernel, Library
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
 
 H100 = DEVICES[1]
 

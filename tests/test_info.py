@@ -12,8 +12,8 @@ from support import F32, make_problem, patience, run_python
 
 import cosface_kernels
 from cosface_kernels import cosface_loss
-from cosface_kernels.backends import triton
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
+from cosface_kernels.backends.triton import launch
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
 from cosface_kernels.info import DTYPES, examine_device
 
 
@@ -61,7 +61,7 @@ def test_blocks_of_a_device_are_tried(backend, monkeypatch):
     """Interpreted, each kernel has one; elsewhere a line for each that was tried, one of a kernel chosen."""
     monkeypatch.delenv("COSFACE_TRITON_TUNE", raising=False)
     lines = list(examine_device(batch=20, dim=16, classes=100))
-    if triton.INTERPRETED:
+    if launch.INTERPRETED:
         assert lines == ["Each kernel has one block here, and nothing to choose from."]
     else:
         assert sum("(chosen)" in line for line in lines) >= len(GEMM_KERNELS) * len(DTYPES), lines

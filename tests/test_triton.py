@@ -27,8 +27,10 @@ from bench import launches
 from bench.hazards import pipeline
 from cosface_kernels import cosface_loss
 from cosface_kernels.backends import triton as backend_triton
-from cosface_kernels.backends import triton_tiles
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS
+from cosface_kernels.backends.triton import backward_pass, forward_pass, launch
+from cosface_kernels.backends.triton import tiles as block_sizes
+from cosface_kernels.backends.triton.cache import Saved
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
 from cosface_kernels.options import PLAIN, WORKSPACE_BYTES
 
 
@@ -55,13 +57,13 @@ H100 = {"processors": 132, "block_c": 128}
     processors=st.integers(1, 300),
 )
 def test_chunks_fit_the_workspace_and_are_few(N, D, C, class_bytes, workspace_bytes, **device):
-    chunk = triton_tiles.chunk_classes(N, D, C, class_bytes=class_bytes, workspace_bytes=workspace_bytes, **device)
-    step, wave = triton_tiles.CHUNK_STEP, math.lcm(256, device["block_c"] * device["processors"])
+    chunk = block_sizes.chunk_classes(N, D, C, class_bytes=class_bytes, workspace_bytes=workspace_bytes, **device)
+    step, wave = block_sizes.CHUNK_STEP, math.lcm(256, device["block_c"] * device["processors"])
     assert chunk > 0
     assert chunk % step == 0
     assert chunk == step or chunk * class_bytes <= workspace_bytes
     assert chunk < C + wave  # a single one is no longer than it need be
-    assert 2 * N * D * (chunk - wave) < triton_tiles.LAUNCH_FLOPS
+    assert 2 * N * D * (chunk - wave) < block_sizes.LAUNCH_FLOPS
     if wave * class_bytes <= workspace_bytes:
         assert device["row_blocks"] * chunk // device["block_c"] % device["processors"] == 0
 
@@ -69,7 +71,7 @@ def test_chunks_fit_the_workspace_and_are_few(N, D, C, class_bytes, workspace_by
 @pytest.mark.parametrize(("N", "chunks"), [(256, 10), (1024, 17), (4096, 60)])
 def test_a_million_classes_of_an_h100_take_few_chunks_of_whole_waves(N, chunks):
     class_bytes, row_blocks = 2 * N + 4 * N // 128 + 4 * 512, N // 128
-    chunk = triton_tiles.chunk_classes(
+    chunk = block_sizes.chunk_classes(
         N, 512, 10**6, class_bytes=class_bytes, workspace_bytes=WORKSPACE_BYTES, row_blocks=row_blocks, **H100
     )
     assert -(-(10**6) // chunk) == chunks
@@ -88,7 +90,7 @@ def test_workspace_sets_the_chunks_and_changes_no_result(backend, dtypes, monkey
 
     problem = backend.problem(40, 700, 40, dtypes)
     upstream = random_upstream(problem, "loss")
-    monkeypatch.setattr(backend_triton, "INTERPRETED_WORKSPACE", 2**30)
+    monkeypatch.setattr(backward_pass, "INTERPRETED_WORKSPACE", 2**30)
     for workspace_bytes, chunks in ((0, 3), (2**30, 1)):
         launched.clear()
         with launches.through(count):
@@ -129,12 +131,12 @@ def test_float16_g_neither_underflows_nor_overflows(backend, exponent):
 def test_unit_of_a_row_is_a_power_of_two_that_bounds_it(backend):
     g = torch.tensor([1e-30, 3e-9, 0.7, 1.0, 1e20], device=backend.device)
     scale = torch.full_like(g, 64.0)
-    bound, unit = scale * g, backend_triton._units(scale, g, -scale * g)
+    bound, unit = scale * g, backward_pass._units(scale, g, -scale * g)
     assert bool(((bound <= unit) & (unit <= 2 * bound)).all())
     assert torch.equal(torch.frexp(unit).mantissa, torch.full_like(unit, 0.5))
     odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 1e-45], device=backend.device)
-    assert bool(backend_triton._units(scale, odd, odd).isfinite().all())
-    assert bool((1 / backend_triton._units(scale, odd, odd) * 4096).isfinite().all())
+    assert bool(backward_pass._units(scale, odd, odd).isfinite().all())
+    assert bool((1 / backward_pass._units(scale, odd, odd) * 4096).isfinite().all())
 
 
 @pytest.mark.triton_only
@@ -165,7 +167,7 @@ def test_forced_without_a_gpu_says_why():
         ("sys.modules['triton'] = None", "triton cannot be imported"),
         (
             "import types; sys.modules['triton'] = types.SimpleNamespace(__version__='3.5.1')\n"
-            "sys.modules['cosface_kernels.backends.triton_kernels'] = types.SimpleNamespace()",
+            "sys.modules['cosface_kernels.backends.triton.kernels'] = types.SimpleNamespace()",
             "it needs triton 3.6 or newer, found 3.5.1",
         ),
     ],
@@ -186,8 +188,8 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
-    monkeypatch.setattr(backend_triton, "triton", None)
-    monkeypatch.setattr(backend_triton, "kernels", None)
+    monkeypatch.setattr(launch, "triton", None)
+    monkeypatch.setattr(launch, "kernels", None)
     backend_triton.unavailable.cache_clear()
     yield monkeypatch
     backend_triton.unavailable.cache_clear()
@@ -202,7 +204,7 @@ def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended
         raise RuntimeError("Failed to find C compiler")
 
     pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    pretended_gpu.setattr(backend_triton, "_forward", fail)
+    pretended_gpu.setattr(forward_pass, "forward", fail)
     reason = backend_triton.unavailable()
     assert reason == "a kernel cannot be compiled or launched (RuntimeError: Failed to find C compiler)."
     x = torch.eye(2, 3)
@@ -213,7 +215,7 @@ def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended
 
 PRECISIONS = """
 import torch
-from cosface_kernels.backends.triton import precision
+from cosface_kernels.backends.triton.launch import precision
 matmul = torch.backends.cuda.matmul
 print(precision(torch.float32))
 torch.set_float32_matmul_precision("high")
@@ -243,7 +245,7 @@ COMPILE = """
 import dataclasses, json, sys
 import torch
 from bench.kernels import Case, examine
-from cosface_kernels.backends.triton_tiles import Tile
+from cosface_kernels.backends.triton.tiles import Tile
 n, c, d, warps = map(int, sys.argv[2:])
 case = Case(sys.argv[1], "sm_90", Tile(n, c, d, warps, 3), torch.bfloat16, torch.bfloat16, False, 512)
 print(json.dumps(examine(case)))
@@ -360,7 +362,8 @@ SPECIALISED = {"first_class", "chunk", "x_row_stride", "x_column_stride"}
 SIZES = """
 import torch, triton
 from bench.kernels import INTEGERS, StandIn
-from cosface_kernels.backends import triton_kernels as kernels, triton_sparse_kernels as sparse_kernels
+from cosface_kernels.backends.triton import kernels
+from cosface_kernels.backends.triton.kernels import sparse as sparse_kernels
 triton.runtime.driver.set_active(StandIn("sm_80"))
 for kernel in (*vars(kernels).values(), *vars(sparse_kernels).values()):
     for parameter in getattr(kernel, "params", ()):
@@ -416,15 +419,15 @@ def test_no_grid_passes_what_a_gpu_takes(backend, num_samples, num_classes, dim,
             return lambda *arguments, **options: None
 
     assert backend_triton.unavailable() is None  # it imports triton
-    monkeypatch.setattr(backend_triton, "kernels", Launches())
+    monkeypatch.setattr(launch, "kernels", Launches())
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(2**24))
     x, w = torch.empty(num_samples, dim, device="meta"), torch.empty(num_classes, dim, device="meta")
     rows = [torch.empty(num_samples, device="meta") for _ in range(6)]
-    tile = triton_tiles.INTERPRETED_TILE
-    saved = backend_triton.Saved(w[:, 0], rows[0], x.new_empty(num_samples, 0, dtype=torch.int16))
-    backend_triton._forward(x, w, saved, rows[0], rows[1], 0.0, PLAIN, tile)
+    tile = block_sizes.INTERPRETED_TILE
+    saved = Saved(w[:, 0], rows[0], x.new_empty(num_samples, 0, dtype=torch.int16))
+    forward_pass.forward(x, w, saved, rows[0], rows[1], 0.0, PLAIN, tile)
     tiles = dict.fromkeys(GEMM_KERNELS[1:], tile)
-    backend_triton._backward(x, w, saved, rows, PLAIN, True, True, tiles)
+    backward_pass.backward(x, w, saved, rows, PLAIN, True, True, tiles)
     assert len(grids) >= 7
     for first, *others in grids:
         assert first < 2**31

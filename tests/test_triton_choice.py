@@ -10,10 +10,9 @@ from gluon_host import TorchKernels
 from support import BF16, F16, F32, check_result, evaluate, random_upstream
 
 from bench import launches
-from cosface_kernels.backends import triton as backend_triton
-from cosface_kernels.backends import triton_choice
-from cosface_kernels.backends.triton_choice import Trial, choose
-from cosface_kernels.backends.triton_tiles import (
+from cosface_kernels.backends.triton import choice, launch
+from cosface_kernels.backends.triton.choice import Trial, choose
+from cosface_kernels.backends.triton.tiles import (
     GEMM_KERNELS,
     LIBRARY,
     LIBRARY_KERNELS,
@@ -32,8 +31,8 @@ RIGHT = torch.arange(12.0).view(3, 4), torch.tensor([1.0, 2.0, torch.nan])
 def fresh(monkeypatch):
     """Nothing is known yet; what would be timed runs, and gives its milliseconds."""
     for known in ("_chosen", "_latest", "_complaints", "_milliseconds"):
-        monkeypatch.setattr(triton_choice, known, {})
-    monkeypatch.setattr(triton_choice, "_milliseconds_of", lambda launch: launch())
+        monkeypatch.setattr(choice, known, {})
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: launch())
     monkeypatch.delenv("COSFACE_TRITON_TUNE", raising=False)
 
 
@@ -86,7 +85,7 @@ def test_what_is_wrong_here_is_left_out_and_named_once(fresh, caplog, results, c
         assert choose(KERNEL, larger, device.prepare) != device.tiles[last], "a larger batch trusts it no more"
     assert [record.message for record in caplog.records if complaint in record.message] == caplog.messages
     assert len(caplog.messages) == 1
-    assert sum(complaint in line for line in triton_choice.report()) == 2
+    assert sum(complaint in line for line in choice.report()) == 2
 
 
 def test_if_nothing_is_right_the_plainest_is_taken(fresh):
@@ -100,7 +99,7 @@ def test_rounding_is_no_error(fresh):
     rounded = [(RIGHT[0] * (1 + 2**-8), RIGHT[1] * (1 - 2**-8))]
     device = Device(_0=rounded, _1=rounded)
     choose(KERNEL, KEY, device.prepare)
-    assert set(triton_choice._complaints.values()) == {None}
+    assert set(choice._complaints.values()) == {None}
 
 
 def test_the_last_batch_of_an_epoch_tries_nothing(fresh):
@@ -130,7 +129,7 @@ def test_the_default_is_taken_unseen_if_tuning_is_forbidden(fresh, monkeypatch):
 
 
 def test_deterministic_algorithms_are_the_first_that_is_right(fresh, monkeypatch):
-    monkeypatch.setattr(triton_choice, "_milliseconds_of", lambda launch: pytest.fail("timed"))
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: pytest.fail("timed"))
     torch.use_deterministic_algorithms(True)
     try:
         device = Device(_0=[WRONG])
@@ -140,12 +139,12 @@ def test_deterministic_algorithms_are_the_first_that_is_right(fresh, monkeypatch
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(fresh, monkeypatch):
-    monkeypatch.setattr(triton_choice, "is_capturing", lambda: True)
+    monkeypatch.setattr(choice, "is_capturing", lambda: True)
     assert choose(KERNEL, KEY, lambda tile: pytest.fail("tried")) == plainest(KERNEL, KEY)
-    monkeypatch.setattr(triton_choice, "is_capturing", lambda: False)
+    monkeypatch.setattr(choice, "is_capturing", lambda: False)
     device = Device()
     chosen = choose(KERNEL, KEY, device.prepare)
-    monkeypatch.setattr(triton_choice, "is_capturing", lambda: True)
+    monkeypatch.setattr(choice, "is_capturing", lambda: True)
     assert choose(KERNEL, KEY, lambda tile: pytest.fail("tried")) == chosen
 
 
@@ -191,9 +190,9 @@ def test_none_is_specialised_where_it_could_not_run(kernel, without):
 
 def test_rows_are_described_as_tensor_descriptors_can():
     rows = torch.zeros(40, 128, dtype=torch.bfloat16)
-    assert backend_triton._can_describe(rows, rows[:, :64], rows[::2])
+    assert launch.can_describe(rows, rows[:, :64], rows[::2])
     for other in (rows.T, rows[:, 4:], rows[:1].expand(40, 128), torch.zeros(40, 12, dtype=torch.bfloat16)):
-        assert not backend_triton._can_describe(rows, other)
+        assert not launch.can_describe(rows, other)
 
 
 @pytest.mark.triton_only
@@ -203,13 +202,13 @@ def test_specialised_kernels(backend, dtypes, sizes, monkeypatch):
     """Launched as on a GPU, and run by a host; several chunks, of which the last is ragged."""
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
     kernels = TorchKernels()
-    monkeypatch.setattr(backend_triton, "_hopper", lambda: kernels)
+    monkeypatch.setattr(launch, "hopper", lambda: kernels)
     tile = Tile(64, 32, 64, 12, 3, specialized=True)
 
     def choose(kernel, key, prepare):
         return tile if kernel in SPECIALIZED_KERNELS else candidates(kernel, key)[0]
 
-    monkeypatch.setattr(triton_choice, "choose", choose)
+    monkeypatch.setattr(choice, "choose", choose)
     problem = backend.problem(*sizes, dtypes)
     for outputs in (("loss",), ("loss", "lse", "target_cos")):
         upstream = random_upstream(problem, *outputs)
@@ -227,7 +226,7 @@ def lmcl_with(backend, kernels, problem, upstream, **options):
         return LIBRARY if kernel in kernels else candidates(kernel, key)[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_choice, "choose", choose)
+        patch.setattr(choice, "choose", choose)
         return evaluate(partial(backend.lmcl, **options), problem, upstream)
 
 
@@ -262,7 +261,7 @@ def test_a_step_tries_each_candidate_and_computes_the_same(backend, dtypes, fres
     """The real trials, on a sample that ends within a chunk; the slowest is taken for the fastest."""
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
     problem = backend.problem(20, 300, 24, dtypes)
-    monkeypatch.setattr(backend_triton, "TRIAL_FLOPS", 2 * 256 * problem.x.numel())
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * problem.x.numel())
     upstream, launched = random_upstream(problem, "loss"), []
 
     def milliseconds(launch):
@@ -270,21 +269,21 @@ def test_a_step_tries_each_candidate_and_computes_the_same(backend, dtypes, fres
         launched.append(launch)
         return -len(launched)
 
-    monkeypatch.setattr(triton_choice, "_milliseconds_of", milliseconds)
+    monkeypatch.setattr(choice, "_milliseconds_of", milliseconds)
     small = Tile(16, 64, 32, 4, 1)
 
     def several(kernel, key):
         library = (LIBRARY,) if dtypes == BF16 and kernel in LIBRARY_KERNELS else ()
         return plainest(kernel, key), small, *library
 
-    monkeypatch.setattr(triton_choice, "candidates", several)
+    monkeypatch.setattr(choice, "candidates", several)
     got = evaluate(backend.lmcl, problem, upstream)
     check_result(got, backend.seen(problem), upstream, backend.operand(dtypes))
-    assert set(triton_choice._complaints.values()) == {None}
+    assert set(choice._complaints.values()) == {None}
     assert len(launched) == (10 if dtypes == BF16 else 8)
-    for (kernel, key), tile in triton_choice._chosen.items():
+    for (kernel, key), tile in choice._chosen.items():
         assert tile == several(kernel, key)[-1]
-    assert all("(chosen)" in line or "ms" in line for line in triton_choice.report())
+    assert all("(chosen)" in line or "ms" in line for line in choice.report())
 
 
 @pytest.mark.triton_only

@@ -206,9 +206,9 @@ def test_bitwise_the_same_in_every_run(backend):
 
 def test_a_sample_of_the_classes_says_where_to_cut(backend, monkeypatch):
     """A cut that fits too little makes a sample exact, never wrong; one that is too low keeps more."""
-    from cosface_kernels.backends import triton_sparse
+    from cosface_kernels.backends.triton import sparse
 
-    monkeypatch.setattr(triton_sparse, "SAMPLED_TILES", 2)
+    monkeypatch.setattr(sparse, "SAMPLED_TILES", 2)
     i = inputs(backend, "heavy tail")
     got, sparsity = run(backend, i, 0.1)
     check(backend, got, sparsity, 0.1, i)

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels import ops, optim, reference
-from cosface_kernels.backends import BACKENDS, triton_choice, triton_tiles
+from cosface_kernels.backends import BACKENDS
 from cosface_kernels.backends import triton as backend_triton
+from cosface_kernels.backends.triton import choice, launch
+from cosface_kernels.backends.triton.tiles import INTERPRETED_TILE
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options, Update
 
@@ -446,14 +448,14 @@ def test_choosing_tiles_moves_nothing(backend, num_classes, chosen, monkeypatch)
     upstream = _upstream(w, num_classes - 1)
     classes = torch.arange(1, num_classes, device=backend.device) if chosen else None
     want = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
-    tile, timed = triton_tiles.INTERPRETED_TILE, []
+    tile, timed = INTERPRETED_TILE, []
     tiles = (tile, replace(tile, n=16))
-    for module in (triton_tiles, triton_choice):
+    for module in (backend_triton, choice):
         monkeypatch.setattr(module, "candidates", lambda *_: tiles)
     for known in ("_chosen", "_latest", "_complaints", "_milliseconds"):
-        monkeypatch.setattr(triton_choice, known, {})
-    monkeypatch.setattr(triton_choice, "_milliseconds_of", lambda launch: timed.append(launch()) or len(timed))
-    monkeypatch.setattr(backend_triton, "TRIAL_FLOPS", 2 * 256 * upstream[0].numel())
+        monkeypatch.setattr(choice, known, {})
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: timed.append(launch()) or len(timed))
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * upstream[0].numel())
     monkeypatch.delenv("COSFACE_TRITON_TUNE", raising=False)
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
     new_empty = torch.Tensor.new_empty
@@ -465,7 +467,7 @@ def test_choosing_tiles_moves_nothing(backend, num_classes, chosen, monkeypatch)
     monkeypatch.setattr(torch.Tensor, "new_empty", noisy)  # nothing that no kernel wrote may count
     got = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
     assert len(timed) == 8  # two tiles of each kernel with a matrix product
-    assert list(triton_choice._complaints.values()) == [None] * 4
+    assert list(choice._complaints.values()) == [None] * 4
     for mine, other in zip(got[2:], want[2:], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 

@@ -29,16 +29,15 @@ import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 
-from cosface_kernels.backends import triton as dense
-from cosface_kernels.backends import triton_choice, triton_sparse_kernels, triton_tiles
-from cosface_kernels.backends.triton_choice import Trial
-from cosface_kernels.backends.triton_tiles import Tile
+from cosface_kernels.backends.triton import choice, launch
+from cosface_kernels.backends.triton.backward_pass import Backward, Move
+from cosface_kernels.backends.triton.cache import Saved, entry_slots
+from cosface_kernels.backends.triton.choice import Trial
+from cosface_kernels.backends.triton.kernels import sparse as kernels
+from cosface_kernels.backends.triton.tiles import Tile, cdiv, plainest, row_block
 from cosface_kernels.options import Options
-
-kernels = triton_sparse_kernels  # which launches go through
 
 SAMPLED_TILES, SAMPLE_SPLITS = 256, 32
 STEPS = 64  # cuts to choose from, half a bit apart: for up to 2^32 classes
@@ -54,7 +53,7 @@ BLOCK_K = 8  # rows of w that a sample gathers at a time
 def keep(
     x: Tensor,
     w: Tensor,
-    saved: dense.Saved,
+    saved: Saved,
     targets: Tensor,
     scale: Tensor,
     results: tuple[Tensor, ...],
@@ -63,20 +62,20 @@ def keep(
 ) -> None:
     """Fills the cache with entries, and with what was dropped and kept of each sample."""
     _, top, log_sum, target_cos, _ = results
-    N, C, slots = len(x), options.count(w), dense.entry_slots(x, w, options)
+    N, C, slots = len(x), options.count(w), entry_slots(x, w, options)
     per_row = targets.contiguous(), scale.contiguous(), top, log_sum
     cuts = _cuts(x, w, saved, per_row, options, slots - 1)
-    some_w, some_options = dense._sample(x, w, options)
+    some_w, some_options = launch.sample(x, w, options)
 
     def prepare(tile: Tile) -> Trial:
         kept: list[Tensor] = []
 
-        def launch() -> None:
+        def run() -> None:
             kept[:] = _entries_of_splits(x, some_w, saved, per_row, cuts, some_options, slots, tile)
 
-        return Trial(launch, lambda: [kept[2].sum(0).float(), kept[3].sum(0)])
+        return Trial(run, lambda: [kept[2].sum(0).float(), kept[3].sum(0)])
 
-    tile = triton_choice.choose("keep_entries", dense._key(x, w, options), prepare)
+    tile = choice.choose("keep_entries", launch.key(x, w, options), prepare)
     classes, cosines, counts, dropped = _entries_of_splits(x, w, saved, per_row, cuts, options, slots, tile)
     splits, capacity = classes.shape[1:]
     to_classes, to_cosines = _entries_in(cache, x, slots)
@@ -99,24 +98,22 @@ def _entries_in(cache: Tensor, x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return entries[0], entries[1].view(torch.float32)
 
 
-def _cuts(
-    x: Tensor, w: Tensor, saved: dense.Saved, per_row: tuple[Tensor, ...], options: Options, most: int
-) -> Tensor:
+def _cuts(x: Tensor, w: Tensor, saved: Saved, per_row: tuple[Tensor, ...], options: Options, most: int) -> Tensor:
     """(N,) log2 p above which entries are kept, inf for a sample that would keep more than `most`."""
     N, C, tolerance = len(x), options.count(w), options.gradient_tolerance
     # The last cut times C is below AIM of the tolerance: where all classes are seen it fits, whatever the p are.
     steps = min(max(2 * (C - 1).bit_length(), 1), STEPS)
-    tile = triton_tiles.plainest("sample_entries", dense._key(x, w, options))
-    stride = max(triton.cdiv(C, tile.c) // SAMPLED_TILES, 1)
-    tiles = triton.cdiv(triton.cdiv(C, tile.c), stride)
-    tiles_per_split = triton.cdiv(tiles, SAMPLE_SPLITS)
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tile = plainest("sample_entries", launch.key(x, w, options))
+    stride = max(cdiv(C, tile.c) // SAMPLED_TILES, 1)
+    tiles = cdiv(cdiv(C, tile.c), stride)
+    tiles_per_split = cdiv(tiles, SAMPLE_SPLITS)
+    splits = cdiv(tiles, tiles_per_split)
     masses, counts = (x.new_empty(splits, N, STEPS, dtype=torch.float32) for _ in range(2))
-    chosen, is_chosen = dense._chosen(per_row[0], options)
+    chosen, is_chosen = launch.chosen_rows(per_row[0], options)
     largest_cut = math.log2(tolerance * LARGEST_SHARE)
-    kernels.sample_entries[triton.cdiv(N, tile.n), splits](
+    kernels.sample_entries[cdiv(N, tile.n), splits](
         x, w, chosen, *saved[:2], *per_row, masses, counts, N, C, *x.stride(), largest_cut, steps, tiles, stride,
-        tiles_per_split, **dense._blocks(tile, x, w), NORMALIZE=options.normalize_weight, CHOSEN=is_chosen,
+        tiles_per_split, **launch.blocks(tile, x, w), NORMALIZE=options.normalize_weight, CHOSEN=is_chosen,
         STEPS=STEPS,
     )  # fmt: skip
     cuts = largest_cut - 0.5 * torch.arange(STEPS, device=x.device)  # (STEPS,)
@@ -130,7 +127,7 @@ def _cuts(
 def _entries_of_splits(
     x: Tensor,
     w: Tensor,
-    saved: dense.Saved,
+    saved: Saved,
     per_row: tuple[Tensor, ...],
     cuts: Tensor,
     options: Options,
@@ -139,17 +136,17 @@ def _entries_of_splits(
 ) -> list[Tensor]:
     """classes and cosines (N, splits, capacity), counts and dropped (splits, N)."""
     N, C = len(x), options.count(w)
-    row_blocks, tiles = triton.cdiv(N, tile.n), triton.cdiv(C, tile.c)
-    tiles_per_split = triton.cdiv(tiles, dense._splits(row_blocks, x))
-    splits = triton.cdiv(tiles, tiles_per_split)
-    capacity = min(tiles_per_split * tile.c, SPLIT_SLACK * triton.cdiv(slots, splits) + tile.c, slots)
+    row_blocks, tiles = cdiv(N, tile.n), cdiv(C, tile.c)
+    tiles_per_split = cdiv(tiles, launch.splits(row_blocks, x))
+    splits = cdiv(tiles, tiles_per_split)
+    capacity = min(tiles_per_split * tile.c, SPLIT_SLACK * cdiv(slots, splits) + tile.c, slots)
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
     classes, counts = (x.new_empty(shape, dtype=torch.int32) for shape in ((N, splits, capacity), (splits, N)))
     cosines, dropped = float32(N, splits, capacity), float32(splits, N)
-    chosen, is_chosen = dense._chosen(per_row[0], options)
+    chosen, is_chosen = launch.chosen_rows(per_row[0], options)
     kernels.keep_entries[row_blocks, splits](
         x, w, chosen, *saved[:2], *per_row, cuts, classes, cosines, counts, dropped, N, C, *x.stride(), splits,
-        capacity, tiles_per_split, **dense._blocks(tile, x, w), NORMALIZE=options.normalize_weight,
+        capacity, tiles_per_split, **launch.blocks(tile, x, w), NORMALIZE=options.normalize_weight,
         CHOSEN=is_chosen,
     )  # fmt: skip
     return [classes, cosines, counts, dropped]
@@ -158,14 +155,14 @@ def _entries_of_splits(
 def backward(
     x: Tensor,
     w: Tensor,
-    saved: dense.Saved,
+    saved: Saved,
     per_row: list[Tensor],
     options: Options,
     cache: Tensor,
     need_dx: bool,
     need_dw: bool,
     tiles: dict[str, Tile],
-    move: dense.Move | None,
+    move: Move | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The exact samples, chunk by chunk as without a tolerance, and the others by their entries.
 
@@ -181,7 +178,7 @@ def backward(
     dx = entries.embedding_gradients() if need_dx else x.new_empty(0)
     if need_dw:
         entries.sort_by_class()
-    step = dense._Backward(
+    step = Backward(
         x[order], w, saved._replace(x_norm=saved.x_norm[order]),
         [values[order] for values in (targets, scale, top, log_sum, *of_exact)], options, tiles, need_dx, need_dw,
         bool(move), exact_rows,
@@ -209,21 +206,21 @@ class _Entries:
     """
 
     def __init__(
-        self, x: Tensor, w: Tensor, saved: dense.Saved, per_row: list[Tensor], options: Options, cache: Tensor
+        self, x: Tensor, w: Tensor, saved: Saved, per_row: list[Tensor], options: Options, cache: Tensor
     ) -> None:
         self.x, self.w, self.saved = x, w, saved
-        (self.N, self.D), self.C, self.slots = x.shape, options.count(w), dense.entry_slots(x, w, options)
-        self.chosen, self.is_chosen = dense._chosen(x, options)
+        (self.N, self.D), self.C, self.slots = x.shape, options.count(w), entry_slots(x, w, options)
+        self.chosen, self.is_chosen = launch.chosen_rows(x, options)
         classes, self.cosines = _entries_in(cache, x, self.slots)
         self.keys, self.g = torch.empty_like(classes), torch.empty_like(self.cosines)  # (N, slots)
         self.ends = classes.new_empty(self.N)
         self.row_dot, self.dscale = (self.cosines.new_empty(self.N) for _ in range(2))
-        self.block_c, block_d = triton_tiles.row_block(self.D)
+        self.block_c, block_d = row_block(self.D)
         self.variant = {
-            "D": self.D, "BLOCK_D": block_d, "OPERAND": dense._operand(x, w),
+            "D": self.D, "BLOCK_D": block_d, "OPERAND": launch.operand(x, w),
             "NORMALIZE": options.normalize_weight, "CHOSEN": self.is_chosen,
         }  # fmt: skip
-        self.columns = triton.cdiv(self.D, block_d)
+        self.columns = cdiv(self.D, block_d)
         kernels.entry_gradients[(self.N,)](
             classes, self.cosines, *per_row, self.keys, self.g, self.ends, self.row_dot, self.dscale, self.C,
             self.slots, BLOCK=BLOCK,
@@ -247,7 +244,7 @@ class _Entries:
 
     def weight_gradients(self, dw: Tensor, first: int, classes: int, exact_rows: Tensor) -> None:
         """Of a chunk; added to what the exact samples have left there, if there are any."""
-        kernels.entry_weight_gradients[triton.cdiv(classes, self.block_c), self.columns](
+        kernels.entry_weight_gradients[cdiv(classes, self.block_c), self.columns](
             self.places, self.starts, self.g, self.cosines, self.x, self.saved.x_norm, self.w, self.chosen,
             self.saved.w_norm, exact_rows, dw, self.C, first, classes, self.slots, *self.x.stride(),
             BLOCK_C=self.block_c, **self.variant,

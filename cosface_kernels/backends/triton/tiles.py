@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels: a small table per architecture; `triton_choice.py` chooses among its entries.
+"""Block sizes of the Triton kernels: a small table per architecture; `choice.py` chooses among its entries.
 
 The table is short because little else survives ahead-of-time compilation: on every architecture a candidate must
 not spill registers, must fit into shared memory and must use the matrix units: `make kernels` checks it.
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
+ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
 
 
 @dataclass(frozen=True)
 class Tile:
     """Rows, classes and columns of a program's block; what a kernel sums over is the step of its loop.
 
-    specialized: its warps load or multiply, in `triton_hopper`; stages are the slots of its ring.
+    specialized: its warps load or multiply, in `kernels.hopper`; stages are the slots of its ring.
     """
 
     n: int
@@ -154,7 +155,7 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
 
 
 def specialized(kernel: str, key: Key) -> tuple[Tile, ...]:
-    """Of `triton_hopper`, which keeps rows of x in shared memory and passes w through the rest of it."""
+    """Of `kernels.hopper`, which keeps rows of x in shared memory and passes w through the rest of it."""
     takes = key.architecture == "sm_90" and key.plain and key.described and key.operand.itemsize == 2
     # With one step a tile class_statistics spills 16 bytes under Triton 3.6.
     if not takes or kernel not in SPECIALIZED or key.dim % 64 or key.dim == 64:
@@ -201,6 +202,10 @@ def chunk_classes(
     long_enough = -(-LAUNCH_FLOPS // (2 * N * D * step))
     chunks = -(-C // (step * max(min(affordable // step, long_enough), 1)))
     return -(-C // (chunks * step)) * step
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def row_block(dim: int) -> tuple[int, int]:

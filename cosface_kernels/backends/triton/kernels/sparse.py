@@ -1,6 +1,6 @@
-"""The Triton kernels of backend `triton` for a gradient_tolerance; `triton_sparse.py` launches them.
+"""The Triton kernels of backend `triton` for a gradient_tolerance; `sparse.py` of the package above launches them.
 
-Letters as in `triton_kernels`. An entry is a class with its cosine, kept of a sample: p_ij above a cut of the
+Letters as in `kernels`. An entry is a class with its cosine, kept of a sample: p_ij above a cut of the
 sample's own. Of a row of entries the first is the target's. No result depends on what ran first: a program writes
 where it alone writes, at places that it counts itself.
 """
@@ -8,7 +8,7 @@ where it alone writes, at places that it counts itself.
 import triton
 import triton.language as tl
 
-from cosface_kernels.backends.triton_kernels import (
+from cosface_kernels.backends.triton.kernels.common import (
     EPS,
     LOG2_E,
     _dot_tile,

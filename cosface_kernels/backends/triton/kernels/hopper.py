@@ -2,8 +2,9 @@
 
 A program keeps its block of rows of x in shared memory and streams w past it, in tiles of BLOCK_C classes and
 STEP columns, through a ring of slots. The groups take whole tiles of classes alternately, so that the epilogue of
-one runs while the other multiplies. Letters, arguments and rounding are those of `triton_kernels.py`, but that x
-and w are descriptors; operands are bfloat16 or float16, D is a multiple of STEP, and there are no options.
+one runs while the other multiplies. Letters, arguments and rounding are those of `forward.py` and `backward.py`,
+but that x and w are descriptors; operands are bfloat16 or float16, D is a multiple of STEP, and there are no
+options.
 
 Barriers, each of one arrival a phase:
 
@@ -30,7 +31,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from cosface_kernels.backends.triton_kernels import EPS, G_LIFT, LOG2_E, _factor, _finite, _is_active, _shrink
+from cosface_kernels.backends.triton.kernels.common import (
+    EPS,
+    G_LIFT,
+    LOG2_E,
+    _factor,
+    _finite,
+    _is_active,
+    _shrink,
+)
 
 STEP = gl.constexpr(64)  # columns of a tile: 128 bytes, a row of the widest swizzle
 GROUPS = gl.constexpr(2)
@@ -162,7 +171,7 @@ def class_statistics(
     BLOCK_C: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """`triton_kernels.class_statistics`, each split in two.
+    """`forward.class_statistics`, each split in two.
 
     Grid (row blocks, splits). top, sum_exp: (GROUPS splits, N).
     """
@@ -315,7 +324,7 @@ def logit_gradients(
     BLOCK_C: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """`triton_kernels.logit_gradients` of one chunk of classes.
+    """`backward.logit_gradients` of one chunk of classes.
 
     Grid (row blocks, splits). g: a descriptor, in blocks of BLOCK_N x BLOCK_C / PARTS.
     """

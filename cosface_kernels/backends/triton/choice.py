@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends.triton_tiles import Key, Tile, candidates, plainest
+from cosface_kernels.backends.triton.tiles import Key, Tile, candidates, plainest
 from cosface_kernels.validation import is_capturing
 
 WARM_UP_MS, TIMED_MS = 5, 25
