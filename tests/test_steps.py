@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from support import run_python
 from torch import nn
 
-from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, checkpoint, margin_softmax_loss, optim
+from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, checkpoint, margin_softmax_loss
 from cosface_kernels.backends import BACKENDS
-from cosface_kernels.optim import FusedAdamW, FusedSGD
+from cosface_kernels.optim import FusedAdamW, FusedSGD, row_optimizer
 from cosface_kernels.sampling import ClassSampler
 
 N, C, D = 8, 60, 16
@@ -497,7 +497,7 @@ def test_a_capture_for_a_cuda_graph_is_refused_before_anything_moves(fused, torc
     head = make_head()
     optimizer = fused(head.parameters(), **options)
     before = head.weight.detach().clone()
-    monkeypatch.setattr(optim, "is_capturing", lambda: True)
+    monkeypatch.setattr(row_optimizer, "is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"shape \(60, 16\) by the learning rate, the step count"):
         head(*batch())
     monkeypatch.undo()
@@ -511,7 +511,7 @@ def test_a_capture_for_a_cuda_graph_is_refused_before_anything_moves(fused, torc
 def test_what_accumulates_can_be_captured_but_for_its_step(fused, torchs, options, monkeypatch):
     pair = Pair(fused, torchs, options, accumulate=True)
     before = pair.heads[0].weight.detach().clone()
-    monkeypatch.setattr(optim, "is_capturing", lambda: True)
+    monkeypatch.setattr(row_optimizer, "is_capturing", lambda: True)
     for head in pair.heads:
         head(*batch()).backward()
     with pytest.raises(RuntimeError, match="A CUDA graph would move a weight"):
