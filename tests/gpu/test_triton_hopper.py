@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gluon_host import BFLOAT16, Descriptor, HazardError, Kernels, Pointer, array
+from support.gluon_host import BFLOAT16, Descriptor, HazardError, Kernels, Pointer, array
 
 N, C, D = 80, 300, 192
 BLOCKS = {"D": D, "BLOCK_N": 64, "BLOCK_C": 32}

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from gluon_host import TorchKernels
 from support import BF16, F16, F32, check_result, evaluate, random_upstream
+from support.gluon_host import TorchKernels
 
 from bench import launches
 from cosface_kernels.backends.triton import choice, launch

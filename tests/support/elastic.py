@@ -1,4 +1,4 @@
-"""A training run that loses a rank: `torchrun ... tests/elastic.py FOLDER STEPS RANK STEP SIGNAL`.
+"""A training run that loses a rank: `torchrun ... tests/support/elastic.py FOLDER STEPS RANK STEP SIGNAL`.
 
 The rank sends itself the signal in the middle of that step, the first time it is started.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from support import patience
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint
+from support import patience
 
 SAVE_EVERY = 3
 TIMEOUT = timedelta(seconds=patience(10))

@@ -277,7 +277,7 @@ import torch, triton
 from bench import launches
 from bench.hazards import pipeline
 from bench.kernels import StandIn
-from racing_kernel import product_and_squares
+from support.racing_kernel import product_and_squares
 triton.runtime.driver.set_active(StandIn("sm_90"))
 b, f = torch.bfloat16, torch.float32
 blocks = {"D": 512, "BLOCK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}

@@ -4,10 +4,21 @@ import math
 import re
 from dataclasses import replace
 
-import cuda_host
 import pytest
 import torch
-from support import BF16, F16, F32, F64, Backend, Dtypes, check_backend, evaluate, make_problem, random_upstream
+from support import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Backend,
+    Dtypes,
+    check_backend,
+    cuda_host,
+    evaluate,
+    make_problem,
+    random_upstream,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cuda_kernels

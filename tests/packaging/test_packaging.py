@@ -12,7 +12,7 @@ import pytest
 
 import cosface_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support import BF16, DEFAULT_DEVICE, F16, F32, Backend, Dtypes
-from test_sparse import Gradients, Inputs, assert_within_bound, cosines, run_sharded, with_cosines
+from support.sparsity import Gradients, Inputs, assert_within_bound, cosines, run_sharded, with_cosines
 from torch import Tensor
 
 from cosface_kernels import Sparsity, ops

@@ -397,7 +397,7 @@ def patience(seconds: float) -> float:
 
 def run_python(code: str, *args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a fresh interpreter: for settings read once, and for memory that must not be shared."""
-    paths = [str(pathlib.Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(pathlib.Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-c", code, *args],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},

@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import LARGEST_WORLD
 from support import patience, run_python
+from support.ranks import LARGEST_WORLD
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support import patience
 from torch import multiprocessing
+
+from support import patience
 
 LARGEST_WORLD = 4
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import LARGEST_WORLD
 from support import F32, F64, Backend, Dtypes, make_problem, relative_error
+from support.ranks import LARGEST_WORLD
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard

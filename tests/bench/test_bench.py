@@ -22,7 +22,7 @@ from bench.report import Row, table
 from bench.sizes import summary
 from bench.worker import Case, Check, make_problem
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CASE = Case("eager", batch=8, dim=16, classes=300, dtype="float32", margin=0.35, scale=64.0, seed=0, threads=1)
 COLUMNS = """impl batch dim classes dtype median_s min_s peak_extra_mib matmul_gflops fraction_of_matmul
 max_rel_err threads torch commit"""

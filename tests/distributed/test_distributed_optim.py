@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import test_checkpoint
 import torch
-from ranks import LARGEST_WORLD
 from support import F32, F64, Dtypes, make_problem
+from support.ranks import LARGEST_WORLD
 from test_distributed import assert_as_good_as_one
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh

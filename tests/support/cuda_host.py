@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cosface_kernels.options import Options
 
-FOLDER = Path(__file__).parents[1] / "build" / ("asan/tests" if os.environ.get("COSFACE_SANITIZE") else "tests")
+FOLDER = Path(__file__).parents[2] / "build" / ("asan/tests" if os.environ.get("COSFACE_SANITIZE") else "tests")
 
 
 def _load(name: str, path: str | Path | None = None):

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-FOLDER = Path(__file__).parents[1] / "cosface_kernels" / "backends" / "triton" / "kernels"
+FOLDER = Path(__file__).parents[2] / "cosface_kernels" / "backends" / "triton" / "kernels"
 SHARED = ("EPS", "G_LIFT", "LOG2_E", "TINY", "_factor", "_finite", "_is_active", "_shrink")  # of common.py
 BFLOAT16 = "bfloat16"  # its numbers are kept in float32
 

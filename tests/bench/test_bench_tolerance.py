@@ -46,7 +46,7 @@ def test_every_state_gives_a_row_a_tolerance(tmp_path, capsys):
 
 def test_loads_what_the_examples_write(tmp_path, monkeypatch):
     """A checkpoint of million.py, through head_state.py."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     import head_state
     import million
 
