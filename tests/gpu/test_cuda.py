@@ -308,6 +308,7 @@ def test_a_spill_fails_the_check(spill, status, tmp_path, monkeypatch, capsys):
     )
     nvcc.write_text(f"#!/bin/sh\ncat <<'END'\n{report}END\n")
     nvcc.chmod(0o755)
+    monkeypatch.setattr(cuda_kernels, "SOURCES", cuda_kernels.SOURCES[:1])
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert main(["cuda-kernels", "--arch", "sm_90"]) == status
     shown = capsys.readouterr()
