@@ -102,7 +102,7 @@ module-asan: asan
 	COSFACE_TESTS=1 $(BIN)/python setup.py -q build --build-lib build/asan/site
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" PYTHONMALLOC=malloc \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest -p no:cacheprovider -n $(JOBS) -k "not reference" \
-	  -o "pythonpath=build/asan/site" tests/test_contract.py
+	  -o "pythonpath=build/asan/site" tests/core/test_contract.py
 
 bench: $(BUILT)
 	$(BIN)/python -m bench step --batch 256 --dim 512 --classes 1000000 \

@@ -1,6 +1,7 @@
 """`python -m bench cuda-kernels`: compiles the CUDA kernels with nvcc, without a GPU, and reads the report."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         print("nvcc is neither on PATH nor in CUDA_HOME.", file=sys.stderr)
         return 2
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda arch: compile_for(nvcc, arch), args.arch.split(",")))
+        cases = itertools.product(SOURCES, args.arch.split(","))
+        done = list(pool.map(lambda case: compile_for(nvcc, *case), cases))
     failed = [process for process in done if process.returncode]
     for process in failed:
         print(process.stdout, file=sys.stderr)
@@ -63,11 +65,11 @@ def find_nvcc() -> str | None:
     return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
 
 
-def compile_for(nvcc: str, arch: str) -> subprocess.CompletedProcess[str]:
+def compile_for(nvcc: str, source: Path, arch: str) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             nvcc, "-std=c++20", "-O3", "-arch", arch, "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings",
-            "-I", str(ROOT / "csrc"), "-o", str(Path(folder) / "kernels.cubin"), str(SOURCE),
+            "-I", str(ROOT / "csrc"), "-o", str(Path(folder) / "kernels.cubin"), str(source),
         ]  # fmt: skip
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 

@@ -125,15 +125,18 @@ races() {
 }
 
 tests() { # the most telling first
-  local limit=$1 start=$SECONDS code=0 options=() files
+  local limit=$1 start=$SECONDS code=0 options=() files name
   "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$processes" --maxschedchunk 4)
   "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout=60)
   # At the end of its time pytest must stop by itself, or by an interrupt of its first process alone: when its
   # workers are interrupted too, it writes no junit file.
   "$python" -c 'import pytest_timeout; pytest_timeout.SESSION_TIMEOUT_DESC' 2>/dev/null &&
     options+=(--session-timeout=$((limit > 60 ? limit - 30 : limit)))
-  files=$({ printf 'tests/test_%s.py\n' "${first_tests[@]}" && grep -lE 'backend' tests/test_*.py; } | awk '!seen[$0]++')
-  [ -z "${toy[*]}" ] || files=tests/test_gpu.py
+  files=$({
+    for name in "${first_tests[@]}"; do ls tests/*/"test_$name.py"; done
+    grep -lE 'backend' tests/*/test_*.py
+  } | awk '!seen[$0]++')
+  [ -z "${toy[*]}" ] || files=tests/gpu/test_gpu.py
   # shellcheck disable=SC2086
   COSFACE_HYPOTHESIS=gpu timeout --foreground -s INT -k 15 "$limit" "$python" -m pytest -m gpu -q -rN --tb=short \
     -p no:cacheprovider --junitxml="$out/junit.xml" "${options[@]}" $files </dev/null || code=$?

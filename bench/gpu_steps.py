@@ -15,7 +15,7 @@ from bench.head import MARGIN, SCALE, Head, draw
 from bench.probe import DTYPES, Bench
 from cosface_kernels import LossStats, cosface_loss
 from cosface_kernels.backends import select
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile
 from cosface_kernels.optim import FusedSGD
 
 LEARNING_RATE = 1e-6  # so small that all repeats see the same state

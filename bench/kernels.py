@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 from bench.hazards import Pipeline, pipeline
-from cosface_kernels.backends.triton import COLUMNS, ROWS, SPLITS
-from cosface_kernels.backends.triton_tiles import (
+from cosface_kernels.backends.triton.tiles import (
+    COLUMNS,
     GEMM_KERNELS,
     RAGGED,
+    ROWS,
     SPARSE_KERNELS,
+    SPLITS,
     Key,
     Tile,
     plainest,
@@ -252,9 +254,9 @@ def compile_case(case: Case):
     """The kernel, specialised and compiled as a launch would do it, for a GPU that need not be there."""
     import triton
 
-    import cosface_kernels.backends.triton_kernels as kernels
-    import cosface_kernels.backends.triton_sparse_kernels as sparse_kernels
-    from cosface_kernels.backends.triton_sparse import BLOCK, BLOCK_K, STEPS
+    import cosface_kernels.backends.triton.kernels as kernels
+    import cosface_kernels.backends.triton.kernels.sparse as sparse_kernels
+    from cosface_kernels.backends.triton.sparse import BLOCK, BLOCK_K, STEPS
 
     triton.runtime.driver.set_active(StandIn(case.arch))
     function = getattr(kernels if hasattr(kernels, case.kernel) else sparse_kernels, case.kernel)
@@ -309,7 +311,7 @@ def compile_specialized(case: Case):
     """Likewise a kernel whose operands are described: tensors without memory stand in for them."""
     import triton
 
-    import cosface_kernels.backends.triton_hopper as kernels
+    import cosface_kernels.backends.triton.kernels.hopper as kernels
 
     triton.runtime.driver.set_active(StandIn(case.arch))
     function, tile, chunk = getattr(kernels, case.kernel), case.tile, 1024

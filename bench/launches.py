@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from bench.implementations import UnavailableError
-from cosface_kernels.backends import triton, triton_choice, triton_tiles
-from cosface_kernels.backends.triton_tiles import Key, Tile
+from cosface_kernels.backends import triton
+from cosface_kernels.backends.triton import choice, launch
+from cosface_kernels.backends.triton import tiles as block_sizes
+from cosface_kernels.backends.triton.tiles import Key, Tile
 
 # By the kernel's name, what launches it, and its arguments.
 Hook = Callable[[str, Callable[[], None], tuple[Any, ...]], None]
@@ -19,16 +21,16 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The table's entries on this machine, for x and w of this dtype."""
     if reason := triton.unavailable():
         raise UnavailableError(f"The kernels cannot run: {reason}")
-    return triton_tiles.table(kernel, _key(dtype, dim=16))
+    return block_sizes.table(kernel, _key(dtype, dim=16))
 
 
 def specialized(kernel: str, dtype: torch.dtype, dim: int) -> tuple[Tile, ...]:
     """Of the kernels that are off by default."""
-    return triton_tiles.specialized(kernel, _key(dtype, dim))
+    return block_sizes.specialized(kernel, _key(dtype, dim))
 
 
 def _key(dtype: torch.dtype, dim: int) -> Key:
-    architecture = triton.architecture(torch.device("cuda"))
+    architecture = launch.architecture(torch.device("cuda"))
     return Key(architecture, dim, dtype, dtype, dtype, bucket=0, described=True)
 
 
@@ -39,24 +41,24 @@ def name(tile: Tile) -> str:
 @contextmanager
 def pinned(kernel: str, tile: Tile) -> Iterator[None]:
     """The kernel has this tile and no other; the others have their defaults (with COSFACE_TRITON_TUNE=0)."""
-    choose = triton_choice.choose
-    triton_choice.choose = lambda name, *key: tile if name == kernel else choose(name, *key)
+    choose = choice.choose
+    choice.choose = lambda name, *key: tile if name == kernel else choose(name, *key)
     try:
         yield
     finally:
-        triton_choice.choose = choose
+        choice.choose = choose
 
 
 @contextmanager
 def through(hook: Hook) -> Iterator[None]:
     """Launches call the hook, which launches or does not."""
     triton.unavailable()  # which imports them
-    kernels, hopper = triton.kernels, triton._hopper
-    triton.kernels, triton._hopper = _Kernels(kernels, hook), lambda: _Specialized(hopper(), hook)
+    kernels, hopper = launch.kernels, launch.hopper
+    launch.kernels, launch.hopper = _Kernels(kernels, hook), lambda: _Specialized(hopper(), hook)
     try:
         yield
     finally:
-        triton.kernels, triton._hopper = kernels, hopper
+        launch.kernels, launch.hopper = kernels, hopper
 
 
 class _Kernels:
@@ -71,7 +73,7 @@ class _Specialized(_Kernels):
     """In whose module there is more than kernels."""
 
     def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name in triton_tiles.SPECIALIZED else getattr(self.kernels, name)
+        return super().__getattr__(name) if name in block_sizes.SPECIALIZED else getattr(self.kernels, name)
 
 
 class _Kernel:

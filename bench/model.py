@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, LIBRARY_KERNELS, Tile, chunk_classes
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, LIBRARY_KERNELS, Tile, chunk_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor; registers are given out in eights

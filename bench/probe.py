@@ -14,7 +14,7 @@ import torch
 from bench import launches, tables
 from bench.device import Gpu, Host
 from bench.head import Head, draw
-from cosface_kernels.backends import triton
+from cosface_kernels.backends.triton import launch
 
 HOLD = 0.06  # seconds in which the host can enqueue a step
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
@@ -142,4 +142,4 @@ class Bench:
 
 
 def _triton_errors() -> tuple[type[Exception], ...]:
-    return (triton.triton.errors.TritonError,) if triton.triton else ()
+    return (launch.triton.errors.TritonError,) if launch.triton else ()

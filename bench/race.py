@@ -11,7 +11,7 @@ from bench import launches
 from bench.head import MARGIN, SCALE, Head, draw
 from bench.worker import FEW_ULP
 from cosface_kernels import reference
-from cosface_kernels.backends.triton_tiles import GEMM_KERNELS, Tile
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TF32_EPS = 2.0**-10

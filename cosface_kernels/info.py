@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 
 import cosface_kernels
-from cosface_kernels.backends import BACKENDS, triton, triton_choice
+from cosface_kernels.backends import BACKENDS, triton
+from cosface_kernels.backends.triton import choice, launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,14 +41,14 @@ def examine_device(batch: int = 1024, dim: int = 512, classes: int = 1 << 16) ->
     if reason := triton.unavailable():
         yield f"No kernel was tried: {reason}"
         return
-    device = "cpu" if triton.INTERPRETED else "cuda"
+    device = "cpu" if launch.INTERPRETED else "cuda"
     for dtype in DTYPES:
         x, w = (torch.randn(rows, dim, device=device).to(dtype).requires_grad_() for rows in (batch, classes))
         labels = torch.randint(classes, (batch,), device=device)
         loss = cosface_kernels.cosface_loss(x, w, labels, backend="triton")
         assert isinstance(loss, torch.Tensor)
         loss.backward()
-    lines = list(triton_choice.report())
+    lines = list(choice.report())
     yield from lines or ["Each kernel has one block here, and nothing to choose from."]
 
 

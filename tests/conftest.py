@@ -7,11 +7,10 @@ import pathlib
 import tempfile
 from importlib.metadata import version
 
-import cuda_host
 import hypothesis
 import pytest
 import torch
-from support import INTERPRETED, SAME_DTYPES, Backend
+from support import INTERPRETED, SAME_DTYPES, Backend, cuda_host
 
 import cosface_kernels.backends
 
@@ -47,9 +46,11 @@ hypothesis.settings.load_profile(os.environ.get("COSFACE_HYPOTHESIS") or ("inter
 # processes of one run share theirs, with torch's headers, which take longer than the graphs.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
-# Programs that tests start find the package that is under test, which need not be installed.
-ROOT = str(pathlib.Path(__file__).parents[1])
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+# Programs that tests start find the package that is under test, which need not be installed, and `support`.
+TESTS = pathlib.Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")])
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -173,7 +174,7 @@ def restore_threads():
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory):
     """Four gloo processes, started once for all tests that need several ranks."""
-    from ranks import Ranks
+    from support.ranks import Ranks
 
     ranks = Ranks(str(tmp_path_factory.mktemp("ranks")))
     yield ranks

@@ -18,7 +18,7 @@ using at::Tensor;
 constexpr int64_t kChunkStep = 256;          // classes; rows of a chunk stay aligned to any load
 constexpr int64_t kKeptStep = 8;             // cosines; rows of the cache stay aligned to any load
 constexpr int64_t kCacheStep = 64;           // bytes; where cosines begin in the cache
-constexpr int64_t kLaunchFlops = 1ll << 36;  // of a product with a chunk, as in triton_tiles.py
+constexpr int64_t kLaunchFlops = 1ll << 36;  // of a product with a chunk, as in backends/triton/tiles.py
 constexpr int64_t kBlocksPerProcessor = 4;   // that share the rows of a chunk
 constexpr double kLeastUnit = 0x1p-100, kLargestUnit = 0x1p100;  // kGradientLift over a unit is finite in float
 

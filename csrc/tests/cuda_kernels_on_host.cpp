@@ -1,2 +1,4 @@
 // The CUDA kernels, unchanged, for the host.
-#include "cuda/kernels.cu"
+#include "cuda/backward.cu"
+#include "cuda/forward.cu"
+#include "cuda/update.cu"

@@ -1,0 +1,75 @@
+"""What forward leaves for backward, in one tensor of bytes: norms, and cosines or the entries of a tolerance."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cosface_kernels.backends.triton.launch import ALIGNED_BYTES
+from cosface_kernels.backends.triton.tiles import CHUNK_STEP
+from cosface_kernels.options import Options
+
+ALIGNED = ALIGNED_BYTES // torch.float32.itemsize
+# With a gradient_tolerance a sample keeps one of so many classes, and some more where there are few. To gather its
+# two rows, an entry is predicted to take as long as three dense products with 128 classes on an H100.
+KEPT_CLASSES, KEPT_LEAST = 256, 256
+
+
+def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
+    """Of the norms, and of the cosines that fit into cache_bytes, or of the entries that a tolerance leaves."""
+    norms = 4 * _norm_slots(x, w, options)
+    if options.gradient_tolerance:
+        return 16 * x.shape[0] + norms + 8 * x.shape[0] * entry_slots(x, w, options)
+    return norms + 2 * x.shape[0] * _kept_classes(x, w, options)
+
+
+def entry_slots(x: Tensor, w: Tensor, options: Options) -> int:
+    """Entries of a sample for which a cache has room, that of the target included."""
+    C = options.count(w)
+    most = torch.sym_min(C, C // KEPT_CLASSES + KEPT_LEAST)
+    if options.cache_bytes:
+        most = torch.sym_min(most, options.cache_bytes // (8 * torch.sym_max(x.shape[0], 1)))
+    return 1 + most
+
+
+class Saved(NamedTuple):
+    """What forward leaves in the cache for backward."""
+
+    w_norm: Tensor  # (C,) |w_j|, float32; nothing without normalize_weight
+    x_norm: Tensor  # (N,) |x_i|, float32
+    cosines: Tensor  # (N, K) int16, of the first K classes, in steps of 1 / 32767
+
+    def without_cosines(self) -> "Saved":
+        return self._replace(cosines=self.cosines[:, :0])
+
+
+def _class_slots(w: Tensor, options: Options) -> int:
+    """Places for norms of classes in the cache, so many that those of embeddings behind them are aligned."""
+    return _aligned(options.count(w)) if options.normalize_weight else 0
+
+
+def _norm_slots(x: Tensor, w: Tensor, options: Options) -> int:
+    return _class_slots(w, options) + _aligned(x.shape[0])
+
+
+def _aligned(numbers: int) -> int:
+    return -(-numbers // ALIGNED) * ALIGNED
+
+
+def _kept_classes(x: Tensor, w: Tensor, options: Options) -> int:
+    """Those whose cosines the cache holds, in whole tiles, so that it may pass the last class."""
+    step = CHUNK_STEP
+    if options.gradient_tolerance:
+        return 0
+    fitting = (options.cache_bytes or 0) // (2 * step * torch.sym_max(x.shape[0], 1))
+    return step * torch.sym_min(fitting, -(-options.count(w) // step))
+
+
+def saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
+    kept, classes = _kept_classes(x, w, options), _class_slots(w, options)
+    if options.gradient_tolerance:
+        cache = cache[16 * len(x) :]
+    slots = 4 * _norm_slots(x, w, options)
+    norms = cache[:slots].view(torch.float32)
+    cosines = cache[slots : slots + 2 * len(x) * kept].view(torch.int16)
+    return Saved(norms[:classes], norms[classes:], cosines.view(len(x), kept))

@@ -1,0 +1,449 @@
+"""The Triton kernels of backward: the gradient of the logits, and what follows from it."""
+
+import triton
+import triton.language as tl
+
+from cosface_kernels.backends.triton.kernels.common import (
+    COSINE_STEP,
+    EPS,
+    G_LIFT,
+    LOG2_E,
+    X_LIFT,
+    _dot_tile,
+    _factor,
+    _inverse_norm,
+    _is_active,
+    _offsets,
+    _reshape,
+    _target_cos,
+    _weight_rows,
+)
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def normalize_embeddings(
+    x,
+    w,
+    chosen,
+    x_norm,
+    targets,
+    g_lse,
+    g_cos,
+    unit,
+    largest_unit,
+    x_hat,
+    target_dot,
+    N,
+    C,
+    x_row_stride,
+    x_column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """x_hat (N, D) = X_LIFT unit_i / max unit * x_i / |x_i|, the right-hand side of dw.
+
+    target_dot: (N,), g_cos cos_iy.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = rows < N
+    row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
+    row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
+    active = is_row & _is_active(row_g_lse, row_g_cos)
+    target = tl.load(targets + rows, mask=is_row, other=-1)
+    cos = _target_cos(
+        x, w, chosen, x_norm, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
+        NORMALIZE, CHOSEN,
+    )  # fmt: skip
+    tl.store(target_dot + rows, row_g_cos * cos, mask=is_row)
+    norm = tl.load(x_norm + rows, mask=active, other=1.0)
+    factor = tl.load(unit + rows, mask=is_row, other=1.0) / tl.load(largest_unit) * X_LIFT / tl.maximum(norm, EPS)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        is_d = (d < D)[None, :]
+        tile = tl.load(
+            x + _offsets(rows, d, x_row_stride, x_column_stride), mask=active[:, None] & is_d, other=0.0
+        ).to(tl.float32)
+        tl.store(
+            x_hat + _offsets(rows, d, D, 1),
+            (tile * factor[:, None]).to(x_hat.dtype.element_ty),
+            mask=is_row[:, None] & is_d,
+        )
+
+
+@triton.jit(do_not_specialize=["N", "C", "row_blocks", "first_tile"])
+def logit_gradients(
+    x,
+    w,
+    chosen,
+    w_norm,
+    targets,
+    scale,
+    top,
+    log_sum,
+    g_lse,
+    g_cos,
+    thresholds,
+    negatives,
+    x_norm,
+    unit,
+    g,
+    negative_dot,
+    scale_dot,
+    class_dot,
+    cosines,
+    active_rows,
+    N,
+    C,
+    kept,
+    first_class,
+    first_tile,
+    chunk,
+    row_blocks,
+    x_row_stride,
+    x_column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RESHAPE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    KEPT: tl.constexpr,
+    SOME: tl.constexpr,
+):
+    """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
+
+    With KEPT from what forward kept of it. cosines: (N, kept), in whole tiles.
+    Grid (row blocks x class tiles of the chunk from first_tile on), the row blocks of a tile side by side; not two
+    axes, because one of many tiles may be longer than all but the first can be.
+    w_norm: (C,); not read without NORMALIZE.
+    g: (N, chunk), scaled by G_LIFT / unit_i; some number where a tile passes the last class. Divided by |w_j| as
+    well, so that both products take rows of w as they are, unless its dtype is float16: no range for short rows.
+    negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
+    not written without RESHAPE, where N(c) = c.
+    class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
+    active_rows: (1,), with SOME how many rows have a gradient, the first ones; a block without any writes nothing.
+    """
+    row_block, tile = tl.program_id(0) % row_blocks, first_tile + tl.program_id(0) // row_blocks
+    if SOME:  # noqa: SIM102  `and` would compile both
+        if row_block * BLOCK_N >= tl.load(active_rows):
+            return
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    classes = first_class + columns
+    is_row = rows < N
+    is_class = classes < C
+    row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
+    row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
+    active = is_row & _is_active(row_g_lse, row_g_cos)
+    if KEPT:
+        in_steps = tl.load(cosines + _offsets(rows, classes, kept, 1), mask=active[:, None], other=0)
+    else:
+        dot = _dot_tile(
+            x,
+            w,
+            rows,
+            _weight_rows(chosen, classes, is_class, CHOSEN),
+            active,
+            is_class,
+            x_row_stride,
+            x_column_stride,
+            D,
+            BLOCK_N,
+            BLOCK_C,
+            BLOCK_D,
+            OPERAND,
+            PRECISION,
+        )
+    # Loads after the product, and each sum before what follows from its terms: 188 registers for 128 x 128
+    # on sm_90, where the other order takes 255 and spills.
+    target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
+    s = tl.load(scale + rows, mask=is_row, other=0.0)
+    # Rows and classes that are not there have cos = 0, and log_sum = inf keeps the p of such rows, and of rows
+    # without negatives, at 0.
+    row_top = tl.load(top + rows, mask=active, other=0.0)
+    row_log_sum = tl.load(log_sum + rows, mask=active, other=float("inf"))
+    row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
+    x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
+    w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
+    cos = in_steps.to(tl.float32) * COSINE_STEP if KEPT else dot * x_inverse[:, None] * w_inverse
+    is_target = classes[None, :] == target[:, None]
+    shaped = cos
+    if RESHAPE:
+        shaped, slope = _reshape(cos, thresholds, negatives, rows, is_row)
+        shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
+    # The difference from the largest is class_statistics' own, unless products of another tile round otherwise.
+    below = tl.where(is_target, -float("inf"), shaped) - row_top[:, None]
+    log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
+    p = tl.exp2(tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    slots = tile.to(tl.int64) * N + rows
+    if RESHAPE:
+        scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
+        tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
+        p *= slope
+    so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
+    tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
+    gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
+
+    lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
+    # Past the last class too: a mask of the classes would make a store of every number.
+    lifted = gradient * lift[:, None]
+    if g.dtype.element_ty != tl.float16:
+        lifted *= w_inverse
+    tl.store(g + _offsets(rows, columns, chunk, 1), lifted.to(g.dtype.element_ty), mask=is_row[:, None])
+    tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
+
+
+@triton.jit(do_not_specialize=["N", "C", "row_blocks", "tiles_per_split"])
+def embedding_gradients(
+    g,
+    w,
+    chosen,
+    w_norm,
+    dx_hat,
+    active_rows,
+    N,
+    C,
+    first_class,
+    chunk,
+    row_blocks,
+    tiles_per_split,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    SOME: tl.constexpr,
+):
+    """dx_hat (splits, N, D) += G w_hat of one chunk, each split of its classes into a slot of its own.
+
+    Where G is divided by |w_j|, w takes the place of w_hat. With SOME, rows from active_rows on may hold anything.
+
+    Grid (row blocks x column blocks, splits): at N = 256 dx has too few blocks to fill a GPU.
+    """
+    split = tl.program_id(1)
+    if SOME:  # noqa: SIM102
+        if tl.program_id(0) % row_blocks * BLOCK_N >= tl.load(active_rows):
+            return
+    rows = tl.program_id(0) % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(0) // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_row = rows < N
+    is_d = (d < D)[None, :]
+    out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D, 1)
+    mask = is_row[:, None] & is_d
+    # Before the loop, so that no register holds them beside the sums.
+    sums = tl.load(out, mask=mask, other=0.0)
+    last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(tl.minimum(chunk, C - first_class), BLOCK_C))
+    for tile in range(split * tiles_per_split, last_tile):
+        columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        classes = first_class + columns
+        is_class = classes < C
+        g_tile = tl.load(g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None], other=0.0)
+        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        if NORMALIZE and g.dtype.element_ty == tl.float16:
+            inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
+            w_tile = (w_tile.to(tl.float32) * inverse[:, None]).to(tl.float16)
+        sums = tl.dot(g_tile.to(OPERAND), w_tile.to(OPERAND), sums, input_precision=PRECISION)
+    tl.store(out, sums, mask=mask)
+
+
+@triton.jit
+def _store_weight_gradient(
+    sums,
+    IS_DIVIDED: tl.constexpr,
+    w,
+    chosen,
+    w_norm,
+    class_dot,
+    largest_unit,
+    dw,
+    C,
+    first_class,
+    columns,
+    d,
+    chunk,
+    dot_blocks,
+    D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """A block of dw from that of G^T x_hat, which may be divided by |w_j| already."""
+    classes = first_class + columns
+    is_class = classes < C
+    dot = tl.zeros(columns.shape, tl.float32)
+    slots = columns.to(tl.int64)
+    for _ in range(0, dot_blocks):
+        dot += tl.load(class_dot + slots)
+        slots += chunk
+    mask = is_class[:, None] & (d < D)[None, :]
+    gradient = sums * (tl.load(largest_unit) / (G_LIFT * X_LIFT))
+    if NORMALIZE:
+        norm = tl.load(w_norm + classes, mask=is_class, other=1.0)
+        inverse = 1 / tl.maximum(norm, EPS)
+        if not IS_DIVIDED:
+            gradient *= inverse[:, None]
+        along_w = tl.where(norm > EPS, dot * inverse * inverse, 0.0)  # no projection where the norm was clamped
+        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
+        gradient -= along_w[:, None] * w_tile.to(OPERAND).to(tl.float32)
+    tl.store(dw + _offsets(columns, d, D, 1), gradient.to(dw.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "C", "dot_blocks"])
+def weight_gradients(
+    g,
+    x_hat,
+    w,
+    chosen,
+    w_norm,
+    class_dot,
+    largest_unit,
+    dw,
+    active_rows,
+    N,
+    C,
+    first_class,
+    chunk,
+    dot_blocks,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    SOME: tl.constexpr,
+):
+    """dw (chunk, D), written once: (G^T x_hat - (sum_i G_ij cos_ij) w_hat) / |w_j|.
+
+    Grid (column blocks x class tiles of the chunk), the column blocks of a tile side by side.
+    With SOME, of the first active_rows rows; nothing is written if there are none.
+    """
+    if SOME:
+        N = tl.load(active_rows)
+        if N == 0:
+            return
+    column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    columns = tl.program_id(0) // column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_d = (d < D)[None, :]
+    sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        is_row = rows < N
+        g_tile = tl.load(g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None], other=0.0)
+        x_tile = tl.load(x_hat + _offsets(rows, d, D, 1), mask=is_row[:, None] & is_d, other=0.0)
+        sums = tl.dot(tl.trans(g_tile.to(OPERAND)), x_tile.to(OPERAND), sums, input_precision=PRECISION)
+
+    _store_weight_gradient(
+        sums, g.dtype.element_ty != tl.float16, w, chosen, w_norm, class_dot, largest_unit, dw, C, first_class,
+        columns, d, chunk, dot_blocks, D, OPERAND, NORMALIZE, CHOSEN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["C", "dot_blocks"])
+def project_weight_gradients(
+    sums,
+    w,
+    w_norm,
+    class_dot,
+    largest_unit,
+    dw,
+    C,
+    first_class,
+    chunk,
+    dot_blocks,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """dw (chunk, D) from sums = G^T x_hat, (chunk, D) float32, of bfloat16 operands; it may be the same memory."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_class = first_class + columns < C
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        block = tl.load(sums + _offsets(columns, d, D, 1), mask=is_class[:, None] & (d < D)[None, :], other=0.0)
+        _store_weight_gradient(
+            block, True, w, w, w_norm, class_dot, largest_unit, dw, C, first_class, columns, d, chunk,
+            dot_blocks, D, OPERAND, NORMALIZE, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "splits", "tiles"])
+def finish_embedding_gradients(
+    dx_hat,
+    negative_dot,
+    scale_dot,
+    target_dot,
+    x,
+    x_norm,
+    scale,
+    g_lse,
+    g_cos,
+    unit,
+    dx,
+    dscale,
+    N,
+    splits,
+    tiles,
+    x_row_stride,
+    x_column_stride,
+    D: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    RESHAPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A row's slots in their order: dscale (N,), and dx (N, D) = (dx_hat - (sum_j G_ij cos_ij) x_hat) / |x_i|.
+
+    Grid (row blocks, column blocks).
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = rows < N
+    from_negatives = tl.zeros((BLOCK_N,), tl.float32)
+    from_scale = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, tiles, BLOCK_SPLITS):
+        tile = first + tl.arange(0, BLOCK_SPLITS)
+        slots = _offsets(tile, rows, N, 1)
+        mask = (tile < tiles)[:, None] & is_row[None, :]
+        from_negatives += tl.sum(tl.load(negative_dot + slots, mask=mask, other=0.0), 0)
+        if RESHAPE:
+            from_scale += tl.sum(tl.load(scale_dot + slots, mask=mask, other=0.0), 0)
+    if tl.program_id(1) == 0:
+        tl.store(dscale + rows, from_scale if RESHAPE else from_negatives, mask=is_row)
+    if NEED_DX:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = is_row[:, None] & (d < D)[None, :]
+        sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        part = _offsets(rows, d, D, 1)
+        for _ in range(0, splits):
+            sums += tl.load(dx_hat + part, mask=mask, other=0.0)
+            part += N * D
+        row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
+        active = _is_active(row_g_lse, tl.load(g_cos + rows, mask=is_row, other=0.0))
+        norm = tl.load(x_norm + rows, mask=is_row & active, other=1.0)
+        inverse = 1 / tl.maximum(norm, EPS)
+        x_tile = tl.load(
+            x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask & active[:, None], other=0.0
+        ).to(tl.float32)
+        dot = tl.load(scale + rows, mask=is_row, other=0.0) * from_negatives
+        dot += tl.load(target_dot + rows, mask=is_row, other=0.0)
+        dot = tl.where(norm > EPS, dot, 0.0)  # no projection where the norm was clamped
+        unlift = tl.load(unit + rows, mask=is_row, other=1.0) / G_LIFT
+        gradient = (sums * unlift[:, None] - dot[:, None] * (x_tile * inverse[:, None])) * inverse[:, None]
+        tl.store(dx + _offsets(rows, d, D, 1), gradient.to(dx.dtype.element_ty), mask=mask)

@@ -1,0 +1,163 @@
+"""What the Triton kernels of several stages share."""
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-12)  # smallest norm that is divided by, as in F.normalize
+# G / unit is at most 1: 2^12 lifts probabilities down to 1.5e-8 out of float16's subnormal range. Likewise the
+# normalised embeddings, by 2^8; both leave room below 65504.
+G_LIFT = tl.constexpr(4096.0)
+X_LIFT = tl.constexpr(256.0)
+COSINE_STEP = tl.constexpr(1 / 32767)  # of the cosines that forward keeps for backward, in 16 bits
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+TINY = tl.constexpr(1e-30)
+
+
+@triton.jit
+def _offsets(rows, columns, row_stride, column_stride):
+    return rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
+
+
+@triton.jit
+def _weight_rows(chosen, classes, is_class, CHOSEN: tl.constexpr):
+    """Where these classes are in w."""
+    return tl.load(chosen + classes, mask=is_class, other=0) if CHOSEN else classes
+
+
+@triton.jit
+def _norms(
+    x,
+    rows,
+    is_row,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr = tl.float32,
+):
+    """|x_i| of a block of rows, rounded to operands."""
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        tile = tl.load(
+            x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & (d < D)[None, :], other=0.0
+        )
+        tile = tile.to(OPERAND).to(tl.float32)
+        squares += tl.sum(tile * tile, 1)
+    return tl.sqrt(squares)
+
+
+@triton.jit
+def _dot_tile(
+    x,
+    w,
+    rows,
+    w_rows,
+    is_row,
+    is_class,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<x_i, w_j> (BLOCK_N, BLOCK_C).
+
+    The product is the one user of its tiles: of a tile that something else reads too (a norm, say), Triton's
+    pipeliner keeps one copy too few, and a load overwrites what a pending product of Hopper still reads.
+    """
+    dot = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        is_d = (d < D)[None, :]
+        x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        dot = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile.to(OPERAND)), dot, input_precision=PRECISION)
+    return dot
+
+
+@triton.jit
+def _inverse_norm(w_norm, classes, is_class, NORMALIZE: tl.constexpr):
+    """1 / |w_j| of a block of classes, 1 without NORMALIZE."""
+    norm = (
+        tl.load(w_norm + classes, mask=is_class, other=1.0)
+        if NORMALIZE
+        else tl.full(classes.shape, 1.0, tl.float32)
+    )
+    return 1 / tl.maximum(norm, EPS)
+
+
+@triton.jit
+def _target_cos(
+    x,
+    w,
+    chosen,
+    x_norm,
+    target,
+    rows,
+    is_row,
+    C,
+    row_stride,
+    column_stride,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """cos of each row with its target, 0 where it has none; operands rounded as for the product."""
+    has_target = is_row & (target >= 0) & (target < C)
+    w_rows = _weight_rows(chosen, target, has_target, CHOSEN)
+    dot = tl.zeros((BLOCK_N,), tl.float32)
+    w_squares = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        is_d = (d < D)[None, :]
+        x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
+        w_tile = w_tile.to(OPERAND).to(tl.float32)
+        dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile, 1)
+        w_squares += tl.sum(w_tile * w_tile, 1)
+    cos = dot * (1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS))
+    if NORMALIZE:
+        cos *= 1 / tl.maximum(tl.sqrt(w_squares), EPS)
+    return tl.where(has_target, cos, 0.0)
+
+
+@triton.jit
+def _reshape(cos, thresholds, negatives, rows, is_row):
+    """N(c) = (q c + a) c + b where c > tau_i, else c; and N'(c)."""
+    tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
+    q, a, b = tl.load(negatives), tl.load(negatives + 1), tl.load(negatives + 2)
+    hard = cos > tau[:, None]
+    return tl.where(hard, (q * cos + a) * cos + b, cos), tl.where(hard, 2 * q * cos + a, 1.0)
+
+
+@triton.jit
+def _finite(running_max):
+    """The running maximum to subtract: 0 while there is none, because -inf - -inf would be nan."""
+    return tl.where(running_max == -float("inf"), 0.0, running_max)
+
+
+@triton.jit
+def _factor(s):
+    """e^{s c} = 2^{factor c}; not 0, which would turn a masked -inf to nan."""
+    return tl.where(s == 0.0, TINY, s * LOG2_E)
+
+
+@triton.jit
+def _shrink(factor, old_max, new_max):
+    """Factor of a sum of 2^{factor (c - max)} when its maximum grows; a sum over nothing stays, be it 0 or nan."""
+    return tl.exp2(factor * tl.where(old_max == -float("inf"), 0.0, old_max - new_max))
+
+
+@triton.jit
+def _is_active(g_lse, g_cos):
+    """Rows without gradient take no part, even if their embedding is not finite."""
+    return (g_lse != 0.0) | (g_cos != 0.0)

@@ -1,0 +1,105 @@
+"""The autograd node whose backward moves rows."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.distributed.tensor import DTensor
+
+from cosface_kernels import ops
+from cosface_kernels.backends import select
+from cosface_kernels.distributed import shard_like
+from cosface_kernels.optim.consumed_gradient import ConsumedGradient
+from cosface_kernels.optim.ownership import IDLE, SKIPPED, owner_of
+from cosface_kernels.options import Options
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def lmcl(
+    weight: Tensor,
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    margin: float,
+    backend: str | None,
+    *,
+    whole_gradient: bool = False,
+    **fields: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ops.lmcl`, whose backward moves w, the weight's rows that are here, if an optimizer of this module owns it.
+
+    whole_gradient: the loss has another use of the weight, so that `step()` must move it by an ordinary gradient.
+
+    Raises:
+        RuntimeError: the backend cannot move rows, or something needs the gradient that would not exist.
+        ValueError: the weight is not one that can be moved, or no longer fits the optimizer's state.
+    """
+    owner, options = owner_of(weight), Options(**fields)
+    if owner is not None and torch.is_grad_enabled() and weight.requires_grad and not whole_gradient:
+        owner._check_movable(weight)
+        select(backend, x, w, replace(options, updates=True))
+        return _MovesRows.apply(x, w.detach(), targets, scale, margin, backend, options, owner, weight)  # type: ignore[no-untyped-call]
+    return ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
+
+
+class _MovesRows(torch.autograd.Function):
+    """ops.lmcl whose backward moves the weight, unless its gradient is needed as a whole."""
+
+    @staticmethod
+    def forward(ctx, x, w, targets, scale, margin, backend, options, owner, weight):  # type: ignore[no-untyped-def]
+        ctx.margin, ctx.backend, ctx.options, ctx.owner, ctx.weight = margin, backend, options, owner, weight
+        ctx.whole_gradient = False
+        owner._ownership(weight).nodes.add(ctx)
+        outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
+        _, top, log_sum, target_cos, max_neg, cache = outputs
+        ctx.set_materialize_grads(False)  # that of a cache would be as large
+        ctx.mark_non_differentiable(top, max_neg, cache)
+        ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, g_loss, _, g_log_sum, g_cos, *__):  # type: ignore[no-untyped-def]
+        weight, backend, options = ctx.weight, ctx.backend, ctx.options
+        adds, whole = _wanted(ctx)
+        if adds and not whole:
+            ctx.owner._check_ready(weight)
+        x, w, targets, scale, top, log_sum, target_cos, cache = ctx.saved_tensors
+        need_dx, _, _, need_dscale, *_ = ctx.needs_input_grad
+        g_lse, g_cos, dscale_of_psi = ops.fold_loss(
+            targets, scale, top, log_sum, target_cos - ctx.margin, g_loss, g_log_sum, g_cos
+        )  # (N,) each
+        tensors = (x, w, targets, scale, top, log_sum, g_lse, g_cos, cache)
+        dw = None
+        if adds and not whole:
+            dx, dscale = ctx.owner._move(weight, tensors, need_dx, backend, options)
+        else:
+            dx, dw, dscale = ops.lmcl_backward(*tensors, need_dx, whole, backend, *options.flat())
+            dw = ops.of_all_classes(dw, options.classes, w) if whole else None
+            if dw is not None and isinstance(weight, DTensor):
+                dw = shard_like(weight, dw.to_dense() if dw.is_sparse else dw)
+        dscale = dscale + dscale_of_psi if need_dscale else None
+        return dx if need_dx else None, None, None, dscale, None, None, None, None, dw
+
+
+def _wanted(node: Any) -> tuple[bool, bool]:
+    """Whether this backward is to add to the weight's gradient, and whether a whole one is needed."""
+    weight, ownership = node.weight, node.owner._ownership(node.weight)
+    ownership.nodes.discard(node)
+    if ownership.phase == SKIPPED and node.owner._scaler() is None:
+        weight.grad = None  # what moved nothing is nothing to add to
+    try:
+        adds = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError as error:
+        if "autograd.grad()" not in str(error):
+            raise
+        return False, True  # torch.autograd.grad is asked for the gradient of this leaf
+    if adds and ownership.phase in (IDLE, SKIPPED):
+        for other in ownership.nodes:  # that run in this backward too
+            if torch._C._will_engine_execute_node(other):
+                node.whole_gradient = other.whole_gradient = True
+        earlier = weight.grad is not None and not isinstance(weight.grad, ConsumedGradient)
+        node.whole_gradient |= earlier
+    return adds, adds and node.whole_gradient

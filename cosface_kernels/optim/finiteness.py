@@ -1,0 +1,36 @@
+"""Whether a gradient is finite, to be asked for when a GPU has the answer."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def finite_rows(x: Tensor, log_sum: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
+    """(N,) bool: a sample without a gradient, or with a finite one; log_sum is -inf without negatives."""
+    finite = x.isfinite().all(1) & (log_sum < math.inf) & g_lse.isfinite() & g_cos.isfinite()  # (N,)
+    return finite | ((g_lse == 0) & (g_cos == 0))
+
+
+def never() -> bool:
+    return False
+
+
+def both(earlier: Callable[[], bool] | None, answer: Callable[[], bool]) -> Callable[[], bool]:
+    return answer if earlier is None else lambda: earlier() and answer()
+
+
+def answer(flag: Tensor) -> Callable[[], bool]:
+    """The flag's value, to be asked for later; on a GPU that waits for what precedes the flag and no longer."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copy = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return wait

@@ -1,0 +1,175 @@
+"""What runs here, why the rest does not, and how one backend is forced."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import F32, make_problem, patience, run_python
+
+import cosface_kernels
+from cosface_kernels import cosface_loss
+from cosface_kernels.backends.triton import launch
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
+from cosface_kernels.info import DTYPES, examine_device
+
+
+def _info(**env):
+    return subprocess.run(
+        [sys.executable, "-m", "cosface_kernels.info"],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
+        check=True,
+    ).stdout
+
+
+def test_every_required_backend_runs_here(backend):
+    problem = backend.problem(3, 5, 4, F32)
+    x = problem.x.requires_grad_()
+    loss = backend.loss(x, problem.w, problem.targets)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.any()
+
+
+def test_info_names_versions_and_backends():
+    text = _info()
+    assert f"cosface_kernels {cosface_kernels.__version__}" in text
+    assert torch.__version__ in text
+    assert platform.python_version() in text
+    assert re.search("^backend cpu: available", text, re.MULTILINE), text
+    assert re.search("^backend reference: available", text, re.MULTILINE), text
+
+
+def test_a_device_without_a_gpu_has_no_blocks_to_try():
+    done = run_python(
+        "import sys, runpy; sys.argv = ['info', '--device']\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')",
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="0",
+    )
+    assert "No kernel was tried: torch sees no CUDA or ROCm GPU." in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.triton_only
+def test_blocks_of_a_device_are_tried(backend, monkeypatch):
+    """Interpreted, each kernel has one; elsewhere a line for each that was tried, one of a kernel chosen."""
+    monkeypatch.delenv("COSFACE_TRITON_TUNE", raising=False)
+    lines = list(examine_device(batch=20, dim=16, classes=100))
+    if launch.INTERPRETED:
+        assert lines == ["Each kernel has one block here, and nothing to choose from."]
+    else:
+        assert sum("(chosen)" in line for line in lines) >= len(GEMM_KERNELS) * len(DTYPES), lines
+
+
+def test_info_says_why_a_backend_is_missing():
+    done = run_python(
+        "import sys, runpy\n"
+        "sys.modules['cosface_kernels._C'] = None\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"cpu: unavailable.*cosface_kernels\._C", done.stdout), done.stdout
+    assert "reference: available" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (
+            "types.SimpleNamespace(torch_version='1.9.0')",
+            r"is for PyTorch 1\.9\.0, and PyTorch \S+ runs: build it again",
+        ),
+        ("None", r"cannot be imported \(.*\): it has not been built"),
+    ],
+)
+def test_info_says_that_the_module_is_for_another_pytorch(module, reason):
+    done = run_python(
+        "import runpy, sys, types\n"
+        f"sys.modules['cosface_kernels._C'] = {module}\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')"
+    )
+    assert done.returncode == 0, done.stderr
+    for backend in ("cpu", "cuda"):
+        assert re.search(f"backend {backend}: unavailable: .*cosface_kernels._C {reason}", done.stdout), (
+            done.stdout
+        )
+
+
+def test_a_module_that_lacks_symbols_is_to_be_built_again(tmp_path):
+    """What an import of one for another PyTorch raises."""
+    done = run_python(
+        "import importlib, runpy\n"
+        "plain = importlib.import_module\n"
+        "def load(name, *rest):\n"
+        "    if name == 'cosface_kernels._C': raise ImportError('undefined symbol: _ZN3c10')\n"
+        "    return plain(name, *rest)\n"
+        "importlib.import_module = load\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')"
+    )
+    assert re.search(r"cpu: unavailable: .*undefined symbol: _ZN3c10\): build it again with the", done.stdout), (
+        done
+    )
+
+
+def test_info_shows_the_forced_backend():
+    assert re.search("COSFACE_BACKEND.*reference", _info(COSFACE_BACKEND="reference"))
+
+
+def _spy(monkeypatch, called):
+    for name, module in cosface_kernels.backends.BACKENDS.items():
+        for way in {"forward", "loss"} & set(vars(module)):
+            real = getattr(module, way)
+
+            def wrapped(*args, name=name, real=real, **options):
+                called.append(name)
+                return real(*args, **options)
+
+            monkeypatch.setattr(module, way, wrapped)
+
+
+def test_environment_forces_a_backend(backend, monkeypatch):
+    problem, called = backend.problem(3, 5, 4, F32), []
+    _spy(monkeypatch, called)
+    monkeypatch.setenv("COSFACE_BACKEND", backend.name)
+    cosface_loss(problem.x, problem.w, problem.targets)
+    assert called == [backend.name]
+
+
+def test_priority_without_force(monkeypatch):
+    problem, called = make_problem(3, 5, 4, F32), []
+    _spy(monkeypatch, called)
+    cosface_loss(problem.x, problem.w, problem.targets)
+    assert called == ["cpu"]
+
+
+def test_tensors_on_the_cpu_start_no_gpu(monkeypatch):
+    """To ask a GPU's backend whether it runs starts CUDA and a compiler: not for tensors that it never takes."""
+    for name in ("triton", "cuda"):
+        backend = cosface_kernels.backends.BACKENDS[name]
+        monkeypatch.setattr(backend, "unavailable", lambda: pytest.fail("a backend of GPUs was asked"))
+    problem = make_problem(3, 5, 4, F32)
+    assert cosface_loss(problem.x, problem.w, problem.targets).isfinite()
+
+
+def test_named_backend_is_the_one_that_runs(backend, monkeypatch):
+    problem, called = backend.problem(3, 5, 4, F32), []
+    _spy(monkeypatch, called)
+    backend.loss(problem.x, problem.w, problem.targets)
+    assert called == [backend.name]
+
+
+def test_unknown_backend_in_the_environment_is_refused(monkeypatch):
+    problem = make_problem(3, 5, 4, F32)
+    monkeypatch.setenv("COSFACE_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"cpu.*reference.*'abacus'"):
+        cosface_loss(problem.x, problem.w, problem.targets)
+
+
+def test_version_is_a_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", cosface_kernels.__version__)

@@ -1,0 +1,434 @@
+"""Backend `triton` beyond the suite of the op: its choices, its limits, and what its kernels compile to."""
+
+import json
+import math
+import os
+import re
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import (
+    BF16,
+    F16,
+    F32,
+    check_backend,
+    check_result,
+    evaluate,
+    evaluate_oracle,
+    random_upstream,
+    relative_error,
+    run_python,
+)
+
+from bench import launches
+from bench.hazards import pipeline
+from cosface_kernels import cosface_loss
+from cosface_kernels.backends import triton as backend_triton
+from cosface_kernels.backends.triton import backward_pass, forward_pass, launch
+from cosface_kernels.backends.triton import tiles as block_sizes
+from cosface_kernels.backends.triton.cache import Saved
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
+from cosface_kernels.options import PLAIN, WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 256, 300, 512, 10**9])
+@pytest.mark.triton_only
+def test_chunk_of_classes_changes_no_result(backend, dtypes, chunk, monkeypatch):
+    """Chunks smaller than, equal to and larger than the problem; 1 and 300 are rounded up."""
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(chunk))
+    check_backend(backend, backend.problem(40, 700, 40, dtypes))
+
+
+H100 = {"processors": 132, "block_c": 128}
+
+
+@given(
+    N=st.integers(1, 10**5),
+    D=st.integers(1, 5000),
+    C=st.integers(1, 10**8),
+    class_bytes=st.integers(1, 10**6),
+    workspace_bytes=st.integers(0, 2**32),
+    row_blocks=st.integers(1, 1000),
+    block_c=st.sampled_from([16, 64, 128, 256]),
+    processors=st.integers(1, 300),
+)
+def test_chunks_fit_the_workspace_and_are_few(N, D, C, class_bytes, workspace_bytes, **device):
+    chunk = block_sizes.chunk_classes(N, D, C, class_bytes=class_bytes, workspace_bytes=workspace_bytes, **device)
+    step, wave = block_sizes.CHUNK_STEP, math.lcm(256, device["block_c"] * device["processors"])
+    assert chunk > 0
+    assert chunk % step == 0
+    assert chunk == step or chunk * class_bytes <= workspace_bytes
+    assert chunk < C + wave  # a single one is no longer than it need be
+    assert 2 * N * D * (chunk - wave) < block_sizes.LAUNCH_FLOPS
+    if wave * class_bytes <= workspace_bytes:
+        assert device["row_blocks"] * chunk // device["block_c"] % device["processors"] == 0
+
+
+@pytest.mark.parametrize(("N", "chunks"), [(256, 10), (1024, 17), (4096, 60)])
+def test_a_million_classes_of_an_h100_take_few_chunks_of_whole_waves(N, chunks):
+    class_bytes, row_blocks = 2 * N + 4 * N // 128 + 4 * 512, N // 128
+    chunk = block_sizes.chunk_classes(
+        N, 512, 10**6, class_bytes=class_bytes, workspace_bytes=WORKSPACE_BYTES, row_blocks=row_blocks, **H100
+    )
+    assert -(-(10**6) // chunk) == chunks
+    assert row_blocks * chunk // 128 % 132 == 0
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+def test_workspace_sets_the_chunks_and_changes_no_result(backend, dtypes, monkeypatch):
+    """A workspace for no more than 256 classes, and one for all."""
+    launched = []
+
+    def count(name, launch, arguments):
+        launched.append(name)
+        launch()
+
+    problem = backend.problem(40, 700, 40, dtypes)
+    upstream = random_upstream(problem, "loss")
+    monkeypatch.setattr(backward_pass, "INTERPRETED_WORKSPACE", 2**30)
+    for workspace_bytes, chunks in ((0, 3), (2**30, 1)):
+        launched.clear()
+        with launches.through(count):
+            got = evaluate(partial(backend.lmcl, workspace_bytes=workspace_bytes), problem, upstream)
+        check_result(got, backend.seen(problem), upstream, backend.operand(problem.dtypes))
+        assert launched.count("logit_gradients") == chunks * launched.count("finish_embedding_gradients") > 0
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+def test_large_embeddings_of_an_odd_size(backend, dtypes):
+    check_backend(backend, backend.problem(5, 70, 4099, dtypes))
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("value", ["0", "-5", "many"])
+def test_chunk_override_must_be_a_number(backend, value, monkeypatch):
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", value)
+    problem = backend.problem(4, 20, 8)
+    with pytest.raises(ValueError, match=rf"COSFACE_TRITON_CHUNK must be .* got '{value}'\."):
+        evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("exponent", [-20, -14, 0, 10])
+def test_float16_g_neither_underflows_nor_overflows(backend, exponent):
+    """G is as small as the mean over a large batch makes it; short rows make normal gradients of it."""
+    problem = backend.problem(12, 400, 32, F16)
+    problem.x.mul_(2.0 ** min(0, exponent // 2)), problem.w.mul_(2.0 ** min(0, exponent // 2))
+    upstream = random_upstream(problem, "loss")
+    upstream.loss.mul_(2.0**exponent)
+    got, want = evaluate(backend.lmcl, problem, upstream), evaluate_oracle(problem, upstream)
+    assert relative_error(got.dx, want.dx) < backend.rounding(F16) + 2**-11
+    assert relative_error(got.dw, want.dw) < backend.rounding(F16) + 2**-11
+
+
+@pytest.mark.triton_only
+def test_unit_of_a_row_is_a_power_of_two_that_bounds_it(backend):
+    g = torch.tensor([1e-30, 3e-9, 0.7, 1.0, 1e20], device=backend.device)
+    scale = torch.full_like(g, 64.0)
+    bound, unit = scale * g, backward_pass._units(scale, g, -scale * g)
+    assert bool(((bound <= unit) & (unit <= 2 * bound)).all())
+    assert torch.equal(torch.frexp(unit).mantissa, torch.full_like(unit, 0.5))
+    odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 1e-45], device=backend.device)
+    assert bool(backward_pass._units(scale, odd, odd).isfinite().all())
+    assert bool((1 / backward_pass._units(scale, odd, odd) * 4096).isfinite().all())
+
+
+@pytest.mark.triton_only
+def test_weight_that_is_not_contiguous_is_refused(backend):
+    problem = backend.problem(4, 20, 8)
+    w = problem.w.T.contiguous().T
+    with pytest.raises(RuntimeError, match=r"contiguous weight, got strides \(1, 20\) for shape \(20, 8\)\."):
+        cosface_loss(problem.x, w, problem.targets, backend="triton")
+
+
+@pytest.mark.triton_only
+def test_float64_is_refused_with_the_backend_that_takes_it(backend):
+    problem = backend.problem(4, 20, 8)
+    with pytest.raises(RuntimeError, match="leaves float64 to backend 'reference'"):
+        cosface_loss(problem.x.double(), problem.w, problem.targets, backend="triton")
+
+
+def test_forced_without_a_gpu_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: torch sees no CUDA or ROCm GPU"):
+        cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("sys.modules['triton'] = None", "triton cannot be imported"),
+        (
+            "import types; sys.modules['triton'] = types.SimpleNamespace(__version__='3.5.1')\n"
+            "sys.modules['cosface_kernels.backends.triton.kernels'] = types.SimpleNamespace()",
+            "it needs triton 3.6 or newer, found 3.5.1",
+        ),
+    ],
+    ids=["missing", "too_old"],
+)
+def test_why_triton_cannot_run(module, reason):
+    done = run_python(
+        f"import sys\n{module}\nfrom cosface_kernels.backends import triton\nprint(triton.unavailable())",
+        TRITON_INTERPRET="1",
+    )
+    assert re.search(reason, done.stdout), done.stdout + done.stderr
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A GPU of capability 7.5 as far as the backend can see; its tensors are on the CPU."""
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(launch, "triton", None)
+    monkeypatch.setattr(launch, "kernels", None)
+    backend_triton.unavailable.cache_clear()
+    yield monkeypatch
+    backend_triton.unavailable.cache_clear()
+
+
+def test_gpu_that_is_too_old(pretended_gpu):
+    assert "capability 8.0 or newer, found 7.5." in backend_triton.unavailable()
+
+
+def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended_gpu):
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    pretended_gpu.setattr(forward_pass, "forward", fail)
+    reason = backend_triton.unavailable()
+    assert reason == "a kernel cannot be compiled or launched (RuntimeError: Failed to find C compiler)."
+    x = torch.eye(2, 3)
+    assert cosface_loss(x, x, torch.tensor([0, 1])).isfinite()
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: a kernel cannot be compiled"):
+        cosface_loss(x, x, torch.tensor([0, 1]), backend="triton")
+
+
+PRECISIONS = """
+import torch
+from cosface_kernels.backends.triton.launch import precision
+matmul = torch.backends.cuda.matmul
+print(precision(torch.float32))
+torch.set_float32_matmul_precision("high")
+print(precision(torch.float32))
+matmul.allow_tf32 = False
+print(precision(torch.float32))
+matmul.fp32_precision = "tf32"  # from here on torch refuses to read allow_tf32
+print(precision(torch.float32))
+matmul.fp32_precision = "ieee"
+print(precision(torch.float32))
+"""
+
+
+def test_precision_of_float32_products_follows_each_of_torchs_settings():
+    done = run_python(PRECISIONS, TRITON_INTERPRET="0")
+    assert done.stdout.split() == ["tf32x3", "tf32", "tf32x3", "tf32", "tf32x3"], done.stdout + done.stderr
+
+
+def test_cpu_import_does_not_pay_for_triton():
+    done = run_python("import sys, cosface_kernels; print('triton' in sys.modules)", TRITON_INTERPRET="0")
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+# -- ahead of time -----------------------------------------------------------------------------------------------
+
+COMPILE = """
+import dataclasses, json, sys
+import torch
+from bench.kernels import Case, examine
+from cosface_kernels.backends.triton.tiles import Tile
+n, c, d, warps = map(int, sys.argv[2:])
+case = Case(sys.argv[1], "sm_90", Tile(n, c, d, warps, 3), torch.bfloat16, torch.bfloat16, False, 512)
+print(json.dumps(examine(case)))
+"""
+
+
+def _examine(kernel: str, tile: tuple[int, ...]):
+    done = run_python(COMPILE, kernel, *map(str, tile), TRITON_INTERPRET="0", PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_report_of_a_kernel_that_is_fit():
+    row, complaints = _examine("class_statistics", (128, 128, 64, 8))
+    assert complaints == []
+    assert {"kernel", "arch", "config", "dtype", "registers", "spill_bytes", "shared_bytes"} <= set(row)
+    assert row["tensor_core_ops"] > 0
+    assert "wgmma" in row["ptx_features"]
+
+
+def test_report_complains_of_spills_and_of_shared_memory():
+    assert any("spills" in text for text in _examine("logit_gradients", (128, 128, 64, 4))[1])
+    assert any("shared memory" in text for text in _examine("weight_gradients", (256, 256, 256, 8))[1])
+
+
+RACE = """
+import sys
+import torch, triton
+from bench import launches
+from bench.hazards import pipeline
+from bench.kernels import StandIn
+from support.racing_kernel import product_and_squares
+triton.runtime.driver.set_active(StandIn("sm_90"))
+b, f = torch.bfloat16, torch.float32
+blocks = {"D": 512, "BLOCK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+compiled = product_and_squares.warmup(b, b, f, f, grid=(1,), **blocks)
+print(*pipeline(compiled.asm["ttgir"]).hazards, sep="\\n")
+"""
+
+
+def test_a_load_into_what_a_pending_product_reads_is_found():
+    done = run_python(RACE, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join([".", "tests"]))
+    assert re.fullmatch(r"a load overwrites %w_tile\w* while a product still reads it\.\n", done.stdout), (
+        done.stdout + done.stderr
+    )
+
+
+RING = """
+tt.func public @kernel() {{
+  %c0_i32 = arith.constant 0 : i32
+  %c1_i32 = arith.constant 1 : i32
+  %c2_i32 = arith.constant 2 : i32
+  %c3_i32 = arith.constant 3 : i32
+  %slots = arith.constant {slots} : i32
+  %ring = ttg.local_alloc : () -> !ttg.memdesc<{slots}x64x64xbf16, #shared, #smem, mutable>
+  %end:2 = scf.for %i = %c0_i32 to %many step %c1_i32 iter_args(%r = %c0_i32, %w = %c{ahead}_i32) -> (i32) {{
+    %tile = ttg.memdesc_index %ring[%r] : !ttg.memdesc<64x64xbf16>
+    %dot = ttng.warp_group_dot %tile, %tile, %zero {{isAsync = true}} : !ttg.memdesc<64x64xbf16> -> tensor<64xf32>
+    %done = ttng.warp_group_dot_wait %dot {{pendings = {pending} : i32}} : tensor<64x64xf32>
+    %place = ttg.memdesc_index %ring[%w] : !ttg.memdesc<64x64xbf16>
+    %token = ttg.async_copy_global_to_local %pointers, %place : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+    %r1 = arith.addi %r, %c1_i32 : i32
+    %r2 = arith.remsi %r1, %slots : i32
+    %w1 = arith.addi %w, %c1_i32 : i32
+    %w2 = arith.remsi %w1, %slots : i32
+    scf.yield %r2, %w2 : i32, i32
+  }}
+  %next = ttg.memdesc_index %ring[%end#0] : !ttg.memdesc<64x64xbf16>
+  {after}
+}}
+"""
+COPY = "%t = ttg.async_copy_global_to_local %pointers, %next : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>"
+
+
+@pytest.mark.parametrize(
+    ("slots", "ahead", "pending", "racing"),
+    [
+        *[(1, 0, 0, False), (1, 0, 1, True), (2, 1, 0, False), (2, 1, 1, False), (2, 0, 1, True)],
+        *[(3, 1, 1, False), (3, 2, 1, False), (3, 2, 2, True), (4, 3, 1, False), (4, 3, 2, True)],
+    ],
+)
+def test_a_ring_has_a_slot_for_each_tile_on_its_way_and_each_pending_product(slots, ahead, pending, racing):
+    found = pipeline(RING.format(slots=slots, ahead=ahead, pending=pending, after=""))
+    assert bool(found.hazards) == racing, found
+    assert (found.slots, found.pending) == (slots, pending)
+
+
+def hazards_of(text):
+    return pipeline(text).hazards
+
+
+def test_the_first_loads_of_a_next_loop_wait_for_the_last_products():
+    assert hazards_of(RING.format(slots=3, ahead=2, pending=1, after="")) == []
+    last = RING.format(slots=1, ahead=0, pending=0, after=COPY)
+    assert hazards_of(last) == []
+    assert hazards_of(RING.format(slots=3, ahead=2, pending=1, after=COPY.replace("%next", "%tile"))) != []
+    waited = "%w = ttng.warp_group_dot_wait %done {pendings = 0 : i32} : tensor<64x64xf32>\n  "
+    assert (
+        hazards_of(RING.format(slots=3, ahead=2, pending=1, after=waited + COPY.replace("%next", "%tile"))) == []
+    )
+
+
+def test_a_product_that_cannot_be_followed_is_a_complaint():
+    text = RING.format(slots=3, ahead=2, pending=1, after="")
+    assert hazards_of(text.replace("dot %tile, %tile", "dot %tile, %lost")) == [
+        "an operand of a product cannot be followed to its slot."
+    ]
+    assert hazards_of(text.replace("to %many", "to %c0_i32")) == ["no product was reached."]
+
+
+# -- launches ----------------------------------------------------------------------------------------------------
+
+SPECIALISED = {"first_class", "chunk", "x_row_stride", "x_column_stride"}
+SIZES = """
+import torch, triton
+from bench.kernels import INTEGERS, StandIn
+from cosface_kernels.backends.triton import kernels
+from cosface_kernels.backends.triton.kernels import sparse as sparse_kernels
+triton.runtime.driver.set_active(StandIn("sm_80"))
+for kernel in (*vars(kernels).values(), *vars(sparse_kernels).values()):
+    for parameter in getattr(kernel, "params", ()):
+        if parameter.name in INTEGERS and not kernel.fn.__name__.startswith("_"):
+            assert parameter.do_not_specialize, (kernel.fn.__name__, parameter.name)
+def compiled(C):
+    bf16 = torch.bfloat16
+    return kernels.row_norms.warmup(
+        bf16, torch.int64, torch.float32, C, 64, 1, grid=(1,), D=64, BLOCK_C=32, BLOCK_D=64,
+        OPERAND=triton.language.bfloat16, CHOSEN=False,
+    )
+print(compiled(1000) is compiled(1024) is compiled(1))
+"""
+
+
+def test_other_numbers_of_samples_and_classes_need_no_other_code():
+    done = run_python(SIZES, TRITON_INTERPRET="0", PYTHONPATH=".")
+    assert done.stdout == "True\n", done.stdout + done.stderr
+
+
+@pytest.mark.triton_only
+def test_a_first_step_compiles_eight_kernels(backend):
+    names = set()
+
+    def record(name, launch, arguments):
+        names.add(name)
+        launch()
+
+    x, w = (torch.ones(rows, 3, device=backend.device, requires_grad=True) for rows in (2, 300))
+    with launches.through(record):
+        cosface_loss(x, w, torch.tensor([0, 1], device=backend.device), backend=backend.name).backward()
+    assert len(names) == 8, names
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize(
+    ("num_samples", "num_classes", "dim"),
+    [(1, 2**31 - 1, 1), (2**21, 100, 8), (3, 1000, 2**20), (2**14, 2**24, 1)],
+)
+def test_no_grid_passes_what_a_gpu_takes(backend, num_samples, num_classes, dim, monkeypatch):
+    """2^31 - 1 blocks along the first axis, 65,535 along the others.
+
+    The largest G here takes 1 TiB; one with more than 2^31 blocks would take at least 4 TiB.
+    """
+    grids = []
+
+    class Launches:
+        def __getattr__(self, name):
+            return self
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    assert backend_triton.unavailable() is None  # it imports triton
+    monkeypatch.setattr(launch, "kernels", Launches())
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(2**24))
+    x, w = torch.empty(num_samples, dim, device="meta"), torch.empty(num_classes, dim, device="meta")
+    rows = [torch.empty(num_samples, device="meta") for _ in range(6)]
+    tile = block_sizes.INTERPRETED_TILE
+    saved = Saved(w[:, 0], rows[0], x.new_empty(num_samples, 0, dtype=torch.int16))
+    forward_pass.forward(x, w, saved, rows[0], rows[1], 0.0, PLAIN, tile)
+    tiles = dict.fromkeys(GEMM_KERNELS[1:], tile)
+    backward_pass.backward(x, w, saved, rows, PLAIN, True, True, tiles)
+    assert len(grids) >= 7
+    for first, *others in grids:
+        assert first < 2**31
+        assert all(size <= 65_535 for size in others), grids

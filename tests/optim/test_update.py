@@ -1,0 +1,504 @@
+"""Rows that move inside backward, and a gradient applied: the rules of torch.optim, and what they leave alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import test_optim
+import torch
+from support import (
+    BF16,
+    DEFAULT_DEVICE,
+    F32,
+    Backend,
+    Problem,
+    evaluate,
+    evaluate_oracle,
+    make_problem,
+    plain_forward,
+    random_upstream,
+    relative_error,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cosface_kernels import ops, optim, reference
+from cosface_kernels.backends import BACKENDS
+from cosface_kernels.backends import triton as backend_triton
+from cosface_kernels.backends.triton import choice, launch
+from cosface_kernels.backends.triton.tiles import INTERPRETED_TILE
+from cosface_kernels.optim import FusedAdamW, FusedSGD
+from cosface_kernels.options import Options, Update
+
+C, D, N = 301, 20, 9  # a ragged tile, a width that fills no panel
+CLIPPED = {"gradient_factor": 0.7, "max_row_norm": 0.05}
+RULES = [
+    *test_optim.RULES,
+    pytest.param(FusedSGD, torch.optim.SGD, {"lr": 0.3, "weight_decay": 0.1}, id="sgd-decay"),
+    pytest.param(FusedSGD, torch.optim.SGD, {"lr": 0.3, "momentum": 0.9, **CLIPPED}, id="sgd-clipped"),
+    pytest.param(FusedAdamW, torch.optim.AdamW, {"lr": 0.01, **CLIPPED}, id="adamw-clipped"),
+]
+UPDATES = {
+    "sgd": Update("sgd", 7, 1, -0.5, 0.1, 0.1, 0.2, momentum=0.9, dampening=0.1),
+    "adamw": Update("adamw", 7, 1, -0.5, 0.1, 0.1, 0.2, beta1=0.9, beta2=0.99, eps=1e-3),
+}
+STATES = {"sgd": 1, "adamw": 3}
+
+updates = pytest.mark.option("updates")
+
+
+@pytest.mark.parametrize("name", ["classes", "updates", "cache_bytes", "gradient_tolerance"])
+def test_an_option_is_taken_or_refused_by_its_name(backend, name):
+    problem = backend.problem(2, 5, 3)
+    values = {
+        "classes": torch.tensor([0, 1], device=backend.device),
+        "updates": True,
+        "cache_bytes": 4096,
+        "gradient_tolerance": 1e-3,
+    }
+    reason = BACKENDS[backend.name].unsupported(problem.x, problem.w, Options(**{name: values[name]}))
+    assert reason == (f"option '{name}' is not on this backend yet." if name in backend.lacks else None)
+    if name in backend.lacks and name != "updates":
+        with pytest.raises(RuntimeError, match=f"'{backend.name}' cannot run: option '{name}' is not on this"):
+            backend.lmcl(
+                problem.x, problem.w, problem.targets, problem.scale, problem.margin, **{name: values[name]}
+            )
+
+
+def _batches(steps: int, w: Tensor) -> list[Problem]:
+    """With an ignored sample each, and half of the samples near their class."""
+    problems = []
+    for step in range(steps):
+        problem = make_problem(N, len(w), D, seed=step, scale=16.0, device=w.device)
+        problem.x[::2] += 3 * w[problem.targets[::2]]
+        problem.targets[3] = -1
+        problems.append(replace(problem, w=w))
+    return problems
+
+
+def _clip(gradient: Tensor, gradient_factor: float = 1.0, max_row_norm: float = math.inf, **_) -> Tensor:
+    gradient = gradient_factor * gradient
+    return gradient * (max_row_norm / gradient.norm(dim=1, keepdim=True)).clamp_max(1).nan_to_num(1)
+
+
+def _torchs(torchs, w: Tensor, options: dict) -> torch.optim.Optimizer:
+    return torchs([w], **{name: value for name, value in options.items() if name not in CLIPPED})
+
+
+def _train_torch(problems: list[Problem], torchs, options: dict, dtype: torch.dtype) -> Tensor:
+    """The weight after steps of torch.optim on gradients of the specification or, in float32, of plain PyTorch."""
+    w = problems[0].w.to(dtype, copy=True).requires_grad_()
+    optimizer = _torchs(torchs, w, options)
+    for problem in problems:
+        problem = replace(problem, x=problem.x.to(dtype), scale=problem.scale.to(dtype), w=w.detach())
+        upstream = random_upstream(problem, "loss")
+        exact = dtype == torch.float64
+        result = evaluate_oracle(problem, upstream) if exact else evaluate(plain_forward, problem, upstream)
+        w.grad = _clip(result.dw, **options)
+        with DEFAULT_DEVICE:  # where AdamW of torch 2.11 counts steps
+            optimizer.step()
+    return w.detach()
+
+
+@updates
+@pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
+def test_training_is_torchs_on_the_specifications_gradients(backend, fused, torchs, options):
+    """Two steps of several chunks, with ignored samples; at most twice as far off as PyTorch in float32 is."""
+    start = backend.problem(1, C, D).w
+    problems = _batches(2, start)
+    want, plain = (_train_torch(problems, torchs, options, dtype) for dtype in (torch.float64, torch.float32))
+    w = start.clone().requires_grad_()
+    optimizer = fused([w], **options)
+    for problem in problems:
+        upstream = random_upstream(problem, "loss")
+        loss = optim.lmcl(w, problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
+        loss.backward(upstream.loss)
+        optimizer.step()
+    errors = [(v.detach().double() - want).norm() for v in (w, plain)]
+    moved = (want - start.double()).norm()
+    assert errors[0] <= 2 * errors[1] + 2 * torch.finfo(torch.float32).eps * want.norm()
+    assert errors[0] <= 1e-3 * moved
+
+
+@updates
+@pytest.mark.parametrize(("fused", "torchs", "options"), RULES)
+def test_gradient_that_exists_is_applied_as_torch_does(backend, fused, torchs, options):
+    """Element by element, in ulps of the largest value that the element has had; the state as well."""
+    w = torch.randn(C, D, device=backend.device).requires_grad_()
+    other = w.detach().double().requires_grad_()
+    optimizer, theirs = fused([w], **options), _torchs(torchs, other, options)
+    largest = other.detach().abs()
+    for step in range(1, 6):
+        gradient = torch.randn(C, D, device=backend.device)
+        with optimizer._next_update(w, optimizer.param_groups[0]) as (update, state):
+            ops.apply_update_(w.detach(), gradient, state, *update.flat(), backend.name)
+        assert update.step == step
+        other.grad = _clip(gradient.double(), **options)
+        with DEFAULT_DEVICE:
+            theirs.step()
+        largest = largest.maximum(other.detach().abs())
+    ulps = (w - other).detach().abs() / largest / torch.finfo(torch.float32).eps
+    assert float(ulps.max()) < 16
+    for name in optimizer.state_names_of(optimizer.param_groups[0]):
+        values = theirs.state[other][name]
+        torch.testing.assert_close(optimizer.state[w][name].double(), values, rtol=1e-5, atol=1e-6)
+
+
+@updates
+def test_gradient_of_any_strides_is_applied(backend):
+    gradient = torch.randn(D, C, device=backend.device).T
+    moved = [torch.ones(C, D, device=backend.device) for _ in range(2)]
+    for w, dw in zip(moved, (gradient, gradient.contiguous()), strict=True):
+        ops.apply_update_(w, dw, [], *Update("sgd", 1, 0, 1.0, math.inf, 0.5, 0.0).flat(), backend.name)
+    assert torch.equal(moved[0], 1 - 0.5 * gradient)
+    assert torch.equal(*moved)
+
+
+def _draw(rule: str, dtype: torch.dtype, num_classes: int, device: str, seed: int = 3):
+    """A weight and its state in the middle of training."""
+    on_device = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    w = torch.randn(num_classes, D, **on_device, dtype=torch.float64).to(dtype)
+    return w, [torch.rand(num_classes, D, **on_device).to(dtype) for _ in range(STATES[rule])]
+
+
+def _upstream(w: Tensor, targets: int, samples: int = N):
+    """x, targets, scale, top, log_sum, g_lse and g_cos."""
+    on_device = {"generator": torch.Generator(w.device).manual_seed(4), "device": w.device}
+    compute = reference.compute_dtype(w, w)
+    x = torch.randn(samples, D, **on_device).to(compute)
+    y = torch.randint(-1, targets, (samples,), **on_device)
+    scale, top, *others = (torch.rand(samples, **on_device).to(compute) for _ in range(5))
+    return [x, y, scale, 1 + top, *others]  # no cosine is larger than top
+
+
+def _move(
+    name: str,
+    w: Tensor,
+    state: list[Tensor],
+    update: Update,
+    upstream: list[Tensor],
+    classes=None,
+    need_dx=True,
+    finite=None,
+):
+    """dx, dscale, and copies of the weight and its state that have moved."""
+    w, state = w.clone(), [values.clone() for values in state]
+    x, *rows = upstream
+    cache = ops.lmcl(x, w, *rows[:2], 0.0, name, classes)[5]
+    outputs = ops.lmcl_backward_update_(x, w, *rows, cache, state, finite, *update.flat(), need_dx, name, classes)
+    return *outputs, w, *state
+
+
+@pytest.mark.option("updates")
+@pytest.mark.parametrize("rule", UPDATES)
+def test_what_is_not_finite_moves_nothing(backend, rule):
+    w, state = _draw(rule, torch.float32, C, backend.device)
+    upstream = _upstream(w, 4)
+    flags = (torch.tensor(flag, device=backend.device) for flag in (True, False))
+    moved, stayed = (_move(backend.name, w, state, UPDATES[rule], upstream, finite=flag) for flag in flags)
+    for mine, want in zip(moved, _move(backend.name, w, state, UPDATES[rule], upstream), strict=True):
+        assert torch.equal(mine, want)
+    for mine, want in zip(stayed, (*moved[:2], w, *state), strict=True):
+        assert torch.equal(mine, want)
+
+
+SUBSETS = {"all": None, "some": torch.tensor([2, 3, 40, 299]), "many": torch.arange(300) + 1}
+
+
+@pytest.mark.option("updates", "classes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("rule", UPDATES)
+def test_op_is_the_reference_and_moves_nothing_else(backend, rule, subset, dtype):
+    """From one state, in the middle of training."""
+    w, state = _draw(rule, dtype, C, backend.device)
+    classes = None if subset == "all" else SUBSETS[subset].to(backend.device)
+    upstream = _upstream(w, 4)
+    moved, wanted = (
+        _move(name, w, state, UPDATES[rule], upstream, classes) for name in (backend.name, "reference")
+    )
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e3 * torch.finfo(dtype).eps
+    for mine, want in zip(moved, wanted, strict=True):
+        torch.testing.assert_close(mine, want, rtol=tolerance, atol=tolerance)
+    if classes is not None:
+        others = torch.ones(C, dtype=torch.bool, device=backend.device)
+        others[classes] = False
+        for mine, before in zip(moved[2:], (w, *state), strict=True):
+            assert torch.equal(mine[others], before[others])
+            assert not bool((mine[classes] == before[classes]).all(1).any())
+
+
+@updates
+@pytest.mark.parametrize("rule", UPDATES)
+def test_gradient_of_embeddings_sees_the_weight_before_the_step(backend, rule):
+    """A step so large that a row read after it would be seen, in more than one chunk."""
+    w, state = _draw(rule, torch.float32, 600, backend.device)
+    upstream = _upstream(w, 600, 12)
+    update = replace(UPDATES[rule], lr=1e4)
+    dx, dscale, moved, *_ = _move(backend.name, w, state, update, upstream)
+    x, *rows = upstream
+    cache = ops.lmcl(x, w, *rows[:2], 0.0, backend.name)[5]
+    want, _, want_dscale = torch.ops.cosface.lmcl_backward(x, w, *rows, cache, True, False, backend.name)
+    assert relative_error(dx, want) < 1e-5
+    assert relative_error(dscale, want_dscale) < 1e-5
+    assert float((moved - w).norm()) > 100 * float(w.norm())
+
+
+@updates
+def test_without_a_gradient_of_embeddings_rows_move_alike(backend):
+    w, state = _draw("sgd", torch.float32, C, backend.device)
+    upstream = _upstream(w, C)
+    with_dx = _move(backend.name, w, state, UPDATES["sgd"], upstream)
+    without = _move(backend.name, w, state, UPDATES["sgd"], upstream, need_dx=False)
+    assert without[0].numel() == 0
+    for one, other in zip(with_dx[1:], without[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@updates
+@pytest.mark.parametrize("samples", [0, 3], ids=["no_samples", "ignored"])
+def test_without_a_gradient_momentum_and_decay_move_the_rows(backend, samples):
+    w, (momentum,) = _draw("sgd", torch.float32, C, backend.device)
+    x, y, scale, top, log_sum, g_lse, g_cos = _upstream(w, 4, samples)
+    upstream = [x * torch.nan, torch.full_like(y, -1), scale, top, log_sum, g_lse * 0, g_cos * 0]
+    dx, _, moved, new_momentum = _move(backend.name, w, [momentum], UPDATES["sgd"], upstream)
+    want = 0.9 * momentum + 0.9 * 0.2 * w
+    torch.testing.assert_close(new_momentum, want)
+    torch.testing.assert_close(moved, w - 0.1 * want)
+    assert not bool(dx.any())
+
+
+@updates
+def test_row_that_is_too_long_by_far_and_a_row_without_gradient(backend):
+    w = torch.ones(40, D, device=backend.device)
+    gradient = torch.randn(40, D, device=backend.device)
+    gradient[3], gradient[5], gradient[7, 2] = 0, 1e18, torch.nan
+    ops.apply_update_(w, gradient, [], *Update("sgd", 1, 0, -2.0, 0.25, 1.0, 0.0).flat(), backend.name)
+    lengths = (w - 1).norm(dim=1)
+    assert float(lengths[3]) == 0
+    assert bool(w[7].isnan().any())
+    lengths[[3, 7]] = 0.25
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.25))
+    assert bool(((w - 1).sign() == gradient.sign())[[0, 1, 2, 4, 5]].all()), "the factor is negative"
+
+
+# -- stochastic rounding -----------------------------------------------------------------------------------------
+
+
+@updates
+def test_rounding_to_bfloat16_keeps_the_expected_value(backend):
+    """A step far below an ulp moves the mean of many rows by as much; rounding to nearest would move none."""
+    rows, lr = 250, 2.0**-13
+    w = torch.ones(rows, 64, dtype=torch.bfloat16, device=backend.device)
+    g = torch.ones_like(w)
+    for step in range(1, 17):
+        ops.apply_update_(w, g, [], *Update("sgd", step, 9, 1.0, math.inf, lr, 0.0).flat(), backend.name)
+    moved = 1 - w.double()
+    standard_error = float(moved.std()) / math.sqrt(moved.numel())
+    assert abs(float(moved.mean()) - 16 * lr) < 4 * standard_error
+    assert set(w.unique().tolist()) <= {1 - k * 2.0**-8 for k in range(17)}
+
+
+def _rounded_up(backend: Backend, step: int = 1, seed: int = 5) -> Tensor:
+    """(4, 400, 62) of the weight and AdamW's means, where all of the exact values lie half-way: which went up."""
+    half = 1 + 2.0**-8  # between 1 and 1 + 2^-7
+    w = torch.ones(400, 62, dtype=torch.bfloat16, device=backend.device)
+    state = [torch.zeros_like(w) for _ in range(3)]
+    root = 1 - 1 / half
+    update = Update("adamw", step, seed, -half, math.inf, 2.0**-8, 0.0, beta1=0.0, beta2=root**step, eps=0.0)
+    if step > 1:
+        update = replace(update, beta2=root)
+    ops.apply_update_(w, torch.ones_like(w), state, *update.flat(), backend.name)
+    return torch.stack([values.abs() > 1 for values in (w, *state)]).double()
+
+
+@updates
+def test_rounding_of_tensors_elements_steps_and_seeds_is_independent(backend):
+    up = [_rounded_up(backend), _rounded_up(backend, seed=6)]
+    signs = [2 * values - 1 for values in up]
+    count = signs[0][0].numel()
+    deviation = 5 / math.sqrt(count)
+    assert float(signs[0].mean(dim=(1, 2)).abs().max()) < deviation, "half of them go up"
+    for i in range(4):
+        for j in range(i):
+            assert abs(float((signs[0][i] * signs[0][j]).mean())) < deviation, f"tensors {i} and {j}"
+        assert abs(float((signs[0][i] * signs[1][i]).mean())) < deviation, "seeds"
+        for shift in (1, 2, 3, 4, 31, 32):
+            assert abs(float((signs[0][i] * signs[0][i].roll(shift, 1)).mean())) < deviation, f"columns {shift}"
+        assert abs(float((signs[0][i] * signs[0][i].roll(1, 0)).mean())) < deviation, "rows"
+    assert torch.equal(up[0], _rounded_up(backend)), "the same seed and step, the same bits"
+
+
+@updates
+@pytest.mark.parametrize("seed", [0, 2**31 + 5, 2**62 + 1])
+def test_rounding_differs_between_steps_with_any_seed(backend, seed):
+    w = torch.ones(60, 40, dtype=torch.bfloat16, device=backend.device)
+    moved = []
+    for step in (1, 2, 16, 17, 2):
+        v = w.clone()
+        update = Update("sgd", step, seed, 1.0, math.inf, 2.0**-9, 0.0)
+        ops.apply_update_(v, torch.ones_like(w), [], *update.flat(), backend.name)
+        moved.append(v)
+    assert torch.equal(moved[1], moved[4])
+    for i in range(4):
+        for j in range(i):
+            assert 0.3 < float((moved[i] != moved[j]).double().mean()) < 0.7
+
+
+@pytest.mark.option("updates", "classes")
+def test_rounding_depends_on_the_place_in_the_weight(backend):
+    """Rows that are chosen are rounded as they are among all; the reference draws for those that it moves."""
+    tolerance = 2**-7 if backend.name == "reference" else 0
+    w, state = _draw("adamw", torch.bfloat16, 700, backend.device)
+    x, y, scale, top, log_sum, g_lse, g_cos = _upstream(w, 4)
+    upstream = [x, y, scale, top, log_sum, g_lse * 0, g_cos * 0]  # only decay, of which every row has its own
+    classes = torch.arange(0, 700, 2, device=backend.device)
+    everywhere = _move(backend.name, w, state, UPDATES["adamw"], upstream)[2:]
+    chosen = _move(backend.name, w, state, UPDATES["adamw"], upstream, classes)[2:]
+    for all_rows, some in zip(everywhere, chosen, strict=True):
+        torch.testing.assert_close(all_rows[classes], some[classes], rtol=tolerance, atol=tolerance)
+
+
+@updates
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.3895e38], ids=str)
+def test_rounding_keeps_what_is_not_finite(backend, value):
+    w = torch.full((50, 33), 1.0, dtype=torch.bfloat16, device=backend.device)
+    g = torch.full_like(w, -value)
+    ops.apply_update_(w, g, [], *Update("sgd", 1, 0, 1.0, math.inf, 1.0, 0.0).flat(), backend.name)
+    assert torch.equal(w.isnan(), g.isnan())
+    assert g.isnan().all() or torch.equal(w, -g)
+
+
+@updates
+def test_rounding_keeps_a_nan_of_any_bits(backend):
+    """Also of those that a GPU makes, all ones, to which nothing can be added."""
+    w = torch.ones(50, 33, dtype=torch.bfloat16, device=backend.device)
+    momentum = torch.full(w.shape, 0x7FFFFFFF, dtype=torch.int32, device=backend.device).view(torch.float32)
+    update = Update("sgd", 2, 0, 1.0, math.inf, 0.1, 0.0, momentum=0.9)
+    ops.apply_update_(w, torch.ones_like(w), [momentum], *update.flat(), backend.name)
+    assert w.isnan().all()
+
+
+@updates
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtypes", [F32, BF16], ids=str)
+def test_dtypes_of_weight_and_state_may_differ(backend, dtypes, state_dtype):
+    problem = backend.problem(6, 90, 16, dtypes, scale=8.0)
+    w = problem.w.clone().requires_grad_()
+    exact = problem.w.double().requires_grad_()
+    optimizer = FusedAdamW([w], lr=0.05, eps=0.1, state_dtype=state_dtype)
+    theirs = torch.optim.AdamW([exact], lr=0.05, eps=0.1)
+    for _ in range(2):
+        upstream = random_upstream(problem, "loss")
+        loss = optim.lmcl(w, problem.x, w, problem.targets, problem.scale, problem.margin, backend.name)[0]
+        loss.backward(upstream.loss)
+        exact.grad = evaluate_oracle(replace(problem, w=exact.detach()), upstream).dw
+        optimizer.step()
+        with DEFAULT_DEVICE:
+            theirs.step()
+    state = optimizer.state[w]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == state_dtype
+    tolerance = 2**-6 if torch.bfloat16 in (dtypes.w, state_dtype) else 1e-4
+    assert relative_error(w, exact) < tolerance
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert relative_error(state[name], theirs.state[exact][name]) < 4 * tolerance, name
+
+
+# -- backend triton ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize(
+    ("rule", "classes"), [("sgd", None), ("adamw", torch.arange(1, 530))], ids=["sgd-all", "adamw-chosen"]
+)
+def test_chunk_of_classes_changes_no_bit_of_a_step(backend, rule, classes, monkeypatch):
+    w, state = _draw(rule, torch.bfloat16, 530, backend.device)
+    classes = None if classes is None else classes.to(backend.device)
+    upstream = _upstream(w, 500)
+    moved = []
+    for chunk in ("256", "1000000"):
+        monkeypatch.setenv("COSFACE_TRITON_CHUNK", chunk)
+        moved.append(_move(backend.name, w, state, UPDATES[rule], upstream, classes))
+    assert relative_error(moved[0][0], moved[1][0]) < 1e-5
+    for one, other in zip(moved[0][2:], moved[1][2:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("dim", [1, 2, 17, 1024, 1500])
+def test_rows_of_any_length(backend, dim):
+    """Rows in one block of columns and in two, of more than one row and of one."""
+    torch.manual_seed(1)
+    w, dw, momentum = torch.randn(3, 5, dim, device=backend.device)
+    moved = []
+    for name in (backend.name, "reference"):
+        v, m = w.clone(), momentum.clone()
+        ops.apply_update_(v, dw, [m], *replace(UPDATES["sgd"], max_row_norm=0.5).flat(), name)
+        moved.append((v, m))
+    for mine, want in zip(*moved, strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("num_classes", [200, 430])
+@pytest.mark.parametrize("chosen", [False, True], ids=["all", "chosen"])
+def test_choosing_tiles_moves_nothing(backend, num_classes, chosen, monkeypatch):
+    """Kernels are timed on a sample of the classes, which may leave targets outside, or end within a chunk."""
+    w, state = _draw("sgd", torch.float32, num_classes, backend.device)
+    upstream = _upstream(w, num_classes - 1)
+    classes = torch.arange(1, num_classes, device=backend.device) if chosen else None
+    want = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
+    tile, timed = INTERPRETED_TILE, []
+    tiles = (tile, replace(tile, n=16))
+    for module in (backend_triton, choice):
+        monkeypatch.setattr(module, "candidates", lambda *_: tiles)
+    for known in ("_chosen", "_latest", "_complaints", "_milliseconds"):
+        monkeypatch.setattr(choice, known, {})
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: timed.append(launch()) or len(timed))
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * upstream[0].numel())
+    monkeypatch.delenv("COSFACE_TRITON_TUNE", raising=False)
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
+    new_empty = torch.Tensor.new_empty
+
+    def noisy(self, *size, **options):
+        tensor = new_empty(self, *size, **options)
+        return tensor.uniform_(-1, 1) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noisy)  # nothing that no kernel wrote may count
+    got = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
+    assert len(timed) == 8  # two tiles of each kernel with a matrix product
+    assert list(choice._complaints.values()) == [None] * 4
+    for mine, other in zip(got[2:], want[2:], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+class _Allocations(TorchDispatchMode):
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "empty" in str(func) or "zeros" in str(func):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.triton_only
+def test_no_gradient_of_the_weight_is_allocated(backend, monkeypatch):
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
+    monkeypatch.setenv("COSFACE_TRITON_TUNE", "0")  # which would allocate as well
+    w, state = _draw("sgd", torch.float32, 1500, backend.device)
+    x, *rows = _upstream(w, 1500, 3)
+    cache = ops.lmcl(x, w, *rows[:2], 0.0, backend.name)[5]
+    with _Allocations() as allocations:
+        backend_triton.backward_update_(
+            x,
+            w,
+            *rows,
+            cache,
+            state=state,
+            finite=None,
+            update=UPDATES["sgd"],
+            options=Options(),
+            need_dx=True,
+        )
+    assert 256 * D <= allocations.largest < 1500 * D / 2

@@ -1,0 +1,118 @@
+"""The build: what it says when a tool is missing, and what the installed package carries."""
+
+import importlib.metadata
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import cosface_kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_missing_compiler_is_named_in_a_sentence(tmp_path: Path) -> None:
+    result = build(tmp_path, CXX="no-such-compiler -O2")
+    assert result.returncode != 0
+    assert "needs a C++20 compiler to build, and found none of: no-such-compiler." in result.stderr
+
+
+def test_missing_build_tool_is_named_in_a_sentence(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.touch(mode=0o755)
+    result = build(tmp_path, CXX=str(compiler), PATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "needs ninja to build: `pip install ninja`." in result.stderr
+
+
+def test_cmake_of_this_python_precedes_the_one_on_path(setup_script, monkeypatch, tmp_path) -> None:
+    on_path = tmp_path / "cmake"
+    on_path.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "cmake", SimpleNamespace(CMAKE_BIN_DIR="/of/this/python"))
+    assert setup_script["cmake"]() == "/of/this/python/cmake"
+    monkeypatch.setitem(sys.modules, "cmake", None)
+    assert setup_script["cmake"]() == str(on_path)
+    on_path.unlink()
+    assert not setup_script["cmake"]()
+
+
+def test_version_is_the_installed_one() -> None:
+    try:
+        installed = importlib.metadata.version("cosface_kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is built in place, not installed")
+    assert installed == cosface_kernels.__version__
+
+
+def test_package_is_typed() -> None:
+    assert (Path(cosface_kernels.__file__).parent / "py.typed").exists()
+
+
+def test_kernels_do_not_include_torch() -> None:
+    with_torch = {
+        "bindings.cpp",
+        "bindings.h",
+        "cuda_host.cpp",
+        "driver.cpp",
+        "driver.h",
+        "environment.h",
+        "tensor.h",
+    }
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.name not in with_torch]
+    assert {"kernels.cpp", "forward.cu"} <= {path.name for path in sources}
+    assert not [path for path in sources for word in ("<torch", "<ATen", "<c10") if word in path.read_text()]
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The names that setup.py defines."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "architectures"),
+    [
+        (None, "80-real;90-real;100"),
+        ("8.6", "86-real"),
+        ("9.0a 12.0+PTX", "90a-real;120"),
+        ("7.5,8.0", "75-real;80-real"),
+    ],
+)
+def test_cuda_architectures(setup_script, monkeypatch, wanted, architectures) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted or "")
+    assert setup_script["architectures"]() == architectures
+
+
+def test_unknown_cuda_architecture_is_refused(setup_script, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    with pytest.raises(SystemExit, match=r"got 'Hopper' in '8\.0;Hopper'"):
+        setup_script["architectures"]()
+
+
+def test_cuda_is_built_if_torch_and_nvcc_are_there(setup_script, monkeypatch, tmp_path, capsys) -> None:
+    options = setup_script["cuda_options"]
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("COSFACE_CUDA", raising=False)
+    assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in options("13.0")
+    assert options(None) == ["-DCOSFACE_CUDA=OFF"]
+    monkeypatch.setenv("COSFACE_CUDA", "0")
+    assert options("13.0") == ["-DCOSFACE_CUDA=OFF"]
+    assert not capsys.readouterr().out
+    monkeypatch.delenv("COSFACE_CUDA")
+    nvcc.unlink()
+    assert options("13.0") == ["-DCOSFACE_CUDA=OFF"]
+    assert "nvcc is neither on PATH nor in CUDA_HOME: CPU only." in capsys.readouterr().out

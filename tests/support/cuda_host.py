@@ -1,0 +1,50 @@
+"""Backend `cuda_host`, for tests alone: backend `cuda` whose driver and kernels run on the host's SIMT shim."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from cosface_kernels.options import Options
+
+FOLDER = Path(__file__).parents[2] / "build" / ("asan/tests" if os.environ.get("COSFACE_SANITIZE") else "tests")
+
+
+def _load(name: str, path: str | Path | None = None):
+    """A module of its own, though another may have that name."""
+    spec = importlib.util.spec_from_file_location(name, path) if path else importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _backend():
+    path = next(FOLDER.glob(f"cosface_cuda_host.{sys.implementation.cache_tag}*"), None)
+    if path is None:
+        raise ImportError(f"There is no cosface_cuda_host in {FOLDER}: `make build` makes it.")
+    backend = _load("cosface_kernels.backends.cuda")
+    backend._C = _load("cosface_cuda_host", path)
+    return backend
+
+
+_cuda = _backend()
+cache_size, forward, backward = _cuda.cache_size, _cuda.forward, _cuda.backward
+backward_update_, apply_update_ = _cuda.backward_update_, _cuda.apply_update_
+module, kernel_options = _cuda._C, _cuda._kernel_options
+take_launches = module.take_launches  # how often each kernel was launched since the last call
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
+    if x.device.type != "cpu":
+        return f"it takes tensors on the CPU, got them on {x.device}."
+    return options.refusal(_cuda.OPTIONS)
+
+
+def describe() -> str:
+    return "the CUDA kernels, one thread after the other"
