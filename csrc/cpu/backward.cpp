@@ -213,7 +213,7 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
     sparse_sums.emplace(batch.n, sparse_x->width, partition.parts, gradients.dx != nullptr);
   }
 
-  if (members > 1) {
+  if (members > 1 && classes > 0) {
     by_teams(dense, partition, x, members, runtime);
   } else {
     runtime.parallel(partition.parts, [&](int64_t part) {

@@ -303,7 +303,7 @@ void shapes() {
 // With so many threads that they share tiles, of fewer blocks of samples than of threads in a team, and of more.
 template <typename T>
 void teams() {
-  for (const Shape shape : {Shape{1100, 60, 512}, Shape{600, 100, 300}}) {
+  for (const Shape shape : {Shape{1100, 60, 512}, Shape{600, 100, 300}, Shape{600, 0, 300}}) {
     for (DType dtype : dtypes<T>()) {
       Problem<T> p(shape, dtype, shape.d, 64);
       const Definition want = define(p);
