@@ -161,6 +161,33 @@ def test_landmarks_arrive_where_they_belong():
     assert np.asarray(outside).max() == 0
 
 
+POSES = {  # landmarks of a photograph, and the crop's width of insightface's estimate over that of the reverse one
+    "near-frontal": ([[110, 140], [182, 138], [147, 180], [117, 222], [176, 221]], 0.9999),
+    "three-quarter": ([[120, 140], [165, 142], [170, 180], [122, 222], [160, 224]], 0.8923),
+    "profile": ([[150, 140], [162, 141], [196, 178], [152, 222], [164, 222]], 0.6332),
+}
+
+
+@pytest.mark.parametrize("size", [112, 96])
+@pytest.mark.parametrize("pose", POSES)
+def test_a_crop_is_the_inverse_of_the_estimate_from_photograph_to_template(pose, size):
+    """Photographs whose grey values are their coordinates; the estimate by the normal equations."""
+    landmarks, narrower = np.array(POSES[pose][0], float), POSES[pose][1]
+    x, y = landmarks.T
+    one, zero = np.ones(5), np.zeros(5)
+    rows = np.concatenate([np.stack([x, -y, one, zero], 1), np.stack([y, x, zero, one], 1)])
+    a, b, *shift = np.linalg.lstsq(rows, (LANDMARKS * size / 112).T.ravel(), rcond=None)[0]
+    result = np.mgrid[:size, :size][::-1].reshape(2, -1)  # x, y
+    expected = np.linalg.solve([[a, -b], [b, a]], result - np.array(shift)[:, None])  # in the photograph
+    photograph = np.mgrid[:400, :400][::-1].astype(np.float32)
+    found = [np.asarray(align(Image.fromarray(axis), landmarks, size)).ravel() for axis in photograph]
+    inside = ((expected >= 1) & (expected <= 398)).all(0)
+    assert inside.mean() > 0.7
+    np.testing.assert_allclose(np.array(found)[:, inside], expected[:, inside], atol=1e-2)
+    reverse = similarity_transform(LANDMARKS * size / 112, landmarks)
+    assert np.linalg.norm(reverse[:, 0]) * np.hypot(a, b) == pytest.approx(narrower, abs=1e-4)
+
+
 # From images
 
 
