@@ -47,6 +47,7 @@ from cosface_recipes.evaluation.collect import (
     read_ijb,
 )
 from cosface_recipes.evaluation.features import load_features, save_features
+from cosface_recipes.evaluation.megaface import clean, is_noise, read_noise
 from cosface_recipes.evaluation.plots import plot_cmc, plot_roc
 from cosface_recipes.evaluation.protocols import (
     cross_validate,
@@ -127,13 +128,13 @@ def evaluate_ijb(arrays: Arrays) -> Report:
 
 
 def evaluate_megaface(
-    arrays: Arrays, distractors: np.ndarray, sizes: Sequence[int] | None, cleaned: bool
+    arrays: Arrays, distractors: np.ndarray, sizes: Sequence[int] | None, noise: dict[str, int] | None
 ) -> Report:
     sizes = sizes or [n for n in (10**k for k in range(1, 7)) if n <= len(distractors)] or [len(distractors)]
     probes, labels, others = map(torch.from_numpy, (arrays["features"], arrays["labels"], distractors))
     result = identify(probes, labels, others, sizes, RANKS)
     rows: dict[str, float | int | str] = {"probes": len(labels), "distractors": max(sizes)}
-    rows["cleaned lists"] = "yes" if cleaned else "no"
+    rows |= {"cleaned lists": "no"} if noise is None else {"cleaned lists": "yes", **noise}
     rows |= {f"rank-1 of {n:,}": float(rates[0]) for n, rates in result.rates.items()}
     rows |= {f"TAR@FAR={far:g}": result.curve.tar_at_far(far) for far in FARS}
     return Report(rows, result.curve, {f"{n:,} distractors": rates for n, rates in result.rates.items()})
@@ -153,15 +154,25 @@ def positions(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
     return found
 
 
-def without(arrays: Arrays, noise: set[str]) -> Arrays:
-    """Leave out the samples whose names are, or end in, one of a list; arrays have a row per sample."""
-    if "names" not in arrays:
-        raise ValueError("The features have no names, so that none can be left out.")
-    tails = [
-        {name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == "/")} for name in arrays["names"]
-    ]
-    kept = np.array([not tail & noise for tail in tails])
-    return {name: array[kept] for name, array in arrays.items()}
+def cleaned(arrays: Arrays, others: Arrays, lists: Sequence[Path]) -> tuple[Arrays, Arrays, dict[str, int]]:
+    """The probes and distractors of MegaFace without the noise of some lists, and how much there was of it."""
+    for what, part in (("probes", arrays), ("distractors", others)):
+        if "names" not in part:
+            raise ValueError(f"The features of the {what} have no names, so that noise cannot be told among them.")
+    names = [arrays["names"].tolist(), others["names"].tolist()]
+    noisy = [np.zeros(len(part), bool) for part in names]
+    for path in lists:
+        noise = read_noise(path)
+        found = [is_noise(part, noise) for part in names]
+        if not any(part.any() for part in found):
+            raise ValueError(
+                f"None of the {len(noise)} names of {path} is that of a probe or of a distractor. It begins with "
+                f"{(noise or [''])[0]!r}; probes are named like {names[0][0]!r}, distractors like {names[1][0]!r}."
+            )
+        noisy = [before | now for before, now in zip(noisy, found, strict=True)]
+    features = clean(arrays["features"], arrays["labels"], noisy[0], others["features"], noisy[1])
+    counts = {"noisy probes": int(noisy[0].sum()), "noisy distractors": int(noisy[1].sum())}
+    return arrays | {"features": features[0]}, others | {"features": features[1]}, counts
 
 
 def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
@@ -218,10 +229,10 @@ def run(args: argparse.Namespace) -> Report:
         return evaluate[args.protocol](arrays)
     path = required(args, "distractors")
     others = collect_images(embedder, path) if embedder and path.is_dir() else load_features(path)
+    noise: dict[str, int] | None = None
     if args.noise:
-        noise = {line.strip() for line in args.noise.read_text(encoding="utf-8").splitlines()}
-        arrays, others = without(arrays, noise), without(others, noise)
-    return evaluate_megaface(arrays, others["features"], args.sizes, cleaned=args.noise is not None)
+        arrays, others, noise = cleaned(arrays, others, args.noise)
+    return evaluate_megaface(arrays, others["features"], args.sizes, noise)
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
@@ -257,7 +268,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=lambda text: [int(n) for n in text.split(",")],
         help="megaface: numbers of distractors, by comma",
     )
-    parser.add_argument("--noise", type=Path, metavar="TXT", help="megaface: names to leave out, one a line")
+    parser.add_argument(
+        "--noise",
+        type=Path,
+        nargs="+",
+        metavar="TXT",
+        help="megaface: lists of noisy photos: a probe is put at its identity's centre, a distractor moved away",
+    )
     parser.add_argument(
         "--flip",
         choices=("sum", "concatenate", "none"),

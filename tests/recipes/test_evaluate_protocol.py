@@ -27,6 +27,7 @@ from cosface_recipes.evaluation.collect import (
     collect_ytf,
 )
 from cosface_recipes.evaluation.features import load_features, read_matrix, save_features, write_matrix
+from cosface_recipes.evaluation.megaface import clean
 from cosface_recipes.evaluation.protocols import cross_validate, pair_distances
 from cosface_recipes.models import make_model
 
@@ -412,12 +413,9 @@ def test_megaface_of_features(megaface, tmp_path, capsys):
     assert rows["rank-1 of 27"] == 0.0  # each probe is among its distractors
     assert rows["cleaned lists"] == "no"
     assert (tmp_path / "cmc.png").stat().st_size > 1000
-    (tmp_path / "noise.txt").write_text("".join(f"{i}.png\n" for i in range(3)))
     capsys.readouterr()
-    command(*arguments, "--noise", tmp_path / "noise.txt")
+    command(*arguments)
     rows = json.loads((tmp_path / "x.json").read_text())
-    assert rows["cleaned lists"] == "yes"
-    assert rows["probes"] == 12
     assert rows["distractors"] == 10  # the default: the powers of ten
     assert rows["rank-1 of 10"] == 1.0
     output = printed(capsys)
@@ -462,6 +460,57 @@ def test_a_bin_file_with_an_exported_model(tmp_path, exported, capsys, file, fli
     torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-4, atol=1e-5)
     accuracy = cross_validate(pair_distances(features), [True, False] * 10).accuracy
     assert printed(capsys)["accuracy"] == f"{accuracy:.5f}"
+
+
+def directions(*degrees: float, length: float = 1.0) -> np.ndarray:
+    angles = np.deg2rad(degrees)
+    return (length * np.stack([np.cos(angles), np.sin(angles)], 1)).astype(np.float32)
+
+
+def test_noise_is_moved_and_not_deleted(tmp_path, capsys):
+    """Ann is at 0, 20 and, by mistake, 180 degrees, and so is a distractor, at 9."""
+    probes = {"features": directions(0, 20, 180), "labels": np.zeros(3, int)}
+    save_features(
+        tmp_path / "probes.npz", probes | {"names": np.array(["Ann/Ann_1.png", "Ann/Ann_2.png", "Ann/Ann_3.png"])}
+    )
+    others = {"features": directions(9, 50, length=3), "names": np.array(["7/x/1.png", "7/x/2.png"])}
+    save_features(tmp_path / "others.npz", others)
+    (tmp_path / "probes.txt").write_text("# by hand\nAnn_3.png\n", encoding="utf-8-sig")
+    (tmp_path / "others.txt").write_bytes(b"1\t7/x/1.png\r\n")
+    options = ["--features", tmp_path / "probes.npz", "--distractors", tmp_path / "others.npz", "--sizes", "2"]
+    command("--protocol", "megaface", *options)
+    assert printed(capsys)["rank-1 of 2"] == "0.00000"
+    command("--protocol", "megaface", *options, "--noise", tmp_path / "probes.txt")
+    # The third is now at 10 degrees; only in the gallery of 10, for the probe of 20, is no distractor nearer (11).
+    assert printed(capsys)["rank-1 of 2"] == f"{1 / 6:.5f}"
+    command("--protocol", "megaface", *options, "--noise", tmp_path / "probes.txt", tmp_path / "others.txt")
+    output = printed(capsys)
+    assert (output["probes"], output["distractors"], output["rank-1 of 2"]) == ("3", "2", "1.00000")
+    assert (output["cleaned lists"], output["noisy probes"], output["noisy distractors"]) == ("yes", "1", "1")
+
+
+def test_cleaned_features_by_hand():
+    """The centre is that of directions; a noisy distractor's cosines are divided by |(1, 100)|."""
+    probes, distractors = directions(0, 20, 180) * [[5], [1], [1]], directions(9, 50, length=3)
+    a, b = clean(probes, np.zeros(3, int), np.array([0, 0, 1], bool), distractors, np.array([1, 0], bool))
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    np.testing.assert_allclose(a, np.column_stack([directions(0, 20, 10), [0, 0, 0]]), atol=1e-6)
+    expected = np.cos(np.deg2rad([[9, 50], [11, 30], [1, 40]])) / [np.sqrt(1 + 100**2), 1]
+    np.testing.assert_allclose(a @ b.T, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"All 3 photos of identity 0 are noise, so that it has no centre"):
+        clean(probes, np.zeros(3, int), np.ones(3, bool), distractors, np.zeros(2, bool))
+
+
+@pytest.mark.parametrize(("content", "names"), [("Bob_1.png\n", 1), ("5\t.png\n\n6\t0/0.png", 2), ("# none", 0)])
+def test_a_list_of_noise_that_matches_nothing_is_refused(megaface, tmp_path, content, names):
+    probes, others = megaface
+    (tmp_path / "noise.txt").write_text(content)
+    message = rf"None of the {names} names of .*noise\.txt is .* probes are .* 'id0/0\.png', distractors .* '0'"
+    with pytest.raises(SystemExit, match=message):
+        command(
+            *("--protocol", "megaface", "--features", probes, "--distractors", others),
+            *("--noise", tmp_path / "noise.txt"),
+        )
 
 
 def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys):
