@@ -95,10 +95,11 @@ def evaluate_lfw(arrays: Arrays) -> Report:
     rows = {
         "pairs": len(same),
         "accuracy": result.accuracy,
-        "standard deviation": result.std,
+        "population standard deviation": result.population_std,
+        "sample standard deviation": result.sample_std,
         "standard error": result.standard_error,
         "VAL": float(result.vals.mean()),
-        "VAL's standard deviation": float(result.vals.std()),
+        "VAL's population standard deviation": float(result.vals.std()),
         "FAR of VAL": float(result.fars.mean()),
         "cosine threshold": result.cosine_threshold,
     }

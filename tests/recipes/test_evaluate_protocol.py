@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -350,6 +351,9 @@ def test_verification_of_features(lfw, tmp_path, capsys, protocol):
     assert rows["accuracy"] == result.accuracy > 0.9
     assert rows["cosine threshold"] == result.cosine_threshold
     assert rows["protocol"] == protocol
+    assert rows["population standard deviation"] == result.accuracies.std()
+    assert rows["sample standard deviation"] == result.accuracies.std(ddof=1)
+    assert rows["standard error"] == result.accuracies.std(ddof=1) / math.sqrt(10)
     assert printed(capsys)["accuracy"] == f"{result.accuracy:.5f}"
     with Image.open(tmp_path / "roc.png") as image:
         assert image.format == "PNG"
