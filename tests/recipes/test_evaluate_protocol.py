@@ -115,6 +115,8 @@ def test_unreadable_features_are_named(tmp_path, name, write, message):
 def test_an_unknown_kind_of_file_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"Features are saved as \.npz or \.safetensors, got .*x\.pkl"):
         save_features(tmp_path / "x.pkl", {})
+    with pytest.raises(ValueError, match=r"x\.safetensors cannot hold text, of which labels are; \.npz can"):
+        save_features(tmp_path / "x.safetensors", {"labels": np.array(["Ann"])})
 
 
 # Alignment
@@ -517,6 +519,86 @@ def test_a_list_of_noise_that_matches_nothing_is_refused(megaface, tmp_path, con
         )
 
 
+def test_identification_of_features(tmp_path, capsys):
+    """Ann's and Bob's probes are 5 and 40 degrees from theirs; a stranger's is 10 from Ann's."""
+    gallery = {"features": directions(0, 90), "labels": np.array(["Ann", "Bob"])}
+    probes = {"features": directions(5, 50, -10), "labels": np.array(["Ann", "Bob", "Cem"])}
+    save_features(tmp_path / "gallery.npz", gallery)
+    save_features(tmp_path / "probes.npz", probes)
+    options = ["--features", tmp_path / "probes.npz", "--gallery", tmp_path / "gallery.npz"]
+    figures = ["--json", tmp_path / "x.json", "--cmc", tmp_path / "cmc.png", "--roc", tmp_path / "roc.png"]
+    command("--protocol", "identification", *options, *figures)
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert (rows["mated probes"], rows["non-mated probes"], rows["identities in the gallery"]) == (2, 1, 2)
+    assert (rows["rank-1"], rows["rank-20"]) == (1.0, 1.0)
+    assert printed(capsys)["TPIR@FPIR=0.1"] == "n/a"  # of one non-mated probe there is no tenth
+    assert min((tmp_path / name).stat().st_size for name in ("cmc.png", "roc.png")) > 1000
+    strangers = {"features": directions(*[-10] * 9, -1), "labels": np.array(["Cem"] * 10)}
+    both = {name: np.concatenate([probes[name][:2], strangers[name]]) for name in probes}
+    save_features(tmp_path / "probes.npz", both)
+    command("--protocol", "identification", *options)
+    assert printed(capsys)["TPIR@FPIR=0.1"] == "0.50000"  # the threshold is at 10 degrees
+
+
+def test_retrieval_of_features(tmp_path, capsys):
+    save_features(
+        tmp_path / "x.safetensors", {"features": directions(0, 10, 4, 90), "labels": np.array([5, 5, 8, 8])}
+    )
+    command("--protocol", "retrieval", "--features", tmp_path / "x.safetensors")
+    output = printed(capsys)
+    assert (output["queries"], output["gallery"]) == ("4", "4")
+    # Nearest first: of 0: 4, 10; of 10: 4, 0; of 4: 0, 10, 90; of 90: 10, 4.
+    assert (output["recall@1"], output["recall@5"], output["mAP@R"]) == ("0.00000", "1.00000", "0.00000")
+    options = ["--features", tmp_path / "x.safetensors", "--gallery", tmp_path / "x.safetensors"]
+    command("--protocol", "retrieval", *options)
+    output = printed(capsys)
+    # Each finds itself; with R = 2 nobody's second is the other one.
+    assert (output["recall@1"], output["mAP@R"]) == ("1.00000", "0.50000")
+
+
+def test_search_among_matrices(tmp_path, capsys):
+    """A folder is an identity by its name, and not by its place among the folders."""
+    for name, angle in (("probes/x/Bob/1.jpg", 5), ("gallery/Ann/1.jpg", 90), ("gallery/Bob/2.jpg", 0)):
+        path = tmp_path / f"{name}_net.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_matrix(path, directions(angle)[0])
+    options = ["--features", tmp_path / "probes", "--gallery", tmp_path / "gallery"]
+    command("--protocol", "identification", *options)
+    assert printed(capsys)["rank-1"] == "1.00000"
+
+
+@pytest.mark.parametrize(
+    ("gallery", "message"),
+    [
+        ({"labels": np.array(["a", "b"])}, r"The gallery's labels are text, and those of what is sought numbers"),
+        (
+            {"features": np.ones((2, 3), np.float32)},
+            r"features are 3 numbers each, and those of .* 2 numbers each",
+        ),
+    ],
+)
+def test_a_gallery_that_cannot_be_compared_is_refused(tmp_path, gallery, message):
+    arrays = {"features": directions(0, 10), "labels": np.array([5, 8])}
+    save_features(tmp_path / "x.npz", arrays)
+    save_features(tmp_path / "y.npz", arrays | gallery)
+    options = ["--features", tmp_path / "x.npz", "--gallery", tmp_path / "y.npz"]
+    with pytest.raises(SystemExit, match=message):
+        command("--protocol", "identification", *options)
+
+
+def test_search_with_an_exported_model(tmp_path, exported, capsys):
+    """The labels are the folders' names, which need not be the same in both."""
+    write_images(tmp_path / "probes", ["B/1.png", "C/1.png", "D/1.png"], [colour_of(i, 0) for i in (1, 2, 3)])
+    write_images(tmp_path / "gallery", ["A/1.png", "B/2.png", "D/2.png"], [colour_of(i, 0) for i in (0, 1, 3)])
+    options = ["--model", exported, "--data", tmp_path / "probes", "--gallery", tmp_path / "gallery"]
+    command("--protocol", "identification", *options)
+    output = printed(capsys)
+    assert (output["mated probes"], output["non-mated probes"], output["rank-1"]) == ("2", "1", "1.00000")
+    command("--protocol", "retrieval", *options)
+    output = printed(capsys)
+    assert (output["queries with a match"], output["recall@1"], output["mAP@R"]) == ("2", "1.00000", "1.00000")
+
+
 def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys):
     people = [f"P{i}" for i in range(20)]
     names = [f"{person}/{person}_{photo:04}.png" for person in people for photo in (1, 2)]
@@ -561,6 +643,8 @@ def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys)
         ("--protocol ytf --features {lfw}", r"The features of protocol ytf lack videos\."),
         ("--protocol megaface --features {probes}", r"Protocol megaface needs --distractors\."),
         ("--protocol megaface --features {probes} --distractors {others} --sizes 40", r"1 to 27, .* got \[40\]"),
+        ("--protocol identification --features {probes}", r"Protocol identification needs --gallery\."),
+        ("--protocol identification --features {probes} --gallery {others}", r"identification lack labels"),
         ("--protocol lfw --features nothing.npz", r"nothing\.npz"),
         ("--protocol lfw --features {lfw} --save x.pkl", r"Features are saved as .* got x\.pkl"),
     ],
