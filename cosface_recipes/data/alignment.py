@@ -15,12 +15,16 @@ LANDMARKS = np.array(
 def align(image: Image.Image, landmarks: np.ndarray, size: int = 112) -> Image.Image:
     """Rotate, scale and shift a photograph so that its landmarks come nearest to ArcFace's; black outside.
 
+    Nearest in the result's pixels, as insightface estimates it: the least squares in the photograph's pixels are
+    another problem, and make the crop of a profile about a third narrower.
+
     Args:
         landmarks: (5, 2) x and y, in pixels; a pixel's centre has whole coordinates.
         size: pixels of the sides of the result.
     """
-    scaled = LANDMARKS * size / 112
-    back = similarity_transform(scaled, landmarks)  # from the result to the photograph
+    matrix, shift = np.split(similarity_transform(landmarks, LANDMARKS * size / 112), [2], axis=1)
+    inverse = np.linalg.inv(matrix)
+    back = np.column_stack([inverse, -inverse @ shift])  # from the result to the photograph
     # Pillow's centres of pixels are half a pixel further.
     back[:, 2] += 0.5 - back[:, :2].sum(1) * 0.5
     return image.transform((size, size), Image.Transform.AFFINE, back.ravel().tolist(), Image.Resampling.BILINEAR)

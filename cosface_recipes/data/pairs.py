@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from cosface_recipes.data.image_datasets import ImageFiles
 from cosface_recipes.data.images import SUFFIXES
 from cosface_recipes.data.plain_pickle import Array, PickleError, read_pickle
+
+FOLDS = 10
 
 
 class PairedImages(ImageFiles):
@@ -74,18 +78,26 @@ def write_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -
 def read_pairs(path: str | Path) -> list[tuple[str, str, bool]]:
     """Names of two images or videos, and whether they are of one identity, for each line of a text file.
 
-    Three formats, told apart by the first line:
+    Five formats, told apart by the first line (RFW's also by a line of four fields):
 
         10 <TAB> 300                     LFW's pairs.txt; then "name i j" and "name i other j", for name/name_0001
+        name <TAB> i <TAB> j             RFW's lists, which are LFW's without the first line
+        name.jpg 1                       CPLFW's and CALFW's: two such lines a pair, of one identity unless 0;
+                                         put in the order of ten folds, a tenth of both kinds each
         split number, first name, ...    YTF's splits.txt; then "split, first, second, same", sorted by split
         anything else                    "first second same" on every line, with same 0 or 1
 
     Raises:
         ValueError: a line is not in the format; the message shows it.
     """
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if lines and all(field.isdigit() for field in lines[0].split()) and len(lines[0].split()) <= 2:
+    lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    first = lines[0].split() if lines else []
+    if first and all(field.isdigit() for field in first) and len(first) <= 2:
         parse, lines = _lfw_pair, lines[1:]
+    elif any(len(_fields(line)) == 4 for line in lines) and re.search(r"\s\d+\s.*\d$", lines[0].strip()):
+        parse = _lfw_pair
+    elif len(first) == 2 and first[1].isdecimal():
+        return _paired_lines(path, lines)
     elif lines and "," in lines[0]:
         lines = [line for line in lines if line.split(",")[0].strip().isdigit()]  # not the line of titles
         parse, lines = _ytf_pair, sorted(lines, key=lambda line: int(line.split(",")[0]))
@@ -100,13 +112,39 @@ def read_pairs(path: str | Path) -> list[tuple[str, str, bool]]:
     return pairs
 
 
+def _fields(line: str) -> list[str]:
+    return line.strip().split("\t") if "\t" in line else line.split()
+
+
 def _lfw_pair(line: str) -> tuple[str, str, bool]:
-    fields = line.split("\t") if "\t" in line else line.split()
+    fields = _fields(line)
     name, i, *other, j = fields
     other = other[0] if len(fields) == 4 else name
     if len(fields) > 4:
         raise ValueError
     return f"{name}/{name}_{int(i):04}", f"{other}/{other}_{int(j):04}", len(fields) == 3
+
+
+def _paired_lines(path: str | Path, lines: list[str]) -> list[tuple[str, str, bool]]:
+    """CPLFW and CALFW list all genuine pairs first; a fold is a tenth of these and of the others (FaceX-Zoo,
+    test_protocol/lfw/pairs_parser.py).
+
+    Where a pair is genuine, CPLFW has a 1 and CALFW the number of a fold.
+    """
+    parsed = [line.split() for line in lines]
+    for line, fields in zip(lines, parsed, strict=True):
+        if len(fields) != 2 or not fields[1].isdecimal():
+            raise ValueError(f"The line {line!r} of {path} is no image with a number.")
+    if len(lines) % 2:
+        raise ValueError(f"{path} has two lines for each pair, but {len(lines)} lines.")
+    kinds: dict[bool, list[tuple[str, str, bool]]] = {True: [], False: []}
+    for (first, a), (second, b) in zip(parsed[::2], parsed[1::2], strict=True):
+        if (same := int(a) != 0) != (int(b) != 0):
+            raise ValueError(f"The lines of {first} and {second} in {path} make a pair, but say {a} and {b}.")
+        kinds[same].append((first, second, same))
+    ends = [[len(pairs) * k // FOLDS for k in range(FOLDS + 1)] for pairs in kinds.values()]
+    folds = zip(*(itertools.pairwise(end) for end in ends), strict=True)
+    return [pair for fold in folds for kind, (i, j) in zip(kinds, fold, strict=True) for pair in kinds[kind][i:j]]
 
 
 def _ytf_pair(line: str) -> tuple[str, str, bool]:

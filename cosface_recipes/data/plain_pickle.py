@@ -1,7 +1,7 @@
 """Reads pickles of lists, bytes, numpy arrays and booleans, and nothing else.
 
-Python's unpickler calls what the file names. This one is a stack machine over the opcodes that
-`pickletools.genops` parses: it imports nothing, calls nothing and sets no attribute, so that a file can only be
+Python's unpickler calls what the file names. This one is a stack machine over the opcodes that `pickletools`
+describes: it imports nothing, calls nothing and sets no attribute, so that a file can only be
 data. The handful of functions that stand for bytes and arrays in a pickle are recognised by name:
 
     _codecs.encode(text, "latin1")                             bytes, from protocol 2 of Python 3
@@ -11,11 +11,14 @@ data. The handful of functions that stand for bytes and arrays in a pickle are r
 
 from __future__ import annotations
 
+import codecs
 import math
 import mmap
 import pickletools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +82,7 @@ class _Machine:
     def run(self, data: mmap.mmap) -> object:
         position = 0
         try:
-            for opcode, argument, at in pickletools.genops(data):
+            for opcode, argument, at in _opcodes(data):
                 position = at
                 if opcode.name == "STOP":
                     (result,) = self.stack
@@ -100,7 +103,9 @@ class _Machine:
             stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name])
-        elif name in ("STRING", "BINSTRING", "SHORT_BINSTRING"):
+        elif name == "STRING":
+            stack.append(argument)
+        elif name in ("BINSTRING", "SHORT_BINSTRING"):
             stack.append(argument.encode("latin-1"))
         elif name == "MARK":
             self.marks.append(len(stack))
@@ -181,6 +186,31 @@ class _Machine:
         raise PickleError(
             f"The pickle {self.path} has {what}; only lists of bytes, uint8 and bool arrays are read."
         )
+
+
+def _opcodes(data: mmap.mmap) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int]]:
+    """Opcode, argument and position, as `pickletools.genops` gives them, but for the strings of protocol 0.
+
+    Those are bytes in Python 2, and pickletools reads none beyond ASCII.
+    """
+    while True:
+        at = data.tell()
+        opcode = pickletools.code2op.get(data.read(1).decode("latin-1"))
+        if opcode is None:
+            raise ValueError("there is no opcode")
+        argument = _quoted(data.readline()) if opcode.name == "STRING" else opcode.arg and opcode.arg.reader(data)
+        yield opcode, argument, at
+
+
+def _quoted(line: bytes) -> bytes:
+    r"""What Python 2's repr of a byte string stands for.
+
+    >>> _quoted(b"'\\xff'" + bytes([10]))
+    b'\xff'
+    """
+    if len(line) < 3 or line[:1] not in (b"'", b'"') or line[-2:] != line[:1] + b"\n":
+        raise ValueError("a string has no quotes")
+    return codecs.escape_decode(line[1:-2])[0]
 
 
 def _array(data: bytes, dtype: np.dtype, shape: tuple[int, ...], fortran: bool) -> np.ndarray:

@@ -9,11 +9,12 @@ record, 2 continues, 3 ends it; 0 is a whole record. What a record holds (mxnet,
 
     u32 flag | f32 label | u64 id | u64 id2 | flag x f32 labels, which replace the label if flag > 0 | image
 
-The .idx file is text, a line "key<TAB>offset" per record. Two layouts exist, told apart by the record of key 0:
+The .idx file is text, a line "key<TAB>offset" per record; spaces are read too. `property` is one line,
+"classes,height,width": insightface's readers take no second. Two layouts exist, told apart by the record of key 0:
 
-    flag > 0    its labels are [a, b]: keys 1 ... a-1 are images; each of a ... b-1 is an identity, whose labels
-                [first, last) are the keys of its images (insightface)
-    otherwise   every key is an image (mxnet's im2rec)
+    flag > 0, no image    its labels are [a, b]: keys 1 ... a-1 are images; each of a ... b-1 is an identity, whose
+                          labels [first, last) are the keys of its images (insightface)
+    otherwise             every key is an image (mxnet's im2rec; with --pack-label, every flag is > 0)
 
 All these labels are float32, exact below 2^24 = 16,777,216. So train.labels.npy may hold the images' labels once
 more, int64, in the order of their keys in train.idx; where it exists, it counts. mxnet does not look at it.
@@ -131,7 +132,7 @@ class RecordFile:
         if not len(keys) or self._sorted_keys[0] != 0:
             return keys, keys[:0]
         header = self.record(0)
-        if header.flag == 0:
+        if header.flag == 0 or header.data:
             return keys, keys[:0]
         if header.flag < 2 or not np.isfinite(header.labels[:2]).all():
             raise self._corrupt(
@@ -327,7 +328,7 @@ class RecordWriter:
         np.save(side_car(self.path), np.array(self._labels, np.int64))
         classes = self._num_classes if self._num_classes is not None else max(self._labels, default=-1) + 1
         height, width = self._image_size
-        self.path.with_name("property").write_text(f"{classes},{height},{width}\n{len(self._labels)}\n")
+        self.path.with_name("property").write_text(f"{classes},{height},{width}\n")
         lines = "".join(f"{key}\t{offset}\n" for key, offset in enumerate(self._offsets))
         self.path.with_suffix(".idx").write_text(lines)
 
@@ -365,9 +366,9 @@ def _read_index(path: Path) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.zeros((0, 2), np.int64)
     try:
-        index = np.loadtxt(path, np.int64, delimiter="\t", ndmin=2, comments=None)
+        index = np.loadtxt(path, np.int64, ndmin=2, comments=None, encoding="utf-8-sig")
     except ValueError as error:
-        raise RecordError(f"The index {path} should have lines of a key, a tab and an offset: {error}") from None
+        raise RecordError(f"The index {path} should have lines of a key and an offset: {error}") from None
     if index.shape[1] != 2 or index.min() < 0:
         raise RecordError(f"The index {path} should have two columns of numbers from 0, key and offset.")
     return index

@@ -60,6 +60,8 @@ def save_features(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     if path.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
+        if texts := [name for name, array in arrays.items() if array.dtype.kind == "U" and name != "names"]:
+            raise ValueError(f"{path} cannot hold text, of which {', '.join(texts)} are; .npz can.")
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items() if name != "names"}, path)
     elif path.suffix == ".npz":
         np.savez(path, **arrays)

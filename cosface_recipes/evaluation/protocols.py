@@ -44,14 +44,19 @@ class CrossValidation:
         return float(self.accuracies.mean())
 
     @property
-    def std(self) -> float:
-        """Of the folds, as a population: what insightface reports."""
+    def population_std(self) -> float:
+        """Of the folds, sum of squares / folds (ddof 0): what insightface reports."""
         return float(self.accuracies.std())
 
     @property
+    def sample_std(self) -> float:
+        """Of the folds, sum of squares / (folds - 1) (ddof 1): the estimate that LFW's definition asks for."""
+        return float(self.accuracies.std(ddof=1))
+
+    @property
     def standard_error(self) -> float:
-        """Of the mean, std / sqrt(folds): what the YTF results report."""
-        return self.std / math.sqrt(len(self.accuracies))
+        """Of the mean, sample_std / sqrt(folds) (Huang et al., UMass technical report 07-49, 2007)."""
+        return self.sample_std / math.sqrt(len(self.accuracies))
 
     @property
     def cosine_threshold(self) -> float:

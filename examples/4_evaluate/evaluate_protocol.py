@@ -5,6 +5,8 @@
     evaluate_protocol.py --protocol ytf --model MODEL --data YouTubeFaces/aligned_images_DB --pairs splits.txt
     evaluate_protocol.py --protocol ijb --model MODEL --data IJBC --target ijbc
     evaluate_protocol.py --protocol megaface --model MODEL --data facescrub --distractors megaface
+    evaluate_protocol.py --protocol retrieval --model MODEL --data queries --gallery gallery
+    evaluate_protocol.py --protocol identification --model MODEL --data probes --gallery gallery
 
 MODEL is what train.py exports. With --features FILE instead of --model, the embeddings come from a file of named
 arrays, .npz or .safetensors, such as --save writes:
@@ -13,12 +15,16 @@ arrays, .npz or .safetensors, such as --save writes:
     ytf         features (frames, D); videos (frames,); same (n,); pairs (n, 2), of videos
     ijb         features (images, D); templates, media, scores (images,); same (n,); pairs (n, 2), of templates
     megaface    features (P, D); labels (P,); and in the file of --distractors, features (N, D)
+    retrieval, identification    features (P, D); labels (P,); and likewise in the file of --gallery
 
 All but the features is taken from --data, where the file lacks it, for bin and ijb. For megaface, --features and
 --distractors can also be folders of matrices, as its development kit writes them.
 
 The folder of ijb has meta/TARGET_face_tid_mid.txt, TARGET_template_pair_label.txt and TARGET_name_5pts_score.txt
 and, for a model, loose_crop/, from which the faces are cut out by their landmarks.
+
+For retrieval and identification, both folders have a sub-folder per identity, of the same name in both. Without
+--gallery, retrieval seeks each image of --data among the others.
 """
 
 from __future__ import annotations
@@ -47,6 +53,7 @@ from cosface_recipes.evaluation.collect import (
     read_ijb,
 )
 from cosface_recipes.evaluation.features import load_features, save_features
+from cosface_recipes.evaluation.megaface import clean, is_noise, read_noise
 from cosface_recipes.evaluation.plots import plot_cmc, plot_roc
 from cosface_recipes.evaluation.protocols import (
     cross_validate,
@@ -56,10 +63,13 @@ from cosface_recipes.evaluation.protocols import (
     template_embeddings,
     video_embeddings,
 )
+from cosface_recipes.evaluation.search import retrieve, search
 from cosface_recipes.evaluation.verification import Curve, Histogram
 from cosface_recipes.export import load
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+FPIRS = (1e-3, 1e-2, 1e-1)
+KS = (1, 5, 10, 20)
 RANKS = 100
 PER_SAMPLE = ("labels", "names", "videos", "templates", "media", "scores")
 NEEDED = {
@@ -68,6 +78,8 @@ NEEDED = {
     "ytf": ("videos", "pairs", "same"),
     "ijb": ("templates", "media", "pairs", "same"),
     "megaface": ("labels",),
+    "retrieval": ("labels",),
+    "identification": ("labels",),
 }
 
 
@@ -77,12 +89,12 @@ class Report:
 
     Attributes:
         rows: by name; nan where there are too few pairs.
-        curve: of verification.
-        cmc: rates at rank 1, 2, ..., by number of distractors.
+        curve: of verification, or TPIR over FPIR of identification.
+        cmc: rates at rank 1, 2, ..., by name.
     """
 
     rows: dict[str, float | int | str]
-    curve: Curve
+    curve: Curve | None
     cmc: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -94,10 +106,11 @@ def evaluate_lfw(arrays: Arrays) -> Report:
     rows = {
         "pairs": len(same),
         "accuracy": result.accuracy,
-        "standard deviation": result.std,
+        "population standard deviation": result.population_std,
+        "sample standard deviation": result.sample_std,
         "standard error": result.standard_error,
         "VAL": float(result.vals.mean()),
-        "VAL's standard deviation": float(result.vals.std()),
+        "VAL's population standard deviation": float(result.vals.std()),
         "FAR of VAL": float(result.fars.mean()),
         "cosine threshold": result.cosine_threshold,
     }
@@ -127,16 +140,51 @@ def evaluate_ijb(arrays: Arrays) -> Report:
 
 
 def evaluate_megaface(
-    arrays: Arrays, distractors: np.ndarray, sizes: Sequence[int] | None, cleaned: bool
+    arrays: Arrays, distractors: np.ndarray, sizes: Sequence[int] | None, noise: dict[str, int] | None
 ) -> Report:
     sizes = sizes or [n for n in (10**k for k in range(1, 7)) if n <= len(distractors)] or [len(distractors)]
     probes, labels, others = map(torch.from_numpy, (arrays["features"], arrays["labels"], distractors))
     result = identify(probes, labels, others, sizes, RANKS)
     rows: dict[str, float | int | str] = {"probes": len(labels), "distractors": max(sizes)}
-    rows["cleaned lists"] = "yes" if cleaned else "no"
+    rows |= {"cleaned lists": "no"} if noise is None else {"cleaned lists": "yes", **noise}
     rows |= {f"rank-1 of {n:,}": float(rates[0]) for n, rates in result.rates.items()}
     rows |= {f"TAR@FAR={far:g}": result.curve.tar_at_far(far) for far in FARS}
     return Report(rows, result.curve, {f"{n:,} distractors": rates for n, rates in result.rates.items()})
+
+
+def evaluate_retrieval(arrays: Arrays, gallery: Arrays | None) -> Report:
+    queries, known = (
+        torch.from_numpy(arrays["features"]),
+        [arrays["labels"], *([gallery["labels"]] if gallery else [])],
+    )
+    labels = numbered(known)
+    others = (torch.from_numpy(gallery["features"]), labels[1]) if gallery else ()
+    result = retrieve(queries, labels[0], *others, ks=KS)
+    rows: dict[str, float | int | str] = {"queries": len(queries), "queries with a match": result.queries}
+    rows["gallery"] = len(gallery["features"] if gallery else queries)
+    rows |= {f"recall@{k}": rate for k, rate in result.recall.items()}
+    return Report(rows | {"mAP@R": result.map_at_r}, None)
+
+
+def evaluate_identification(arrays: Arrays, gallery: Arrays) -> Report:
+    labels = numbered([arrays["labels"], gallery["labels"]])
+    probes, others = torch.from_numpy(arrays["features"]), torch.from_numpy(gallery["features"])
+    result = search(probes, labels[0], others, labels[1], RANKS)
+    mated, unmated = result.open_set.pairs
+    rows: dict[str, float | int | str] = {"mated probes": mated, "non-mated probes": unmated}
+    rows["identities in the gallery"] = len(labels[1].unique())
+    rows |= {f"rank-{k}": float(result.rates[k - 1]) for k in KS}
+    rows |= {f"TPIR@FPIR={rate:g}": result.open_set.tar_at_far(rate) for rate in FPIRS}
+    return Report(rows, result.open_set if unmated else None, {"mated probes": result.rates})
+
+
+SEARCHES = {"retrieval": evaluate_retrieval, "identification": evaluate_identification}
+
+
+def numbered(labels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Identities of several sets, numbers or names, as the numbers 0, 1, ... that they have together."""
+    numbers = np.unique(np.concatenate(labels), return_inverse=True)[1]
+    return [torch.from_numpy(part) for part in np.split(numbers, np.cumsum([*map(len, labels)])[:-1])]
 
 
 def counted(similarity: np.ndarray, same: np.ndarray) -> Histogram:
@@ -153,19 +201,31 @@ def positions(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
     return found
 
 
-def without(arrays: Arrays, noise: set[str]) -> Arrays:
-    """Leave out the samples whose names are, or end in, one of a list; arrays have a row per sample."""
-    if "names" not in arrays:
-        raise ValueError("The features have no names, so that none can be left out.")
-    tails = [
-        {name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == "/")} for name in arrays["names"]
-    ]
-    kept = np.array([not tail & noise for tail in tails])
-    return {name: array[kept] for name, array in arrays.items()}
+def cleaned(arrays: Arrays, others: Arrays, lists: Sequence[Path]) -> tuple[Arrays, Arrays, dict[str, int]]:
+    """The probes and distractors of MegaFace without the noise of some lists, and how much there was of it."""
+    for what, part in (("probes", arrays), ("distractors", others)):
+        if "names" not in part:
+            raise ValueError(f"The features of the {what} have no names, so that noise cannot be told among them.")
+    names = [arrays["names"].tolist(), others["names"].tolist()]
+    noisy = [np.zeros(len(part), bool) for part in names]
+    for path in lists:
+        noise = read_noise(path)
+        found = [is_noise(part, noise) for part in names]
+        if not any(part.any() for part in found):
+            raise ValueError(
+                f"None of the {len(noise)} names of {path} is that of a probe or of a distractor. It begins with "
+                f"{(noise or [''])[0]!r}; probes are named like {names[0][0]!r}, distractors like {names[1][0]!r}."
+            )
+        noisy = [before | now for before, now in zip(noisy, found, strict=True)]
+    features = clean(arrays["features"], arrays["labels"], noisy[0], others["features"], noisy[1])
+    counts = {"noisy probes": int(noisy[0].sum()), "noisy distractors": int(noisy[1].sum())}
+    return arrays | {"features": features[0]}, others | {"features": features[1]}, counts
 
 
 def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
     """What the protocol is computed from, from images or from a file."""
+    if args.protocol in SEARCHES:
+        return load_labeled(args, embedder, required(args, "data") if embedder else args.features)
     if embedder:
         folder = required(args, "data")
         if args.protocol == "lfw":
@@ -186,6 +246,32 @@ def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
             arrays = {"same": read_bin(args.data)[1]} | arrays
     check(arrays, args.protocol)
     return arrays
+
+
+def identities(names: np.ndarray, part: int) -> np.ndarray:
+    """A part of each path: the folder whose name says that images of two sets are of one identity."""
+    return np.array([name.split("/")[part] if "/" in name else "" for name in names.tolist()])
+
+
+def load_labeled(args: argparse.Namespace, embedder: Embedder | None, path: Path) -> Arrays:
+    """Probes or a gallery; the labels of folders are their names."""
+    if embedder and path.is_dir():
+        arrays = collect_identities(embedder, path)
+        return arrays | {"labels": identities(arrays["names"], 0)}
+    arrays = load_features(path)
+    if path.is_dir():
+        arrays["labels"] = identities(arrays["names"], -2)
+    check(arrays, args.protocol)
+    return arrays
+
+
+def check_gallery(arrays: Arrays, gallery: Arrays) -> None:
+    for what, kinds in (
+        ("features", [f"{part['features'].shape[1]} numbers each" for part in (arrays, gallery)]),
+        ("labels", ["text" if part["labels"].dtype.kind == "U" else "numbers" for part in (arrays, gallery)]),
+    ):
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"The gallery's {what} are {kinds[1]}, and those of what is sought {kinds[0]}.")
 
 
 def required(args: argparse.Namespace, name: str) -> Path:
@@ -213,15 +299,21 @@ def run(args: argparse.Namespace) -> Report:
     arrays = load_arrays(args, embedder)
     if args.save:
         save_features(args.save, arrays)
+    if args.protocol == "retrieval" and args.gallery is None:
+        return evaluate_retrieval(arrays, None)
+    if args.protocol in SEARCHES:
+        gallery = load_labeled(args, embedder, required(args, "gallery"))
+        check_gallery(arrays, gallery)
+        return SEARCHES[args.protocol](arrays, gallery)
     if args.protocol != "megaface":
         evaluate = {"lfw": evaluate_lfw, "bin": evaluate_lfw, "ytf": evaluate_ytf, "ijb": evaluate_ijb}
         return evaluate[args.protocol](arrays)
     path = required(args, "distractors")
     others = collect_images(embedder, path) if embedder and path.is_dir() else load_features(path)
+    noise: dict[str, int] | None = None
     if args.noise:
-        noise = {line.strip() for line in args.noise.read_text(encoding="utf-8").splitlines()}
-        arrays, others = without(arrays, noise), without(others, noise)
-    return evaluate_megaface(arrays, others["features"], args.sizes, cleaned=args.noise is not None)
+        arrays, others, noise = cleaned(arrays, others, args.noise)
+    return evaluate_megaface(arrays, others["features"], args.sizes, noise)
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
@@ -252,12 +344,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, metavar="TXT", help="lfw: pairs.txt; ytf: splits.txt")
     parser.add_argument("--target", default="ijbc", help="ijb: how its files' names begin (default: ijbc)")
     parser.add_argument("--distractors", type=Path, help="megaface: images or features")
+    parser.add_argument("--gallery", type=Path, help="retrieval, identification: images or features to search")
     parser.add_argument(
         "--sizes",
         type=lambda text: [int(n) for n in text.split(",")],
         help="megaface: numbers of distractors, by comma",
     )
-    parser.add_argument("--noise", type=Path, metavar="TXT", help="megaface: names to leave out, one a line")
+    parser.add_argument(
+        "--noise",
+        type=Path,
+        nargs="+",
+        metavar="TXT",
+        help="megaface: lists of noisy photos: a probe is put at its identity's centre, a distractor moved away",
+    )
     parser.add_argument(
         "--flip",
         choices=("sum", "concatenate", "none"),
@@ -266,8 +365,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default: 0)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the arrays, .npz or .safetensors")
-    parser.add_argument("--roc", type=Path, metavar="PNG", help="draw the ROC curve")
-    parser.add_argument("--cmc", type=Path, metavar="PNG", help="megaface: draw the rates by rank")
+    parser.add_argument("--roc", type=Path, metavar="PNG", help="draw the ROC curve, or TPIR over FPIR")
+    parser.add_argument("--cmc", type=Path, metavar="PNG", help="megaface, identification: draw the rates by rank")
     parser.add_argument("--json", type=Path, help="write the figures")
     return parser.parse_args(argv)
 
@@ -281,10 +380,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     width = max(map(len, report.rows))
     for name, value in report.rows.items():
         print(f"{name:{width}}  {show(value)}")
-    if args.roc:
+    if args.roc and report.curve:
         plot_roc({args.protocol: report.curve}, args.roc)
     if args.cmc and report.cmc:
-        plot_cmc(report.cmc, args.cmc, "MegaFace")
+        plot_cmc(report.cmc, args.cmc, args.protocol)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"protocol": args.protocol, **report.rows}, indent=1) + "\n")

@@ -38,6 +38,22 @@ def python2() -> bytes:
     return b"\x80\x02]q\x00(" + strings + b"e]q\x01(\x88\x89e\x86q\x02."
 
 
+def python2_text(images: list[bytes]) -> bytes:
+    """With protocol 0, the default of Python 2: byte strings are their repr, True is 01."""
+    strings = b"".join(b"S%s\np%d\na" % (repr(image)[1:].encode(), i + 2) for i, image in enumerate(images))
+    return b"((lp1\n" + strings + b"(lp0\nI01\naI00\nat."
+
+
+def python2_text_arrays() -> bytes:
+    r"""pickle.dumps(([numpy.frombuffer(image, "u1"), ...], [True, False])), protocol 0, without its puts."""
+    images = b"".join(
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I%d\ntcnumpy\ndtype\n(S'u1'\n"
+        b"I0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS%s\ntba" % (len(image), repr(image)[1:].encode())
+        for image in IMAGES
+    )
+    return b"((l" + images + b"(lI01\naI00\nat."
+
+
 def python2_array(data: bytes, kind: bytes) -> bytes:
     text = lambda value: b"T" + struct.pack("<i", len(value)) + value  # noqa: E731
     length = b"J" + struct.pack("<i", len(data)) + b"\x85"
@@ -58,6 +74,8 @@ def python2_arrays() -> bytes:
 WRITTEN = {
     "Python 2": python2(),
     "arrays of Python 2": python2_arrays(),
+    "Python 2, protocol 0": python2_text(IMAGES),
+    "arrays of Python 2, protocol 0": python2_text_arrays(),
     **{f"protocol {n}": pickle.dumps((IMAGES, SAME), protocol=n) for n in range(6)},
     **{
         f"arrays, protocol {n}": pickle.dumps(
@@ -78,6 +96,14 @@ def test_every_way_of_writing_is_read(tmp_path, written):
     assert plain(images) == IMAGES
     assert same.tolist() == SAME
     assert same.dtype == np.bool_
+
+
+@given(st.lists(st.binary(), max_size=6))
+def test_strings_of_python_2_are_any_bytes(tmp_path_factory, images):
+    path = tmp_path_factory.mktemp("bin") / "x.bin"
+    path.write_bytes(python2_text(images))
+    assert read_pickle(path) == (images, [True, False])
+    assert pickle.loads(path.read_bytes(), encoding="bytes") == (images, [True, False])
 
 
 def test_what_is_written_is_read_by_pickle_too(tmp_path):
@@ -282,6 +308,63 @@ def test_pairs_of_lfw_with_spaces(tmp_path):
         ("Ann/Ann_0001", "Ann/Ann_0012", True),
         ("Ann/Ann_0001", "Bo/Bo_0003", False),
     ]
+
+
+def test_pairs_of_rfw(tmp_path):
+    (tmp_path / "pairs.txt").write_text("m.01\t1\t3\nm.02\t1\t2\nm.01\t1\tm.02\t3\n")
+    assert read_pairs(tmp_path / "pairs.txt") == [
+        ("m.01/m.01_0001", "m.01/m.01_0003", True),
+        ("m.02/m.02_0001", "m.02/m.02_0002", True),
+        ("m.01/m.01_0001", "m.02/m.02_0003", False),
+    ]
+
+
+@pytest.mark.parametrize("genuine", [lambda i: 1, lambda i: 1 + i // 2], ids=["CPLFW", "CALFW"])
+def test_pairs_of_two_lines_are_put_in_the_order_of_their_folds(tmp_path, genuine):
+    """Twenty genuine pairs, then twenty impostors: two of each make a fold."""
+    lines = [f"{name}_{i}.jpg {genuine(i)}\n" for i in range(20) for name in "ab"]
+    lines += [f"{name}_{i}.jpg 0\n" for i in range(20) for name in "cd"]
+    (tmp_path / "pairs.txt").write_text("".join(lines))
+    pairs = read_pairs(tmp_path / "pairs.txt")
+    assert pairs[:5] == [
+        ("a_0.jpg", "b_0.jpg", True),
+        ("a_1.jpg", "b_1.jpg", True),
+        ("c_0.jpg", "d_0.jpg", False),
+        ("c_1.jpg", "d_1.jpg", False),
+        ("a_2.jpg", "b_2.jpg", True),
+    ]
+    assert sorted(pairs) == sorted(set(pairs))
+    assert [same for *_, same in pairs] == [True, True, False, False] * 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg 1\nb.jpg 1\nc.jpg 0\n", r"pairs\.txt has two lines for each pair, but 3 lines"),
+        ("a.jpg 1\nb.jpg 0\n", r"The lines of a\.jpg and b\.jpg in .*pairs\.txt make a pair, but say 1 and 0"),
+        ("a.jpg 1\nb.jpg\n", r"The line 'b\.jpg' of .*pairs\.txt is no image with a number"),
+    ],
+)
+def test_lines_that_make_no_pairs_are_refused(tmp_path, text, message):
+    (tmp_path / "pairs.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_pairs(tmp_path / "pairs.txt")
+
+
+FORMATS = {
+    "LFW": LFW,
+    "RFW": "m.01\t1\t3\nm.01\t1\tm.02\t3\n",
+    "CPLFW": "a.jpg 1\nb.jpg 1\n",
+    "YTF": "1, A/0, A/1, 1\n",
+    "plain": "a/1.jpg a/2.jpg 1\n",
+}
+
+
+@pytest.mark.parametrize("text", FORMATS.values(), ids=FORMATS)
+def test_the_mark_and_the_line_ends_of_windows_change_nothing(tmp_path, text):
+    (tmp_path / "plain.txt").write_bytes(text.encode())
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_pairs(tmp_path / "windows.txt") == read_pairs(tmp_path / "plain.txt") != []
 
 
 def test_pairs_of_ytf_are_put_in_the_order_of_their_splits(tmp_path):

@@ -79,6 +79,26 @@ def test_flat_layout_by_hand(tmp_path):
     assert (file.num_classes, file.image_size) == (3, None)
 
 
+@pytest.mark.parametrize("image_0", [array([2], b"a"), array([4, 6, 1], b"a"), scalar(2, b"a")])
+def test_a_record_0_with_an_image_is_an_image(tmp_path, image_0):
+    """im2rec counts from 0, and with --pack-label every label is an array."""
+    file = RecordFile(write_by_hand(tmp_path, {0: image_0, 1: array([5], b"b")}))
+    assert [file[i] for i in range(len(file))] == [(b"a", file.labels[0]), (b"b", 5)]
+    assert file.labels.tolist() == [int(file.record(0).labels[0]), 5]
+    assert file.identities.shape == (0, 3)
+
+
+@pytest.mark.parametrize("separator", ["\t", " ", "   ", " \t "])
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \n", "\n\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff", " "])
+def test_an_index_may_have_spaces_and_line_ends_of_windows(tmp_path, separator, end, start):
+    path = write_by_hand(tmp_path, INSIGHTFACE)
+    lines = [line.split("\t") for line in path.with_suffix(".idx").read_text().splitlines()]
+    text = start + "".join(f"{separator.join(line)}{end}" for line in lines)
+    path.with_suffix(".idx").write_bytes(text.encode())
+    assert [image for image, _ in RecordFile(path)] == [b"first", b"second", b"third"]
+
+
 def test_a_record_in_parts_is_joined_by_the_magic(tmp_path):
     magic = bytes.fromhex("0a23d7ce")
     part = lambda kind, data: magic + struct.pack("<I", kind << 29 | len(data)) + data  # noqa: E731
@@ -103,7 +123,7 @@ def test_the_writer_writes_the_layout_byte_for_byte(tmp_path):
         keys = [writer.write(b"first", 0), writer.write(b"second", 0, [0.25, 17]), writer.write(b"third", 1)]
     assert keys == [1, 2, 3]
     folder = tmp_path / "new" / "folder"
-    assert (folder / "property").read_text() == "2,112,96\n3\n"
+    assert (folder / "property").read_text() == "2,112,96\n"
     file = RecordFile(folder)
     assert [file.record(key).labels.tolist() for key in range(6)] == [
         [4, 6], [0], [0, 0.25, 17], [1], [1, 3], [3, 4]
@@ -323,7 +343,7 @@ def test_a_corrupt_identity_is_named(tmp_path, ends):
     ("name", "content", "message"),
     [
         ("train.idx", b"0\t0\n0\t40\n", r"The key 0 occurs twice in the index of .*train\.rec"),
-        ("train.idx", b"0,0\n", r"train\.idx should have lines of a key, a tab and an offset"),
+        ("train.idx", b"0,0\n", r"train\.idx should have lines of a key and an offset"),
         ("train.idx", b"1\n2\n", r"train\.idx should have two columns of numbers from 0"),
         ("train.rec", b"", r"train\.rec is empty"),
         ("property", b"2,112", r"property should be classes,height,width, and is '2,112'"),

@@ -168,8 +168,9 @@ def test_cross_validation_by_hand():
     assert result.thresholds.tolist() == pytest.approx([0.11, 0.21])
     assert result.accuracies.tolist() == [0.75, 1.0]
     assert result.accuracy == 0.875
-    assert result.std == 0.125
-    assert result.standard_error == pytest.approx(0.125 / math.sqrt(2))
+    assert result.population_std == 0.125
+    assert result.sample_std == pytest.approx(0.125 * math.sqrt(2))
+    assert result.standard_error == pytest.approx(0.125)
     assert result.cosine_threshold == pytest.approx(1 - 0.16 / 2)
     # VAL: up to 0.295 fold 0 accepts no impostor, from 0.296 on one of two, so that fold 1 is told with 0.295002.
     assert result.vals.tolist() == [1.0, 1.0]
@@ -208,7 +209,10 @@ def test_cross_validation_equals_plain_loops(n, far, closest):
     result = cross_validate(distances, same, far=far)
     found = (result.accuracies, result.thresholds, result.vals, result.fars)
     np.testing.assert_allclose(found, cross_validate_slowly(distances, same, far), rtol=1e-12)
-    assert result.std == np.std(result.accuracies)
+    assert result.population_std == np.std(result.accuracies)
+    variance = np.square(result.accuracies - result.accuracy).sum() / 9  # LFW's definition, ten folds
+    assert result.sample_std == pytest.approx(math.sqrt(variance))
+    assert result.standard_error == pytest.approx(math.sqrt(variance / 10))
 
 
 def test_an_impossible_rate_accepts_nothing():

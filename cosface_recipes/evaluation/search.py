@@ -1,0 +1,139 @@
+"""Probes sought in a gallery: retrieval of images, and identification (1:N) of people, some of them unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosface_recipes.evaluation.verification import Scores, normalised
+
+BLOCK = 1024  # probes at a time: with a gallery of 100,000, 390 MiB of similarities
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """
+    Attributes:
+        recall: by k, the share of queries that have an image of their identity among the k nearest.
+        map_at_r: mean average precision at R (Musgrave et al., ECCV 2020), R images of the query's identity being
+            in the gallery.
+        queries: how many there are with R > 0, over which both are averaged.
+    """
+
+    recall: dict[int, float]
+    map_at_r: float
+    queries: int
+
+
+def retrieve(
+    queries: Tensor,
+    labels: Tensor,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+) -> Retrieval:
+    """Retrieve images by cosine similarity; mAP@R is computed by pytorch-metric-learning's AccuracyCalculator.
+
+    Args:
+        queries: (Q, D).
+        labels: (Q,) identities.
+        gallery: (G, D); None seeks each query among the others.
+        gallery_labels: (G,).
+
+    Raises:
+        ValueError: no query has an image of its identity in the gallery.
+    """
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    own = gallery is None or gallery_labels is None
+    others, other_labels = (queries, labels) if own else (gallery, gallery_labels)
+    ids, numbers = torch.unique(torch.cat([labels, other_labels]), return_inverse=True)
+    wanted, offered = numbers[: len(labels)], numbers[len(labels) :]
+    relevant = offered.bincount(minlength=len(ids))[wanted] - int(own)  # R of each query
+    if not (relevant > 0).any():
+        raise ValueError(f"None of the {len(labels)} queries has another image of its identity to be found.")
+    unit, against = normalised(queries), normalised(others)
+    nearest = _nearest(unit, against, max(*ks, int(relevant.max())), own)  # (Q, k)
+    hit = (offered[nearest] == wanted[:, None])[relevant > 0]
+    calculator = AccuracyCalculator(
+        include=("mean_average_precision_at_r",),
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        knn_func=lambda query, k, *_: (None, nearest[:, :k]),
+        kmeans_func=lambda *_: None,  # the default needs faiss
+    )
+    found = calculator.get_accuracy(unit, wanted, against, offered, ref_includes_query=own)
+    return Retrieval(
+        {k: float(hit[:, :k].any(1).double().mean()) for k in ks},
+        float(found["mean_average_precision_at_r"]),
+        len(hit),
+    )
+
+
+def _nearest(queries: Tensor, gallery: Tensor, k: int, own: bool) -> Tensor:
+    """(Q, at most k) rows of the gallery, the most similar first; `own`: without the query itself."""
+    rows = []
+    for start in range(0, len(queries), BLOCK):
+        similarity = queries[start : start + BLOCK] @ gallery.T  # (B, G)
+        if own:
+            similarity.diagonal(start).fill_(-torch.inf)
+        rows.append(similarity.topk(min(k, len(gallery) - int(own)), 1).indices)
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class Search:
+    """
+    Attributes:
+        rates: (ranks,) shares of mated probes identified at rank 1, 2, ... or better.
+        open_set: `tar_at_far(f)` is TPIR at FPIR f. Its genuine scores are those of the mated probes' mates, -inf
+            where another identity is as similar; its impostors are the highest score of each non-mated probe.
+    """
+
+    rates: np.ndarray
+    open_set: Scores
+
+
+def search(probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, ranks: int = 20) -> Search:
+    """Identify probes in a gallery, whose identities may have several images: the most similar one counts.
+
+    Closed set: of the mated probes, whose identity is in the gallery, the mate is at rank k or better if fewer
+    than k other identities are at least as similar. Open set (ISO/IEC 19795-1): FPIR is the share of non-mated
+    probes for which any identity exceeds the threshold, TPIR that of mated probes whose mate is at rank 1 and
+    exceeds it.
+
+    Args:
+        probes: (P, D).
+        labels: (P,) identities.
+        gallery: (G, D).
+        gallery_labels: (G,).
+        ranks: how many ranks are told apart.
+
+    Raises:
+        ValueError: no probe has its identity in the gallery.
+    """
+    ids, columns = gallery_labels.unique(return_inverse=True)  # (I,), (G,)
+    position = torch.searchsorted(ids, labels).clamp(max=len(ids) - 1)
+    mated = ids[position] == labels
+    if not mated.any():
+        raise ValueError(f"None of the {len(labels)} probes is of one of the gallery's {len(ids)} identities.")
+    unit, against = normalised(probes), normalised(gallery)
+    rank, genuine, impostor = [], [], []
+    for block, own, known in zip(unit.split(BLOCK), position.split(BLOCK), mated.split(BLOCK), strict=True):
+        similarity = block @ against.T  # (B, G)
+        best = similarity.new_full((len(block), len(ids)), -torch.inf)
+        best.scatter_reduce_(1, columns.expand(len(block), -1), similarity, "amax")  # (B, I)
+        impostor.append(best[~known].amax(1))
+        best, own = best[known], own[known, None]
+        mate = best.gather(1, own)  # (M, 1)
+        ahead = (best.scatter(1, own, -torch.inf) >= mate).sum(1)
+        rank.append(ahead + 1)
+        genuine.append(mate[:, 0].masked_fill(ahead > 0, -torch.inf))
+    found = torch.cat(rank)[:, None] <= torch.arange(1, ranks + 1)  # (M, ranks)
+    rates = found.double().mean(0).numpy()
+    scores = [torch.cat(parts).sort(descending=True).values for parts in (genuine, impostor)]
+    return Search(rates, Scores(*scores, rank1=float(rates[0])))
