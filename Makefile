@@ -11,8 +11,8 @@ CUDA_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cosface_kernels/torch-$(CUDA
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint wheel sanitize asan module-asan \
-  tsan native bench clean
+.PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint docs wheel sanitize asan \
+  module-asan tsan native bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/demo/demo.py
@@ -73,6 +73,16 @@ lint: $(BUILT)
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
+# The pages of docs/ as a site in build/site, in an environment of its own: it reads the sources and imports none.
+DOCS := build/docs-venv
+docs: $(DOCS)/complete
+	$(DOCS)/bin/mkdocs build -q --strict
+
+$(DOCS)/complete: constraints.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/pip install -q `grep ^mkdocs constraints.txt`
+	touch $@
+
 # A wheel, installed into a folder of its own and run from there.
 wheel: $(DEPENDENCIES)
 	rm -rf build/wheel
@@ -114,7 +124,7 @@ clean:
 
 $(DEPENDENCIES): constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r constraints.txt
+	grep -v ^mkdocs constraints.txt | $(BIN)/pip install -q -r /dev/stdin
 	touch $@
 
 $(BUILT): $(DEPENDENCIES) setup.py pyproject.toml CMakeLists.txt $(CPP)
