@@ -73,14 +73,14 @@ lint: $(BUILT)
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
-# The pages of docs/ as a site in build/site, in an environment of its own: it reads the sources and imports none.
-DOCS := build/docs-venv
-docs: $(DOCS)/complete
-	$(DOCS)/bin/mkdocs build -q --strict
+# The pages of docs/ as a site in build/site. Its environment is its own, since it reads the sources and imports none.
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/complete
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build -q --strict
 
-$(DOCS)/complete: constraints.txt
-	$(PYTHON) -m venv --clear $(DOCS)
-	$(DOCS)/bin/pip install -q `grep ^mkdocs constraints.txt`
+$(DOCS_VENV)/complete: Makefile
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install -q mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
 	touch $@
 
 # A wheel, installed into a folder of its own and run from there.
@@ -124,7 +124,7 @@ clean:
 
 $(DEPENDENCIES): constraints.txt
 	$(PYTHON) -m venv .venv
-	grep -v ^mkdocs constraints.txt | $(BIN)/pip install -q -r /dev/stdin
+	$(BIN)/pip install -q -r constraints.txt
 	touch $@
 
 $(BUILT): $(DEPENDENCIES) setup.py pyproject.toml CMakeLists.txt $(CPP)

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from support import run_python
 
 ROOT = Path(__file__).parents[1]
