@@ -1,5 +1,6 @@
 """The code in README.md and docs/ runs as it is written, and their links lead somewhere."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -47,3 +48,27 @@ def test_the_code_of_a_page_runs(page, tmp_path):
 def test_links_between_files_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def literal(node: ast.AST) -> str:
+    """A message as docs/troubleshooting.md writes it, with … for what is put in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(literal, node.values))
+    return literal(node.left) + literal(node.right) if isinstance(node, ast.BinOp) else "…"
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_package():
+    """The code in the first column; that of "Frequent questions" and of other packages is not in a table's."""
+    sources = [*(ROOT / "cosface_kernels").rglob("*.py"), ROOT / "setup.py"]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
+    messages = {literal(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp)}
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    written = [span for row in rows for span in re.findall("`(.+?)`", row)]
+    assert len(written) > 100
+    patterns = {span: ".*".join(map(re.escape, span.rstrip(".").split("…"))) for span in written}
+    missing = [
+        span for span, pattern in patterns.items() if not any(re.search(pattern, text) for text in messages)
+    ]
+    assert missing == []
