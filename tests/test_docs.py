@@ -39,6 +39,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     done = run_python(code, timeout=300, PYTHONPATH=str(ROOT), **ONE_PROCESS)
     assert done.returncode == 0, f"{page.name}, by its lines:\n{done.stderr}"
     if page.name == "README.md":
+        assert len(page.read_text().splitlines()) <= 150
         losses = [float(loss) for loss in re.findall(r"loss +([\d.]+)", done.stdout)]
         assert len(losses) == 5
         assert losses == sorted(losses, reverse=True)
