@@ -11,8 +11,8 @@ CUDA_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cosface_kernels/torch-$(CUDA
 DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
-.PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint wheel sanitize asan module-asan \
-  tsan native bench clean
+.PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint docs wheel sanitize asan \
+  module-asan tsan native bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/demo/demo.py
@@ -72,6 +72,16 @@ lint: $(BUILT)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+
+# The pages of docs/ as a site in build/site. Its environment is its own, since it reads the sources and imports none.
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/complete
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build -q --strict
+
+$(DOCS_VENV)/complete: Makefile
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install -q mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
+	touch $@
 
 # A wheel, installed into a folder of its own and run from there.
 wheel: $(DEPENDENCIES)

@@ -1,1 +1,1 @@
-"""Time and memory of the fused loss and its peers: `python -m bench`, described in bench/README.md."""
+"""Time and memory of the fused loss and its peers: `python -m bench`, described in docs/benchmarks.md."""

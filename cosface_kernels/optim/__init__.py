@@ -12,8 +12,8 @@ of torch.compile.
 
 Rows move in a backward that a step was meant by: one that would have added to weight.grad, in training mode. A
 weight whose gradient is needed as a whole (another loss has one too, several heads share it in one backward, or
-torch.autograd.grad asks for it) gets an ordinary one, which `step()` takes as torch.optim does. The README has the
-table of what moves, what adds up and what is refused.
+torch.autograd.grad asks for it) gets an ordinary one, which `step()` takes as torch.optim does. The table of what
+moves, what adds up and what is refused is in docs/optimizers.md.
 
 Between backward and `step()` there is no gradient to work on: learning rate, clipping and the scale of the loss
 must be known before backward. A step that was interrupted leaves some rows moved and others not; the weight then

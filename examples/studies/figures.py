@@ -7,6 +7,7 @@
     toy                 CosFace's Fig. 4: 8 identities in 2 dimensions; ten seconds
     margin-sweep        verification by m, from 0 to 0.45; half an hour
     sparse-density      time of a step by the entries it keeps, from rows of the bench
+    growth              memory and time of a step over the classes, from rows of the bench
 
 Each writes a PNG to docs/figures.
 """
@@ -51,6 +52,7 @@ from trials import EPOCHS, RESULTS, SCALE, Trial, run_all
 
 FOLDER = Path(__file__).parents[2] / "docs" / "figures"
 DENSITY = Path(__file__).parents[2] / "bench" / "results" / "sparse-density.json"
+GROWTH = Path(__file__).parents[2] / "bench" / "results" / "epyc-zen4-2-threads-train-step.json"
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -320,14 +322,45 @@ def sparse_density(results: Path = DENSITY) -> Figure:
     return figure
 
 
+def growth(results: Path = GROWTH) -> Figure:
+    """Memory and time of a training step over the classes, of FusedSGD and of its peers where they were measured.
+
+    Of rows of `python -m bench train-step` in float32 at one batch and size of an embedding.
+    """
+    rows = [row for row in json.loads(results.read_text()) if row["dtype"] == "float32"]
+    styles = {
+        "fused+FusedSGD": ("this package, FusedSGD", BLUE, "o-"),
+        "fused+SGD": ("this package, torch.optim.SGD", SKY, "o"),
+        "compile+SGD": ("PyTorch under torch.compile", GREEN, "s"),
+        "eager+SGD": ("PyTorch", ORANGE, "^"),
+        "pml+SGD": ("pytorch-metric-learning", RED, "x"),
+    }
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axes, (key, label) in zip(
+        panels,
+        {"peak_extra_mib": "memory beyond weight\nand momentum (MiB)", "median_s": "time of a step (s)"}.items(),
+        strict=True,
+    ):
+        for impl, (name, color, style) in styles.items():
+            points = sorted((row["classes"], row[key]) for row in rows if row["impl"] == impl)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=5)
+        axes.set(xscale="log", yscale="log", xlabel="classes", ylabel=label)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylim(bottom=1)
+    names = panels[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=3)
+    return figure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "name", choices=["decision-margins", "target-logits", "toy", "margin-sweep", "sparse-density"]
+        "name", choices=["decision-margins", "target-logits", "toy", "margin-sweep", "sparse-density", "growth"]
     )
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="default: docs/figures")
     parser.add_argument("--seeds", type=int, default=3, help="of margin-sweep (default: 3)")
-    parser.add_argument("--rows", type=Path, default=DENSITY, metavar="JSON", help="of sparse-density")
+    parser.add_argument("--rows", type=Path, metavar="JSON", help="of sparse-density and growth")
     args = parser.parse_args(argv)
     with matplotlib.rc_context(STYLE):
         if args.name == "toy":
@@ -337,7 +370,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.name == "margin-sweep":
             figure = margin_sweep(args.seeds)
         elif args.name == "sparse-density":
-            figure = sparse_density(args.rows)
+            figure = sparse_density(args.rows or DENSITY)
+        elif args.name == "growth":
+            figure = growth(args.rows or GROWTH)
         else:
             figure = {"decision-margins": decision_margins, "target-logits": target_logits}[args.name]()
         args.output.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize(("name", "options", "refusal"), OPTIMIZERS)
 def test_what_torch_does_with_rows_that_are_not_drawn(name, options, refusal):
-    """The README's table, and that a refusal leaves every parameter as it was."""
+    """The table of docs/optimizers.md, and that a refusal leaves every parameter as it was."""
     other, head = torch.nn.Parameter(torch.ones(3)), make_head(0.1)
     optimizer = getattr(torch.optim, name)(
         [head.weight] if name == "SparseAdam" else [other, head.weight], **options

@@ -1,4 +1,4 @@
-"""What moves the rows of a head, what adds up, and what is refused: a test for each row of the README's table."""
+"""What moves the rows of a head, what adds up, and what is refused: a test for each row of docs/optimizers.md."""
 
 import copy
 import gc

@@ -147,3 +147,20 @@ def test_density_has_the_share_where_dense_wins(tmp_path):
     (axes,) = figures.sparse_density(file).axes
     assert [text.get_text() for text in axes.texts] == ["dense wins\nbeyond 50 %"]
     assert "exact" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_growth_has_the_rows_of_the_bench(tmp_path):
+    rows = [
+        {"impl": impl, "classes": classes, "dtype": dtype, "median_s": seconds, "peak_extra_mib": mib}
+        for impl, classes, dtype, seconds, mib in (
+            ("fused+FusedSGD", 300, "float32", 3.0, 6.0),
+            ("fused+FusedSGD", 100, "float32", 1.0, 5.0),
+            ("fused+FusedSGD", 300, "bfloat16", 9.0, 9.0),
+            ("pml+SGD", 100, "float32", 5.0, 900.0),
+        )
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    memory, time = figures.growth(file).axes
+    assert [line.get_xydata().tolist() for line in memory.lines] == [[[100, 5], [300, 6]], [[100, 900]]]
+    assert [line.get_xydata().tolist() for line in time.lines] == [[[100, 1], [300, 3]], [[100, 5]]]
