@@ -92,7 +92,8 @@ def _available_gib() -> float:
 @pytest.mark.skipif(_available_gib() < MAX_PEAK_GIB + 1, reason="needs 11 GiB of free memory, read from /proc")
 def test_weight_beyond_32_bit_offsets():
     code = (
-        "import re, pathlib, test_large\n"
+        "import re, pathlib\n"
+        "from core import test_large\n"
         "test_large.main()\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])"
     )

@@ -59,7 +59,7 @@ def main(backend: str, *modes: str) -> None:
 def _peaks(backend: str, *modes: str) -> dict[str, int]:
     # a fixed threshold makes glibc give freed blocks back, so that no step hides in the memory of the one before
     done = run_python(
-        "import sys, test_memory; test_memory.main(*sys.argv[1:])",
+        "import sys; from core import test_memory; test_memory.main(*sys.argv[1:])",
         backend,
         *modes,
         MALLOC_MMAP_THRESHOLD_="65536",
