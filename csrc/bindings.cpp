@@ -45,8 +45,8 @@ cosface::Runtime runtime() {
 struct Options {
   std::optional<Tensor> classes;
   double gradient_tolerance;
-  Tensor cache;          // uint8
-  int64_t cosine_bytes;  // at its end
+  Tensor cache;         // uint8
+  int64_t entry_bytes;  // at its front; the rest is for cosines
   bool exact_cosines, normalize_weight;
   std::optional<Tensor> thresholds, negatives;
 
@@ -55,9 +55,9 @@ struct Options {
     if (classes) options.classes = classes->const_data_ptr<int64_t>(), options.count = classes->numel();
     if (cache.numel() > 0) {
       options.entries = cache.mutable_data_ptr();
-      options.entry_bytes = cache.numel() - cosine_bytes;
+      options.entry_bytes = entry_bytes;
       options.cosines = static_cast<char*>(options.entries) + options.entry_bytes;
-      options.cosine_bytes = cosine_bytes;
+      options.cosine_bytes = cache.numel() - entry_bytes;
     }
     options.exact_cosines = exact_cosines;
     return options;
@@ -65,9 +65,9 @@ struct Options {
 
   cosface::Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s) const {
     cosface::check_cache(cache, at::kCPU);
-    const int64_t entry_bytes = cache.numel() - cosine_bytes;
-    TORCH_CHECK_VALUE(cosine_bytes >= 0 && entry_bytes >= 0 && entry_bytes % 64 == 0, "cosine_bytes must be of ",
-                      cache.numel(), " bytes of cache, less a multiple of 64, got ", cosine_bytes, ".");
+    TORCH_CHECK_VALUE(entry_bytes >= 0 && entry_bytes <= cache.numel() && entry_bytes % 64 == 0,
+                      "entry_bytes must be a multiple of 64 and of the ", cache.numel(), " bytes of cache, got ",
+                      entry_bytes, ".");
     return cosface::Inputs{x, w, y, s, classes, thresholds, negatives}.checked();
   }
 };
@@ -287,20 +287,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("torch_version") = TORCH_VERSION;
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "Options")
-      .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache,
-                       int64_t cosine_bytes, bool exact_cosines, bool normalize_weight,
-                       std::optional<Tensor> thresholds, std::optional<Tensor> negatives) {
+      .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache, int64_t entry_bytes,
+                       bool exact_cosines, bool normalize_weight, std::optional<Tensor> thresholds,
+                       std::optional<Tensor> negatives) {
              return Options{cosface::contiguous(classes),
                             gradient_tolerance,
                             std::move(cache),
-                            cosine_bytes,
+                            entry_bytes,
                             exact_cosines,
                             normalize_weight,
                             std::move(thresholds),
                             std::move(negatives)};
            }),
            py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
-           py::arg("cosine_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"), py::arg("thresholds"),
+           py::arg("entry_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"), py::arg("thresholds"),
            py::arg("negatives"));
   m.def(
       "lmcl_forward",

@@ -37,13 +37,9 @@ def describe() -> str:
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    return options.entry_bytes(x, w) + cosine_bytes(x, w, options)
-
-
-def cosine_bytes(x: Tensor, w: Tensor, options: Options) -> int:
-    """Of the cache, at its end."""
     # Products of bfloat16 make cosines faster than memory brings them back.
-    return options.cosine_bytes(x, w, 0 if multiplies_bfloat16(x.dtype, w.dtype) else CACHE_BYTES)
+    by_default = 0 if multiplies_bfloat16(x.dtype, w.dtype) else CACHE_BYTES
+    return options.entry_bytes(x, w) + options.cosine_bytes(x, w, by_default)
 
 
 def forward(
@@ -118,7 +114,7 @@ def _kernel_options(options: Options, x: Tensor, w: Tensor, cache: Tensor) -> An
         classes=options.classes,
         gradient_tolerance=options.gradient_tolerance,
         cache=cache,
-        cosine_bytes=cosine_bytes(x, w, options),
+        entry_bytes=options.entry_bytes(x, w),
         exact_cosines=options.keeps_exactly,
         normalize_weight=options.normalize_weight,
         thresholds=options.thresholds,
