@@ -100,7 +100,9 @@ def peak_of_many_threads() -> None:
 
 def test_threads_share_sums_of_samples():
     """A dx of its own for each of 64 threads would take 512 MiB."""
-    done = run_python("import core.test_memory; core.test_memory.peak_of_many_threads()", OMP_WAIT_POLICY="passive")
+    done = run_python(
+        "from core import test_memory; test_memory.peak_of_many_threads()", OMP_WAIT_POLICY="passive"
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 150
 
