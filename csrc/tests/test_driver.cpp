@@ -305,7 +305,7 @@ template <typename T>
 void teams() {
   const std::pair<int, int64_t> hosts[] = {{40, 0}, {64, 7}, {200, 14}};
   int64_t turn = 0;
-  for (const Shape shape : {Shape{1100, 40, 512}, Shape{600, 60, 300}, Shape{600, 0, 300}}) {
+  for (const Shape shape : {Shape{520, 30, 512}, Shape{520, 60, 300}, Shape{520, 0, 300}}) {
     for (DType dtype : dtypes<T>()) {
       Problem<T> p(shape, dtype, shape.d, 64);
       const auto& [threads, tile] = hosts[turn++ % 3];
