@@ -19,6 +19,11 @@ WORKSPACE_BYTES = 256 << 20
 CACHE_BYTES = 32 << 20  # by default, of backend `cpu`
 
 
+def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+    """The dtype of logits, sums and results: float64 if either input is, else float32."""
+    return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Options:
     """The defaults are plain LMCL over all classes.
@@ -37,7 +42,7 @@ class Options:
             s = 64. bfloat16 exponentials would be off by 2e-3. The loss does not change. A negative that is as
             near to its threshold may be on its other side in backward. None: if cache_bytes is None.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
-            entries in the cache. 0: backward is exact, as it always is on `cpu` where it multiplies bfloat16,
+            entries in the cache. 0: backward is exact, as it always is on `cpu` where AMX multiplies bfloat16,
             which is faster.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, and dw has no projection.
         workspace_bytes: memory that a chunk of classes may take on a GPU for its logit gradients and, where rows
@@ -80,7 +85,7 @@ class Options:
         if not self.gradient_tolerance:
             return 0
         samples, classes = x.shape[0], self.count(w)
-        entry = _compute_dtype(x, w).itemsize + 2
+        entry = compute_dtype(x, w).itemsize + 2
         all_entries = samples * classes
         few = torch.sym_min(2 * all_entries, int(KEPT_SHARE * 2**20) * all_entries // 2**20 + KEPT_MIN)
         if self.cache_bytes:
@@ -94,7 +99,7 @@ class Options:
         most = 0 if entries_alone else by_default if self.cache_bytes is None else self.cache_bytes
         if most < CACHE_HEADER:
             return 0
-        dtype = _compute_dtype(x, w)
+        dtype = compute_dtype(x, w)
         itemsize = dtype.itemsize if self.keeps_exactly or dtype is torch.float64 else 2
         return torch.sym_min(most, CACHE_HEADER + itemsize * x.shape[0] * (self.count(w) + LARGEST_TILE))
 
@@ -163,10 +168,6 @@ class Update:
             raise ValueError(f"numbers must hold {', '.join(names)}, got {len(numbers)} numbers.")
         values: dict[str, Any] = dict(zip(names, numbers, strict=True))
         return cls(rule, step, seed, **{**values, "nesterov": bool(values["nesterov"])})
-
-
-def _compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
 
 
 def empty_cache(x: Tensor) -> Tensor:

@@ -11,13 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosface_kernels.options import PLAIN, Options, Update
+from cosface_kernels.options import compute_dtype as compute_dtype
 
 EPS = 1e-12  # smallest norm that is divided by, as in F.normalize
-
-
-def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
-    """The dtype of logits, sums and results: float64 if either input is, else float32."""
-    return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
 
 
 def operand_dtype(x: torch.dtype, w: torch.dtype) -> torch.dtype:

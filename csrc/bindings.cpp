@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   return {dx.to(x.scalar_type()), dw, dscale};
 }
 
-// Plain LMCL from labels to the reduced loss, and back: what cosface_kernels/functional.py and ops.fold_loss
+// Plain LMCL from labels to the reduced loss, and back: what cosface_kernels/stages.py and ops.fold_loss
 // define, in two calls, because their small tensor operations take longer than the kernels do for a thousand
 // classes.
 struct Rule {
@@ -374,7 +374,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         [](const Tensor& fresh) { cosface::use_huge_pages(fresh.mutable_data_ptr(), fresh.nbytes()); });
   m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);
-  m.def("multiplies_bfloat16", cosface::multiplies_bfloat16);
+  m.def("multiplies_bfloat16", cosface::multiplies_bfloat16, py::arg("gradient_tolerance"));
 #ifdef COSFACE_CUDA
   cosface::cuda::define(m, [](const Tensor& tensor, auto body) {
     const c10::cuda::CUDAGuard guard(tensor.device());

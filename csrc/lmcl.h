@@ -130,6 +130,6 @@ const char* instruction_set();
 
 // Whether products of embeddings in bfloat16 with a weight in bfloat16 or float32, which is then rounded, are of
 // numbers in bfloat16, without a gradient_tolerance.
-bool multiplies_bfloat16();
+bool multiplies_bfloat16(double gradient_tolerance = 0);
 
 }  // namespace cosface

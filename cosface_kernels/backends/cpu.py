@@ -27,9 +27,9 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     return options.refusal(OPTIONS)
 
 
-def multiplies_bfloat16(x: torch.dtype, w: torch.dtype) -> bool:
+def multiplies_bfloat16(x: torch.dtype, w: torch.dtype, options: Options) -> bool:
     """Whether matrix products are of bfloat16 numbers, as `reference.operand_dtype` has it, with float32 sums."""
-    return _C.multiplies_bfloat16() and operand_dtype(x, w) is torch.bfloat16
+    return operand_dtype(x, w) is torch.bfloat16 and _C.multiplies_bfloat16(options.gradient_tolerance)
 
 
 def describe() -> str:
@@ -38,7 +38,7 @@ def describe() -> str:
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
     # Products of bfloat16 make cosines faster than memory brings them back.
-    by_default = 0 if multiplies_bfloat16(x.dtype, w.dtype) else CACHE_BYTES
+    by_default = 0 if multiplies_bfloat16(x.dtype, w.dtype, options) else CACHE_BYTES
     return options.entry_bytes(x, w) + options.cosine_bytes(x, w, by_default)
 
 
@@ -50,8 +50,8 @@ def forward(
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    kernel_options = _kernel_options(options, tensors[0], tensors[1], tensors[-1])
-    return _C.lmcl_backward(*tensors[:-1], kernel_options, need_dx, need_dw)
+    x, w, *_, cache = tensors
+    return _C.lmcl_backward(*tensors[:-1], _kernel_options(options, x, w, cache), need_dx, need_dw)
 
 
 def backward_update_(
@@ -59,10 +59,9 @@ def backward_update_(
 ) -> tuple[Tensor, Tensor]:
     if finite is not None and not finite:
         return backward(*tensors, options=options, need_dx=need_dx, need_dw=False)[::2]
-    numbers = kernel_update(update)
-    return _C.lmcl_backward_update(
-        *tensors[:-1], _kernel_options(options, tensors[0], tensors[1], tensors[-1]), numbers, state, need_dx
-    )
+    x, w, *_, cache = tensors
+    kernel_options, numbers = _kernel_options(options, x, w, cache), kernel_update(update)
+    return _C.lmcl_backward_update(*tensors[:-1], kernel_options, numbers, state, need_dx)
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-AWAY = (
-    100.0  # the extra coordinate of a noisy distractor, whose others have length 1: cosines shrink to a hundredth
-)
+# The extra coordinate of a noisy distractor, whose others have length 1: cosines shrink to a hundredth.
+AWAY = 100.0
 
 
 def read_noise(path: str | Path) -> list[str]:

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 64;  // of dw, of bfloat16 products with one block of samples
 
-// Bytes of dx_hat, of which every thread or, beyond that, every team of threads has its own.
+// Bytes of dx_hat, of which every thread or, beyond that, every team of threads has its own; a sparse backward,
+// whose entries one thread walks, has one a thread in any case.
 constexpr int64_t kCopies = 32 << 20;
 
 // G of a tile for the samples of one block.
@@ -271,7 +272,7 @@ template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
                    const Options& options, const Runtime& runtime, const Gradients<T>& gradients) {
   if constexpr (std::is_same_v<T, float>) {
-    if (in_bfloat16(batch, weight)) {
+    if (in_bfloat16(batch, weight, options)) {
       return backward<T, BFloat16>(batch, weight, upstream, options, runtime, gradients);
     }
   }

@@ -423,8 +423,16 @@ void project(const float* __restrict dw, const BFloat16* __restrict w, int64_t d
   }
 }
 
+// Measured with AMX: 256 x 100,000 x 512 with standard deviations of cosines up to 0.12 takes 113 to 121 ms, and
+// at least 196 ms by entries. AVX512-BF16, with at most twice the rate of float, is not expected to do so.
+#if defined(__AMX_BF16__) || defined(COSFACE_EMULATES_AMX)
+constexpr bool kOutrunsEntries = true;
+#else
+constexpr bool kOutrunsEntries = false;
+#endif
+
 constexpr Bfloat16Kernels kTable{
-    {kPanel, kDepthStep, matmul, pack_transposed, pack}, scale, round, inverse_norms, project};
+    {kPanel, kDepthStep, matmul, pack_transposed, pack}, kOutrunsEntries, scale, round, inverse_norms, project};
 
 }  // namespace
 

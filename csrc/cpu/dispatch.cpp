@@ -128,7 +128,10 @@ const Bfloat16Kernels* bfloat16_kernels() {
   return table ? &table() : nullptr;
 }
 
-bool multiplies_bfloat16() { return chosen().bfloat16 != nullptr; }
+bool multiplies_bfloat16(double gradient_tolerance) {
+  const Bfloat16Kernels* const table = bfloat16_kernels();
+  return table != nullptr && (gradient_tolerance == 0 || table->outruns_entries);
+}
 
 const char* instruction_set() { return chosen().name; }
 

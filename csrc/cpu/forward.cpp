@@ -91,7 +91,7 @@ template <typename T>
 void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options,
                   const Runtime& runtime, const Results<T>& results) {
   if constexpr (std::is_same_v<T, float>) {
-    if (in_bfloat16(batch, weight)) {
+    if (in_bfloat16(batch, weight, options)) {
       return forward<T, BFloat16>(batch, weight, margin, options, runtime, results);
     }
   }

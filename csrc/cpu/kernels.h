@@ -114,6 +114,7 @@ struct Products {
 // What products of bfloat16 need besides; see bfloat16.cpp.
 struct Bfloat16Kernels {
   Products<float, BFloat16> products;
+  bool outruns_entries;  // an exact backward takes less time than a sparse one of float, however few the entries
 
   // to = factor x, rounded to the nearest.
   void (*scale)(const float* x, int64_t d, float factor, BFloat16* to);

@@ -229,8 +229,8 @@ template <typename T, typename Operand>
 constexpr TileSize kTileOf = std::is_same_v<T, Operand> ? kTile : kBfloat16Tile;
 
 template <typename T>
-bool in_bfloat16(const Batch<T>& batch, const Weight& weight) {
-  return multiplies_bfloat16() && batch.bfloat16 &&
+bool in_bfloat16(const Batch<T>& batch, const Weight& weight, const Options& options) {
+  return multiplies_bfloat16(options.gradient_tolerance) && batch.bfloat16 &&
          (weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32);
 }
 

@@ -29,8 +29,10 @@ namespace cosface {
 // samples: of what an exact step without cosines takes, one that keeps a share x takes 0.30 + 1.29 x at D = 512
 // and 0.52 + 1.13 x at D = 128 on one core of an EPYC (Zen 4), since forward stores an entry, and backward adds up
 // two rows out of L2 for it in place of its part of three products: even at 0.54 and 0.42. On two of a Xeon
-// (Sapphire Rapids) 0.39 + 1.74 x and 0.52 + 3.5 x: even at 0.35 and 0.14. An exact step with all cosines takes
-// 0.75 there, even at 0.2 and 0.07.
+// (Sapphire Rapids), C = 30,000, D = 128, least times: 46 ms exact, 36 to 52 with all cosines, and by entries 23,
+// 26, 34 and 54 for x = 0.003, 0.014, 0.056 and 0.147, so even near 0.11. D = 512: 323 exact, 248 with all
+// cosines, 122 and 143 for x = 0.13 and 0.185; but at C = 10,000 with cosines of a larger spread 54 with all
+// cosines, 53 for 0.19.
 constexpr double kMostKept = 0.4;
 
 // What forward leaves for backward, in Options::entries:

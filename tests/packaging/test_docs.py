@@ -13,7 +13,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GIVEN = (
     "import os, types; os.chdir({folder!r}); "
     "cfg = types.SimpleNamespace("
-    "num_classes=1000, embedding_size=128, margin_list=(1.0, 0.0, 0.4), sample_rate=1.0)"
+    "num_classes=1000, embedding_size=128, margin_list=(1.0, 0.0, 0.4), sample_rate=1.0, "
+    "interclass_filtering_threshold=0)"
 )
 ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 

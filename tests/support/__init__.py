@@ -19,6 +19,7 @@ from torch import Tensor
 import cosface_kernels
 from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, reference
 from cosface_kernels.backends import cpu
+from cosface_kernels.options import PLAIN
 from cosface_kernels.reference import operand_dtype
 
 Forward = Callable[..., tuple[Tensor, ...]]
@@ -45,7 +46,7 @@ class Backend:
     def operand(self, dtypes: Dtypes) -> torch.dtype:
         """What it multiplies in the products of backward, where others upcast: G and x_hat are rounded to it."""
         if self.name == "cpu":
-            return torch.bfloat16 if cpu.multiplies_bfloat16(*dtypes) else dtypes.compute
+            return torch.bfloat16 if cpu.multiplies_bfloat16(*dtypes, PLAIN) else dtypes.compute
         if self.name == "reference" or torch.float64 in dtypes:
             return dtypes.compute
         return operand_dtype(*dtypes)
