@@ -128,7 +128,7 @@ def margin_softmax_loss(
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
             weight is then sparse, except where there are several ranks.
-        cache_bytes, exact_cache: memory for cosines that backward need not compute again, 32 MiB by default on a
+        cache_bytes, exact_cache: memory for cosines that backward need not compute again, 128 MiB by default on a
             CPU, and whether they are kept as computed or in 16 bits; see `cosface_kernels.options`.
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
 

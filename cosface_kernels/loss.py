@@ -80,7 +80,7 @@ class FusedMarginLoss(nn.Module):
             them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
             gradient of the weight is sparse, unless there are several ranks or an optimizer of
             `cosface_kernels.optim` moves the rows.
-        cache_bytes, exact_cache: memory for cosines that backward need not compute again, 32 MiB by default on a
+        cache_bytes, exact_cache: memory for cosines that backward need not compute again, 128 MiB by default on a
             CPU, and whether they are kept as computed or in 16 bits; see `cosface_kernels.options`.
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.

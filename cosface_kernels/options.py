@@ -16,7 +16,7 @@ KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
 LARGEST_TILE = 256  # classes by which the last tile of backend `cpu` may pass the end
 WORKSPACE_BYTES = 256 << 20
-CACHE_BYTES = 32 << 20  # by default, of backend `cpu`
+CACHE_BYTES = 128 << 20  # by default, of backend `cpu`
 
 
 def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
