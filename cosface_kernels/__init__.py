@@ -19,6 +19,7 @@ from cosface_kernels.family import (
 )
 from cosface_kernels.functional import LossStats, Sparsity, cosface_loss, margin_softmax_loss
 from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss
+from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.theory import max_margin, min_scale
 
 __version__ = "0.1.0"
@@ -42,10 +43,12 @@ __all__ = [
     "FusedSphereFaceLoss",
     "FusedX2SoftmaxLoss",
     "LossStats",
+    "NearestClasses",
     "Sparsity",
     "__version__",
     "cosface_loss",
     "margin_softmax_loss",
     "max_margin",
     "min_scale",
+    "nearest_classes",
 ]

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -256,6 +257,9 @@ class Local:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return loss, top, log_sum, target_cos, max_neg
 
+    def keep_nearest(self, cosines: Tensor, classes: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        return cosines, classes
+
     def takes_part(self, asked: bool) -> bool:
         return asked
 
@@ -369,6 +373,23 @@ class Exchange:
         self._lse_from_top = lse_from_top.detach()
         log_sum, target_cos = collectives.combine(lse_from_top, target_cos, self.group)  # (N,) each
         return None, all_top, log_sum, target_cos, largest[1].clone()
+
+    def keep_nearest(self, cosines: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest cosines of this rank's samples, and their classes, over those of all ranks."""
+        missing = (0, k - cosines.shape[1])
+        cosines = F.pad(cosines, missing, value=-torch.inf)  # (N, k)
+        classes = F.pad(classes + self.classes.start, missing, value=self.shape[0])  # behind every class
+        everyones = []
+        for rows in (cosines, classes):
+            blocks = rows.new_empty(self.world_size * len(rows), k)
+            with naming("combining the shards", self.group):
+                collectives.all_gather(blocks, rows.contiguous(), group=self.group)
+            everyones.append(
+                torch.cat([self.keep_own(block) for block in blocks.split(len(rows))], 1)
+            )  # (N_r, W k)
+        # lower classes are on lower ranks, so that a stable order has them first
+        cosines, order = everyones[0].sort(stable=True, dim=1, descending=True)
+        return cosines[:, :k], everyones[1].gather(1, order)[:, :k]
 
     def takes_part(self, asked: bool) -> bool:
         """Whether this rank is in a sum that is asked for, here or, of which it cannot know, on another."""

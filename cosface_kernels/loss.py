@@ -22,6 +22,7 @@ from cosface_kernels.distributed import (
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin, defaults
+from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
@@ -280,6 +281,25 @@ class FusedMarginLoss(nn.Module):
             scale=self.scale,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
+        )
+
+    def topk(self, embeddings: Tensor, k: int) -> NearestClasses:
+        """The k nearest classes of each embedding, without all logits; see `nearest_classes`.
+
+        Args:
+            embeddings: (N, D), of this rank's samples where the classes are sharded.
+            k: in [1, num_classes].
+
+        Returns:
+            cosines and classes, (N, k) each; times the scale the cosines are logits without a margin.
+        """
+        return nearest_classes(
+            embeddings,
+            self.weight,
+            k,
+            normalize_embeddings=self.normalize_embeddings,
+            normalize_weight=self.normalize_weight,
+            backend=self.backend,
         )
 
     def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:

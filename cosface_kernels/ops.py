@@ -148,6 +148,21 @@ def _(x, w, targets, scale, margin, backend, options):  # type: ignore[no-untype
 
 
 @Op
+def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    """cosines and classes, (N, k) each, as `cosface_kernels.reference.nearest` defines them."""
+    refuse_forward_mode()
+    if not w.shape[0]:  # a rank that owns no class
+        return x.new_empty(x.shape[0], 0, dtype=compute_dtype(x, w)), x.new_empty(x.shape[0], 0, dtype=torch.int64)
+    return select(backend, x, w, Options(normalize_weight=normalize_weight)).nearest(x, w, k, normalize_weight)
+
+
+@nearest.registered.register_fake
+def _(x, w, k, normalize_weight, backend):  # type: ignore[no-untyped-def]
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=compute_dtype(x, w)), x.new_empty(shape, dtype=torch.int64)
+
+
+@Op
 @takes_options()
 def lmcl_backward(
     x: Tensor,

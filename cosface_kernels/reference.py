@@ -103,6 +103,20 @@ def backward(
     return dx.to(x.dtype), dw.to(w.dtype), (g_neg * shaped).sum(1)
 
 
+def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool = True) -> tuple[Tensor, Tensor]:
+    """The k largest cos_ij of every sample, the largest first, and their j, (N, k) each.
+
+    Of equal ones the lower class comes first; a nan is larger than any number. If not normalize_weight,
+    <x_i, w_j> / |x_i| takes the place of cos_ij.
+    """
+    dtype = compute_dtype(x, w)
+    w_hat = F.normalize(w.to(dtype), eps=EPS) if normalize_weight else w.to(dtype)  # (C, D)
+    cos, classes = (F.normalize(x.to(dtype), eps=EPS) @ w_hat.T).sort(
+        stable=True, dim=1, descending=True
+    )  # (N, C)
+    return cos[:, :k], classes[:, :k]
+
+
 def _reshape(cos: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """N(cos) and N'(cos), (N, C): the polynomial (q c + a) c + b where c > tau_i, else c."""
     if options.thresholds is None or options.negatives is None:

@@ -232,6 +232,19 @@ std::array<Tensor, 2> loss_backward(const Tensor& x, const Tensor& w, const Tens
 }
 
 template <typename T>
+std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight) {
+  const Tensor none = at::full({x.size(0)}, -1, x.options().dtype(at::kLong)), s = at::ones_like(none);
+  const std::optional<Tensor> absent;
+  const Arguments<T> arguments(cosface::Inputs{x, w, none, s, absent, absent, absent}.checked());
+  TORCH_CHECK_VALUE(k >= 1 && k <= w.size(0), "k must be in [1, ", w.size(0), "], got ", k, ".");
+  Tensor cos = at::empty({x.size(0), k}, arguments.x.options());
+  Tensor classes = at::empty({x.size(0), k}, none.options());
+  cosface::nearest_classes<T>(arguments.batch(), arguments.weight(), {.normalize_weight = normalize_weight}, k,
+                              runtime(), cos.mutable_data_ptr<T>(), classes.mutable_data_ptr<int64_t>());
+  return {cos, classes};
+}
+
+template <typename T>
 std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                            const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
                                            const Tensor& g_cos, const Options& options,
@@ -316,6 +329,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          bool need_dw) {
         return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, top, log_sum, g_lse,
                                                                                g_cos, options, need_dx, need_dw);
+      },
+      no_gil);
+  m.def(
+      "nearest",
+      [](const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight) {
+        return (cosface::in_double(x, w) ? nearest<double> : nearest<float>)(x, w, k, normalize_weight);
       },
       no_gil);
   py::class_<Rule>(m, "Rule").def(py::init<double, double, int64_t, bool, std::string>(), py::kw_only(),

@@ -117,6 +117,12 @@ template <typename T>
 void lmcl_backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& upstream,
                    const Options& options, const Runtime& runtime, const Gradients<T>& gradients);
 
+// The k <= C classes with the largest cos_ij of every sample, the largest first and of equal ones the lower class;
+// a nan is larger than any number. Of the batch, x alone is read.
+template <typename T>
+void nearest_classes(const Batch<T>& batch, const Weight& weight, const Options& options, int64_t k,
+                     const Runtime& runtime, T* cos, int64_t* classes);  // (N, k) each
+
 // Moves all rows by a gradient (C, D), contiguous in the weight's dtype.
 template <typename T>
 void apply_update(const Weight& weight, const void* dw, int64_t d, const Update& update, const Runtime& runtime);

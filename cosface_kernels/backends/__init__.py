@@ -11,6 +11,8 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
         -> loss, top, log_sum, target_cos, max_neg, each (N,), and cache, uint8
     backward(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
         -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
+    nearest(x, w, k, normalize_weight)
+        -> cosines and classes, (N, k) each, as `reference.nearest` defines them
     backward_update_(..., state=..., finite=..., update=..., options=..., need_dx=...), the same tensors
         -> dx, dscale; w and the optimizer's state move, unless the 0-d `finite` is there and false. Only where
         `unsupported` takes options.updates, and so
@@ -46,6 +48,8 @@ class Backend(Protocol):
     def backward(
         self, *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def nearest(self, x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]: ...
 
 
 class UpdatingBackend(Backend, Protocol):

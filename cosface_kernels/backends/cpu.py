@@ -101,6 +101,10 @@ def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) ->
     return _Loss.apply(x, w, labels, _C.Rule(**rule), options)  # type: ignore[no-untyped-call]
 
 
+def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]:
+    return _C.nearest(x, w, k, normalize_weight)
+
+
 def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros on huge pages, which the system provides when they are first touched."""
     zeros = torch.zeros(w.shape, dtype=dtype, device=w.device)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import nearest as nearest
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import Options, Update
 from cosface_kernels.reference import compute_dtype

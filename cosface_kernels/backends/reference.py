@@ -63,5 +63,10 @@ def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) ->
     reference.move_rows(w, dw, state, update)
 
 
+def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.nearest(x, w, k, normalize_weight)
+
+
 def _rows(w: Tensor, options: Options) -> Tensor:
     return w if options.classes is None else w[options.classes]

@@ -25,6 +25,7 @@ constexpr Kernels<T> kTable{{kPanel<T>, 1, matmul<T>, pack_transposed<T>, pack<T
                             load<T>,
                             store<T>,
                             forward_tile<T>,
+                            exceeding<T>,
                             backward_tile<T>,
                             keep_cosines<T>,
                             recall_cosines<T>,

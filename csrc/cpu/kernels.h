@@ -152,6 +152,9 @@ struct Kernels {
                        int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
                        double* row_sum, T* target_cos);
 
+  // The samples, in where, with a cosine z_i inv_norm that is not at most their limit, and how many they are.
+  int64_t (*exceeding)(const T* z, int64_t n, T inv_norm, const T* limit, uint8_t* where);
+
   // Gradient of one tile. z is as in forward_tile and is overwritten by G_ij / |w_j|, where
   // G_ij = s_i g_lse_i p_ij with p_ij = e^{s_i (cos_ij - top_i) - log_sum_i} for j != y_i, and g_cos_i for j =
   // y_i. Adds sum_i G_ij cos_ij to col_dot_j, sum_j G_ij cos_ij to row_dot_i and sum_{j != y_i} g_lse_i p_ij

@@ -31,7 +31,7 @@ def _backend():
 
 _cuda = _backend()
 cache_size, forward, backward = _cuda.cache_size, _cuda.forward, _cuda.backward
-backward_update_, apply_update_ = _cuda.backward_update_, _cuda.apply_update_
+backward_update_, apply_update_, nearest = _cuda.backward_update_, _cuda.apply_update_, _cuda.nearest
 module, kernel_options = _cuda._C, _cuda._kernel_options
 take_launches = module.take_launches  # how often each kernel was launched since the last call
 

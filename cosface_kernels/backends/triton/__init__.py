@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends import contract
+from cosface_kernels.backends.chunks import nearest
 from cosface_kernels.backends.triton import backward_pass, choice, forward_pass, launch
 from cosface_kernels.backends.triton.backward_pass import Move
 from cosface_kernels.backends.triton.cache import Saved, cache_size, saved_in
@@ -27,6 +28,7 @@ __all__ = [
     "cache_size",
     "describe",
     "forward",
+    "nearest",
     "unavailable",
     "unsupported",
 ]

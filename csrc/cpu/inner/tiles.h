@@ -82,6 +82,24 @@ void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv
                                                                          max_cos, row_sum, target_cos);
 }
 
+template <typename T>
+int64_t exceeding(const T* z, int64_t n, T inv_norm, const T* limit, uint8_t* where) {
+  constexpr int64_t kGroup = 64;  // nearly always without any
+  int64_t count = 0;
+  for (int64_t first = 0; first < n; first += kGroup) {
+    const int64_t last = first + kGroup < n ? first + kGroup : n;
+    T some = 0;
+#pragma omp simd reduction(+ : some)
+    for (int64_t i = first; i < last; ++i) some += z[i] * inv_norm <= limit[i] ? T(0) : T(1);
+    if (some == 0) continue;
+    for (int64_t i = first; i < last; ++i) {
+      where[count] = static_cast<uint8_t>(i);
+      count += !(z[i] * inv_norm <= limit[i]);
+    }
+  }
+  return count;
+}
+
 template <typename T, bool kReshaped>
 void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                       int64_t first_class, const T* s, Negatives<T> negatives, const T* top, const T* log_sum,

@@ -1,0 +1,54 @@
+"""The nearest classes of all ranks' shards: those of one process, and refusals on all."""
+
+import pytest
+import torch
+from support.ranks import LARGEST_WORLD
+from torch.distributed import ProcessGroup
+
+from cosface_kernels import FusedCosFaceLoss, nearest_classes
+from cosface_kernels.distributed import class_range, empty_weight
+
+DIM, SAMPLES = 6, (4, 0, 7, 1)
+
+
+def batch(world: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Small integers, so that many cosines are equal."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 2, (sum(SAMPLES[:world]), DIM), generator=rng) * 2.0 - 1
+    return x, torch.randint(0, 2, (classes, DIM), generator=rng) * 2.0 - 1
+
+
+def sharded(rank: int, group: ProcessGroup, classes: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    world = group.size()
+    x, w = batch(world, classes)
+    head = FusedCosFaceLoss(classes, DIM, process_group=group)
+    own = class_range(classes, rank, world)
+    head.weight.data.to_local().copy_(w[own.start : own.stop])
+    return tuple(head.topk(x.split(SAMPLES[:world])[rank], k))
+
+
+@pytest.mark.parametrize(("classes", "k"), [(103, 5), (103, 103), (3, 2), (40, 15)])
+@pytest.mark.parametrize("world", range(1, LARGEST_WORLD + 1))
+def test_those_of_one_process(ranks, world, classes, k):
+    """With 103 classes and 103 wanted, a rank owns fewer; of 3, the last of 4 ranks owns none."""
+    want = nearest_classes(*batch(world, classes), k)
+    got = ranks.results(world, sharded, classes, k)
+    assert torch.equal(torch.cat([cosines for cosines, _ in got]), want.cosines)
+    assert torch.equal(torch.cat([places for _, places in got]), want.classes)
+
+
+def unlike(rank: int, group: ProcessGroup) -> None:
+    weight = empty_weight(10, DIM, group)
+    torch.nn.init.ones_(weight.to_local())
+    nearest_classes(torch.ones(2, DIM), weight, 3 + rank)
+
+
+def too_many(rank: int, group: ProcessGroup) -> None:
+    nearest_classes(torch.ones(2, DIM), empty_weight(10, DIM, group), 11 if rank else 10)
+
+
+def test_all_ranks_refuse_what_differs(ranks):
+    for function, message in ((unlike, "k"), (too_many, "k must be at most num_classes, 10, got 11.")):
+        for refusal in ranks.run(2, function):
+            assert isinstance(refusal, Exception)
+            assert message in str(refusal)
