@@ -101,17 +101,30 @@ class Measure:
                 classes=min(self.case.classes, WARM_UP_CLASSES),
             )
             _seconds(build(small.impl, make_problem(small)))
-        step = build(self.case.impl, make_problem(self.case))
-        if first and compiles:
-            _seconds(step)
-            step.clear_gradients()
-        turn = _timed(step)
-        del step
+        turn = self._steps(apart=first and compiles)
         machine.release_memory()
         return turn
 
+    def _steps(self, apart: bool) -> Turn:
+        """Timed steps, one more apart from them before."""
+        step = build(self.case.impl, make_problem(self.case))
+        if apart:
+            _seconds(step)
+            step.clear_gradients()
+        return timed(
+            lambda: _seconds(step),
+            self.case.device,
+            lambda: sum(gradient.nbytes for gradient in step.gradients()),
+        )
+
 
 def make_problem(case: Case) -> Problem:
+    """As `draw_problem`, without a margin where the implementation has none."""
+    problem = draw_problem(case)
+    return problem if IMPLEMENTATIONS[case.impl].margin else replace(problem, margin=0.0)
+
+
+def draw_problem(case: Case) -> Problem:
     """Random embeddings, class centres and labels; the same for a seed, whatever the number of threads.
 
     Raises:
@@ -129,7 +142,7 @@ def make_problem(case: Case) -> Problem:
         weight=_draw_rows(case.classes, case.dim, dtype, case.seed, case.threads, case.device),
         labels=torch.randint(case.classes, (case.batch,), generator=rng).to(case.device),
         scale=case.scale,
-        margin=case.margin if IMPLEMENTATIONS[case.impl].margin else 0.0,
+        margin=case.margin,
     )
 
 
@@ -176,27 +189,32 @@ def largest_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return float(torch.stack(errors).max())  # nan, if one is
 
 
-def _timed(step: Step) -> Turn:
-    """Steps for SECONDS_PER_TURN, at least two; the first, with no memory of an earlier one, is not timed."""
-    device = step.embeddings.device.type
+def timed(run: Callable[[], float], device: str, result_bytes: Callable[[], int] = lambda: 0) -> Turn:
+    """Runs, each of which gives its seconds, for SECONDS_PER_TURN, at least two.
+
+    The first, with no memory of an earlier one, is not timed. The bytes of the last one's result are not extra.
+    """
     machine.release_memory()
     baseline = machine.reset_peak(device)
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < SECONDS_PER_TURN:
-        seconds.append(_seconds(step))
+        seconds.append(run())
     peak = machine.peak(device)
     extra = None
     if baseline is not None and peak is not None:
-        gradients = sum(gradient.nbytes for gradient in step.gradients())
-        extra = max(0, peak - baseline - gradients)
+        extra = max(0, peak - baseline - result_bytes())
     return Turn(seconds[1:], extra)
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    machine.synchronize(device)
+    start = time.perf_counter()
+    work()
+    machine.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _seconds(step: Step) -> float:
     """One forward and backward into fresh gradients."""
     step.clear_gradients()
-    machine.synchronize(step.embeddings.device.type)
-    start = time.perf_counter()
-    step.loss().backward()
-    machine.synchronize(step.embeddings.device.type)
-    return time.perf_counter() - start
+    return seconds_of(lambda: step.loss().backward(), step.embeddings.device.type)

@@ -41,7 +41,7 @@ def nearest_classes(
     Args:
         embeddings: (N, D) float64, float32, bfloat16 or float16; need not be normalised.
         weight: (C, D) class centres or gallery, one row each, of any of these dtypes; need not be normalised. Of a
-            sharded one every rank gets its own samples' nearest classes on all ranks, which must all make the call.
+            sharded one every rank gets its own samples' nearest classes on all ranks, which all make the call.
         k: in [1, C].
         normalize_embeddings, normalize_weight: if not, |x_i| cos_ij, |w_j| cos_ij or <x_i, w_j> take the place
             of cos_ij.
@@ -68,7 +68,8 @@ def nearest_classes(
             optim.note_use(weight)
     x = ranks.gather(embeddings)
     most = min(int(k), len(ranks.classes))
-    cosines, classes = ranks.keep_nearest(*ops.nearest(x, ranks.weight, most, normalize_weight, backend), int(k))
+    cosines, classes = ops.nearest(x, ranks.weight, most, normalize_weight, backend)
+    cosines, classes = ranks.keep_nearest(cosines, classes, int(k))
     if not normalize_embeddings:
         cosines = cosines * embeddings.to(cosines.dtype).norm(dim=1, keepdim=True).clamp_min(EPS)
     return NearestClasses(cosines, classes)

@@ -111,9 +111,8 @@ def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool = True) -> tupl
     """
     dtype = compute_dtype(x, w)
     w_hat = F.normalize(w.to(dtype), eps=EPS) if normalize_weight else w.to(dtype)  # (C, D)
-    cos, classes = (F.normalize(x.to(dtype), eps=EPS) @ w_hat.T).sort(
-        stable=True, dim=1, descending=True
-    )  # (N, C)
+    cos = F.normalize(x.to(dtype), eps=EPS) @ w_hat.T  # (N, C)
+    cos, classes = cos.sort(stable=True, dim=1, descending=True)  # (N, C) each
     return cos[:, :k], classes[:, :k]
 
 
