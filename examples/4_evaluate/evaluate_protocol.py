@@ -29,8 +29,9 @@ All but the features is taken from --data, where the file lacks it, for bin, ijb
 folder prints what train.py prints of a test set: a folder with a sub-folder per identity, a .rec or a .bin file.
 
 The folder of ijb and ijb-1n has meta/TARGET_face_tid_mid.txt and TARGET_name_5pts_score.txt and, for a model,
-loose_crop/, from which the faces are cut out by their landmarks. To it ijb has TARGET_template_pair_label.txt, and
-ijb-1n TARGET_1N_gallery_G1.csv, _G2.csv (of IJB-B: S1, S2) and TARGET_1N_probe_mixed.csv.
+loose_crop/, from which the faces are cut out by their landmarks. Beside these, ijb has
+TARGET_template_pair_label.txt, and ijb-1n has TARGET_1N_gallery_G1.csv and _G2.csv (of IJB-B: S1, S2) and
+TARGET_1N_probe_mixed.csv.
 
 The folder of tinyface has Probe, Gallery_Match, Gallery_Distractor, probe_img_ID_pairs.mat and
 gallery_match_img_ID_pairs.mat, or a Testing_Set that has them. Aligned copies of the images are put into such
