@@ -8,6 +8,7 @@ model.json          the fields of `Description`
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import warnings
@@ -95,6 +96,26 @@ def write_onnx(backbone: nn.Module, images: Tensor, path: Path) -> None:
         exporter_log.setLevel(level)
 
 
+def weights_of(path: Path) -> Path:
+    """The file that a path to an exported model means."""
+    return path / WEIGHTS if path.is_dir() else path
+
+
+def digest(path: Path) -> str:
+    """Sixteen hexadecimal digits that tell models apart, of the SHA-256 of the file.
+
+    Of a model.onnx it is that of the model.safetensors beside it, which has the same weights.
+    """
+    file = weights_of(path)
+    if file.name == ONNX and (file.parent / WEIGHTS).is_file():
+        file = file.parent / WEIGHTS
+    found = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while part := stream.read(2**20):
+            found.update(part)
+    return found.hexdigest()[:16]
+
+
 def load(path: Path) -> tuple[Embed, Description]:
     """An exported model: the folder of a training, or its .safetensors or .onnx file; the description lies beside.
 
@@ -102,7 +123,9 @@ def load(path: Path) -> tuple[Embed, Description]:
         ValueError: it is none of these, or the description does not fit.
         OSError: a file is missing.
     """
-    file = path / WEIGHTS if path.is_dir() else path
+    file = weights_of(path)
+    if not (file.parent / DESCRIPTION).is_file() or not path.exists():
+        raise FileNotFoundError(f"There is no exported model {path}, with a {DESCRIPTION} beside it or in it.")
     try:
         fields = json.loads((file.parent / DESCRIPTION).read_text(encoding="utf-8"))
         description = Description(**fields)

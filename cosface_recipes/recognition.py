@@ -1,56 +1,165 @@
-"""Identities of image files, with an exported model: unit embeddings, a gallery of them, a decision."""
+"""Identities of image files, with an exported model: embeddings, a gallery of them, a decision."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from cosface_recipes.data.images import SUFFIXES, image_files, read_image
+from cosface_recipes.data.detection import Detector, NoFaceError, load_detector, read_face
+from cosface_recipes.data.images import SUFFIXES, CorruptSampleError, image_files, read_image
 from cosface_recipes.data.transforms import evaluation_transform
-from cosface_recipes.export import Description, Embed, load
+from cosface_recipes.evaluation.features import load_features, save_features
+from cosface_recipes.export import Description, Embed, digest, load
 
 BATCH = 64
+FILES = (".npz", ".safetensors")
 
 
 class Recognizer:
-    """Unit embeddings of image files, with an exported model."""
+    """Embeddings of image files, with an exported model.
 
-    def __init__(self, model: Path):
+    Args:
+        model: see `cosface_recipes.export.load`.
+        detector: finds the face of a photograph; None takes images that are cut out and aligned already.
+        strict: a photo that cannot be read or has no face raises; otherwise it is left out.
+
+    Attributes:
+        left_out: a sentence for each photo left out until now.
+        digest: of the model; embeddings of another one cannot be compared.
+    """
+
+    def __init__(self, model: Path, detector: Detector | None = None, strict: bool = False):
         self.embed: Embed
         self.description: Description
         self.embed, self.description = load(model)
+        self.digest = digest(model)
         self.transform = evaluation_transform(self.description.image_size)
+        self.detector, self.strict = detector, strict
+        self.left_out: list[str] = []
 
-    def images(self, paths: Sequence[Path]) -> Tensor:
-        """(n, embedding_size)."""
-        parts, color = [], self.description.color
-        for start in range(0, len(paths), BATCH):
-            batch = torch.stack([self.transform(read_image(path, color)) for path in paths[start : start + BATCH]])
+    def read(self, path: Path) -> Tensor | None:
+        """(channels, size, size), or None where it is left out."""
+        about = self.description
+        try:
+            if self.detector:
+                return self.transform(read_face(path, about.color, about.image_size, self.detector))
+            return self.transform(read_image(path, about.color))
+        except (CorruptSampleError, NoFaceError) as error:
+            if self.strict:
+                raise
+            self.left_out.append(str(error))
+            return None
+
+    def embeddings(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
+        """(n, embedding_size), not normalised, of those photos that are not left out, and their positions."""
+        parts, kept = [torch.empty(0, self.description.embedding_size)], []
+        starts = range(0, len(paths), BATCH)
+        for start in tqdm(starts, desc="embeddings", unit="batch", disable=len(starts) < 2):
+            images = {i: self.read(paths[i]) for i in range(start, min(start + BATCH, len(paths)))}
+            found = {i: image for i, image in images.items() if image is not None}
+            if not found:
+                continue
+            batch = torch.stack([*found.values()])
             x = self.embed(batch)
             parts.append(x + self.embed(batch.flip(-1)) if self.description.flip else x)
-        return F.normalize(torch.cat(parts))
+            kept += found
+        return torch.cat(parts), kept
 
-    def identity(self, path: Path) -> Tensor:
-        """(embedding_size,) of one image, or of a folder of images of one identity."""
+    def identity(self, path: Path) -> Tensor | None:
+        """(embedding_size,) of length 1, of an image or of a folder of one identity; None if all are left out."""
+        if not path.exists():
+            raise FileNotFoundError(f"There is no photo {path}.")
         paths = image_files(path) if path.is_dir() else [path]
         if not paths:
             raise ValueError(f"The folder {path} has no images.")
-        return F.normalize(self.images(paths).mean(0), dim=0)
+        embeddings, kept = self.embeddings(paths)
+        return F.normalize(F.normalize(embeddings).mean(0), dim=0) if kept else None
+
+    def report(self, most: int = 20) -> str:
+        """What was left out, a line each; empty if nothing was."""
+        lines = [f"Left out {len(self.left_out)}:", *(f"  {sentence}" for sentence in self.left_out[:most])]
+        lines += [f"  and {len(self.left_out) - most} more"] if len(self.left_out) > most else []
+        return "\n".join(lines) if self.left_out else ""
 
 
-def enroll(recognizer: Recognizer, gallery: Path) -> tuple[list[str], Tensor]:
-    """Names, and one unit embedding each, (identities, embedding_size)."""
-    if not gallery.is_dir():
-        raise ValueError(f"The gallery {gallery} does not exist or is not a folder.")
-    entries = [path for path in sorted(gallery.iterdir()) if path.is_dir() or path.suffix.lower() in SUFFIXES]
+@dataclass(frozen=True)
+class Gallery:
+    """Known identities.
+
+    Attributes:
+        names: one each; several embeddings may have the same.
+        embeddings: (n, embedding_size) of length 1.
+        model: the digest of the model that they are of.
+    """
+
+    names: list[str]
+    embeddings: Tensor
+    model: str
+
+    def save(self, path: Path) -> None:
+        """A file of features, .npz or .safetensors."""
+        arrays = {
+            "features": self.embeddings.numpy(),
+            "names": np.array(self.names),
+            "model": np.array([self.model]),
+        }
+        save_features(path, arrays)
+
+
+def enroll(recognizer: Recognizer, folder: Path) -> Gallery:
+    """A sub-folder of images per identity, or an image per identity, named after it.
+
+    Raises:
+        ValueError: there are none, two have the same name, or all images of all are left out.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"The gallery {folder} is neither a folder nor a file of {' or '.join(FILES)}.")
+    entries = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix.lower() in SUFFIXES]
     if not entries:
-        raise ValueError(f"The gallery {gallery} has no sub-folders and no images.")
-    names = [path.name if path.is_dir() else path.stem for path in entries]
-    return names, torch.stack([recognizer.identity(path) for path in entries])
+        raise ValueError(f"The gallery {folder} has no sub-folders and no images.")
+    named: dict[str, Path] = {}
+    for path in entries:
+        name = path.name if path.is_dir() else path.stem
+        if name in named:
+            raise ValueError(f"The gallery {folder} has two entries {name}: {named[name].name} and {path.name}.")
+        named[name] = path
+    found = {name: recognizer.identity(path) for name, path in named.items()}
+    known = {name: embedding for name, embedding in found.items() if embedding is not None}
+    if not known:
+        raise ValueError(
+            f"None of the {len(found)} identities of {folder} has a usable photo. {recognizer.report()}"
+        )
+    return Gallery([*known], torch.stack([*known.values()]), recognizer.digest)
+
+
+def open_gallery(recognizer: Recognizer, path: Path) -> Gallery:
+    """A saved gallery or file of features, or a folder to be enrolled.
+
+    Raises:
+        ValueError: the file is of another model, or has no names.
+    """
+    if path.suffix not in FILES:
+        return enroll(recognizer, path)
+    arrays = load_features(path)
+    if missing := [name for name in ("names", "model") if name not in arrays]:
+        raise ValueError(
+            f"{path} is no gallery, which enroll.py and embed.py write: it lacks {', '.join(missing)}."
+        )
+    model = str(arrays["model"].item())
+    if model != recognizer.digest:
+        raise ValueError(
+            f"The gallery {path} is of another model: its digest is {model}, and that of this one is "
+            f"{recognizer.digest}. Enroll its photos again."
+        )
+    return Gallery(arrays["names"].tolist(), F.normalize(torch.from_numpy(arrays["features"])), model)
 
 
 def decision(cosine: float, threshold: float | None, description: Description) -> str:
@@ -61,3 +170,20 @@ def decision(cosine: float, threshold: float | None, description: Description) -
         return "no decision: the model was exported without a threshold; --threshold gives one"
     verdict = "same identity" if cosine > threshold else "different identities"
     return f"{verdict}: threshold {threshold:.4f} ({reason})"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that embeds photos; `open_recognizer` reads it."""
+    parser.add_argument("model", type=Path, help="output folder of a training, or its .onnx or .safetensors file")
+    parser.add_argument(
+        "--detector",
+        metavar="PACKAGE:FUNCTION",
+        help="finds the face in a photo (cosface_recipes/data/detection.py); default: images are aligned already",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a photo without a face, and do not leave it out"
+    )
+
+
+def open_recognizer(args: argparse.Namespace) -> Recognizer:
+    return Recognizer(args.model, load_detector(args.detector) if args.detector else None, args.strict)

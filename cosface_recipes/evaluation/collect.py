@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ from cosface_recipes.evaluation.verification import Flip, embed
 
 Arrays = dict[str, np.ndarray]
 
+DISTRACTOR = -100  # TinyFace, and the label of its people without a name
+
 
 @dataclass(frozen=True)
 class Embedder:
@@ -32,24 +37,35 @@ class Embedder:
         size: pixels of the sides of an image.
         color: "rgb" or "gray".
         flip: see `embed`.
+        workers: processes that read images; 0: this process.
+        device: of the network.
+        on_corrupt: see `ImageDataset`; of data sets without pairs.
+        progress: whether a bar shows it.
     """
 
     network: Callable[[Tensor], Tensor]
     size: int
     color: str
     flip: Flip = "sum"
-    batch_size: int = 128
+    batch_size: int = 256
     workers: int = 0
+    device: torch.device | str = "cpu"
+    on_corrupt: str = "raise"
+    progress: bool = True
 
     @property
     def options(self) -> dict[str, object]:
         """Of the data sets."""
         return {"transform": evaluation_transform(self.size), "color": self.color}
 
-    def __call__(self, images: ImageDataset) -> np.ndarray:
-        """(n, D) float32, in the order of the images."""
+    def embed(self, images: ImageDataset) -> tuple[Tensor, Tensor]:
+        """(n, D) float32 and (n,) labels, in the order of the images."""
         batches = DataLoader(images, self.batch_size, num_workers=self.workers)
-        return embed(self.network, tqdm(batches, desc="embeddings", unit="batch"), self.flip)[0].numpy()
+        shown = tqdm(batches, desc="embeddings", unit="batch", disable=not self.progress)
+        return embed(self.network, shown, self.flip, self.device)
+
+    def __call__(self, images: ImageDataset) -> np.ndarray:
+        return self.embed(images)[0].numpy()
 
 
 class AlignedFaces(ImageFiles):
@@ -92,6 +108,7 @@ def collect_ytf(embedder: Embedder, folder: Path, splits: Path) -> Arrays:
 
 
 def collect_ijb(embedder: Embedder, folder: Path, target: str) -> Arrays:
+    """The features of IJB's images, and what `read_ijb` says of them."""
     names, numbers = read_table(folder / "meta" / f"{target}_name_5pts_score.txt", 12)
     dataset = AlignedFaces([folder / "loose_crop" / name for name in names], names, **embedder.options)
     dataset.landmarks, dataset.side = numbers[:, :10].reshape(-1, 5, 2), embedder.size
@@ -113,20 +130,98 @@ def collect_images(embedder: Embedder, folder: Path) -> Arrays:
     return {"features": embedder(ImageFiles(paths, names, **embedder.options)), "names": np.array(names)}
 
 
+def collect_tinyface(embedder: Embedder, folder: Path) -> Arrays:
+    """TinyFace's probes, gallery and distractors, one after the other; the distractors have the label -100.
+
+    The folder has Probe, Gallery_Match, Gallery_Distractor and the two .mat files that name the images of the
+    first two and their identities; or a sub-folder Testing_Set that has them.
+    """
+    folder = folder / "Testing_Set" if (folder / "Testing_Set").is_dir() else folder
+    probes, probe_ids = read_tinyface(folder / "probe_img_ID_pairs.mat", "probe")
+    gallery, gallery_ids = read_tinyface(folder / "gallery_match_img_ID_pairs.mat", "gallery")
+    paths = [folder / "Probe" / name for name in probes] + [folder / "Gallery_Match" / name for name in gallery]
+    distractors = image_files(folder / "Gallery_Distractor")
+    if not distractors:
+        raise ValueError(f"The folder {folder / 'Gallery_Distractor'} has no images.")
+    paths += distractors
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return {
+        "features": embedder(ImageFiles(paths, names, **embedder.options)),
+        "labels": np.concatenate([probe_ids, gallery_ids, np.full(len(distractors), DISTRACTOR)]),
+        "probe": np.arange(len(paths)) < len(probes),
+        "names": np.array(names),
+    }
+
+
+def read_tinyface(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
+    """The names of images and (n,) their identities, from one of TinyFace's .mat files.
+
+    Args:
+        kind: "probe" or "gallery", as the file's arrays KIND_set and KIND_ids are named.
+    """
+    try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"Reading {path} needs SciPy: pip install scipy.") from error
+    names, ids = f"{kind}_set", f"{kind}_ids"
+    try:
+        with open(path, "rb") as file:
+            arrays = loadmat(file, variable_names=(names, ids))
+    except (ValueError, TypeError, NotImplementedError, EOFError, zlib.error, struct.error) as error:
+        raise ValueError(f"{path} cannot be read as a MATLAB file: {error}") from error
+    if names not in arrays or ids not in arrays or arrays[names].size != arrays[ids].size:
+        raise ValueError(f"{path} should have as many names {names} as identities {ids}.")
+    # A cell of MATLAB is an array of objects, each an array with one text.
+    images = [str(np.asarray(cell).item()) for cell in arrays[names].ravel()]
+    return images, arrays[ids].ravel().astype(np.int64)
+
+
 def read_ijb(folder: Path, target: str) -> Arrays:
-    """What IJB's files say of images (templates, media, scores) and of pairs of templates (pairs, same)."""
+    """What IJB's files say of images: templates, media, scores, each (images,)."""
     _, faces = read_table(folder / "meta" / f"{target}_face_tid_mid.txt", 3)
     _, points = read_table(folder / "meta" / f"{target}_name_5pts_score.txt", 12)
-    pairs = np.loadtxt(folder / "meta" / f"{target}_template_pair_label.txt", np.int64, ndmin=2)
     templates, media = faces.astype(np.int64).T
-    scores = points[:, -1].astype(np.float32)
-    return {
-        "templates": templates,
-        "media": media,
-        "scores": scores,
-        "pairs": pairs[:, :2],
-        "same": pairs[:, 2] == 1,
-    }
+    return {"templates": templates, "media": media, "scores": points[:, -1].astype(np.float32)}
+
+
+def read_ijb_pairs(folder: Path, target: str) -> Arrays:
+    """What is verified: pairs (n, 2) of templates, and same (n,)."""
+    pairs = np.loadtxt(folder / "meta" / f"{target}_template_pair_label.txt", np.int64, ndmin=2)
+    return {"pairs": pairs[:, :2], "same": pairs[:, 2] == 1}
+
+
+def read_ijb_searches(folder: Path, target: str) -> Arrays:
+    """What is identified: gallery_1, gallery_2 and probes, each (n, 2) of templates and their subjects.
+
+    The galleries are called G1 and G2 by IJB-C, S1 and S2 by IJB-B.
+    """
+    meta, arrays = folder / "meta", {}
+    for number in (1, 2):
+        found = [path for letter in "GS" if (path := meta / f"{target}_1N_gallery_{letter}{number}.csv").is_file()]
+        if not found:
+            raise FileNotFoundError(f"{meta} has neither {target}_1N_gallery_G{number}.csv nor ..._S{number}.csv.")
+        arrays[f"gallery_{number}"] = read_subjects(found[0])
+    return arrays | {"probes": read_subjects(meta / f"{target}_1N_probe_mixed.csv")}
+
+
+def read_subjects(path: Path) -> np.ndarray:
+    """(t, 2) templates, each once and ascending, and their subjects, from the first two columns of a .csv file."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    try:
+        subjects = np.array([row[:2] for row in rows[1:]], np.int64).reshape(
+            -1, 2
+        )  # below the titles; a row an image
+    except ValueError as error:
+        raise ValueError(
+            f"Lines of {path} should begin with two numbers, template and subject: {error}"
+        ) from error
+    subjects = np.unique(subjects, axis=0)
+    if len(subjects) == 0:
+        raise ValueError(f"{path} has no line below its titles.")
+    if (twice := subjects[1:, 0] == subjects[:-1, 0]).any():
+        raise ValueError(f"Template {subjects[1:, 0][twice][0]} of {path} is of more than one subject.")
+    return subjects
 
 
 def read_table(path: Path, columns: int) -> tuple[list[str], np.ndarray]:

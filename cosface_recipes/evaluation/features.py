@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 MATRIX = struct.Struct("<4i")  # rows, columns, bytes per row, type
 FLOAT32 = 5  # OpenCV's CV_32F
+TEXTS = "texts"  # in the metadata of .safetensors, which hold no text otherwise
 
 
 def load_features(path: str | Path) -> dict[str, np.ndarray]:
@@ -22,20 +24,11 @@ def load_features(path: str | Path) -> dict[str, np.ndarray]:
     if path.is_dir():
         return _load_matrices(path)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        unreadable: type[Exception] = SafetensorError
-        load = load_file
+        arrays = _load_safetensors(path)
     elif path.suffix == ".npz":
-        unreadable = ValueError
-        load = _load_npz
+        arrays = _load_npz(path)
     else:
         raise ValueError(f"Features are a .npz or .safetensors file, or a folder of .bin matrices, got {path}.")
-    try:
-        arrays = load(path)
-    except unreadable as error:
-        raise ValueError(f"The features {path} cannot be read: {error}") from error
     if "features" not in arrays or arrays["features"].ndim != 2:
         raise ValueError(
             f"{path} should have an (n, D) array named features; it has {', '.join(arrays) or 'nothing'}."
@@ -49,20 +42,32 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(str(error)) from error
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(f"The features {path} cannot be read: {error}") from error
+
+
+def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            texts = json.loads((file.metadata() or {}).get(TEXTS, "{}"))
+            return arrays | {name: np.array(lines, np.str_) for name, lines in texts.items()}
+    except (SafetensorError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"The features {path} cannot be read: {error}") from error
 
 
 def save_features(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write .npz or, without `names`, which it cannot hold, .safetensors."""
+    """Write .npz or .safetensors, in whose metadata arrays of text are lists in JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
-        if texts := [name for name, array in arrays.items() if array.dtype.kind == "U" and name != "names"]:
-            raise ValueError(f"{path} cannot hold text, of which {', '.join(texts)} are; .npz can.")
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items() if name != "names"}, path)
+        texts = {name: array.tolist() for name, array in arrays.items() if array.dtype.kind == "U"}
+        numbers = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name not in texts}
+        save_file(numbers, path, {TEXTS: json.dumps(texts)} if texts else None)
     elif path.suffix == ".npz":
         np.savez(path, **arrays)
     else:

@@ -172,8 +172,8 @@ def template_embeddings(
 def tar_at_nearest_far(scores: np.ndarray, same: np.ndarray, fars: Sequence[float]) -> list[float]:
     """IJB: the true acceptance rate at the point of the ROC curve whose false acceptance rate is nearest.
 
-    The curve is scikit-learn's `roc_curve`, which leaves out points on a straight line between others; of two
-    points as near, the one with the higher rates counts. Unlike that of `Curve.tar_at_far`, its FAR may be higher
+    The curve is scikit-learn's, whose default leaves out points midway between two others; of two points as near,
+    the one with the higher rates counts. Unlike that of `Curve.tar_at_far`, its FAR may be higher
     than what was asked for.
 
     Args:
@@ -185,20 +185,10 @@ def tar_at_nearest_far(scores: np.ndarray, same: np.ndarray, fars: Sequence[floa
     """
     if len(np.unique(same)) < 2:
         raise ValueError(f"{len(same)} pairs are all of one kind; genuine and impostor pairs are needed.")
-    far, tar = roc_curve(scores, same)
-    far, tar = far[::-1], tar[::-1]
+    from sklearn.metrics import roc_curve
+
+    far, tar = (rates[::-1] for rates in roc_curve(same, scores)[:2])
     return [float(tar[np.abs(far - wanted).argmin()]) for wanted in fars]
-
-
-def roc_curve(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true acceptance rates from (0, 0) to (1, 1), but for points midway between two others."""
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of equal scores
-    genuine = same[order].cumsum()[last]
-    impostors = last + 1 - genuine
-    kept = np.ones(len(last), bool)
-    kept[1:-1] = (np.diff(impostors, 2) != 0) | (np.diff(genuine, 2) != 0)
-    return tuple(np.append(0, counts[kept]) / counts[-1] for counts in (impostors, genuine))
 
 
 @dataclass(frozen=True)

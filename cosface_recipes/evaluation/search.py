@@ -137,3 +137,52 @@ def search(probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tens
     rates = found.double().mean(0).numpy()
     scores = [torch.cat(parts).sort(descending=True).values for parts in (genuine, impostor)]
     return Search(rates, Scores(*scores, rank1=float(rates[0])))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """
+    Attributes:
+        rates: by k, the share of probes that have an image of their identity among the k most similar.
+        mean_average_precision: over the probes, the area below the curve of precision over recall.
+    """
+
+    rates: dict[int, float]
+    mean_average_precision: float
+
+
+def rank_images(
+    probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, ks: Sequence[int]
+) -> Ranking:
+    """Rank a gallery's images by cosine similarity, as TinyFace's evaluation does (Cheng et al., ACCV 2018).
+
+    With the i-th of R images of the probe's identity at place p_i, average precision is the sum over i of
+    ((i - 1) / (p_i - 1) + i / p_i) / (2 R), the trapezoids of its compute_AP; the first term is 1 for p_i = 1. An
+    image of another identity that is as similar is ahead. (The mAP@R of `retrieve` has rectangles, up to place R.)
+
+    Args:
+        probes: (P, D).
+        labels: (P,) identities.
+        gallery: (G, D), distractors included.
+        gallery_labels: (G,); that of a distractor is no probe's.
+
+    Raises:
+        ValueError: a probe has no image of its identity in the gallery.
+    """
+    unit, against = normalised(probes), normalised(gallery)
+    first, precision = [], []
+    for block, block_labels in zip(unit.split(BLOCK), labels.split(BLOCK), strict=True):
+        for similarity, label in zip(block @ against.T, block_labels.tolist(), strict=True):
+            own = gallery_labels == label
+            if not own.any():
+                raise ValueError(f"The gallery has no image of identity {label}, which a probe is of.")
+            mates = similarity[own].sort(descending=True).values  # (R,)
+            others = similarity[~own].sort().values
+            ahead = len(others) - torch.searchsorted(others, mates)  # (R,) others at least as similar
+            i = torch.arange(1, len(mates) + 1, dtype=torch.float64)
+            place = ahead + i
+            before = ((i - 1) / (place - 1)).nan_to_num(1.0)  # 0 / 0 where the first is at place 1
+            precision.append((before + i / place).mean().item() / 2)
+            first.append(int(place[0]))
+    rates = {k: float(np.mean(np.array(first) <= k)) for k in ks}
+    return Ranking(rates, float(np.mean(precision)))

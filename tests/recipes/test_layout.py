@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,7 @@ def test_every_package_is_installed():
 
 def test_no_name_is_that_of_the_standard_library():
     assert not {path.stem for path in COMMANDS} & set(sys.stdlib_module_names)
+
+
+def test_no_name_is_that_of_an_installed_package():
+    assert not {path.stem for path in COMMANDS} & set(packages_distributions())

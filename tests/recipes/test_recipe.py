@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import glyphs_to_records
-import identify
+import identify_faces
 import train
-import verify
+import verify_faces
 from cosface_kernels import checkpoint
 from cosface_recipes import config, export, recognition, training
 from cosface_recipes.data import glyphs
@@ -333,7 +333,7 @@ def test_training_learns_and_leaves_a_model_that_decides(settings, data, capsys)
     assert len(re.findall(r"^test +48 +\d", printed.out, re.MULTILINE)) == 5  # an evaluation per epoch
     assert "model.safetensors reproduces the embeddings" in printed.out
 
-    # verify.py and identify.py, on images of the test set
+    # verify_faces.py and identify_faces.py, on images of the test set
     records = open_dataset(data / "test", color="gray")
     gallery = Path(settings.output) / "gallery"
     paths = {}
@@ -349,7 +349,7 @@ def test_training_learns_and_leaves_a_model_that_decides(settings, data, capsys)
             (paths[0][0], paths[1][0]),
             (gallery / "syllable00", gallery / "syllable01"),
         ):
-            verify.main([str(Path(settings.output) / model), str(a), str(b)])
+            verify_faces.main([str(Path(settings.output) / model), str(a), str(b)])
             first, second = capsys.readouterr().out.splitlines()
             cosine = float(first.removeprefix("cosine "))
             cosines.setdefault((a, b), set()).add(cosine)
@@ -361,7 +361,7 @@ def test_training_learns_and_leaves_a_model_that_decides(settings, data, capsys)
     for values in cosines.values():
         assert max(values) - min(values) <= 2e-4  # printed with four digits
     probe = paths[3][2]
-    identify.main([settings.output, str(gallery), str(probe), "--top", "2"])
+    identify_faces.main([settings.output, str(gallery), str(probe), "--top", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(probe)
     assert len(lines) == 4
@@ -480,9 +480,9 @@ def test_a_model_without_test_data_has_no_threshold(settings, data, capsys):
     train.main(as_arguments(settings))
     images = sorted((data / "folders").glob("*/*.png"))[:2]
     capsys.readouterr()
-    verify.main([settings.output, *map(str, images)])
+    verify_faces.main([settings.output, *map(str, images)])
     assert "no decision: the model was exported without a threshold" in capsys.readouterr().out
-    verify.main([settings.output, *map(str, images), "--threshold", "-1"])
+    verify_faces.main([settings.output, *map(str, images), "--threshold", "-1"])
     assert "same identity: threshold -1.0000 (as given)" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cosface_recipes.evaluation import search as module
-from cosface_recipes.evaluation.search import retrieve, search
+from cosface_recipes.evaluation.search import rank_images, retrieve, search
 
 
 def at_angles(*degrees: float) -> torch.Tensor:
@@ -122,3 +122,37 @@ def test_search_equals_plain_loops(monkeypatch):
 def test_a_search_without_mates_is_refused():
     with pytest.raises(ValueError, match="None of the 1 probes is of one of the gallery's 3 identities"):
         search(at_angles(0), torch.tensor([3]), GALLERY, KNOWN)
+
+
+# Ranked images (TinyFace)
+
+
+def test_ranked_images_by_hand():
+    """Nearest first: to 0 degrees (7) 10 (7), 20, 50 (7), 90 (8), 200; to 60 degrees (8) 50 (7), 90 (8) ..."""
+    gallery, offered = at_angles(10, 50, 90, 20, 200), torch.tensor([7, 7, 8, -100, -100])
+    result = rank_images(at_angles(0, 60) * 2, torch.tensor([7, 8]), gallery, offered, ks=(1, 2))
+    assert result.rates == {1: 0.5, 2: 1.0}
+    first = ((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2) / 2  # precision before and at each of its two places, 1 and 3
+    assert result.mean_average_precision == pytest.approx((first + (0 + 1 / 2) / 2) / 2)
+    with pytest.raises(ValueError, match="The gallery has no image of identity 9, which a probe is of"):
+        rank_images(at_angles(0), torch.tensor([9]), gallery, offered, ks=(1,))
+
+
+def test_ranked_images_equal_the_area_below_precision_over_recall(monkeypatch):
+    """TinyFace's compute_AP: trapezoids between all places of the ranking, precision 1 at recall 0."""
+    monkeypatch.setattr(module, "BLOCK", 7)
+    labels, offered = (
+        torch.randint(6, (25,)),
+        torch.cat([torch.arange(26) % 6, torch.full((40,), -100)]),
+    )
+    probes, gallery = torch.randn(25, 4), torch.randn(66, 4)
+    result = rank_images(probes, labels, gallery, offered, ks=(1, 3, 20))
+    areas, places = [], []
+    for probe, label in zip(probes, labels, strict=True):
+        hit = (offered == label)[torch.cosine_similarity(probe[None], gallery).argsort(descending=True)].double()
+        precision = torch.cat([torch.ones(1), hit.cumsum(0) / torch.arange(1, 67)])
+        recall = torch.cat([torch.zeros(1), hit.cumsum(0) / hit.sum()])
+        areas.append(float(torch.trapezoid(precision, recall)))
+        places.append(int(hit.argmax()) + 1)
+    assert result.mean_average_precision == pytest.approx(np.mean(areas))
+    assert result.rates == {k: np.mean(np.array(places) <= k) for k in (1, 3, 20)}

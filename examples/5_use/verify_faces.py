@@ -1,11 +1,11 @@
 """Are two images, or two folders of images, of the same identity?
 
-    python examples/5_use/verify.py build/run alice1.jpg alice2.jpg
-    python examples/5_use/verify.py build/run/model.onnx gallery/alice probes/unknown
+    python examples/5_use/verify_faces.py build/run alice1.jpg alice2.jpg
+    python examples/5_use/verify_faces.py build/run/model.onnx gallery/alice probes/unknown
 
 Prints the cosine of the two embeddings, and the decision at the threshold that the evaluation chose for this
 model. A folder is one identity: the mean of its images' unit embeddings. Images must be cut out and aligned as
-those of the training were.
+those of the training were; --detector does that, with any detector of faces.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosface_recipes.recognition import Recognizer, decision
+from cosface_recipes.recognition import add_options, decision, open_recognizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="output folder of a training, or its .onnx or .safetensors file")
+    add_options(parser)
     parser.add_argument("a", type=Path, help="an image, or a folder of one identity")
     parser.add_argument("b", type=Path, help="another one")
     parser.add_argument("--threshold", type=float, help="least cosine of the same identity (default: the model's)")
     args = parser.parse_args(argv)
     try:
-        recognizer = Recognizer(args.model)
-        cosine = float(recognizer.identity(args.a) @ recognizer.identity(args.b))
+        recognizer = open_recognizer(args)
+        a, b = (recognizer.identity(path) for path in (args.a, args.b))
     except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(str(error))
+    if recognizer.left_out:
+        print(recognizer.report())
+    if a is None or b is None:
+        sys.exit("no decision: there is no photo to compare")
+    cosine = float(a @ b)
     print(f"cosine {cosine:.4f}")
     print(decision(cosine, args.threshold, recognizer.description))
 

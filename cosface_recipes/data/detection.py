@@ -1,0 +1,71 @@
+"""Faces found in photographs by a detector that the user has, and cut out as ArcFace needs them.
+
+A detector is a function of one photograph, an array (height, width, 3) uint8 in RGB, that returns the landmarks of
+its largest face, (5, 2) x and y in pixels: both eyes, the tip of the nose, both corners of the mouth, in each case
+the left one in the picture first. It returns None where there is no face.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cosface_recipes.data.alignment import LANDMARKS, align
+from cosface_recipes.data.images import MODES, read_image
+
+Detector = Callable[[np.ndarray], "np.ndarray | None"]
+
+
+class NoFaceError(ValueError):
+    """A photograph in which the detector finds no face; the message has its path."""
+
+
+def load_detector(name: str) -> Detector:
+    """A function by its name, "package.module:function"; modules of the current folder are found too.
+
+    Raises:
+        ValueError: there is no such function.
+
+    >>> load_detector("numpy:nothing")
+    Traceback (most recent call last):
+        ...
+    ValueError: The module numpy of the detector numpy:nothing has no function nothing.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"A detector is named package:function, got {name!r}.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ValueError(f"The detector {name} cannot be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"The module {module} of the detector {name} has no function {function}.")
+    return found
+
+
+def read_face(path: Path, color: str, size: int, detector: Detector) -> Image.Image:
+    """The largest face of a photograph, size x size pixels.
+
+    Raises:
+        NoFaceError: there is none.
+        CorruptSampleError: the photograph cannot be read.
+        ValueError: the detector returns something else than five points.
+    """
+    photograph = read_image(path, "rgb")
+    landmarks = detector(np.asarray(photograph))
+    if landmarks is None:
+        raise NoFaceError(f"The detector finds no face in {path}.")
+    points = np.asarray(landmarks, float)
+    if points.shape != LANDMARKS.shape or not np.isfinite(points).all():
+        raise ValueError(
+            f"A detector must return (5, 2) finite numbers or None; of {path} it returned {landmarks!r}."
+        )
+    return align(photograph, points, size).convert(MODES[color])

@@ -1,0 +1,94 @@
+"""Features on disk: what is saved comes back, and what cannot be read is named."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosface_recipes.evaluation.features import load_features, read_matrix, save_features, write_matrix
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_features_come_back_as_they_were_saved(tmp_path, suffix):
+    arrays = {
+        "features": np.arange(6, dtype=np.float32).reshape(3, 2)[::-1],
+        "model": np.array(["0a"]),
+        "labels": np.array([2, 0, 1]),
+        "same": np.array([True, False]),
+        "names": np.array(["a/1.png", "b", "é\u4e00"]),
+    }
+    save_features(tmp_path / "new" / f"x{suffix}", arrays)
+    loaded = load_features(tmp_path / "new" / f"x{suffix}")
+    assert set(loaded) == set(arrays)
+    for name, array in loaded.items():
+        np.testing.assert_array_equal(array, arrays[name])
+        assert array.dtype == arrays[name].dtype
+
+
+def test_a_matrix_of_megaface_by_hand(tmp_path):
+    write_matrix(tmp_path / "x.bin", np.float32([1.5, -2, 0]))
+    assert (tmp_path / "x.bin").read_bytes() == struct.pack("<4i3f", 3, 1, 4, 5, 1.5, -2, 0)
+    assert read_matrix(tmp_path / "x.bin").tolist() == [1.5, -2, 0]
+
+
+@given(
+    st.binary(max_size=40)
+    | st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6).map(lambda n: struct.pack(f"<{len(n)}i", *n))
+)
+def test_a_damaged_matrix_is_named(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("matrix") / "x.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"The matrix .*x\.bin "):
+        read_matrix(path)
+
+
+def test_a_folder_of_matrices(tmp_path):
+    for i, name in enumerate(["Ann/1.png_net.bin", "Ann/2.png_net.bin", "Bo/an_odd_name.jpg_net.bin"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_matrix(tmp_path / name, np.float32([i, 1]))
+    arrays = load_features(tmp_path)
+    assert arrays["features"].tolist() == [[0, 1], [1, 1], [2, 1]]
+    assert arrays["labels"].tolist() == [0, 0, 1]
+    assert arrays["names"].tolist() == ["Ann/1.png", "Ann/2.png", "Bo/an_odd_name.jpg"]
+    write_matrix(tmp_path / "Bo" / "short.bin", np.float32([1]))
+    with pytest.raises(ValueError, match=r"short\.bin has 1 numbers, and .*1\.png_net\.bin has 2"):
+        load_features(tmp_path)
+
+
+def objects(path: Path) -> None:
+    np.savez(path, features=np.array([{}], object))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        (
+            "x.npy",
+            lambda path: path.write_bytes(b""),
+            r"Features are a \.npz or \.safetensors file, .* got .*x\.npy",
+        ),
+        ("x.npz", lambda path: path.write_bytes(b"PK"), r"The features .*x\.npz cannot be read"),
+        ("x.npz", lambda path: path.write_bytes(b""), r"The features .*x\.npz cannot be read"),
+        ("x.npz", objects, r"The features .*x\.npz cannot be read: Object arrays cannot be loaded"),
+        ("x.npz", lambda path: np.savez(path, a=np.ones(2), b=1), r"named features; it has a, b"),
+        (
+            "x.npz",
+            lambda path: np.savez(path, features=np.ones(2)),
+            r"should have an \(n, D\) array named features",
+        ),
+        ("x.safetensors", lambda path: path.write_bytes(b"12345678"), r"The features .*tensors cannot be read"),
+        ("x", lambda path: path.mkdir(), r"The folder .*x has no \.bin file"),
+    ],
+)
+def test_unreadable_features_are_named(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        load_features(tmp_path / name)
+
+
+def test_an_unknown_kind_of_file_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"Features are saved as \.npz or \.safetensors, got .*x\.pkl"):
+        save_features(tmp_path / "x.pkl", {})

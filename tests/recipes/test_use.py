@@ -1,0 +1,302 @@
+"""The commands of 5_use: photos to features, a saved gallery, a detector by its name, and their messages."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.evaluation import colour_of, evaluate, printed, write_images
+
+import embed
+import enroll
+import identify_faces
+import verify_faces
+from cosface_recipes import export, recognition
+from cosface_recipes.data.alignment import LANDMARKS, align
+from cosface_recipes.data.detection import load_detector
+from cosface_recipes.data.images import image_files
+from cosface_recipes.evaluation.features import load_features
+from cosface_recipes.models import make_model
+
+PEOPLE = ["Ann", "Bo", "Cem"]
+DETECTORS = '''
+import numpy as np
+
+def corner(photo):
+    """The face is in the upper left quarter; a black photograph has none."""
+    assert photo.dtype == np.uint8 and photo.shape[2] == 3
+    return np.array(POINTS) * photo.shape[0] / 224 if photo.any() else None
+
+def four(photo):
+    return [[1, 2]] * 4
+
+number = 3
+'''
+
+
+def run(command, *arguments: object) -> None:
+    command.main([*map(str, arguments)])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two photos of each person; one that is black, and one that is no image."""
+    names = [f"{person}/{i}.png" for person in PEOPLE for i in (1, 2)]
+    write_images(tmp_path / "photos", names, [colour_of(i // 2, i % 2) for i in range(6)])
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def detectors(tmp_path, monkeypatch):
+    (tmp_path / "my_detectors.py").write_text(DETECTORS.replace("POINTS", repr(LANDMARKS.tolist())))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    yield "my_detectors"
+    sys.modules.pop("my_detectors", None)
+
+
+def by_hand(model, images: list[Image.Image]) -> np.ndarray:
+    network, _ = export.load(model)
+    pixels = [np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)) for image in images]
+    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).sub(127.5).div(127.5)
+    return (network(x) + network(x.flip(-1))).numpy()
+
+
+# Photos to features
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_folder_becomes_a_file_of_features(photos, tmp_path, exported, capsys, suffix):
+    output = tmp_path / "new" / f"x{suffix}"
+    run(embed, exported, photos, "--output", output)
+    assert capsys.readouterr().out == f"{output}: 6 photos, 8 numbers each, of 3 identities\n"
+    arrays = load_features(output)
+    assert arrays["names"].tolist() == [f"{person}/{i}.png" for person in PEOPLE for i in (1, 2)]
+    assert arrays["labels"].tolist() == [person for person in PEOPLE for _ in (1, 2)]
+    expected = by_hand(exported, [Image.open(path) for path in image_files(photos)])
+    np.testing.assert_allclose(arrays["features"], expected, rtol=1e-5, atol=1e-6)
+
+    evaluate("--protocol", "retrieval", "--features", output)
+    assert printed(capsys)["recall@1"] == "1.00000"
+    evaluate("--protocol", "identification", "--features", output, "--gallery", output)
+    assert printed(capsys)["rank-1"] == "1.00000"
+    evaluate("--protocol", "folder", "--features", output)
+    title, line = capsys.readouterr().out.splitlines()
+    assert title.split()[:3] == ["test", "images", "rank-1"]
+    assert line.split()[:4] == ["x", "6", "100.00", "%"]
+
+
+def test_a_list_is_read_from_its_own_folder(photos, tmp_path, exported, capsys):
+    (photos / "list.txt").write_text("\nBo/1.png\nAnn/2.png\n", encoding="utf-8-sig")
+    run(embed, exported, photos / "list.txt", photos / "Cem" / "1.png", "--output", tmp_path / "x.npz")
+    assert capsys.readouterr().out.endswith("3 photos, 8 numbers each, without labels\n")
+    arrays = load_features(tmp_path / "x.npz")
+    assert arrays["names"].tolist() == ["Bo/1.png", "Ann/2.png", (photos / "Cem" / "1.png").as_posix()]
+    assert "labels" not in arrays
+    with pytest.raises(SystemExit, match=r"The features of protocol retrieval lack labels\."):
+        evaluate("--protocol", "retrieval", "--features", tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_what_cannot_be_used_is_left_out_and_said(photos, tmp_path, exported, capsys, monkeypatch, batch):
+    monkeypatch.setattr(recognition, "BATCH", batch)
+    (photos / "Bo" / "1.png").write_bytes(b"no image")
+    run(embed, exported, photos, "--output", tmp_path / "x.npz")
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "Left out 1:"
+    assert second.startswith(f"  The image {photos / 'Bo' / '1.png'} cannot be read: ")
+    assert "5 photos" in third
+    arrays = load_features(tmp_path / "x.npz")
+    assert arrays["names"].tolist() == ["Ann/1.png", "Ann/2.png", "Bo/2.png", "Cem/1.png", "Cem/2.png"]
+    kept = [Image.open(photos / name) for name in arrays["names"]]
+    np.testing.assert_allclose(arrays["features"], by_hand(exported, kept), rtol=1e-5, atol=1e-6)
+    with pytest.raises(SystemExit, match=r"The image .*1\.png cannot be read"):
+        run(embed, exported, photos, "--output", tmp_path / "x.npz", "--strict")
+
+
+# A detector
+
+
+def test_faces_are_found_and_aligned(photos, tmp_path, exported, detectors, capsys):
+    random = np.random.default_rng(0)
+    for path in image_files(photos):
+        Image.fromarray(random.integers(0, 256, (448, 448, 3), np.uint8)).save(path)
+    Image.new("RGB", (50, 50)).save(photos / "Ann" / "1.png")
+    options = ["--detector", f"{detectors}:corner", "--output", tmp_path / "x.npz"]
+    run(embed, exported, photos, *options)
+    output = capsys.readouterr().out
+    assert output.startswith(f"Left out 1:\n  The detector finds no face in {photos / 'Ann' / '1.png'}.\n")
+    arrays = load_features(tmp_path / "x.npz")
+    faces = [align(Image.open(photos / name), LANDMARKS * 2, 16) for name in arrays["names"]]
+    np.testing.assert_allclose(arrays["features"], by_hand(exported, faces), rtol=1e-5, atol=1e-6)
+    with pytest.raises(SystemExit, match=r"The detector finds no face in .*Ann.1\.png"):
+        run(embed, exported, photos, *options, "--strict")
+
+    run(verify_faces, exported, photos / "Ann", photos / "Bo" / "1.png", "--threshold", "0.2", *options[:2])
+    left_out, _, cosine, decision = capsys.readouterr().out.splitlines()
+    assert left_out == "Left out 1:"
+    unit = arrays["features"] / np.linalg.norm(arrays["features"], axis=1, keepdims=True)
+    assert float(cosine.removeprefix("cosine ")) == pytest.approx(unit[0] @ unit[1], abs=1e-4)
+    assert decision.endswith("identity: threshold 0.2000 (as given)")
+    with pytest.raises(SystemExit, match="no decision: there is no photo to compare"):
+        run(verify_faces, exported, photos / "Ann" / "1.png", photos / "Bo", *options[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_detectors", r"A detector is named package:function, got 'my_detectors'"),
+        ("my_detectors:", r"A detector is named package:function"),
+        ("no_such:function", r"The detector no_such:function cannot be imported: No module named 'no_such'"),
+        (
+            "my_detectors:number",
+            r"The module my_detectors of the detector my_detectors:number has no function number",
+        ),
+        ("my_detectors:none", r"has no function none"),
+    ],
+)
+def test_a_detector_that_is_none_is_refused(detectors, name, message):
+    with pytest.raises(ValueError, match=message):
+        load_detector(name)
+
+
+def test_a_detector_that_returns_something_else_is_refused(photos, tmp_path, exported, detectors):
+    with pytest.raises(
+        SystemExit, match=r"A detector must return \(5, 2\) finite numbers or None; of .* \[\[1, 2\]"
+    ):
+        run(embed, exported, photos, "--detector", f"{detectors}:four", "--output", tmp_path / "x.npz")
+
+
+# A gallery
+
+
+def test_a_saved_gallery_identifies_as_its_folder_does(photos, tmp_path, exported, capsys):
+    probe = photos / "Bo" / "2.png"
+    run(identify_faces, exported, photos, probe, "--top", 2)
+    expected = capsys.readouterr().out
+    lines = expected.splitlines()
+    assert lines[0] == str(probe)
+    assert lines[1].split()[-1] == "Bo"
+    assert lines[3:] == ["No mark: the model was exported without a threshold; --threshold gives one."]
+    for file in ("x.npz", "x.safetensors"):
+        run(enroll, exported, photos, "--output", tmp_path / file)
+        assert capsys.readouterr().out == f"{tmp_path / file}: 3 identities\n"
+        run(identify_faces, exported / export.ONNX, tmp_path / file, probe, "--top", 2)
+        assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [
+            line.split()[-1] for line in lines
+        ]
+    run(identify_faces, exported, tmp_path / "x.npz", probe, "--top", 2)
+    assert capsys.readouterr().out == expected
+    run(identify_faces, exported, tmp_path / "x.npz", probe, "--threshold", -1)
+    assert [line[2] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["*"] * 3
+
+
+def test_photos_can_be_the_gallery(photos, tmp_path, exported, capsys):
+    run(embed, exported, photos, "--output", tmp_path / "x.npz")
+    run(identify_faces, exported, tmp_path / "x.npz", photos / "Cem" / "1.png", "--top", 1)
+    assert capsys.readouterr().out.splitlines()[2].split() == ["1.0000", "Cem/1.png"]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, exported):
+    """The same description, other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    description = export.load(exported)[1]
+    torch.manual_seed(1)
+    export.export(make_model("glyphnet", channels=3, image_size=16, embedding_size=8), description, folder)
+    return folder
+
+
+def test_another_model_s_gallery_is_refused(photos, tmp_path, exported, other):
+    assert export.digest(exported) == export.digest(exported / export.ONNX) != export.digest(other)
+    run(enroll, exported, photos, "--output", tmp_path / "x.npz")
+    message = rf"x\.npz is of another model: its digest is {export.digest(exported)}, .* is {export.digest(other)}"
+    with pytest.raises(SystemExit, match=message):
+        run(identify_faces, other, tmp_path / "x.npz", photos / "Ann")
+    for model, name in ((exported, "a.npz"), (other, "b.npz")):
+        run(embed, model, photos, "--output", tmp_path / name)
+    with pytest.raises(SystemExit, match=rf"of the model {export.digest(exported)}, and the gallery's of"):
+        evaluate(*("--protocol", "retrieval", "--features", tmp_path / "a.npz"), "--gallery", tmp_path / "b.npz")
+
+
+def test_an_onnx_file_alone_has_a_digest_of_its_own(exported, tmp_path):
+    shutil.copy(exported / export.ONNX, tmp_path)
+    (tmp_path / export.DESCRIPTION).write_text(json.dumps(dataclasses.asdict(export.load(exported)[1])))
+    recognizer = recognition.Recognizer(tmp_path / export.ONNX)
+    assert len(recognizer.digest) == 16
+    assert recognizer.digest != export.digest(exported)
+
+
+def test_identities_without_a_usable_photo_are_left_out(photos, tmp_path, exported, capsys):
+    for path in image_files(photos / "Ann"):
+        path.write_bytes(b"")
+    run(enroll, exported, photos, "--output", tmp_path / "x.npz")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("x.npz: 2 identities")
+    assert load_features(tmp_path / "x.npz")["names"].tolist() == ["Bo", "Cem"]
+    run(identify_faces, exported, tmp_path / "x.npz", photos / "Ann", photos / "Bo", "--top", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(photos / "Bo")
+    assert lines[2] == "Left out 2:"
+    with pytest.raises(SystemExit) as end:
+        run(identify_faces, exported, tmp_path / "x.npz", photos / "Ann")
+    assert end.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (embed, "{photos} --output x.pkl", r"Features are saved as \.npz or \.safetensors, got x\.pkl"),
+        (
+            embed,
+            "{photos}/none.mp4 --output x.npz",
+            r"Photos are folders, \.txt lists, or images .* got .*none\.mp4",
+        ),
+        (embed, "{empty} --output x.npz", r"The folder .*empty has no images"),
+        (embed, "{list} --output x.npz", r"None of the 1 photos could be used\.\nLeft out 1:\n  The image"),
+        (embed, "{empty}/none.txt --output x.npz", r"none\.txt"),
+        (
+            embed,
+            "{empty}/none.png --output x.npz",
+            r"There is no photo .*none\.png",
+        ),
+        (enroll, "{photos} --output x.pkl", r"A gallery is saved as \.npz or \.safetensors, got x\.pkl"),
+        (
+            enroll,
+            "{empty}/none --output x.npz",
+            r"The gallery .*none is neither a folder nor a file of \.npz or \.safetensors",
+        ),
+        (enroll, "{empty} --output x.npz", r"The gallery .*empty has no sub-folders and no images"),
+        (identify_faces, "{photos} {photos}/Ann --top 0", r"--top must be at least 1, got 0"),
+        (identify_faces, "{features} {photos}/Ann", r"x\.npz is no gallery, .*: it lacks names, model"),
+        (verify_faces, "{photos}/Ann {empty}", r"The folder .*empty has no images"),
+        (verify_faces, "{photos}/Ann {empty}/none.png", r"There is no photo .*none\.png"),
+    ],
+)
+def test_bad_arguments_are_refused(photos, tmp_path, exported, command, arguments, message):
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "x.npz", features=np.ones((2, 8), np.float32))
+    (tmp_path / "list.txt").write_text("none.png")
+    paths = {
+        "list": tmp_path / "list.txt",
+        "photos": photos,
+        "empty": tmp_path / "empty",
+        "features": tmp_path / "x.npz",
+    }
+    with pytest.raises(SystemExit, match=message):
+        run(command, exported, *arguments.format(**paths).split())
+
+
+def test_two_entries_of_one_name_are_refused(photos, exported):
+    write_images(photos, ["Ann.png"], [colour_of(0, 0)])
+    with pytest.raises(ValueError, match=r"The gallery .*photos has two entries Ann: Ann and Ann\.png"):
+        recognition.enroll(recognition.Recognizer(exported), photos)
+
+
+def test_a_model_that_is_not_there_is_named(photos, tmp_path):
+    for model in (tmp_path / "nowhere", photos):
+        with pytest.raises(SystemExit, match=rf"There is no exported model {model}, with a model\.json beside it"):
+            run(verify_faces, model, photos / "Ann", photos / "Bo")
