@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosface_kernels import nearest_classes
 from cosface_recipes.recognition import add_options, open_gallery, open_recognizer
 
 
@@ -39,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, probe in probes.items():
         if probe is None:
             continue
-        best = (gallery.embeddings @ probe).topk(min(args.top, len(gallery.names)))
+        (cosines,), (rows,) = nearest_classes(probe[None], gallery.embeddings, min(args.top, len(gallery.names)))
         print(path)
-        for cosine, row in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        for cosine, row in zip(cosines.tolist(), rows.tolist(), strict=True):
             mark = "*" if threshold is not None and cosine > threshold else " "
             print(f"  {mark} {cosine:.4f}  {gallery.names[row]}")
     if recognizer.left_out:
