@@ -61,7 +61,7 @@ def epochs_for(images: int, batch_size: int) -> int:
 class SoftmaxLoss(nn.Linear):
     """The plain head: a linear layer and its cross-entropy."""
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         return F.cross_entropy(super().forward(embeddings), labels)
 
 

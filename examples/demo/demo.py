@@ -147,8 +147,8 @@ def doubts(rows: Sequence[Row], num_classes: int) -> list[str]:
     if few := [far for far in FARS if far * impostors < ENOUGH]:
         sentences.append(
             f"{impostors:,} impostor pairs are too few for a FAR of {max(few):g} or less: "
-            f"{allowed(max(few), impostors)} of them may pass there, and it takes {ENOUGH} to know a rate to within "
-            "a third; hold out more identities with --test-fraction."
+            f"{allowed(max(few), impostors)} of them may pass there, and it takes {ENOUGH} to know a rate "
+            "to within a third; hold out more identities with --test-fraction."
         )
     return sentences
 
