@@ -31,7 +31,7 @@ class GlyphNet(nn.Sequential):
             nn.Linear(128 * 4 * 4, embedding_size, bias=False),
             nn.BatchNorm1d(embedding_size),
         )
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         *convolutions, linear, norm = self

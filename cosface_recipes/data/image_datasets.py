@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 MOST_IN_A_ROW = 1000  # unreadable samples; beyond that, the data is of another kind
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[Any]):
     """Samples (transform(PIL image), label); what all data sets here have in common.
 
     Args:
@@ -162,11 +162,11 @@ class RecordDataset(ImageDataset):
         super().__init__(len(self.file), transform, on_corrupt, color)
 
     @property
-    def keys(self) -> RecordKeys:
+    def keys(self) -> RecordKeys:  # type: ignore[override]
         return RecordKeys(self.file)
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Tensor:  # type: ignore[override]
         return torch.from_numpy(np.array(self.file.labels))
 
     def read(self, index: int) -> tuple[bytes, int]:

@@ -62,7 +62,7 @@ def read_bin(path: str | Path) -> tuple[list[bytes | np.ndarray], np.ndarray]:
 
 def _encoded(path: str | Path, i: int, image: object) -> bytes | np.ndarray:
     data = image.value if isinstance(image, Array) else image
-    if isinstance(data, bytes | bytearray) or (isinstance(data, np.ndarray) and data.dtype == np.uint8):
+    if isinstance(data, bytes) or (isinstance(data, np.ndarray) and data.dtype == np.uint8):
         return data
     raise PickleError(f"Image {i} of {path} is neither bytes nor an array of uint8.")
 
@@ -119,10 +119,10 @@ def _fields(line: str) -> list[str]:
 def _lfw_pair(line: str) -> tuple[str, str, bool]:
     fields = _fields(line)
     name, i, *other, j = fields
-    other = other[0] if len(fields) == 4 else name
+    second = other[0] if len(fields) == 4 else name
     if len(fields) > 4:
         raise ValueError
-    return f"{name}/{name}_{int(i):04}", f"{other}/{other}_{int(j):04}", len(fields) == 3
+    return f"{name}/{name}_{int(i):04}", f"{second}/{second}_{int(j):04}", len(fields) == 3
 
 
 def _paired_lines(path: str | Path, lines: list[str]) -> list[tuple[str, str, bool]]:
@@ -162,7 +162,7 @@ def open_bin(
 ) -> PairedImages:
     images, same = read_bin(path)
     keys = [f"{Path(path).name}:{i}" for i in range(len(images))]
-    dataset = PairedImages(images, keys, transform=transform, color=color)
+    dataset = PairedImages(images, keys, transform=transform, color=color)  # type: ignore[arg-type]
     dataset.pairs, dataset.same = torch.arange(len(images)).reshape(-1, 2), torch.from_numpy(same)
     return dataset
 

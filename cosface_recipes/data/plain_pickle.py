@@ -1,63 +1,56 @@
 """Reads pickles of lists, bytes, numpy arrays and booleans, and nothing else.
 
-Python's unpickler calls what the file names. This one is a stack machine over the opcodes that `pickletools`
-describes: it imports nothing, calls nothing and sets no attribute, so that a file can only be
-data. The handful of functions that stand for bytes and arrays in a pickle are recognised by name:
+Python's unpickler calls what the file names. `find_class` here finds nothing but stand-ins for the handful of
+functions that stand for bytes and arrays in a pickle, so that a file can only be data:
 
     _codecs.encode(text, "latin1")                             bytes, from protocol 2 of Python 3
     numpy's _reconstruct, with its state, and _frombuffer      an array of uint8 or bool
     numpy's scalar                                             a bool
+
+Such an allow-list bounds neither memory nor time. `pickle.Unpickler`, in C, allocates what a length or an index
+into the memo says before it looks at the file; `pickle._Unpickler`, the same in Python, reads no more than the
+file has, and keeps its memo in a dict. Its table of opcodes is an allow-list too: to hash the key of a dict can
+take time exponential in the file, and an object of an extension (copyreg) can come without `find_class`.
 """
 
 from __future__ import annotations
 
-import codecs
-import math
 import mmap
+import pickle
 import pickletools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 DTYPES = {"u1": np.dtype(np.uint8), "b1": np.dtype(np.bool_)}
-VALUES = {
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+OPCODES = {
+    *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE"),
 }
-CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 
 
 class PickleError(ValueError):
     """The pickle is damaged, or holds more than plain data."""
 
 
-@dataclass(frozen=True)
-class Global:
-    """Something that the pickle refers to by name; it is never looked up."""
-
-    module: str
-    attribute: str
-
-    def __str__(self) -> str:
-        if not isinstance(self.module, str) or not isinstance(self.attribute, str):
-            raise TypeError("a name is not text")
-        return f"{self.module}.{self.attribute}"
-
-
-@dataclass(eq=False)
 class Array:
     """An array whose contents come with a later opcode."""
 
-    value: np.ndarray | None = None
+    def __init__(self, value: np.ndarray | None = None):
+        self.value = value
 
 
 def read_pickle(path: str | Path) -> object:
-    """The object in a file; numpy arrays in it are `Array`s, strings of Python 2 are bytes.
+    """The object in a file; numpy arrays in it are `Array`s, strings of Python 2 and bytearrays are bytes.
 
     Raises:
         PickleError: the file is no such pickle; the message says where.
@@ -68,155 +61,89 @@ def read_pickle(path: str | Path) -> object:
         except ValueError:
             raise PickleError(f"The pickle {path} is empty.") from None
     with data:
-        return _Machine(path, len(data)).run(data)
-
-
-class _Machine:
-    def __init__(self, path: str | Path, size: int):
-        self.path = path
-        self.to_encode = size  # bytes; a text of the file can be encoded many times, but needs to be only once
-        self.stack: list = []
-        self.marks: list[int] = []  # lengths of the stack
-        self.memo: dict[int, object] = {}
-
-    def run(self, data: mmap.mmap) -> object:
-        position = 0
         try:
-            for opcode, argument, at in _opcodes(data):
-                position = at
-                if opcode.name == "STOP":
-                    (result,) = self.stack
-                    return result
-                self.step(opcode.name, argument)
-        except PickleError:
-            raise
-        # What pickletools and these few lines raise on a damaged file.
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
-            raise PickleError(f"The pickle {self.path} is damaged near byte {position}: {error}") from error
-        raise PickleError(f"The pickle {self.path} ends without a stop.")
+            return _Unpickler(data).load()
+        # What pickle raises on a damaged file, and numpy on a damaged array.
+        except (
+            *(pickle.UnpicklingError, struct.error, EOFError, ValueError, TypeError),
+            *(LookupError, AttributeError, OverflowError),
+        ) as error:
+            reason = str(error) or "its end"
+            raise PickleError(
+                f"The pickle {path} has what cannot be read before byte {data.tell()} ({reason}); "
+                "only lists of bytes, uint8 and bool arrays are read."
+            ) from error
 
-    def step(self, name: str, argument) -> None:
-        stack = self.stack
-        if name in ("PROTO", "FRAME"):
-            pass
-        elif name in VALUES:
-            stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name == "STRING":
-            stack.append(argument)
-        elif name in ("BINSTRING", "SHORT_BINSTRING"):
-            stack.append(argument.encode("latin-1"))
-        elif name == "MARK":
-            self.marks.append(len(stack))
-        elif name in ("EMPTY_LIST", "EMPTY_TUPLE"):
-            stack.append([] if name == "EMPTY_LIST" else ())
-        elif name in ("LIST", "TUPLE"):
-            items = self.pop_to_mark()
-            stack.append(items if name == "LIST" else tuple(items))
-        elif name in TUPLES:
-            items = tuple(stack[-TUPLES[name] :])
-            del stack[-TUPLES[name] :]
-            stack.append(items)
-        elif name in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if name == "APPEND" else self.pop_to_mark()
-            if not isinstance(stack[-1], list):
-                raise ValueError("it appends to what is not a list")
-            stack[-1].extend(items)
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name == "GLOBAL":
-            stack.append(Global(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(Global(module, attribute))
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(self.reduce(function, arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            self.build(stack[-1], state)
-        else:
-            self.refuse(f"the opcode {name}")
 
-    def pop_to_mark(self) -> list:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    def __missing__(self, code: int) -> NoReturn:
+        raise pickle.UnpicklingError(f"the opcode {NAMES.get(code, hex(code))}")
 
-    def reduce(self, function: Global, arguments: tuple) -> object:
-        name = str(function).replace("numpy.core.", "numpy._core.") if isinstance(function, Global) else "data"
-        if name == "_codecs.encode" and arguments[1:] in (("latin1",), ("latin-1",)):
-            self.to_encode -= len(arguments[0])
-            if self.to_encode < 0:
-                self.refuse("more text than it has bytes")
-            return arguments[0].encode("latin-1")
-        if name in ("__builtin__.bytes", "builtins.bytes") and arguments == ():
-            return b""
-        if name == "numpy.dtype":
-            return self.dtype(arguments[0])
-        if name == "numpy._core.multiarray._reconstruct":
-            return Array()
-        if name == "numpy._core.numeric._frombuffer":
-            buffer, dtype, shape, order = arguments
-            return Array(_array(buffer, dtype, shape, order == "F"))
-        if name == "numpy._core.multiarray.scalar" and arguments[0] is DTYPES["b1"]:
-            return arguments[1] == b"\1"
-        return self.refuse(f"a call of {name}")
 
-    def dtype(self, name: str | bytes) -> np.dtype:
-        text = name.decode("latin-1") if isinstance(name, bytes) else name
-        if not isinstance(text, str):
-            raise TypeError("the name of a dtype is not text")
-        return DTYPES[text] if text in DTYPES else self.refuse(f"an array of {text}")
+class _Unpickler(pickle._Unpickler):
+    stack: list[Any]
+    read: Callable[[int], bytes]
 
-    def build(self, target: object, state: object) -> None:
-        if isinstance(target, Array) and isinstance(state, tuple):
+    def __init__(self, data: mmap.mmap):
+        super().__init__(data, encoding="bytes")
+        self.to_encode = len(data)  # bytes; a text of the file can be encoded often, but needs to be only once
+
+    def find_class(self, module: str, name: str) -> Callable[..., object] | None:
+        full_name = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
+        stand_ins: dict[str, Callable[..., object] | None] = {
+            "_codecs.encode": self.encode,
+            "__builtin__.bytes": lambda: b"",
+            "builtins.bytes": lambda: b"",
+            "numpy.dtype": lambda name, *_: _dtype(name),
+            "numpy.ndarray": None,  # an argument of _reconstruct
+            "numpy._core.multiarray._reconstruct": lambda *_: Array(),
+            "numpy._core.numeric._frombuffer": lambda *state: Array(_array(*state)),
+            "numpy._core.multiarray.scalar": _scalar,
+        }
+        if full_name not in stand_ins:
+            raise pickle.UnpicklingError(f"the name {full_name}")
+        return stand_ins[full_name]
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        self.to_encode -= len(text)
+        if encoding not in ("latin1", "latin-1") or self.to_encode < 0:
+            raise ValueError("another encoding than latin-1, or more text than the file has")
+        return text.encode("latin-1")
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Array):
             _, shape, dtype, fortran, data = state
-            target.value = _array(data, dtype, shape, fortran is True)
-        elif not isinstance(target, np.dtype):  # the state of these types says nothing new
-            self.refuse(f"a state for {type(target).__name__}")
+            target.value = _array(data, dtype, shape, "F" if fortran else "C")
+        elif not isinstance(target, np.dtype):  # the state of these two says nothing new
+            raise TypeError(f"a state for {type(target).__name__}")
 
-    def refuse(self, what: str):
-        raise PickleError(
-            f"The pickle {self.path} has {what}; only lists of bytes, uint8 and bool arrays are read."
-        )
+    def load_frame(self) -> None:
+        self.read(8)  # frames help who reads from a socket
 
-
-def _opcodes(data: mmap.mmap) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int]]:
-    """Opcode, argument and position, as `pickletools.genops` gives them, but for the strings of protocol 0.
-
-    Those are bytes in Python 2, and pickletools reads none beyond ASCII.
-    """
-    while True:
-        at = data.tell()
-        opcode = pickletools.code2op.get(data.read(1).decode("latin-1"))
-        if opcode is None:
-            raise ValueError("there is no opcode")
-        argument = _quoted(data.readline()) if opcode.name == "STRING" else opcode.arg and opcode.arg.reader(data)
-        yield opcode, argument, at
+    dispatch = _Opcodes(
+        {code: pickle._Unpickler.dispatch[code] for code, name in NAMES.items() if name in OPCODES}
+    )
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # a bytearray would be allocated first
+    dispatch[pickle.FRAME[0]] = load_frame
+    dispatch[pickle.BUILD[0]] = load_build
 
 
-def _quoted(line: bytes) -> bytes:
-    r"""What Python 2's repr of a byte string stands for.
-
-    >>> _quoted(b"'\\xff'" + bytes([10]))
-    b'\xff'
-    """
-    if len(line) < 3 or line[:1] not in (b"'", b'"') or line[-2:] != line[:1] + b"\n":
-        raise ValueError("a string has no quotes")
-    return codecs.escape_decode(line[1:-2])[0]
+def _dtype(name: str | bytes) -> np.dtype:
+    text = name.decode("latin-1") if isinstance(name, bytes) else name
+    if not isinstance(text, str) or text not in DTYPES:
+        raise TypeError(f"an array of {text}" if isinstance(text, str) else "a dtype without a name")
+    return DTYPES[text]
 
 
-def _array(data: bytes, dtype: np.dtype, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
-    # No message shows the shape: what a pickle calls a shape can be longer, written out, than all memory.
-    if not all(type(length) is int and length >= 0 for length in shape) or not isinstance(dtype, np.dtype):
-        raise ValueError("an array has no shape or no dtype")
-    if math.prod(shape) != len(data):
-        raise ValueError(f"{len(data)} bytes are not what an array's shape says")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+def _scalar(dtype: np.dtype, data: bytes) -> bool:
+    if dtype is not DTYPES["b1"] or not isinstance(data, bytes):
+        raise TypeError("a number of numpy that is no bool")
+    return data == b"\1"
+
+
+def _array(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    # A string would do as a dtype for numpy, and -1 as a length.
+    if not isinstance(dtype, np.dtype) or any(length < 0 for length in shape):
+        raise ValueError("an array without a dtype or a shape")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if order == "F" else "C")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,13 @@ def uniform(low: float, high: float) -> float:
 class Compose:
     """One transform after the other."""
 
-    transforms: Sequence[Callable]
+    transforms: Sequence[Callable[[Any], Any]]
 
     def __call__(self, image: Image.Image) -> Tensor:
+        result: Any = image
         for transform in self.transforms:
-            image = transform(image)
-        return image
+            result = transform(result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Normalize:
 
     def __call__(self, image: Image.Image) -> Tensor:
         pixels = np.array(image)  # (h, w) or (h, w, channels)
-        pixels = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1)))
-        return (pixels.float() - 127.5) / 127.5
+        planes = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1)))
+        return (planes.float() - 127.5) / 127.5
 
 
 def training_transform(size: int, flip: float = 0.5, crop: float = 0.0, color: float = 0.0) -> Compose:

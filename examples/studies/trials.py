@@ -86,7 +86,7 @@ class Trial:
         recipe = replace(self.recipe, learning_rate=setting.pop("learning_rate", self.recipe.learning_rate))
         steps = recipe.epochs * len(pairs(training.labels, recipe.batch_size, torch.Generator()))
         try:
-            network, seconds = train(
+            network, seconds, _ = train(
                 recipe,
                 training,
                 lambda: make_head(len(training.identities), recipe.embedding_size, **setting),

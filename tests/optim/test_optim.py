@@ -1,62 +1,16 @@
-"""Optimizers that move the rows inside backward: equal to torch.optim's, and loud where they cannot be."""
+"""Rows that move inside backward, step for step beside torch.optim."""
 
-import copy
 import math
 
 import pytest
 import torch
-from support import run_python
+from support.rules import RULES, C, D, batches, make_head, train
 from torch import nn
 
-from cosface_kernels import FusedCosFaceLoss, cosface_loss, ops
+from cosface_kernels import FusedCosFaceLoss, cosface_loss
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options, Update
-
-C, D, N = 301, 20, 9  # a ragged tile, a width that fills no panel
-SGD = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    "dampening": {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
-    "maximize": {"momentum": 0.9, "maximize": True, "weight_decay": 0.01},
-}
-ADAMW = {
-    "plain": {},
-    "amsgrad": {"amsgrad": True, "weight_decay": 0.1, "betas": (0.8, 0.95)},
-    "maximize": {"maximize": True, "eps": 1e-4},
-}
-RULES = [
-    *(pytest.param(FusedSGD, torch.optim.SGD, {"lr": 0.3, **o}, id=f"sgd-{k}") for k, o in SGD.items()),
-    *(pytest.param(FusedAdamW, torch.optim.AdamW, {"lr": 0.01, **o}, id=f"adamw-{k}") for k, o in ADAMW.items()),
-]
-
-
-def make_head(dtype=torch.float32, backend="cpu", num_classes=C, dim=D, **options) -> FusedCosFaceLoss:
-    torch.manual_seed(3)
-    head = FusedCosFaceLoss(num_classes, dim, scale=16.0, dtype=dtype, backend=backend, **options)
-    with torch.no_grad():
-        head.weight.mul_(100)
-    return head
-
-
-def batches(steps: int, dtype=torch.float32, rows=N, num_classes=C, dim=D):
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(steps):
-        x = torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(dtype)
-        yield x, torch.randint(num_classes, (rows,), generator=generator)
-
-
-def train(head, optimizer, steps, dtype=torch.float32, **sizes):
-    """The gradients of the embeddings of each step, which see the weight of the step before."""
-    gradients = []
-    for x, labels in batches(steps, dtype, **sizes):
-        x.requires_grad_()
-        optimizer.zero_grad()
-        head(x, labels).backward()
-        optimizer.step()
-        gradients.append(x.grad)
-    return torch.stack(gradients)
 
 
 def relative_error(got, want) -> float:
@@ -157,167 +111,6 @@ def test_opcheck_update():
     torch.library.opcheck(torch.ops.cosface.apply_update_, (w, torch.rand(6, 4), state, *update.flat(), "cpu"))
 
 
-def _gradient(head, x, labels):
-    weight = head.weight.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(cosface_loss(x, weight, labels, scale=16.0, backend="cpu"), weight)
-    return gradient
-
-
-def test_clipping_by_rows_and_by_a_known_factor():
-    ((x, labels),) = batches(1)
-    head = make_head()
-    before, gradient = head.weight.detach().clone(), _gradient(head, x, labels)
-    norms = gradient.norm(dim=1, keepdim=True)
-    limit = float(norms.quantile(0.7)) / 2
-    optimizer = FusedSGD(head.parameters(), lr=1.0, gradient_factor=0.5, max_row_norm=limit)
-    head(x, labels).backward()
-    optimizer.step()
-    clipped = 0.5 * gradient * (limit / (0.5 * norms)).clamp_max(1)
-    assert bool((0.5 * norms > limit).any())
-    assert bool((0.5 * norms < limit).any())
-    torch.testing.assert_close(head.weight, before - clipped, rtol=1e-6, atol=1e-7)
-
-
-def test_clipping_by_the_global_norm_afterwards_raises():
-    head = make_head()
-    optimizer = FusedSGD(head.parameters(), lr=0.1)
-    ((x, labels),) = batches(1)
-    head(x, labels).backward()
-    for clip in (
-        lambda: nn.utils.clip_grad_norm_(head.parameters(), 1.0),
-        lambda: nn.utils.clip_grad_value_(head.parameters(), 1.0),
-        lambda: head.weight.grad.norm(),
-    ):
-        with pytest.raises(RuntimeError, match=r"set gradient_factor .* or max_row_norm"):
-            clip()
-    assert "(301, 20)" in repr(head.weight.grad)
-    optimizer.step()
-    assert head.weight.grad is None
-
-
-def test_two_backwards_before_a_step_raise_and_change_nothing():
-    head = make_head()
-    optimizer = FusedSGD(head.parameters(), lr=0.1)
-    (x, labels), (x2, labels2) = batches(2)
-    losses = head(x, labels), head(x2, labels2)
-    losses[0].backward()
-    after = head.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"backward ran twice .*FusedSGD\.step\(\)\. .*accumulate=True"):
-        losses[1].backward()
-    with pytest.raises(RuntimeError, match=r"another was refused: .* half an update"):
-        optimizer.step()
-    assert torch.equal(head.weight, after)
-    optimizer.zero_grad()
-    optimizer.step()
-    stale = head(x, labels)
-    head(x2, labels2).backward()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        stale.backward()  # its forward saw the weight before the step
-
-
-@pytest.mark.parametrize(("fused", "torchs", "options"), RULES[1::4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_accumulation_is_the_mean_of_one_large_batch(fused, torchs, options, dtype):
-    accumulated, concatenated, theirs = make_head(dtype), make_head(dtype), make_head(dtype)
-    optimizers = (
-        fused(accumulated.parameters(), accumulate=True, **options),
-        fused(concatenated.parameters(), **options),
-        torchs(theirs.parameters(), **options),
-    )
-    for _ in range(3):
-        micro = list(batches(4, dtype))
-        for x, labels in micro:
-            (accumulated(x, labels) / 4).backward()
-        for head in (concatenated, theirs):
-            head(torch.cat([x for x, _ in micro]), torch.cat([labels for _, labels in micro])).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for head in (accumulated, concatenated):
-        torch.testing.assert_close(head.weight, theirs.weight, rtol=1e-5, atol=1e-6)
-
-
-def test_accumulated_gradient_can_be_clipped_and_zeroed():
-    head = make_head()
-    optimizer = FusedSGD(head.parameters(), lr=1.0, accumulate=True)
-    ((x, labels),) = batches(1)
-    head(x, labels).backward()
-    nn.utils.clip_grad_norm_(head.parameters(), 0.1)
-    gradient, before = head.weight.grad.clone(), head.weight.detach().clone()
-    optimizer.step()
-    torch.testing.assert_close(head.weight, before - gradient)
-    optimizer.zero_grad()
-    assert head.weight.grad is None
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
-def test_interrupted_step_is_never_used(failure, monkeypatch):
-    head = make_head()
-    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9)
-    train(head, optimizer, 2)
-    checkpoint = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
-    cpu = BACKENDS["cpu"]
-    whole = cpu.backward_update_
-
-    def half(x, w, *tensors, state, **options):
-        whole(x, w[:150], *tensors, state=[values[:150] for values in state], **options)
-        raise failure
-
-    monkeypatch.setattr(cpu, "backward_update_", half)
-    ((x, labels),) = batches(1)
-    labels %= 150
-    with pytest.raises(failure):
-        head(x, labels).backward()
-    monkeypatch.undo()
-    for use in (lambda: head(x, labels), optimizer.step, optimizer.state_dict):
-        with pytest.raises(RuntimeError, match=r"\(301, 20\) was interrupted, .*Restore the weight"):
-            use()
-    with torch.no_grad(), pytest.raises(RuntimeError, match="was interrupted"):
-        head(x, labels)
-
-    head.load_state_dict(checkpoint[0])
-    optimizer.load_state_dict(checkpoint[1])
-    other = make_head()
-    other_optimizer = FusedSGD(other.parameters(), lr=0.1, momentum=0.9)
-    train(other, other_optimizer, 2)
-    train(head, optimizer, 2), train(other, other_optimizer, 2)
-    assert torch.equal(head.weight, other.weight)
-
-
-def test_interrupt_of_a_real_step():
-    """Ctrl-C while the kernels run is raised when they are done or in between, and either is told apart."""
-    done = run_python(
-        """
-import os, signal, threading, torch
-from cosface_kernels import FusedCosFaceLoss, optim
-from cosface_kernels.optim import FusedSGD
-head = FusedCosFaceLoss(40_000, 64, backend="cpu")
-optimizer = FusedSGD(head.parameters(), lr=0.1)
-x, labels = torch.randn(256, 64), torch.randint(40_000, (256,))
-def step():
-    head(x, labels).backward()
-    optimizer.step()
-step()  # before the interrupt, however slow the machine is
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-try:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    while True:
-        step()
-except KeyboardInterrupt:
-    pass
-phase = optim.ownership_of(head.weight).phase
-try:
-    optimizer.step()
-    print("whole" if phase != "moving" else "wrong")
-except RuntimeError:
-    print("half" if phase == "moving" else "wrong")
-""",
-        OMP_NUM_THREADS="2",
-    )
-    assert done.stdout.strip() in ("whole", "half"), done.stdout + done.stderr
-
-
 def test_a_refused_call_moves_nothing():
     head = make_head(backend="reference", cache_bytes=2**20)
     FusedSGD(head.parameters(), lr=0.1)
@@ -338,75 +131,6 @@ def test_learning_rate_schedule():
             scheduler.step()
     assert optimizers[0].param_groups[0]["lr"] == 0.5 / 16
     torch.testing.assert_close(heads[0].weight, heads[1].weight)
-
-
-@pytest.mark.parametrize(("fused", "torchs", "options"), RULES[1::4])
-def test_state_passes_to_torch_and_back(fused, torchs, options):
-    """A run that changes optimizer half-way is the run that does not."""
-    head, other = make_head(), make_head()
-    optimizer, theirs = fused(head.parameters(), **options), torchs(other.parameters(), **options)
-    train(head, optimizer, 3), train(other, theirs, 3)
-    swapped = fused(other.parameters(), **options)
-    swapped.load_state_dict(theirs.state_dict())
-    back = torchs(head.parameters(), **options)
-    back.load_state_dict(optimizer.state_dict())
-    del optimizer  # no longer the owner
-    train(other, swapped, 3), train(head, back, 3)
-    torch.testing.assert_close(head.weight, other.weight, rtol=1e-5, atol=1e-5)
-
-
-def test_resumes_bitwise(tmp_path):
-    head = make_head(torch.bfloat16)
-    optimizer = FusedAdamW(head.parameters(), lr=0.01, state_dtype=torch.float32, seed=4)
-    train(head, optimizer, 3)
-    torch.save((head.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint")
-    train(head, optimizer, 3)
-    other = make_head(torch.bfloat16)
-    resumed = FusedAdamW(other.parameters(), lr=0.5, state_dtype=torch.float32, seed=4)
-    weights, state = torch.load(tmp_path / "checkpoint")
-    other.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    assert resumed.state[other.weight]["exp_avg"].dtype == torch.float32
-    train(other, resumed, 3)
-    assert torch.equal(head.weight, other.weight)
-
-
-@pytest.mark.parametrize("with_backbone", [False, True])
-def test_grad_scaler(with_backbone):
-    """Steps like torch's SGD under a scaler of its own, over an overflow that both skip."""
-    results = []
-    for fused in (True, False):
-        torch.manual_seed(1)
-        head, backbone = make_head(), nn.Linear(D, D)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-        optimizers = [
-            FusedSGD(head.parameters(), lr=0.3, momentum=0.9, grad_scaler=scaler)
-            if fused
-            else torch.optim.SGD(head.parameters(), lr=0.3, momentum=0.9)
-        ]
-        if with_backbone:
-            optimizers.append(torch.optim.SGD(backbone.parameters(), lr=0.1))
-        for i, (x, labels) in enumerate(batches(6)):
-            loss = head(backbone(x), labels)
-            loss = loss * math.inf if i == 3 else loss
-            scaler.scale(loss).backward()
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad()
-            scaler.update()
-        assert bool(head.weight.isfinite().all())
-        results.append((head.weight, scaler.get_scale()))
-    assert results[0][1] == results[1][1] < 1024 * 8
-    torch.testing.assert_close(results[0][0], results[1][0])
-
-
-def test_a_scaler_that_the_optimizer_does_not_know_raises():
-    head, scaler = make_head(), torch.amp.GradScaler("cpu", init_scale=2.0)
-    optimizer = FusedSGD(head.parameters(), lr=0.1)
-    ((x, labels),) = batches(1)
-    scaler.scale(head(x, labels)).backward()
-    with pytest.raises(RuntimeError, match="grad_scaler=scaler"):
-        scaler.unscale_(optimizer)
 
 
 def test_closure():
@@ -437,19 +161,6 @@ def test_without_gradients_nothing_moves():
     assert torch.equal(head.weight, before)
 
 
-def test_a_copy_of_a_head_and_a_dropped_optimizer_have_no_owner():
-    head = make_head()
-    optimizer = FusedSGD(head.parameters(), lr=0.1)
-    ((x, labels),) = batches(1)
-    copied = copy.deepcopy(head)
-    copied(x, labels).backward()
-    assert torch.equal(copied.weight, head.weight)
-    assert float(copied.weight.grad.norm()) > 0
-    del optimizer
-    head(x, labels).backward()
-    torch.testing.assert_close(head.weight.grad, copied.weight.grad)
-
-
 def test_compiled_model_moves_the_rows():
     torch._dynamo.reset()
     head, other = make_head(), make_head()
@@ -458,40 +169,6 @@ def test_compiled_model_moves_the_rows():
     train(other, FusedSGD(other.parameters(), lr=0.1), 2)
     torch.testing.assert_close(head.weight, other.weight)
     torch.compile(make_head(), backend="eager", fullgraph=True)(*next(batches(1))).backward()  # has no owner
-
-
-def test_rounding_depends_on_seed_and_step_alone():
-    w, g = torch.randn(500, 33).bfloat16(), torch.randn(500, 33).bfloat16()
-
-    def moved(seed, step, threads=2):
-        torch.set_num_threads(threads)
-        v = w.clone()
-        ops.apply_update_(v, g, [], *Update("sgd", step, seed, 1.0, math.inf, 1e-3, 0.0).flat(), "cpu")
-        return v
-
-    threads = torch.get_num_threads()
-    first = moved(1, 1)
-    assert torch.equal(first, moved(1, 1, threads=1))
-    assert not torch.equal(first, moved(2, 1))
-    assert not torch.equal(first, moved(1, 2))
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
-@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
-def test_bfloat16_follows_float32(fused, state_dtype):
-    """The updates of many steps are far smaller than an ulp of the weight; they must not be lost."""
-    options = {"lr": 0.02, "momentum": 0.9} if fused is FusedSGD else {"lr": 2e-4, "weight_decay": 0.0}
-    small, exact = make_head(torch.bfloat16), make_head()
-    exact.load_state_dict(small.state_dict())
-    start = small.weight.detach().double()
-    optimizer = fused(small.parameters(), state_dtype=state_dtype, **options)
-    train(small, optimizer, 200)
-    train(exact, fused(exact.parameters(), **options), 200)
-    want, got = exact.weight.detach().double() - start, small.weight.detach().double() - start
-    along = float((want * got).sum() / want.square().sum())
-    assert abs(along - 1) < 0.05
-    assert {v.dtype for v in optimizer.state[small.weight].values() if v.dim()} == {state_dtype or torch.bfloat16}
 
 
 @pytest.mark.parametrize(

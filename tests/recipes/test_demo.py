@@ -268,6 +268,7 @@ def tiny(split: str, characters: int, fonts: int) -> Images:
     return Images(images.pixels[rows], images.labels[rows], images.identities[:characters])
 
 
+ROWS = ("untrained network", "plain softmax", "CosFace")
 TINY = training.Recipe(epochs=2, batch_size=32, embedding_size=16)
 
 
@@ -277,8 +278,9 @@ def test_the_same_seed_gives_the_same_network_and_scores(name):
     make_head = training.make_heads(TINY, 24)[name]
     runs = []
     for seed in (0, 0, 1):
-        network, seconds = training.train(replace(TINY, seed=seed), images, make_head, name)
+        network, seconds, losses = training.train(replace(TINY, seed=seed), images, make_head, name)
         assert seconds > 0
+        assert len(losses) == 12
         runs.append((network.state_dict(), compare_all(network.embed(test.pixels), test.labels)))
     (weights, first), (same_weights, same), (other_weights, _) = runs
     assert all(torch.equal(weights[key], same_weights[key]) for key in weights)
@@ -293,7 +295,7 @@ def test_training_brings_the_images_of_an_identity_together(name):
     images = tiny("train", 20, 8)
     recipe = replace(TINY, epochs=9, learning_rate=0.02, embedding_size=32, margin=0.1, scale=8.0)
     untrained = training.make_network(recipe, images)
-    trained, _ = training.train(recipe, images, training.make_heads(recipe, 20)[name], name)
+    trained, _, _ = training.train(recipe, images, training.make_heads(recipe, 20)[name], name)
     before, after = (compare_all(net.embed(images.pixels), images.labels) for net in (untrained, trained))
     assert after.rank1 > 3 * before.rank1
 
@@ -361,6 +363,52 @@ for output in first, second:
 """
 
 
+def test_few_images_get_enough_steps_to_learn_from(tmp_path, capsys):
+    """With 8 steps, an epoch count for 37,023 images, both heads ended below the untrained network."""
+    images = tiny("train", 20, 6)
+    for i, (pixels, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
+        path = tmp_path / "people" / f"id{label:02}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0].numpy()).save(path)
+    demo.main(["--data", str(path.parent.parent), "--output", str(tmp_path / "roc.png")])
+    printed = capsys.readouterr().out
+    assert "96 images of 16 identities, 100 times" in printed
+    rank1 = {row: float(re.search(rf"^{row} +(\S+) %", printed, re.MULTILINE)[1]) for row in ROWS}
+    assert rank1["CosFace"] > rank1["untrained network"]
+    assert "Warning: 216 impostor pairs are too few for a FAR of 0.01 or less: 2 of them may pass there" in printed
+    assert printed.count("Warning") == 1 + (rank1["plain softmax"] < rank1["untrained network"])
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"), [(96, 100), (2, 200), (4_000, 4), (37_023, 4), (159_000, 4), (400_000, 1), (10**7, 1)]
+)
+def test_the_number_of_passes_follows_the_data(images, epochs):
+    assert training.epochs_for(images, batch_size=64) == epochs
+    assert training.epochs_for(images, batch_size=64) * math.ceil(images / 64) >= training.FEWEST_STEPS
+
+
+def test_a_table_that_means_little_says_so():
+    descending = [1 - i / 3000 for i in range(3000)]
+    few, many = scores([0.9], descending[:2999]), scores([0.9], descending * 100)
+    good, bad = (lambda s, r=r: replace(s, rank1=r) for r in (0.8, 0.2))
+    fallen, flat = [3.0] * 100 + [1.0] * 100, [3.0] * 200
+
+    def doubts(pairs, *trained):
+        rows = [demo.Row("untrained network", replace(pairs, rank1=0.5))]
+        return demo.doubts(
+            [*rows, *(demo.Row("CosFace", rated(pairs), losses=losses) for rated, losses in trained)], 16
+        )
+
+    assert doubts(many, (good, fallen)) == []
+    assert ["too short" in text for text in doubts(many, (good, fallen), (good, [1.0] * 8))] == [True]
+    (text,) = doubts(many, (good, flat))
+    assert "The loss of CosFace is 3.00 at the end; to guess among 16 identities costs 2.77" in text
+    (text,) = doubts(many, (bad, fallen))
+    assert text.startswith("CosFace finds fewer of the held-out identities than the untrained network")
+    (text,) = doubts(few, (good, fallen))
+    assert text.startswith("2,999 impostor pairs are too few for a FAR of 0.01 or less: 29 of them may pass there")
+
+
 def test_the_script_prints_the_same_table_twice(folder, tmp_path):
     curves = [tmp_path / name / "roc.png" for name in ("first", "second")]
     # 28 training images in batches of 9: the last batch has one image, and is left out.
@@ -376,7 +424,8 @@ def test_the_script_prints_the_same_table_twice(folder, tmp_path):
     runs = result.stdout.split("END OF RUN")[:2]
     assert "All pairs of test images: 9 genuine, 27 impostor." in runs[0]
     assert "n/a" in runs[0]  # 27 impostors cannot show a rate of 1e-2
-    for row in ("untrained network", "plain softmax", "CosFace"):
+    assert "Warning: A training of 6 steps is too short to mean anything: it takes at least 200" in runs[0]
+    for row in ROWS:
         rank1 = [re.search(rf"^{row} +(\S+ %)", run, re.MULTILINE)[1] for run in runs]
         assert rank1[0] == rank1[1]
 

@@ -171,12 +171,19 @@ def test_the_malicious_pickle_would_run(tmp_path):
 
 HOSTILE = {
     "a string longer than the file": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x",
+    "a bytearray longer than the file": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x",
     "a memo index of 2^32": b"\x80\x02]r\xff\xff\xff\xff.",
     "a frame longer than the file": b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"].",
     "a shape that repeats a tuple": (
         b"\x80\x05cnumpy._core.numeric\n_frombuffer\n(C\x01xcnumpy\ndtype\nX\x02\0\0\0u1\x85R"
         b"(J\xff\xff\xff\x7f)tX\x01\0\0\0CtR."
     ),
+    "a shape of ten thousand lengths": (
+        b"\x80\x05J\xff\xff\xff\x7fq\0cnumpy._core.numeric\n_frombuffer\n(C\x01xcnumpy\ndtype\nX\x02\0\0\0u1\x85R("
+        + b"h\0" * 10_000
+        + b"tX\x01\0\0\0CtR."
+    ),
+    "a dict of a tuple of tuples": b"\x80\x02})" + b"q\0h\0\x86" * 60 + b"Ns.",
     "a tuple of tuples of tuples": b"\x80\x02)" + b"q\0h\0\x86" * 60 + b"cnumpy\ndtype\n)R.",
     "its own text, again and again": (
         b"\x80\x02X\xe8\x03\0\0"
