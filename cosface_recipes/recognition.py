@@ -60,7 +60,8 @@ class Recognizer:
 
     def embeddings(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
         """(n, embedding_size), not normalised, of those photos that are not left out, and their positions."""
-        parts, kept = [torch.empty(0, self.description.embedding_size)], []
+        parts = [torch.empty(0, self.description.embedding_size)]
+        kept: list[int] = []
         starts = range(0, len(paths), BATCH)
         for start in tqdm(starts, desc="embeddings", unit="batch", disable=len(starts) < 2):
             images = {i: self.read(paths[i]) for i in range(start, min(start + BATCH, len(paths)))}
