@@ -52,7 +52,7 @@ from trials import EPOCHS, RESULTS, SCALE, Trial, run_all
 
 FOLDER = Path(__file__).parents[2] / "docs" / "figures"
 DENSITY = Path(__file__).parents[2] / "bench" / "results" / "sparse-density.json"
-GROWTH = Path(__file__).parents[2] / "bench" / "results" / "epyc-zen4-2-threads-train-step.json"
+GROWTH = Path(__file__).parents[2] / "bench" / "results" / "xeon-amx-2-threads-train-step.json"
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -323,17 +323,17 @@ def sparse_density(results: Path = DENSITY) -> Figure:
 
 
 def growth(results: Path = GROWTH) -> Figure:
-    """Memory and time of a training step over the classes, of FusedSGD and of its peers where they were measured.
+    """Memory and time of a training step over the classes, of FusedSGD and of its peers.
 
     Of rows of `python -m bench train-step` in float32 at one batch and size of an embedding.
     """
     rows = [row for row in json.loads(results.read_text()) if row["dtype"] == "float32"]
     styles = {
         "fused+FusedSGD": ("this package, FusedSGD", BLUE, "o-"),
-        "fused+SGD": ("this package, torch.optim.SGD", SKY, "o"),
-        "compile+SGD": ("PyTorch under torch.compile", GREEN, "s"),
-        "eager+SGD": ("PyTorch", ORANGE, "^"),
-        "pml+SGD": ("pytorch-metric-learning", RED, "x"),
+        "fused+SGD": ("this package, torch.optim.SGD", SKY, "o-"),
+        "compile+SGD": ("PyTorch under torch.compile", GREEN, "s-"),
+        "eager+SGD": ("PyTorch", ORANGE, "^-"),
+        "pml+SGD": ("pytorch-metric-learning", RED, "x-"),
     }
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4))
     for axes, (key, label) in zip(
