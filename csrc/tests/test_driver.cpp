@@ -553,9 +553,43 @@ void with_a_cache(bool is_exact) {
   }
 }
 
+// The cosines in falling order, each that of its class; and the same bits whatever the threads and tiles.
+template <typename T>
+void nearest() {
+  for (const Shape shape : {Shape{0, 5, 3}, Shape{3, 1, 2}, Shape{5, 90, 7}, Shape{300, 230, 16}}) {
+    for (DType dtype : {sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      const Problem<T> p(shape, dtype, shape.d + 3, 1);
+      const Definition want = define(p);
+      for (int64_t k : {int64_t{1}, (shape.classes + 1) / 2, shape.classes}) {
+        const auto run = [&](const Runtime& host) {
+          std::pair<Exact<T>, Exact<int64_t>> found{shape.n * k, shape.n * k};
+          nearest_classes<T>(p.batch(), p.weights(), {}, k, host, found.first, found.second);
+          return found;
+        };
+        const auto [cos, classes] = run(runtime(2, 7));
+        for (int64_t i = 0; i < shape.n; ++i) {
+          std::vector<double> sorted(&want.cos[i * shape.classes], &want.cos[i * shape.classes] + shape.classes);
+          std::sort(sorted.begin(), sorted.end(), std::greater<>());
+          for (int64_t rank = 0; rank < k; ++rank) {
+            const double got = cos[i * k + rank], of_class = want.cos[i * shape.classes + classes[i * k + rank]];
+            const double allowed = 16 * kUlp<T>;
+            CHECK(close(got, sorted[rank], allowed) && close(got, of_class, allowed), shape.n, k, i, rank, got);
+            CHECK(rank == 0 || cos[i * k + rank - 1] >= cos[i * k + rank], shape.n, k, i, rank);
+          }
+        }
+        for (const Runtime& host : {runtime(3, 20), runtime(1, 0), runtime(4, 14, Order::kReversed)}) {
+          const auto again = run(host);
+          CHECK(again.first.same_bits(cos) && again.second.same_bits(classes), shape.n, shape.classes, k);
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 void all_of() {
   shapes<T>();
+  nearest<T>();
   teams<T>();
   long_rows<T>();
   gradients_that_are_not_wanted<T>();
