@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosface_kernels.backends import contract
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import EPS, compute_dtype
 
@@ -12,6 +13,7 @@ ENTRY_BYTES = 32  # that a cosine of a chunk takes at most: itself, its order an
 
 def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]:
     """As `reference.nearest`."""
+    contract.check_rows(x, w)
     dtype = compute_dtype(x, w)
     with torch.autocast(x.device.type, enabled=False):
         unit = F.normalize(x.to(dtype), eps=EPS)  # (N, D)

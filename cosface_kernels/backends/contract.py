@@ -10,6 +10,17 @@ from cosface_kernels.options import Options, Update
 from cosface_kernels.reference import compute_dtype
 
 
+def check_rows(x: Tensor, w: Tensor) -> None:
+    """Of x (N, D) and w (C, D); raises as `check` does."""
+    for name, rows in (("x", x), ("w", w)):
+        if rows.dim() != 2 or not rows.shape[1]:
+            raise ValueError(f"{name} must have shape (rows, D), got {list(rows.shape)}.")
+        if not rows.is_floating_point():
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {rows.dtype}.")
+        check_memory(name, rows)
+    _check_one("w", w, (len(w), x.shape[1]), x.device)
+
+
 def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor, *upstream: Tensor) -> None:
     """Of forward's tensors, and of backward's with top, log_sum, g_lse and g_cos.
 
@@ -17,14 +28,8 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
         ValueError: a shape or a device does not fit; the message names the tensor and shows both.
         TypeError: so for a dtype.
     """
-    for name, rows in (("x", x), ("w", w)):
-        if rows.dim() != 2 or not rows.shape[1]:
-            raise ValueError(f"{name} must have shape (rows, D), got {list(rows.shape)}.")
-        if not rows.is_floating_point():
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {rows.dtype}.")
-        check_memory(name, rows)
-    N, D = x.shape
-    _check_one("w", w, (len(w), D), x.device)
+    check_rows(x, w)
+    N = len(x)
     _check_one("targets", targets, (N,), x.device, torch.int64)
     _check_one("scale", scale, (N,), x.device)
     for name, values in zip(("top", "log_sum", "g_lse", "g_cos"), upstream, strict=False):

@@ -64,6 +64,7 @@ def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) ->
 
 
 def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]:
+    contract.check_rows(x, w)
     with torch.autocast(x.device.type, enabled=False):
         return reference.nearest(x, w, k, normalize_weight)
 

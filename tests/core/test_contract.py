@@ -22,7 +22,7 @@ UPDATES = {
     "sgd": Update("sgd", 2, 0, 1.0, math.inf, 0.1, 0.0, momentum=0.9),
     "adamw": Update("adamw", 2, 0, 1.0, math.inf, 0.1, 0.0, beta1=0.9, beta2=0.99, eps=0.1),
 }
-OPS = ("lmcl", "lmcl_backward", "lmcl_backward_update_", "apply_update_")
+OPS = ("lmcl", "lmcl_backward", "lmcl_backward_update_", "apply_update_", "nearest")
 
 
 class Call:
@@ -31,14 +31,18 @@ class Call:
     def __init__(self, backend, op: str, *, sampled: bool = False, rule: str = "sgd", **numbers) -> None:
         self.op, self.backend, self.numbers, self.rule = op, backend, numbers, rule
         arguments, options = _fitting(backend, sampled, **numbers)
-        names = {"lmcl": ["x", "w", "targets", "scale"], "apply_update_": ["w", "dw"]}.get(op, [*arguments])
+        names = {
+            "lmcl": ["x", "w", "targets", "scale"],
+            "apply_update_": ["w", "dw"],
+            "nearest": ["x", "w"],
+        }.get(op, [*arguments])
         self.arguments: dict[str, Tensor | list[Tensor]] = {
             name: arguments[name] for name in names if op == "apply_update_" or name != "dw"
         }
         if op.endswith("update_"):
             self.arguments["w"] = arguments["w"].clone()
             self.arguments["state"] = [torch.ones_like(arguments["w"]) for _ in range(1 if rule == "sgd" else 3)]
-        self.options = {} if op == "apply_update_" else options
+        self.options = {} if op in ("apply_update_", "nearest") else options
         self.arguments |= self.options
 
     def __call__(self) -> None:
@@ -51,6 +55,8 @@ class Call:
             torch.ops.cosface.lmcl_backward(*tensors, True, True, backend, **options)
         elif self.op == "lmcl_backward_update_":
             torch.ops.cosface.lmcl_backward_update_(*tensors, None, *update, True, backend, **options)
+        elif self.op == "nearest":
+            torch.ops.cosface.nearest(*tensors, 3, True, backend)
         else:
             torch.ops.cosface.apply_update_(*tensors, *update, backend)
 
@@ -98,12 +104,14 @@ FREE |= {(name, "of bytes") for name in ("scale", "thresholds", "negatives", "dw
 
 def _cases():
     for op in OPS:
-        names = ("w", "dw", "state") if op == "apply_update_" else ("x", "w", "targets", "scale")
+        names = {"apply_update_": ("w", "dw", "state"), "nearest": ("x", "w")}.get(
+            op, ("x", "w", "targets", "scale")
+        )
         if op in ("lmcl_backward", "lmcl_backward_update_"):
             names += ("top", "log_sum", "g_lse", "g_cos", "cache")
         if op == "lmcl_backward_update_":
             names += ("state",)
-        if op != "apply_update_":
+        if op.startswith("lmcl"):
             names += ("classes", "thresholds", "negatives")
         yield from (
             (op, name, wrong) for name in names for wrong in WRONG
@@ -114,7 +122,7 @@ def _cases():
 @pytest.mark.parametrize(("op", "name", "wrong"), list(_cases()))
 @pytest.mark.option("classes", "thresholds")
 def test_what_does_not_fit_is_named(backend, op, name, wrong):
-    call = Call(backend, op, sampled=op != "apply_update_")
+    call = Call(backend, op, sampled=op.startswith("lmcl"))
     change = WRONG[wrong]
     value = call.arguments[name]
     if name == "cache" and not value.numel():
