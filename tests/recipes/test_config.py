@@ -105,6 +105,7 @@ def test_help_names_every_setting_and_what_it_does(capsys):
     for name in vars(config.Config()):
         assert f"--{name.replace('_', '-')}" in text
     assert "images per step, over all processes" in text
+    assert not re.search(r"(STR|INT|FLOAT|\]\]|\}|--no-\S+) \(default", text)  # each says what it is
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_as_the_power_says():
