@@ -12,27 +12,34 @@ import math
 import os
 import signal
 import sys
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.std import EMA
 
-from cosface_kernels import FusedCosFaceLoss, checkpoint
-from cosface_kernels.optim import FusedSGD
-from cosface_recipes.config import Config, difference, dump, make, read
+from cosface_kernels import checkpoint
+from cosface_kernels.margins import KappaFaceMargin
+from cosface_kernels.optim import FusedAdamW, FusedSGD
+from cosface_recipes.batches import Batches, Seeded, detach_worker, mix
+from cosface_recipes.config import Config, difference, dump, load
 from cosface_recipes.data.augmentation import make_transform
 from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.evaluation.held_out import Result, evaluate, table
 from cosface_recipes.export import Description, export
+from cosface_recipes.initial import load_backbone, load_head, save_head
+from cosface_recipes.losses import ClassSums, make_head
 from cosface_recipes.models import make_model
-from cosface_recipes.schedule import learning_rate_factor
+from cosface_recipes.schedule import make_schedule, stretch
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,85 +49,50 @@ class NonFiniteLossError(ValueError):
     """The loss became infinite or nan; the message names the batch."""
 
 
-def make_head(config: Config, num_classes: int, device: torch.device) -> FusedCosFaceLoss:
-    """(embeddings, labels) -> the loss of the batch of all processes, which share out the classes."""
-    group = dist.group.WORLD if dist.is_initialized() else None
-    return FusedCosFaceLoss(
-        num_classes, config.embedding_size, config.margin, config.scale, process_group=group, device=device
-    )
-
-
 def make_optimizers(
     config: Config, backbone: nn.Module, head: nn.Module, scaler: torch.amp.GradScaler
 ) -> dict[str, torch.optim.Optimizer]:
-    """SGD twice; the head's moves its rows inside backward where that is possible."""
-    options = {
-        "lr": config.learning_rate,
-        "momentum": config.momentum,
-        "nesterov": config.nesterov,
-        "weight_decay": config.weight_decay,
-    }
-    backbone_sgd = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], **options)
-    if next(head.parameters()).device.type == "cpu":
-        head_sgd = FusedSGD(head.parameters(), **options, grad_scaler=scaler if scaler.is_enabled() else None)
+    """The same rule twice; the head's moves its rows inside backward."""
+    if config.optimizer == "sgd":
+        of_backbone, of_head = torch.optim.SGD, FusedSGD
+        options = {"momentum": config.momentum, "nesterov": config.nesterov}
     else:
-        head_sgd = torch.optim.SGD(head.parameters(), **options)
-    return {"backbone_optimizer": backbone_sgd, "head_optimizer": head_sgd}
+        of_backbone, of_head, options = torch.optim.AdamW, FusedAdamW, {}
+    options["weight_decay"] = config.weight_decay
+    backbone_peak, head_peak = config.peaks
+    return {
+        "backbone_optimizer": of_backbone(
+            [p for p in backbone.parameters() if p.requires_grad], lr=backbone_peak, **options
+        ),
+        "head_optimizer": of_head(
+            head.parameters(),
+            lr=head_peak,
+            grad_scaler=scaler if scaler.is_enabled() else None,
+            seed=config.seed,
+            **options,
+        ),
+    }
 
 
-@dataclasses.dataclass
-class Batches:
-    """The samples of this process, step by step: lists of (index, seed of its augmentation).
+def fit_batch(config: Config, images: int, world: int) -> tuple[Config, str]:
+    """The settings with a batch that the data can fill, and a warning where that is a smaller one.
 
-    Each epoch is a new order of all images; what is left of it after the last whole batch is dropped.
+    Raises:
+        ValueError: the processes cannot share the batch, or have fewer than two images each.
     """
-
-    images: int
-    batch_size: int  # over all processes
-    seed: int
-    start: int
-    stop: int
-    rank: int = 0
-    world: int = 1
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = self.images // self.batch_size
-        order, ordered = None, None
-        for step in range(self.start, self.stop):
-            epoch, batch = divmod(step, per_epoch)
-            if ordered != epoch:
-                generator = torch.Generator().manual_seed(mix(self.seed, epoch)[0])
-                order, ordered = torch.randperm(self.images, generator=generator), epoch
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
-            seeds = mix(self.seed, epoch, step, count=self.batch_size)
-            yield [*zip(rows, seeds, strict=True)][self.rank :: self.world]
-
-
-def mix(*numbers: int, count: int = 1) -> list[int]:
-    """Seeds that depend on all the numbers."""
-    return np.random.SeedSequence(numbers).generate_state(count).tolist()
-
-
-@dataclasses.dataclass(frozen=True)
-class Seeded(Dataset):
-    """(image, label, index) of an (index, seed), augmented as the seed says, in whatever process."""
-
-    dataset: Dataset
-
-    def __getitem__(self, sample: tuple[int, int]) -> tuple[Tensor, int, int]:
-        index, seed = sample
-        torch.default_generator.manual_seed(seed)
-        image, label = self.dataset[index]
-        return image, label, index
-
-
-def detach_worker(_: int) -> None:
-    """A scheduler or Ctrl-C that signals the process group must leave the loader to the training process."""
-    torch.set_num_threads(1)
-    os.setpgrp()
+    if config.batch_size % world:
+        raise ValueError(f"batch_size must divide by the {world} processes, got {config.batch_size}.")
+    if config.batch_size <= images:
+        return config, ""
+    largest = images - images % world
+    if largest < 2 * world:
+        raise ValueError(f"A training needs two images for each process, got {images} in {config.train}.")
+    smaller = dataclasses.replace(config, batch_size=largest)
+    return smaller, (
+        f"Warning: batch_size {config.batch_size} is more than the {images} images in {config.train}. It is "
+        f"reduced to {largest}, so that an epoch is 1 step and the training {smaller.length(images):,}: a smaller "
+        "--batch-size, or more --epochs, makes more of them."
+    )
 
 
 class Training:
@@ -129,24 +101,25 @@ class Training:
     Attributes:
         step: optimizer steps done.
         stopping: set by SIGTERM; the training ends after the step in hand, and saves.
+        head_seconds: of the last step, forward and backward of the loss. A GPU is not waited for, so that there
+            they hold the wait for the backbone and lack most of backward: they are shown on a CPU alone.
     """
 
     def __init__(self, config: Config):
-        self.config = config
         self.output = Path(config.output)
         self.device = device_of(config)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        if config.batch_size % self.world:
-            raise ValueError(f"batch_size must divide by the {self.world} processes, got {config.batch_size}.")
         if not config.train:
             raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
         transform = make_transform(config.augmentation, config.image_size)
         self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
+        config, warning = fit_batch(config, len(self.data), self.world)
+        if warning:
+            self.say(warning)
+        self.config = config
         self.steps_per_epoch = len(self.data) // config.batch_size
-        if not self.steps_per_epoch:
-            raise ValueError(f"batch_size must be at most the {len(self.data)} images, got {config.batch_size}.")
-        self.steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.steps = config.length(len(self.data))
 
         torch.manual_seed(config.seed)
         self.network = make_model(
@@ -155,30 +128,91 @@ class Training:
             image_size=config.image_size,
             embedding_size=config.embedding_size,
         ).to(self.device)
+        self.head = make_head(
+            config.loss,
+            self.data.labels,
+            self.data.num_classes,
+            config.embedding_size,
+            margin=config.margin,
+            scale=config.scale,
+            options=config.loss_options,
+            sample_rate=config.sample_rate,
+            sample_seed=config.seed,
+            gradient_tolerance=config.gradient_tolerance,
+            device=self.device,
+        )
+        if config.init:
+            load_backbone(self.network, Path(config.init))
+            self.say(
+                f"The backbone is that of {config.init}. {load_head(self.head, Path(config.init), self.data)}"
+            )
         self.backbone = DistributedDataParallel(self.network) if dist.is_initialized() else self.network
-        self.head = make_head(config, self.data.num_classes, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.optimizers = make_optimizers(config, self.network, self.head, self.scaler)
+        shape = {"warm_up": config.warm_up, "power": config.power, "milestones": config.milestones}
+        self.schedules = {
+            name.replace("optimizer", "schedule"): make_schedule(optimizer, self.steps, config.schedule, **shape)
+            for name, optimizer in self.optimizers.items()
+        }
+        self.average = self.class_sums = None
+        if config.ema:
+            self.average = AveragedModel(
+                self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+            )
+        if isinstance(self.head.margin, KappaFaceMargin):
+            self.class_sums = ClassSums(self.data.num_classes, config.embedding_size, self.device)
         self.step = 0
+        self.head_seconds = 0.0
         self.stopping = False
 
     @property
     def state(self) -> dict[str, checkpoint.Stateful]:
-        return {"network": self.network, "head": self.head, "scaler": self.scaler, **self.optimizers}
+        state = {
+            "network": self.network,
+            "average": self.average,
+            "head": self.head,
+            "class_sums": self.class_sums,
+            "scaler": self.scaler,
+            **self.optimizers,
+            **self.schedules,
+        }
+        return {name: item for name, item in state.items() if item is not None}
+
+    @property
+    def result(self) -> nn.Module:
+        """The backbone that is tested and exported."""
+        return self.network if self.average is None else self.average.module
 
     def begin(self) -> None:
-        """From the first step, or from the newest checkpoint."""
+        """From the first step, or from the newest checkpoint.
+
+        The step is kept where the training has become longer, and the learning rate is that of the longer one.
+        """
         folder, file = self.output / CHECKPOINTS, self.output / SETTINGS
-        if checkpoint.latest(folder) is None:
-            if self.rank == 0:
-                self.output.mkdir(parents=True, exist_ok=True)
-                file.write_text(dump(self.config), encoding="utf-8")
-            return
-        if not self.config.resume:
-            raise ValueError(f"{folder} exists: --resume goes on from it, another --output starts anew.")
-        if changed := difference(make(read(file)), self.config):
-            raise ValueError(f"{folder} is of another training: {changed}.")
-        self.step = checkpoint.load(folder, **self.state)
+        if checkpoint.latest(folder) is not None:
+            if not self.config.resume:
+                raise ValueError(f"{folder} exists: --resume goes on from it, another --output starts anew.")
+            old = load(file)
+            if changed := difference(old, self.config):
+                raise ValueError(f"{folder} is of another training: {changed}.")
+            self.step = checkpoint.load(folder, **self.state)
+            if self.steps < self.step:
+                raise ValueError(
+                    f"{folder} is of step {self.step}, and this training would end after {self.steps}: raise "
+                    "--epochs or --steps."
+                )
+            before = old.length(len(self.data))
+            if before == self.steps:
+                return
+            for schedule in self.schedules.values():
+                stretch(schedule)
+            self.say(
+                f"The training was of {before:,} steps and is of {self.steps:,}; the learning rate goes on where "
+                f"the schedule of {self.steps:,} has it at step {self.step:,}."
+            )
+        if self.rank == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            file.write_text(dump(self.config), encoding="utf-8")
 
     def run(self) -> list[Result] | None:
         """Train, evaluate, export. None if a SIGTERM came first."""
@@ -208,15 +242,22 @@ class Training:
         with tqdm(
             total=self.steps * config.batch_size,
             initial=self.step * config.batch_size,
-            unit=" samples",
+            unit=" images",
             unit_scale=True,
             disable=self.rank > 0,
             mininterval=0.5,
         ) as bar:
+            waits, heads, wholes = EMA(), EMA(), EMA()  # tqdm's moving averages, as of its rate
+            ready = time.perf_counter()
             for images, labels, indices in self.loader():
+                waited = time.perf_counter() - ready
                 value, accuracy, stop = self.learn(images, labels, indices)
+                whole = wholes(time.perf_counter() - ready)
+                shown = {"loss": f"{value:.3f}", "data": f"{waits(waited) / whole:.0%}"}
+                if self.device.type == "cpu":
+                    shown["head"] = f"{heads(self.head_seconds) / whole:.0%}"
                 bar.update(config.batch_size)
-                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                bar.set_postfix(shown, refresh=False)
                 if self.step % config.log_every == 0:
                     self.scalars({"train/loss": value, "train/accuracy": accuracy})
                     self.scalars({"train/samples_per_second": bar.format_dict["rate"] or 0.0})
@@ -228,6 +269,7 @@ class Training:
                 if evaluate_every and self.step % evaluate_every == 0 and self.step < self.steps:
                     bar.clear()
                     self.evaluate()
+                ready = time.perf_counter()
         return True
 
     def learn(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[float, float, bool]:
@@ -236,28 +278,37 @@ class Training:
         images = images.to(self.device, non_blocking=True)  # (n, channels, size, size)
         labels = labels.to(self.device, non_blocking=True)  # (n,)
         torch.manual_seed(mix(config.seed, self.step, self.rank)[0])  # dropout's, say
-        for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
-            group["lr"] = config.learning_rate * learning_rate_factor(
-                self.step,
-                self.steps,
-                config.schedule,
-                warm_up=config.warm_up,
-                power=config.power,
-                milestones=config.milestones,
-            )
         precision = AUTOCAST[config.amp]
         with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
             embeddings = self.backbone(images)  # (n, embedding_size) float32
-        loss, stats = self.head(embeddings, labels, return_stats=True)
+        # The head's graph is cut off at the embeddings, so that its backward can be timed on its own.
+        features = embeddings.detach().requires_grad_()
+        start = time.perf_counter()
+        loss, stats = self.head(features, labels, return_stats=True)
         value = loss.item()
         if not math.isfinite(value):
             raise self.non_finite(value, indices)
         self.scaler.scale(loss).backward()
+        self.head_seconds = time.perf_counter() - start
+        embeddings.backward(features.grad)
+        if config.clip:
+            self.scaler.unscale_(self.optimizers["backbone_optimizer"])
+            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
         self.scaler.update()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
+        with warnings.catch_warnings():  # of an optimizer whose first step a GradScaler leaves out
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for schedule in self.schedules.values():
+                schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        if self.class_sums is not None:
+            self.class_sums.add(features, labels)
+            if (self.step + 1) % self.steps_per_epoch == 0:
+                self.class_sums.end_epoch(self.head)
         self.step += 1
         return value, float(stats.accuracy), self.any_process(self.stopping)
 
@@ -273,7 +324,7 @@ class Training:
         return NonFiniteLossError(
             f"The loss became {value} at step {self.step} of {self.steps}, on the images "
             f"{', '.join(str(self.data.keys[i]) for i in indices.tolist())}. If these are sound, a learning rate "
-            f"below {self.config.learning_rate:g} or a longer warm-up may help."
+            f"below {max(self.config.peaks):g} or a longer warm-up may help."
         )
 
     def loader(self) -> DataLoader:
@@ -296,7 +347,7 @@ class Training:
         """On the first process; the others wait."""
         results = []
         if self.rank == 0 and self.config.test:
-            results = evaluate(self.network, self.config, self.device)
+            results = evaluate(self.result, self.config, self.device)
             for result in results:
                 self.scalars({f"test/{result.name}/{name}": rate for name, rate in result.rates.items()})
             tqdm.write(f"step {self.step:,}\n{table(results)}", file=sys.stdout)
@@ -305,6 +356,7 @@ class Training:
         return results
 
     def export(self, results: Sequence[Result]) -> None:
+        save_head(self.head, self.output, self.data, self.rank == 0)
         if self.rank:
             return
         config = self.config
@@ -318,7 +370,7 @@ class Training:
             first and first.threshold,
             first.chosen if first else "no test data",
         )
-        difference = export(self.network, description, self.output)
+        difference = export(self.result, description, self.output)
         self.say(
             f"Exported to {self.output}: model.safetensors reproduces the embeddings, model.onnx with a relative "
             f"difference of {difference:.0e}."

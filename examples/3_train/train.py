@@ -1,11 +1,16 @@
-"""Train an embedding network with the fused CosFace head, verify it on other identities, export it.
+"""Train an embedding network with a fused head, CosFace or another, verify it on other identities, export it.
 
     python examples/3_train/train.py --train faces/train.rec --test lfw.bin --epochs 20
     python examples/3_train/train.py --config examples/3_train/configs/casia.yaml
     torchrun --nproc-per-node 8 examples/3_train/train.py --config examples/3_train/configs/ms1m.yaml --amp bf16
     python examples/3_train/train.py --config ... --resume      # after a SIGTERM, or any other end
+    python examples/3_train/train.py --train mine --init build/runs/casia/model.safetensors    # fine-tune
 
-The output folder receives checkpoints/, tensorboard/, and at the end model.onnx, model.safetensors, model.json.
+--config FILE.yaml has settings under the names below, of which the command line's count last.
+
+The output folder receives checkpoints/, tensorboard/, and at the end model.onnx, model.safetensors, model.json,
+head.safetensors and identities.json.
+
 The order of the images and their augmentation depend on the seed and the step alone, so a resumed training is the
 uninterrupted one, on a CPU bit for bit.
 """

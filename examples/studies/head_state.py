@@ -19,22 +19,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cosface_recipes import synthetic
-from cosface_recipes.config import make, read
-from cosface_recipes.training import SETTINGS, Batches, Seeded, Training
+from cosface_recipes.batches import Batches, Seeded
+from cosface_recipes.config import load
+from cosface_recipes.training import SETTINGS, Training
 
 
 @torch.no_grad()
 def of_training(folder: Path, batch: int) -> dict[str, Tensor | float]:
     """Of train.py's newest checkpoint; batch normalisation as in training."""
-    config = dataclasses.replace(make(read(folder / SETTINGS)), output=str(folder), resume=True, device="cpu")
+    config = dataclasses.replace(load(folder / SETTINGS), output=str(folder), resume=True, device="cpu")
     training = Training(config)
     training.begin()
     rows = Batches(len(training.data), batch, config.seed, training.step, training.step + 1)
     ((images, labels, _),) = DataLoader(Seeded(training.data), batch_sampler=rows)
     weight = training.head.weight.detach()
     return {"embeddings": training.network(images), "weight": weight, "labels": labels} | {
-        "scale": config.scale,
-        "margin": config.margin,
+        "scale": training.head.scale,
+        "margin": training.head.margin,
     }
 
 

@@ -1,4 +1,4 @@
-"""What the tests of evaluation and use share: an exported network, and files of features."""
+"""What the tests of the recipes share: a training of seconds, an exported network, files of features."""
 
 from __future__ import annotations
 
@@ -8,10 +8,58 @@ import numpy as np
 import pytest
 import torch
 from support.evaluation import identity_features
+from support.recipe import FONTS, some_glyphs
 
-from cosface_recipes import export
+from cosface_recipes import config, export, training
+from cosface_recipes.data import glyphs
 from cosface_recipes.evaluation.features import save_features
 from cosface_recipes.models import make_model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The same 72 images of 12 syllables as records and as folders, and test images of 12 others."""
+    folder = tmp_path_factory.mktemp("glyphs")
+    images = some_glyphs("train", FONTS)
+    glyphs.write_records(images, folder / "train")
+    glyphs.write_records(some_glyphs("test", 4), folder / "test")
+    for i, label in enumerate(images.labels.tolist()):
+        path = folder / "folders" / f"{label:02}" / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(glyphs.png(images.pixels[i, 0].numpy()))
+    return folder
+
+
+@pytest.fixture
+def settings(data, tmp_path, restore_threads) -> config.Config:
+    """20 steps, 4 an epoch."""
+    return config.Config(
+        train=str(data / "train"),
+        test=(str(data / "test"),),
+        output=str(tmp_path / "run"),
+        image_size=32,
+        color="gray",
+        augmentation="glyph",
+        flip=False,
+        model="glyphnet",
+        embedding_size=16,
+        scale=8.0,
+        margin=(0.1,),
+        epochs=5,
+        batch_size=18,
+        learning_rate=0.1,
+        warm_up=0.1,
+        far=0.05,
+        workers=0,
+        threads=1,
+        log_every=1,
+    )
+
+
+@pytest.fixture
+def without_export(monkeypatch):
+    """Tracing for ONNX takes longer than these trainings."""
+    monkeypatch.setattr(training, "export", lambda network, description, folder: 0.0)
 
 
 @pytest.fixture(scope="session")

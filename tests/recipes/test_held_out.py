@@ -1,0 +1,63 @@
+"""The test data of a training, and the threshold that is chosen on them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cosface_recipes.data.augmentation import make_transform
+from cosface_recipes.data.image_datasets import decode, open_dataset
+from cosface_recipes.data.pairs import write_bin
+from cosface_recipes.evaluation import held_out
+from cosface_recipes.evaluation.protocols import cross_validate
+from cosface_recipes.models import make_model
+
+
+def test_the_threshold_lets_the_asked_share_of_impostors_pass(settings):
+    network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    (result,) = held_out.evaluate(network, settings, torch.device("cpu"))
+    assert network.training
+    data = open_dataset(settings.test[0], make_transform("none", 32), color="gray")
+    with torch.no_grad():
+        unit = nn.functional.normalize(network.eval()(torch.stack([image for image, _ in data])))
+    labels = data.labels
+    impostor = (unit @ unit.T)[(labels[:, None] < labels)]
+    assert ((impostor > result.threshold).sum() / len(impostor)).item() == pytest.approx(
+        0.05, abs=1 / len(impostor)
+    )
+    assert f"{len(impostor):,} impostor pairs" in result.chosen
+
+
+def test_many_images_are_counted_as_few_are_compared(settings, monkeypatch):
+    network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    (few,) = held_out.evaluate(network, settings, torch.device("cpu"))
+    monkeypatch.setattr(held_out, "EXACT_IMAGES", 10)
+    (many,) = held_out.evaluate(network, settings, torch.device("cpu"))
+    assert few.rates.pop("rank-1") > 0
+    assert many.rates == pytest.approx(few.rates, abs=1 / 72, nan_ok=True)  # one genuine pair may fall in the bin
+    assert many.threshold == pytest.approx(few.threshold, abs=1e-6)
+    assert many.chosen == few.chosen
+
+
+def test_pairs_of_a_bin_file_are_verified_in_folds(settings, tmp_path):
+    images = open_dataset(settings.test[0])
+    rows = [(i % 24, (i % 24) + (1 if i % 2 else 24)) for i in range(0, 40)]  # records lie four to an identity
+    same = [bool(images.labels[a] == images.labels[b]) for a, b in rows]
+    encoded = [images.read(i)[0] for pair in rows for i in pair]
+    write_bin(tmp_path / "some.bin", encoded, same)
+    network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    settings = dataclasses.replace(settings, test=(settings.test[0], str(tmp_path / "some.bin")), flip=True)
+    everything, pairs = held_out.evaluate(network, settings, torch.device("cpu"))
+    assert pairs.images == 80
+    assert pairs.chosen == "best accuracy on 40 pairs of some.bin"
+    x = torch.stack([make_transform("none", 32)(decode(image, "gray")) for image in encoded])
+    with torch.no_grad():
+        unit = nn.functional.normalize(network.eval()(x) + network(x.flip(-1)))
+    cosines = (unit[0::2] * unit[1::2]).sum(1)
+    distances = (2 - 2 * cosines).double().numpy()
+    assert pairs.rates["accuracy"] == cross_validate(distances, np.array(same)).accuracy
+    lines = held_out.table([everything, pairs]).splitlines()
+    assert [line.split()[0] for line in lines] == ["test", "test", "some"]
+    assert len({len(line) for line in lines}) == 1

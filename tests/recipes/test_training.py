@@ -1,0 +1,239 @@
+"""The training recipe in miniature: it learns, stops, goes on, and says what is wrong."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import patience
+from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_two, losses, some_glyphs
+
+import glyphs_to_records
+import identify_faces
+import train
+import verify_faces
+from cosface_kernels import checkpoint
+from cosface_recipes import batches, export, recognition, training
+from cosface_recipes.data import glyphs
+from cosface_recipes.data.image_datasets import open_dataset
+
+
+def test_each_epoch_is_an_order_of_its_own_and_the_processes_share_each_batch():
+    whole = list(batches.Batches(23, 4, seed=0, start=0, stop=15))
+    epochs = [[index for batch in whole[i : i + 5] for index, _ in batch] for i in (0, 5, 10)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 20
+        assert set(epoch) <= set(range(23))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert len({seed for batch in whole for _, seed in batch}) == 60
+    assert list(batches.Batches(23, 4, seed=0, start=7, stop=15)) == whole[7:]
+    assert list(batches.Batches(23, 4, seed=1, start=0, stop=15)) != whole
+    halves = [list(batches.Batches(23, 4, 0, 0, 15, rank, world=2)) for rank in range(2)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert sorted(batch) == sorted(parts[0] + parts[1])
+        assert [len(part) for part in parts] == [2, 2]
+
+
+def test_the_glyphs_of_the_repository_become_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(glyphs_to_records, "load_glyphs", lambda split, _: some_glyphs(split, fonts=3))
+    glyphs_to_records.main([str(tmp_path)])
+    assert f"{tmp_path / 'test'}: 36 images of 12 identities" in capsys.readouterr().out
+    images, records = some_glyphs("train", fonts=3), open_dataset(tmp_path / "train", color="gray")
+    assert records.labels.tolist() == images.labels.sort(stable=True).values.tolist()
+    for i, row in enumerate(images.labels.argsort(stable=True).tolist()):
+        assert np.array_equal(np.asarray(records[i][0]), images.pixels[row, 0].numpy())
+
+
+def test_training_learns_and_leaves_a_model_that_decides(settings, data, capsys):
+    train.main(as_arguments(settings))
+    curve = losses(settings.output)
+    assert [step for step, _ in curve] == list(range(1, 21))
+    assert curve[-1][1] < 0.9 * curve[0][1]
+    printed = capsys.readouterr()
+    assert "loss=" in printed.err
+    assert "images/s" in printed.err
+    assert re.search(r"data=\d+%, head=\d+%", printed.err)
+    assert "72 images of 12 identities, steps 0 to 20, 4 an epoch, on cpu" in printed.out
+    assert len(re.findall(r"^test +48 +\d", printed.out, re.MULTILINE)) == 5  # an evaluation per epoch
+    assert "model.safetensors reproduces the embeddings" in printed.out
+
+    # verify_faces.py and identify_faces.py, on images of the test set
+    records = open_dataset(data / "test", color="gray")
+    gallery = Path(settings.output) / "gallery"
+    paths = {}
+    for i, label in enumerate(records.labels.tolist()):
+        path = gallery / f"syllable{label:02}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records[i][0].save(path)
+        paths.setdefault(label, []).append(path)
+    cosines = {}
+    for model in ("", "model.onnx", "model.safetensors"):
+        for a, b in (
+            (paths[0][0], paths[0][0]),
+            (paths[0][0], paths[1][0]),
+            (gallery / "syllable00", gallery / "syllable01"),
+        ):
+            verify_faces.main([str(Path(settings.output) / model), str(a), str(b)])
+            first, second = capsys.readouterr().out.splitlines()
+            cosine = float(first.removeprefix("cosine "))
+            cosines.setdefault((a, b), set()).add(cosine)
+            threshold = float(
+                re.search(r"threshold (\S+) \(FAR 0\.05 of 1,056 impostor pairs of test\)", second)[1]
+            )
+            assert second.startswith("same identity" if cosine > threshold else "different identities")
+    assert cosines[paths[0][0], paths[0][0]] == {1.0}
+    for values in cosines.values():
+        assert max(values) - min(values) <= 2e-4  # printed with four digits
+    probe = paths[3][2]
+    identify_faces.main([settings.output, str(gallery), str(probe), "--top", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(probe)
+    assert len(lines) == 4
+    embedder = recognition.Recognizer(Path(settings.output))
+    expected = {
+        name: float(embedder.identity(gallery / name) @ embedder.identity(probe)) for name in os.listdir(gallery)
+    }
+    best = max(expected, key=expected.get)
+    assert lines[1].split()[-2:] == [f"{expected[best]:.4f}", best]
+
+
+def test_records_and_folders_and_worker_processes_train_alike(settings, data, tmp_path, without_export):
+    train.main(as_arguments(settings))
+    other = dataclasses.replace(
+        settings, train=str(data / "folders"), workers=2, output=str(tmp_path / "other"), evaluate_every=0
+    )
+    train.main(as_arguments(other))
+    assert_same_training(settings.output, other.output)
+
+
+@pytest.mark.parametrize("amp", ["no", "fp16"])
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
+    settings, tmp_path, monkeypatch, capsys, without_export, amp
+):
+    settings = dataclasses.replace(settings, amp=amp, steps=6, batch_size=4)  # fp16 is slow on a CPU
+    train.main(as_arguments(settings))
+    stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"), resume=True)
+    learn = training.Training.learn
+
+    def learn_and_terminate(self, *batch):
+        if self.step == 1:  # in the middle of an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(self, *batch)
+
+    monkeypatch.setattr(training.Training, "learn", learn_and_terminate)
+    train.main(as_arguments(stopped))
+    assert "SIGTERM: saved step 2 in " in capsys.readouterr().out
+    monkeypatch.setattr(training.Training, "learn", learn)
+    train.main(as_arguments(stopped))
+    assert_same_training(settings.output, stopped.output)
+
+
+def test_sigterm_saves_and_exits_with_0(settings):
+    settings = dataclasses.replace(settings, steps=100_000, checkpoint_every=3, evaluate_every=0, workers=1)
+    process = launch(settings)
+    folder = Path(settings.output) / training.CHECKPOINTS
+    end = time.monotonic() + patience(120)
+    while checkpoint.latest(folder) is None and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the loader's workers with it
+    out, err = process.communicate(timeout=patience(120))
+    assert process.returncode == 0, err
+    step = int(re.search(r"SIGTERM: saved step (\S+) in ", out)[1].replace(",", ""))
+    assert checkpoint.latest(folder).name.startswith(f"step-{step:012}-")
+    assert not (Path(settings.output) / export.ONNX).exists()
+
+
+def test_two_processes_train_as_one_program(settings, tmp_path):
+    """And go on from a checkpoint as if they had not stopped, bit for bit."""
+    settings = dataclasses.replace(settings, epochs=3)
+    out = launch_two(settings)
+    assert out.count("72 images of 12 identities") == 1
+    assert [step for step, _ in losses(settings.output)] == list(range(1, 13))
+    assert losses(settings.output)[-1][1] < losses(settings.output)[0][1]
+    assert export.load(Path(settings.output))[1].threshold is not None
+    stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"), resume=True)
+    shutil.copytree(settings.output, stopped.output)
+    shutil.rmtree(checkpoint.latest(tmp_path / "stopped" / training.CHECKPOINTS))
+    assert "steps 8 to 12" in launch_two(stopped)
+    assert_same_training(settings.output, stopped.output)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_keys_of_its_batch(settings):
+    settings = dataclasses.replace(settings, learning_rate=1e30, warm_up=0)
+    with pytest.raises(SystemExit, match=r"The loss became (nan|inf) at step \d+ of 20") as stop:
+        train.main(as_arguments(settings))
+    keys = re.findall(r"train\.rec:\d+", str(stop.value))
+    assert len(set(keys)) == 18
+    assert "below 1e+30" in str(stop.value)
+
+
+def test_an_error_ends_the_workers_too(settings):
+    process = launch(dataclasses.replace(settings, learning_rate=1e30, warm_up=0, workers=2))
+    _, err = process.communicate(timeout=patience(120))
+    assert process.returncode == 1
+    assert "The loss became" in err
+
+
+def test_a_checkpoint_is_neither_overwritten_nor_taken_for_another_training(settings, without_export):
+    settings = dataclasses.replace(settings, epochs=1, test=())
+    train.main(as_arguments(settings))
+    with pytest.raises(SystemExit, match=r"checkpoints exists: --resume goes on from it"):
+        train.main(as_arguments(settings))
+    changed = dataclasses.replace(settings, resume=True, margin=(0.2,), workers=1)
+    with pytest.raises(SystemExit, match=r"of another training: margin was 0\.1 and is 0\.2\.$"):
+        train.main(as_arguments(changed))
+
+
+def test_a_model_without_test_data_has_no_threshold(settings, data, capsys):
+    settings = dataclasses.replace(settings, epochs=1, test=())
+    train.main(as_arguments(settings))
+    images = sorted((data / "folders").glob("*/*.png"))[:2]
+    capsys.readouterr()
+    verify_faces.main([settings.output, *map(str, images)])
+    assert "no decision: the model was exported without a threshold" in capsys.readouterr().out
+    verify_faces.main([settings.output, *map(str, images), "--threshold", "-1"])
+    assert "same identity: threshold -1.0000 (as given)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
+    settings, tmp_path, capsys, without_export, workers
+):
+    images = some_glyphs("train", FONTS)
+    images.pixels[0] = 0
+    folder = tmp_path / "broken"
+    glyphs.write_records(images, folder)
+    records = bytearray((folder / "train.rec").read_bytes())
+    blank = records.index(glyphs.png(images.pixels[0, 0].numpy()))
+    records[blank : blank + 20] = bytes(20)
+    (folder / "train.rec").write_bytes(records)
+    settings = dataclasses.replace(settings, train=str(folder), epochs=1.5, test=(), workers=workers)
+    train.main(as_arguments(dataclasses.replace(settings, on_corrupt="skip")))
+    assert "1 images could not be read and were skipped: train.rec:1" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"The sample train\.rec:1 cannot be read"):
+        train.main(as_arguments(dataclasses.replace(settings, output=str(tmp_path / "stops"))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": ""}, "train must name the training data"),
+        ({"train": "/no/such"}, "/no/such"),
+        ({"model": "vgg"}, "model must be one of"),
+    ],
+    ids=str,
+)
+def test_a_training_that_cannot_start_says_why(settings, change, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(as_arguments(dataclasses.replace(settings, **change)))
+
+
+def test_half_precision_trains(settings, without_export):
+    train.main(as_arguments(dataclasses.replace(settings, amp="bf16", epochs=3)))
+    curve = losses(settings.output)
+    assert curve[-1][1] < curve[0][1]
