@@ -14,6 +14,9 @@
 namespace cosface {
 namespace {
 
+constexpr int64_t kRoom = 32 << 20;  // bytes of candidates
+constexpr int64_t kLeast = 64;       // samples
+
 template <typename T>
 struct Candidate {
   T cos;
@@ -111,12 +114,25 @@ void nearest(const Batch<T>& batch, const Weight& weight, const Options& options
 template <typename T>
 void nearest_classes(const Batch<T>& batch, const Weight& weight, const Options& options, int64_t k,
                      const Runtime& runtime, T* cos, int64_t* classes) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (in_bfloat16(batch, weight, options)) {
-      return nearest<T, BFloat16>(batch, weight, options, k, runtime, cos, classes);
+  // As many samples at a time as candidates fit, but enough for every pass over the weight to be worth it.
+  const int64_t each =
+      std::min(2 * k * runtime.threads, weight.classes) * static_cast<int64_t>(sizeof(Candidate<T>));
+  const int64_t some = std::max(kRoom / each, kLeast);
+  for (int64_t i = 0; i < batch.n; i += some) {
+    Batch<T> part = batch;
+    part.x += i * batch.d;
+    part.n = std::min(some, batch.n - i);
+    const auto run = [&](auto operand) {
+      nearest<T, decltype(operand)>(part, weight, options, k, runtime, cos + i * k, classes + i * k);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (in_bfloat16(batch, weight, options)) {
+        run(BFloat16{});
+        continue;
+      }
     }
+    run(T{});
   }
-  nearest<T, T>(batch, weight, options, k, runtime, cos, classes);
 }
 
 template void nearest_classes(const Batch<float>&, const Weight&, const Options&, int64_t, const Runtime&, float*,

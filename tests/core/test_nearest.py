@@ -146,6 +146,14 @@ def test_chunks_of_any_size(monkeypatch):
         torch.testing.assert_close(got[0], want[0])
 
 
+def test_candidates_of_many_samples_take_turns():
+    """200 x 20,000 of them would take 61 MiB, for which there is room of 32."""
+    x, w = torch.randn(200, 4, dtype=torch.float64), torch.randn(20_000, 4, dtype=torch.float64)
+    found, want = nearest_classes(x, w, 20_000), exact(x, w)
+    assert (found.cosines - want.sort(1, descending=True).values).abs().amax() < 1e-12
+    assert (found.cosines - want.gather(1, found.classes)).abs().amax() < 1e-12
+
+
 @pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedSoftmaxLoss])
 def test_of_a_head_they_are_those_of_its_logits(kind):
     head, x = kind(200, 16), torch.randn(10, 16, requires_grad=True)
