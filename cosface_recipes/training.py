@@ -141,11 +141,6 @@ class Training:
             gradient_tolerance=config.gradient_tolerance,
             device=self.device,
         )
-        if config.init:
-            load_backbone(self.network, Path(config.init))
-            self.say(
-                f"The backbone is that of {config.init}. {load_head(self.head, Path(config.init), self.data)}"
-            )
         self.backbone = DistributedDataParallel(self.network) if dist.is_initialized() else self.network
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.optimizers = make_optimizers(config, self.network, self.head, self.scaler)
@@ -184,7 +179,7 @@ class Training:
         return self.network if self.average is None else self.average.module
 
     def begin(self) -> None:
-        """From the first step, or from the newest checkpoint.
+        """From the first step, with trained weights if there are any, or from the newest checkpoint.
 
         The step is kept where the training has become longer, and the learning rate is that of the longer one.
         """
@@ -210,6 +205,10 @@ class Training:
                 f"The training was of {before:,} steps and is of {self.steps:,}; the learning rate goes on where "
                 f"the schedule of {self.steps:,} has it at step {self.step:,}."
             )
+        elif self.config.init:
+            init = Path(self.config.init)
+            load_backbone(self.network, init)
+            self.say(f"The backbone is that of {init}. {load_head(self.head, init, self.data)}")
         if self.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             file.write_text(dump(self.config), encoding="utf-8")

@@ -215,7 +215,9 @@ def trained(settings, data) -> Config:
 
 def begun(settings: Config) -> training.Training:
     """A training before its first step."""
-    return training.Training(settings)
+    begun = training.Training(settings)
+    begun.begin()
+    return begun
 
 
 def test_weights_come_back_the_head_where_the_identities_agree(trained, data, tmp_path, capsys):
@@ -231,7 +233,7 @@ def test_weights_come_back_the_head_where_the_identities_agree(trained, data, tm
     for folder in sorted((data / "folders").iterdir()):
         (other / f"x{folder.name}").parent.mkdir(exist_ok=True)
         (other / f"x{folder.name}").symlink_to(folder)
-    training_ = begun(dataclasses.replace(again, train=str(other)))
+    training_ = begun(dataclasses.replace(again, train=str(other), output=str(tmp_path / "other")))
     assert "The head is new" in capsys.readouterr().out
     assert not torch.equal(training_.head.weight, state["head/weight"])
     assert torch.equal(training_.network.state_dict()[FIRST], state[f"network/{FIRST}"])
@@ -240,7 +242,7 @@ def test_weights_come_back_the_head_where_the_identities_agree(trained, data, tm
 def test_a_state_dict_of_torch_save_is_a_backbone_too(trained, tmp_path, capsys):
     file = tmp_path / "backbone.pth"
     torch.save(load_file(Path(trained.output) / export.WEIGHTS), file)
-    network = begun(dataclasses.replace(trained, init=str(file))).network
+    network = begun(dataclasses.replace(trained, init=str(file), output=str(tmp_path / "run2"))).network
     assert "The head is new: there is no head.safetensors beside backbone.pth." in capsys.readouterr().out
     assert torch.equal(network.state_dict()[FIRST], torch.load(file)[FIRST])
 
@@ -260,7 +262,9 @@ def test_weights_that_do_not_fit_are_refused_with_their_names_and_shapes(tmp_pat
         initial.load_backbone(network, file)
     with pytest.raises(SystemExit, match=r"does not fit the model: conv1\.weight is missing, .* more\.$"):
         train.main(
-            as_arguments(dataclasses.replace(trained, model="iresnet18", init=str(file), output="/nowhere"))
+            as_arguments(
+                dataclasses.replace(trained, model="iresnet18", init=str(file), output=str(tmp_path / "x"))
+            )
         )
 
 
