@@ -13,7 +13,7 @@ from support import patience
 
 SCRIPT = Path(__file__).parents[1] / "support" / "elastic.py"
 WORLD, STEPS, LOST_RANK, LOST_STEP = 3, 8, 1, 5
-LIMIT = patience(120)  # seconds after which a test gives the ranks up as hanging; their own timeout is 10
+LIMIT = patience(120)  # seconds after which a test gives the ranks up as hanging; their own timeout is 20
 
 
 def _arguments(folder: Path, step: int, by: signal.Signals) -> list[str]:

@@ -19,7 +19,7 @@ from cosface_kernels import FusedCosFaceLoss, checkpoint
 from support import patience
 
 SAVE_EVERY = 3
-TIMEOUT = timedelta(seconds=patience(10))
+TIMEOUT = timedelta(seconds=patience(20))  # a rank that starts imports torch first, on a busy machine
 
 
 def main(folder: Path, steps: int, lost_rank: int, lost_step: int, lost_by: int) -> None:
