@@ -77,8 +77,8 @@ def add_options(
         "--dtype", type=_dtypes, default="float32", help=f"some of {', '.join(DTYPES)}, with commas"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda is a ROCm GPU too")
-    parser.add_argument("--rounds", type=count, default=5, help="turns of each implementation")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--rounds", type=_count, default=5, help="turns of each implementation")
+    parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--margin", type=_finite, default=0.35, help="m")
     parser.add_argument("--scale", type=_positive, default=64.0, help="s")
     parser.add_argument("--seed", type=int, default=0, help="of embeddings, weight and labels")
@@ -216,7 +216,7 @@ def _progress(case: Case, text: str) -> None:
     print(f"{size}, {case.impl}: {text}", file=sys.stderr, flush=True)
 
 
-def count(text: str) -> int:
+def _count(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -227,7 +227,7 @@ def count(text: str) -> int:
 
 
 def _counts(text: str) -> list[int]:
-    return [count(part) for part in text.split(",")]
+    return [_count(part) for part in text.split(",")]
 
 
 def _finite(text: str) -> float:

@@ -20,22 +20,21 @@ from bench.worker import (
     Case,
     Turn,
     draw_problem,
+    largest_error,
+    lmcl,
     seconds_of,
     timed,
 )
 
 Found = tuple[Tensor, Tensor]  # cosines and classes, (N, k) each
+Work = Callable[[], Found | Tensor]  # a search, or the mean loss of a forward pass
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """What finds the nearest classes of a problem again and again.
+    """How to build, from a problem and k, what is done again and again."""
 
-    Attributes:
-        build: from a problem and k; None as a result is that of no search, which is timed and not checked.
-    """
-
-    build: Callable[[Problem, int], Callable[[], Found | None]]
+    build: Callable[[Problem, int], Work]
     flops: int = 2
     margin: bool = True
     note: str | None = None
@@ -47,15 +46,11 @@ def _fused(problem: Problem, k: int) -> Callable[[], Found]:
     return lambda: nearest_classes(problem.embeddings, problem.weight, k)
 
 
-def _forward(problem: Problem, _: int) -> Callable[[], None]:
+def _forward(problem: Problem, _: int) -> Callable[[], Tensor]:
     from cosface_kernels import cosface_loss
 
-    def run() -> None:
-        cosface_loss(
-            problem.embeddings, problem.weight, problem.labels, scale=problem.scale, margin=problem.margin
-        )
-
-    return run
+    options = {"scale": problem.scale, "margin": problem.margin}
+    return lambda: cosface_loss(problem.embeddings, problem.weight, problem.labels, **options)
 
 
 def _logits(problem: Problem, k: int) -> Callable[[], Found]:
@@ -101,7 +96,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     step.add_options(parser, IMPLEMENTATIONS, ",".join(IMPLEMENTATIONS))
-    parser.add_argument("--k", type=step.count, default=10, help="classes that are sought for each sample")
+    parser.add_argument("--k", type=step._count, default=10, help="classes that are sought for each sample")
     parser.set_defaults(run=run)
 
 
@@ -115,29 +110,33 @@ def run(args: argparse.Namespace) -> int:
     return step.run(args, jobs)
 
 
-def _build(case: Case, k: int) -> tuple[Problem, Callable[[], Found | None]]:
+def _build(case: Case, k: int) -> tuple[Problem, Work]:
     torch.set_num_threads(case.threads)
     problem = draw_problem(case)
     return problem, IMPLEMENTATIONS[case.impl].build(problem, min(k, case.classes))
 
 
 class Check:
-    """Compares the cosines, and those of the classes found, with float64, for at most CHECK_CLASSES classes."""
+    """Compares with float64, for at most CHECK_CLASSES classes: the cosines found, and those of the classes found.
+
+    Of the forward pass, the mean loss.
+    """
 
     def __init__(self, case: Case, k: int) -> None:
         self.case, self.k = replace(case, classes=min(case.classes, CHECK_CLASSES)), k
 
     def turn(self) -> Accuracy:
-        problem, find = _build(self.case, self.k)
+        problem, work = _build(self.case, self.k)
         with torch.no_grad():
-            found = find()
-        if found is None:
-            return Accuracy(0.0, 0.0)
-        cosines = F.normalize(problem.embeddings.double()) @ F.normalize(problem.weight.double()).T  # (N, C)
-        wanted, got = cosines.topk(found[0].shape[1]).values, found[0].double()
-        error = torch.maximum((got - wanted).abs(), (cosines.gather(1, found[1]) - wanted).abs()).max()
-        # of a sum of products of numbers that were rounded once
-        return Accuracy(float(error), torch.finfo(DTYPES[self.case.dtype]).eps)
+            found = work()
+        x, w = problem.embeddings.double(), problem.weight.double()
+        if isinstance(found, Tensor):
+            error = largest_error([found], [lmcl(x, w, problem)])
+        else:
+            cosines = F.normalize(x) @ F.normalize(w).T  # (N, C)
+            wanted = cosines.topk(found[0].shape[1]).values
+            error = largest_error([found[0], cosines.gather(1, found[1])], [wanted, wanted])
+        return Accuracy(error, torch.finfo(DTYPES[self.case.dtype]).eps)  # inputs are rounded once, to its dtype
 
 
 class Measure:
@@ -158,5 +157,5 @@ class Measure:
 
     @torch.no_grad()
     def _searches(self) -> Turn:
-        find = _build(self.case, self.k)[1]
-        return timed(lambda: seconds_of(find, self.case.device), self.case.device)
+        work = _build(self.case, self.k)[1]
+        return timed(lambda: seconds_of(work, self.case.device), self.case.device)

@@ -71,7 +71,7 @@ class Check:
         torch.set_num_threads(self.case.threads)
         problem = make_problem(self.case)
         definition = IMPLEMENTATIONS[self.case.impl].definition
-        wanted = _evaluate(problem, definition or _lmcl, torch.float64)
+        wanted = _evaluate(problem, definition or lmcl, torch.float64)
         plain = _evaluate(problem, definition or _eager, DTYPES[self.case.dtype])
         step = build(self.case.impl, problem)
         loss = step.loss()
@@ -165,7 +165,7 @@ def _eager(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
     return eager_loss(x, w, problem.labels, problem.scale, problem.margin)
 
 
-def _lmcl(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
+def lmcl(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
     scale = x.new_full((len(x),), problem.scale)
     return reference.forward(x, w, problem.labels, scale, problem.margin)[0].mean()
 

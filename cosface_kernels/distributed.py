@@ -376,17 +376,15 @@ class Exchange:
 
     def keep_nearest(self, cosines: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest cosines of this rank's samples, and their classes, over those of all ranks."""
-        missing = (0, k - cosines.shape[1])
-        cosines = F.pad(cosines, missing, value=-torch.inf)  # (N, k)
-        classes = F.pad(classes + self.classes.start, missing, value=self.shape[0])  # behind every class
-        everyones = []
-        for rows in (cosines, classes):
-            blocks = rows.new_empty(self.world_size * len(rows), k)
-            with naming("combining the shards", self.group):
-                collectives.all_gather(blocks, rows.contiguous(), group=self.group)
+        owned = [len(class_range(self.shape[0], rank, self.world_size)) for rank in range(self.world_size)]
+        everyones = []  # (N_r, k or fewer of every rank) each
+        for rows in (cosines, classes + self.classes.start):
+            padded = F.pad(rows, (0, k - rows.shape[1]))  # (N, k), for ranks that own fewer classes
+            blocks = collectives.gather(padded, [len(padded)] * self.world_size, self.group)
+            blocks = blocks.view(self.world_size, len(padded), k)
             everyones.append(
-                torch.cat([self.keep_own(block) for block in blocks.split(len(rows))], 1)
-            )  # (N_r, W k)
+                torch.cat([self.keep_own(block)[:, :n] for block, n in zip(blocks, owned, strict=True)], 1)
+            )
         # lower classes are on lower ranks, so that a stable order has them first
         cosines, order = everyones[0].sort(stable=True, dim=1, descending=True)
         return cosines[:, :k], everyones[1].gather(1, order)[:, :k]

@@ -126,7 +126,8 @@ void nearest_classes(const Batch<T>& batch, const Weight& weight, const Options&
       nearest<T, decltype(operand)>(part, weight, options, k, runtime, cos + i * k, classes + i * k);
     };
     if constexpr (std::is_same_v<T, float>) {
-      if (in_bfloat16(batch, weight, options)) {
+      // a weight in float32 would be rounded, and other classes be the nearest
+      if (weight.dtype == DType::kBFloat16 && in_bfloat16(batch, weight, options)) {
         run(BFloat16{});
         continue;
       }

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import relative_error
-from support.formulas import CLASS_COUNTS, DIM, LOSSES, NAMES, NUM_CLASSES, _head, _leaves, _problem
+from support.formulas import CLASS_COUNTS, DIM, LOSSES, NAMES, NUM_CLASSES, as_leaves, formula_problem, make_head
 
 import cosface_kernels
 from cosface_kernels import (
@@ -38,11 +38,11 @@ STATEFUL = ("a_softmax", "adaface", "kappaface", "gb_cosface", "adacos", "curric
 @pytest.mark.parametrize("name", NAMES)
 def test_ignored_samples_count_for_nothing(name):
     """Neither in the loss nor in a statistic, whatever they hold."""
-    x, w, labels = _problem("random")
-    alone, together = _head(name, w), _head(name, w)
-    want = alone(*_leaves(x), labels)
+    x, w, labels = formula_problem("random")
+    alone, together = make_head(name, w), make_head(name, w)
+    want = alone(*as_leaves(x), labels)
     rubbish = torch.full((2, DIM), math.nan, dtype=x.dtype)
-    (padded,) = _leaves(torch.cat([rubbish[:1], x, rubbish[1:], 50 * x[:1]]))
+    (padded,) = as_leaves(torch.cat([rubbish[:1], x, rubbish[1:], 50 * x[:1]]))
     ignored = torch.tensor([-100])
     got = together(padded, torch.cat([ignored, labels, ignored, ignored]))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
@@ -57,8 +57,8 @@ def test_ignored_samples_count_for_nothing(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ["all ignored", "no samples", "one sample", "two classes"])
 def test_small_batches_leave_no_nan_behind(name, case):
-    x, w, labels = _problem("random")
-    head = _head(name, w, reduction="sum") if case != "two classes" else None
+    x, w, labels = formula_problem("random")
+    head = make_head(name, w, reduction="sum") if case != "two classes" else None
     if case == "all ignored":
         labels = torch.full_like(labels, -100)
     elif case == "no samples":
@@ -70,13 +70,13 @@ def test_small_batches_leave_no_nan_behind(name, case):
     else:
         scale = {"scale": 5.0} if name == "adacos" else {}
         head = LOSSES[name][0](2, DIM, dtype=w.dtype, reduction="sum", **scale)
-    (x,) = _leaves(x)
+    (x,) = as_leaves(x)
     loss = head(x, labels % head.num_classes if case == "two classes" else labels)
     loss.backward()
     assert loss.isfinite()
     assert x.grad.isfinite().all()
     assert head.weight.grad.isfinite().all()
-    head(*_leaves(_problem("random")[0]), _problem("random")[2] % head.num_classes).backward()
+    head(*as_leaves(formula_problem("random")[0]), formula_problem("random")[2] % head.num_classes).backward()
     finite = [bool(t.isfinite().all()) for t in head.state_dict().values()]
     assert all(finite)
     assert head.weight.grad.isfinite().all()
@@ -85,13 +85,13 @@ def test_small_batches_leave_no_nan_behind(name, case):
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_vectors_and_exact_centres(name):
     """x = 0, w_j = 0, cos = 1 and cos = -1 exactly: finite losses and gradients."""
-    x, w, labels = _problem("random")
+    x, w, labels = formula_problem("random")
     w[3], w[4] = 0, torch.eye(DIM, dtype=w.dtype)[0]
     x[0], x[1], x[2] = 0, 20 * w[4], -20 * w[4]
     labels[:3], labels[3] = 4, 3
     for dtype in (torch.float64, torch.float32):
-        head = _head(name, w.to(dtype), reduction="none")
-        (leaf,) = _leaves(x.to(dtype))
+        head = make_head(name, w.to(dtype), reduction="none")
+        (leaf,) = as_leaves(x.to(dtype))
         loss = head(leaf, labels)
         loss.sum().backward()
         assert loss.isfinite().all()
@@ -102,11 +102,11 @@ def test_zero_vectors_and_exact_centres(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_is_close_to_float64(name):
     """Gradients of confident samples, where the angle is hardest to know from its cosine."""
-    x, w, labels = _problem("confident")
+    x, w, labels = formula_problem("confident")
     results = []
     for dtype in (torch.float64, torch.float32):
-        head = _head(name, w.to(dtype), reduction="none")
-        (leaf,) = _leaves(x.to(dtype))
+        head = make_head(name, w.to(dtype), reduction="none")
+        (leaf,) = as_leaves(x.to(dtype))
         loss = head(leaf, labels)
         results.append((loss, *torch.autograd.grad(loss.sum(), (leaf, head.weight))))
     for want, got in zip(*results, strict=True):
@@ -115,17 +115,17 @@ def test_float32_is_close_to_float64(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_travels_in_the_state_dict(name):
-    x, w, labels = _problem("random")
-    head = _head(name, w)
+    x, w, labels = formula_problem("random")
+    head = make_head(name, w)
     before = {key: value.clone() for key, value in head.state_dict().items() if key != "weight"}
     assert bool(before) == (name in STATEFUL)
     head(x, labels)
     buffer = io.BytesIO()
     torch.save(head.state_dict(), buffer)
     buffer.seek(0)
-    twin = _head(name, torch.zeros_like(w))
+    twin = make_head(name, torch.zeros_like(w))
     twin.load_state_dict(torch.load(buffer, weights_only=True))
-    x, _, labels = _problem("random", seed=1)
+    x, _, labels = formula_problem("random", seed=1)
     for _ in range(3):
         assert torch.equal(twin(x, labels), head(x, labels))
     changed = [key for key in before if not torch.equal(before[key].nan_to_num(), head.state_dict()[key])]
@@ -140,8 +140,8 @@ def test_state_is_on_the_device_of_the_head(name):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_changes_in_training_alone(name):
-    x, w, labels = _problem("random")
-    head = _head(name, w)
+    x, w, labels = formula_problem("random")
+    head = make_head(name, w)
     head(x, labels)
     before = {key: value.clone() for key, value in head.state_dict().items()}
     head.eval()
@@ -152,8 +152,8 @@ def test_state_changes_in_training_alone(name):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_keeps_its_precision_and_can_start_anew(name):
-    x, w, labels = _problem("random")
-    head = _head(name, w)
+    x, w, labels = formula_problem("random")
+    head = make_head(name, w)
     first = {key: value.clone() for key, value in head.state_dict().items() if key != "weight"}
     head(x, labels)
     state = {key: value.clone() for key, value in head.state_dict().items() if key != "weight"}
@@ -174,8 +174,8 @@ def test_state_keeps_its_precision_and_can_start_anew(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_into_one_graph(name):
     torch.compiler.reset()
-    x, w, labels = _problem("random")
-    head, twin = (_head(name, w) for _ in range(2))
+    x, w, labels = formula_problem("random")
+    head, twin = (make_head(name, w) for _ in range(2))
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         torch.testing.assert_close(compiled(x, labels), head(x, labels), rtol=1e-12, atol=0)
@@ -185,7 +185,7 @@ def test_compiles_into_one_graph(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_signature(name):
-    head = _head(name, torch.ones(NUM_CLASSES, DIM))
+    head = make_head(name, torch.ones(NUM_CLASSES, DIM))
     parameters = inspect.signature(type(head)).parameters
     assert list(parameters)[:4] == ["num_classes", "embedding_size", "margin", "scale"]
     assert type(head).__name__ in cosface_kernels.__all__
@@ -193,8 +193,8 @@ def test_signature(name):
 
 
 def test_adaface_averages_over_batches():
-    x, w, labels = _problem("random")
-    head = _head("adaface", w, rate=0.25)
+    x, w, labels = formula_problem("random")
+    head = make_head("adaface", w, rate=0.25)
     mean, std = 20.0, 100.0
     for factor in (1.0, 0.3, 2.0):
         head(factor * x, labels)
@@ -205,11 +205,11 @@ def test_adaface_averages_over_batches():
 
 
 def test_gb_cosface_boundary_is_averaged_after_its_use():
-    x, w, labels = _problem("confident")
-    head = _head("gb_cosface", w)
+    x, w, labels = formula_problem("confident")
+    head = make_head("gb_cosface", w)
     boundary = None
     for seed in range(3):
-        x, _, labels = _problem("confident", seed=seed)
+        x, _, labels = formula_problem("confident", seed=seed)
         cos = F.normalize(x) @ F.normalize(w).T
         is_target = F.one_hot(labels, NUM_CLASSES).bool()
         negative = (32 * cos.masked_fill(is_target, -math.inf)).logsumexp(1) / 32
@@ -221,8 +221,8 @@ def test_gb_cosface_boundary_is_averaged_after_its_use():
 
 
 def test_annealing_counts_batches():
-    x, w, labels = _problem("random")
-    head = _head("a_softmax", w)
+    x, w, labels = formula_problem("random")
+    head = make_head("a_softmax", w)
     for step in range(1, 4):
         head(x, labels)
         assert head.margin.annealing.item() == pytest.approx(1000 / (1 + 0.12 * step))
@@ -276,8 +276,8 @@ def test_out_of_domain_is_refused(make, message):
 
 
 def test_adaface_refuses_normalised_embeddings():
-    x, w, labels = _problem("random")
-    head = _head("adaface", w)
+    x, w, labels = formula_problem("random")
+    head = make_head("adaface", w)
     with pytest.raises(ValueError, match=r"before they are normalised, got norms in \[1, 1\]"):
         head(F.normalize(x), labels)
     head(x, labels)
@@ -291,8 +291,8 @@ def test_kappaface_refuses_sums_of_other_classes():
 
 def test_adaface_takes_one_sample_whose_norm_is_one():
     """By chance; and its statistics need two."""
-    x, w, labels = _problem("random")
-    assert _head("adaface", w)(F.normalize(x[:1]) * 1.005, labels[:1]).isfinite()
+    x, w, labels = formula_problem("random")
+    assert make_head("adaface", w)(F.normalize(x[:1]) * 1.005, labels[:1]).isfinite()
 
 
 def test_kappaface_of_classes_that_are_single_points():
@@ -335,7 +335,7 @@ def test_the_combined_margin_falls_up_to_pi(margin):
 
 def test_no_filter_above_0():
     """insightface's 0, its default, means off."""
-    x, w, labels = _problem("random")
+    x, w, labels = formula_problem("random")
     heads = [FusedCombinedMarginLoss(*w.shape, filter_above=above, dtype=w.dtype) for above in (None, 0, 0.0)]
     for head in heads:
         head.weight.data.copy_(w)

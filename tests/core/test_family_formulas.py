@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import DEFAULT_DEVICE, relative_error
-from support.formulas import DIM, LOSSES, NAMES, NUM_CLASSES, Formula, _head, _leaves, _problem
+from support.formulas import DIM, LOSSES, NAMES, NUM_CLASSES, Formula, as_leaves, formula_problem, make_head
 from torch import Tensor
 
 from cosface_kernels import (
@@ -24,7 +24,7 @@ STRAIGHT_THROUGH = ("arcface", "combined", "sphereface", "adaface", "x2_softmax"
 def _check_against_formula(head: FusedMarginLoss, formula, x: Tensor, labels: Tensor) -> None:
     """Loss and gradients, under a non-uniform upstream gradient."""
     upstream = torch.linspace(-1, 2, len(x), dtype=x.dtype, device=x.device)
-    ours, theirs, w = *_leaves(x, x), *_leaves(head.weight)
+    ours, theirs, w = *as_leaves(x, x), *as_leaves(head.weight)
     want, got = formula(theirs, w, labels), head(ours, labels)
     # state is in float32, and one of its ulps moves the logits
     tolerance = 64 * 1e-7 if len(head.state_dict()) > 1 else 1e-9
@@ -39,15 +39,15 @@ def _check_against_formula(head: FusedMarginLoss, formula, x: Tensor, labels: Te
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 @pytest.mark.parametrize("name", NAMES)
 def test_is_the_formula(backend, name, regime):
-    x, w, labels = _problem(regime, device=backend.device)
-    _check_against_formula(_head(name, w, backend=backend.name, reduction="none"), LOSSES[name][1], x, labels)
+    x, w, labels = formula_problem(regime, device=backend.device)
+    _check_against_formula(make_head(name, w, backend=backend.name, reduction="none"), LOSSES[name][1], x, labels)
 
 
 @pytest.mark.parametrize("regime", ["random", "wrong"])
 @pytest.mark.parametrize("name", STRAIGHT_THROUGH)
 def test_straight_through_gradient(name, regime):
-    x, w, labels = _problem(regime)
-    head = _head(name, w, reduction="none", straight_through=True)
+    x, w, labels = formula_problem(regime)
+    head = make_head(name, w, reduction="none", straight_through=True)
 
     def formula(x, w, labels):
         theirs = LOSSES[name][1]
@@ -63,7 +63,7 @@ def test_straight_through_gradient(name, regime):
 @pytest.mark.float64
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 def test_arcface_swaps_with_pytorch_metric_learning(backend, regime):
-    x, w, labels = _problem(regime, device=backend.device)
+    x, w, labels = formula_problem(regime, device=backend.device)
     pml = pytest.importorskip("pytorch_metric_learning.losses")
     with DEFAULT_DEVICE:
         theirs = pml.ArcFaceLoss(NUM_CLASSES, DIM, margin=math.degrees(0.5), scale=64).to(x)
@@ -74,7 +74,7 @@ def test_arcface_swaps_with_pytorch_metric_learning(backend, regime):
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 @pytest.mark.parametrize("m", [2, 3, 4])
 def test_sphereface_swaps_with_pytorch_metric_learning(regime, m):
-    x, w, labels = _problem(regime)
+    x, w, labels = formula_problem(regime)
     pml = pytest.importorskip("pytorch_metric_learning.losses")
     theirs = pml.SphereFaceLoss(NUM_CLASSES, DIM, margin=m, scale=0.7).double()
     ours = FusedASoftmaxLoss(NUM_CLASSES, DIM, m, 0.7, base=0.0, lambda_min=0.0)
@@ -84,7 +84,7 @@ def test_sphereface_swaps_with_pytorch_metric_learning(regime, m):
 @pytest.mark.parametrize("regime", ["random", "confident", "wrong"])
 @pytest.mark.parametrize("m", [2, 4])
 def test_l_softmax_swaps_with_pytorch_metric_learning(regime, m):
-    x, w, labels = _problem(regime)
+    x, w, labels = formula_problem(regime)
     pml = pytest.importorskip("pytorch_metric_learning.losses")
     theirs = pml.LargeMarginSoftmaxLoss(NUM_CLASSES, DIM, margin=m, scale=0.3).double()
     _check_against_pml(FusedLSoftmaxLoss(NUM_CLASSES, DIM, m, 0.3), theirs, x, w, labels)
@@ -92,7 +92,7 @@ def test_l_softmax_swaps_with_pytorch_metric_learning(regime, m):
 
 @pytest.mark.parametrize("make", [FusedSoftmaxLoss, FusedASoftmaxLoss, FusedCosFaceLoss])
 def test_logits_are_those_of_the_loss(make):
-    x, _, labels = _problem("random")
+    x, _, labels = formula_problem("random")
     head = make(NUM_CLASSES, DIM, dtype=x.dtype)
     del head.margin
     head.margin = 0.0
@@ -100,10 +100,10 @@ def test_logits_are_those_of_the_loss(make):
 
 
 def test_curricularface_averages_target_cosines():
-    _, w, _ = _problem("random")
-    head, t = _head("curricularface", w), 0.0
+    _, w, _ = formula_problem("random")
+    head, t = make_head("curricularface", w), 0.0
     for seed in range(3):
-        x, _, labels = _problem("confident", seed=seed)
+        x, _, labels = formula_problem("confident", seed=seed)
         head(x, labels)
         t = 0.99 * t + 0.01 * (F.normalize(x) * F.normalize(w)[labels]).sum(1).mean().item()
         assert head.margin.t.item() == pytest.approx(t)
@@ -114,7 +114,7 @@ def _check_against_pml(ours, theirs, x, w, labels):
     with torch.no_grad():
         ours.weight.copy_(w)
         theirs.W.copy_(w.T)
-    a, b = _leaves(x, x)
+    a, b = as_leaves(x, x)
     with DEFAULT_DEVICE:
         want = theirs(a, labels)
     got = ours(b, labels)
@@ -138,7 +138,7 @@ def test_the_paper_s_example():
 
 
 def test_any_function_is_a_margin(backend):
-    x, _, labels = _problem("random", device=backend.device)
+    x, _, labels = formula_problem("random", device=backend.device)
     head, same = (
         backend.head(NUM_CLASSES, DIM, margin, kind=FusedMarginLoss) for margin in (lambda cos: cos**3 - 0.2, 0.2)
     )

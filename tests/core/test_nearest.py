@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from support import BF16, F16, F32, F64, SAME_DTYPES, relative_error, run_python
+from support import BF16, F16, F32, F64, MIXED_DTYPES, SAME_DTYPES, relative_error, run_python
 from torch import Tensor
 
 from cosface_kernels import FusedCosFaceLoss, FusedSoftmaxLoss, NearestClasses, nearest_classes, reference
@@ -36,14 +36,14 @@ def check(found: NearestClasses, cosines: Tensor, k: int, allowed: float) -> Non
     assert (found.cosines.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("dtypes", SAME_DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", [*SAME_DTYPES, *MIXED_DTYPES], ids=str)
 @pytest.mark.parametrize(("samples", "classes", "k"), [(5, 700, 7), (3, 1, 1), (300, 40, 40), (70, 1300, 300)])
 def test_those_of_float64(backend, dtypes, samples, classes, k):
     problem = backend.problem(samples, classes, 24, dtypes)
     found = nearest_classes(problem.x, problem.w, k, backend=backend.name)
     assert found.cosines.dtype == dtypes.compute
     # products of bfloat16 are exact and summed in float32
-    check(found, exact(problem.x, problem.w), k, 1e-12 if dtypes == F64 else 2e-6)
+    check(found, exact(problem.x, problem.w), k, 1e-12 if torch.float64 in dtypes else 2e-6)
 
 
 @pytest.mark.parametrize("dtypes", [F32, F64, BF16, F16], ids=str)

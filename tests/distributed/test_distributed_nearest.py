@@ -52,3 +52,16 @@ def test_all_ranks_refuse_what_differs(ranks):
         for refusal in ranks.run(2, function):
             assert isinstance(refusal, Exception)
             assert message in str(refusal)
+
+
+def infinitely_far(rank: int, group: ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = empty_weight(5, DIM, group)
+    weight.to_local().zero_()[:, 0] = -torch.inf
+    return tuple(nearest_classes(torch.eye(1, DIM), weight, 5, normalize_weight=False))
+
+
+def test_a_class_is_found_however_far_it_is(ranks):
+    """A rank that owns fewer than k classes offers no other in their place."""
+    for cosines, classes in ranks.results(3, infinitely_far):
+        assert cosines.isneginf().all()
+        assert classes.tolist() == [[0, 1, 2, 3, 4]]

@@ -14,7 +14,7 @@ from support import (
     random_upstream,
     relative_error,
 )
-from support.updates import UPDATES, _draw, _move, _upstream, updates
+from support.updates import UPDATES, draw_inputs, draw_upstream, moved_rows, updates
 from torch import Tensor
 
 from cosface_kernels import ops, optim
@@ -88,12 +88,12 @@ def test_rounding_differs_between_steps_with_any_seed(backend, seed):
 def test_rounding_depends_on_the_place_in_the_weight(backend):
     """Rows that are chosen are rounded as they are among all; the reference draws for those that it moves."""
     tolerance = 2**-7 if backend.name == "reference" else 0
-    w, state = _draw("adamw", torch.bfloat16, 700, backend.device)
-    x, y, scale, top, log_sum, g_lse, g_cos = _upstream(w, 4)
+    w, state = draw_inputs("adamw", torch.bfloat16, 700, backend.device)
+    x, y, scale, top, log_sum, g_lse, g_cos = draw_upstream(w, 4)
     upstream = [x, y, scale, top, log_sum, g_lse * 0, g_cos * 0]  # only decay, of which every row has its own
     classes = torch.arange(0, 700, 2, device=backend.device)
-    everywhere = _move(backend.name, w, state, UPDATES["adamw"], upstream)[2:]
-    chosen = _move(backend.name, w, state, UPDATES["adamw"], upstream, classes)[2:]
+    everywhere = moved_rows(backend.name, w, state, UPDATES["adamw"], upstream)[2:]
+    chosen = moved_rows(backend.name, w, state, UPDATES["adamw"], upstream, classes)[2:]
     for all_rows, some in zip(everywhere, chosen, strict=True):
         torch.testing.assert_close(all_rows[classes], some[classes], rtol=tolerance, atol=tolerance)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.steps import D, _tensors, batch, both_losses_at_once, make_head, rules, usual
+from support.steps import D, batch, both_losses_at_once, make_head, rules, state_tensors, usual
 from torch import nn
 
 from cosface_kernels import margin_softmax_loss
@@ -59,7 +59,7 @@ def test_what_is_not_finite_moves_nothing(fused, torchs, options, wrong):
         broken()
         optimizer.step()
     assert optimizer.skipped == 2
-    for now, then in zip(_tensors(head, optimizer), _tensors(*before), strict=True):
+    for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
         assert torch.equal(now, then)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support import run_python
-from support.steps import C, D, Pair, _tensors, batch, make_head, rules, usual
+from support.steps import C, D, Pair, batch, make_head, rules, state_tensors, usual
 from torch import nn
 
 from cosface_kernels import margin_softmax_loss
@@ -238,7 +238,7 @@ def test_options_of_a_group_are_looked_at_before_each_step(name, value, accumula
     with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
         step()
     group[name] = right
-    for now, then in zip(_tensors(head, optimizer), _tensors(*before), strict=True):
+    for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
         assert torch.equal(now, then)
     optimizer.zero_grad()
     usual(head)
@@ -284,7 +284,7 @@ def test_a_refusal_in_backward_is_as_if_it_had_not_been(fused, torchs, options, 
         loss.backward()
     monkeypatch.delenv("COSFACE_CPU_TILE", raising=False)
     optimizer.state[head.weight][name] = right
-    for now, then in zip(_tensors(head, optimizer), _tensors(*before), strict=True):
+    for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
         assert torch.equal(now, then)
     usual(head)
     optimizer.step()

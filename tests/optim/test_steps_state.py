@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from support.steps import C, D, Pair, _tensors, batch, make_head, rules, usual
+from support.steps import C, D, Pair, batch, make_head, rules, state_tensors, usual
 from torch import nn
 
 from cosface_kernels import checkpoint
@@ -129,7 +129,7 @@ def test_checkpoint_load_restores_what_is_half_moved(monkeypatch, tmp_path):
     before = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
     _interrupt(head, monkeypatch)
     assert checkpoint.load(tmp_path, head=head, optimizer=optimizer) == 1
-    for now, then in zip(_tensors(head, optimizer), _tensors(*before), strict=True):
+    for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
         assert torch.equal(now, then)
     usual(head)
     optimizer.step()

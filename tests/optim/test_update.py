@@ -16,7 +16,7 @@ from support import (
     relative_error,
     rules,
 )
-from support.updates import UPDATES, C, D, N, _draw, _move, _upstream, updates
+from support.updates import UPDATES, C, D, N, draw_inputs, draw_upstream, moved_rows, updates
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -149,11 +149,11 @@ def test_gradient_of_any_strides_is_applied(backend):
 @pytest.mark.option("updates")
 @pytest.mark.parametrize("rule", UPDATES)
 def test_what_is_not_finite_moves_nothing(backend, rule):
-    w, state = _draw(rule, torch.float32, C, backend.device)
-    upstream = _upstream(w, 4)
+    w, state = draw_inputs(rule, torch.float32, C, backend.device)
+    upstream = draw_upstream(w, 4)
     flags = (torch.tensor(flag, device=backend.device) for flag in (True, False))
-    moved, stayed = (_move(backend.name, w, state, UPDATES[rule], upstream, finite=flag) for flag in flags)
-    for mine, want in zip(moved, _move(backend.name, w, state, UPDATES[rule], upstream), strict=True):
+    moved, stayed = (moved_rows(backend.name, w, state, UPDATES[rule], upstream, finite=flag) for flag in flags)
+    for mine, want in zip(moved, moved_rows(backend.name, w, state, UPDATES[rule], upstream), strict=True):
         assert torch.equal(mine, want)
     for mine, want in zip(stayed, (*moved[:2], w, *state), strict=True):
         assert torch.equal(mine, want)
@@ -168,11 +168,11 @@ SUBSETS = {"all": None, "some": torch.tensor([2, 3, 40, 299]), "many": torch.ara
 @pytest.mark.parametrize("rule", UPDATES)
 def test_op_is_the_reference_and_moves_nothing_else(backend, rule, subset, dtype):
     """From one state, in the middle of training."""
-    w, state = _draw(rule, dtype, C, backend.device)
+    w, state = draw_inputs(rule, dtype, C, backend.device)
     classes = None if subset == "all" else SUBSETS[subset].to(backend.device)
-    upstream = _upstream(w, 4)
+    upstream = draw_upstream(w, 4)
     moved, wanted = (
-        _move(name, w, state, UPDATES[rule], upstream, classes) for name in (backend.name, "reference")
+        moved_rows(name, w, state, UPDATES[rule], upstream, classes) for name in (backend.name, "reference")
     )
     tolerance = 2**-7 if dtype == torch.bfloat16 else 1e3 * torch.finfo(dtype).eps
     for mine, want in zip(moved, wanted, strict=True):
@@ -189,10 +189,10 @@ def test_op_is_the_reference_and_moves_nothing_else(backend, rule, subset, dtype
 @pytest.mark.parametrize("rule", UPDATES)
 def test_gradient_of_embeddings_sees_the_weight_before_the_step(backend, rule):
     """A step so large that a row read after it would be seen, in more than one chunk."""
-    w, state = _draw(rule, torch.float32, 600, backend.device)
-    upstream = _upstream(w, 600, 12)
+    w, state = draw_inputs(rule, torch.float32, 600, backend.device)
+    upstream = draw_upstream(w, 600, 12)
     update = replace(UPDATES[rule], lr=1e4)
-    dx, dscale, moved, *_ = _move(backend.name, w, state, update, upstream)
+    dx, dscale, moved, *_ = moved_rows(backend.name, w, state, update, upstream)
     x, *rows = upstream
     cache = ops.lmcl(x, w, *rows[:2], 0.0, backend.name)[5]
     want, _, want_dscale = torch.ops.cosface.lmcl_backward(x, w, *rows, cache, True, False, backend.name)
@@ -203,10 +203,10 @@ def test_gradient_of_embeddings_sees_the_weight_before_the_step(backend, rule):
 
 @updates
 def test_without_a_gradient_of_embeddings_rows_move_alike(backend):
-    w, state = _draw("sgd", torch.float32, C, backend.device)
-    upstream = _upstream(w, C)
-    with_dx = _move(backend.name, w, state, UPDATES["sgd"], upstream)
-    without = _move(backend.name, w, state, UPDATES["sgd"], upstream, need_dx=False)
+    w, state = draw_inputs("sgd", torch.float32, C, backend.device)
+    upstream = draw_upstream(w, C)
+    with_dx = moved_rows(backend.name, w, state, UPDATES["sgd"], upstream)
+    without = moved_rows(backend.name, w, state, UPDATES["sgd"], upstream, need_dx=False)
     assert without[0].numel() == 0
     for one, other in zip(with_dx[1:], without[1:], strict=True):
         assert torch.equal(one, other)
@@ -215,10 +215,10 @@ def test_without_a_gradient_of_embeddings_rows_move_alike(backend):
 @updates
 @pytest.mark.parametrize("samples", [0, 3], ids=["no_samples", "ignored"])
 def test_without_a_gradient_momentum_and_decay_move_the_rows(backend, samples):
-    w, (momentum,) = _draw("sgd", torch.float32, C, backend.device)
-    x, y, scale, top, log_sum, g_lse, g_cos = _upstream(w, 4, samples)
+    w, (momentum,) = draw_inputs("sgd", torch.float32, C, backend.device)
+    x, y, scale, top, log_sum, g_lse, g_cos = draw_upstream(w, 4, samples)
     upstream = [x * torch.nan, torch.full_like(y, -1), scale, top, log_sum, g_lse * 0, g_cos * 0]
-    dx, _, moved, new_momentum = _move(backend.name, w, [momentum], UPDATES["sgd"], upstream)
+    dx, _, moved, new_momentum = moved_rows(backend.name, w, [momentum], UPDATES["sgd"], upstream)
     want = 0.9 * momentum + 0.9 * 0.2 * w
     torch.testing.assert_close(new_momentum, want)
     torch.testing.assert_close(moved, w - 0.1 * want)
@@ -247,13 +247,13 @@ def test_row_that_is_too_long_by_far_and_a_row_without_gradient(backend):
     ("rule", "classes"), [("sgd", None), ("adamw", torch.arange(1, 530))], ids=["sgd-all", "adamw-chosen"]
 )
 def test_chunk_of_classes_changes_no_bit_of_a_step(backend, rule, classes, monkeypatch):
-    w, state = _draw(rule, torch.bfloat16, 530, backend.device)
+    w, state = draw_inputs(rule, torch.bfloat16, 530, backend.device)
     classes = None if classes is None else classes.to(backend.device)
-    upstream = _upstream(w, 500)
+    upstream = draw_upstream(w, 500)
     moved = []
     for chunk in ("256", "1000000"):
         monkeypatch.setenv("COSFACE_TRITON_CHUNK", chunk)
-        moved.append(_move(backend.name, w, state, UPDATES[rule], upstream, classes))
+        moved.append(moved_rows(backend.name, w, state, UPDATES[rule], upstream, classes))
     assert relative_error(moved[0][0], moved[1][0]) < 1e-5
     for one, other in zip(moved[0][2:], moved[1][2:], strict=True):
         assert torch.equal(one, other)
@@ -279,10 +279,10 @@ def test_rows_of_any_length(backend, dim):
 @pytest.mark.parametrize("chosen", [False, True], ids=["all", "chosen"])
 def test_choosing_tiles_moves_nothing(backend, num_classes, chosen, monkeypatch):
     """Kernels are timed on a sample of the classes, which may leave targets outside, or end within a chunk."""
-    w, state = _draw("sgd", torch.float32, num_classes, backend.device)
-    upstream = _upstream(w, num_classes - 1)
+    w, state = draw_inputs("sgd", torch.float32, num_classes, backend.device)
+    upstream = draw_upstream(w, num_classes - 1)
     classes = torch.arange(1, num_classes, device=backend.device) if chosen else None
-    want = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
+    want = moved_rows(backend.name, w, state, UPDATES["sgd"], upstream, classes)
     tile, timed = INTERPRETED_TILE, []
     tiles = (tile, replace(tile, n=16))
     for module in (backend_triton, choice):
@@ -300,7 +300,7 @@ def test_choosing_tiles_moves_nothing(backend, num_classes, chosen, monkeypatch)
         return tensor.uniform_(-1, 1) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", noisy)  # nothing that no kernel wrote may count
-    got = _move(backend.name, w, state, UPDATES["sgd"], upstream, classes)
+    got = moved_rows(backend.name, w, state, UPDATES["sgd"], upstream, classes)
     assert len(timed) == 8  # two tiles of each kernel with a matrix product
     assert list(choice._complaints.values()) == [None] * 4
     for mine, other in zip(got[2:], want[2:], strict=True):
@@ -321,8 +321,8 @@ class _Allocations(TorchDispatchMode):
 def test_no_gradient_of_the_weight_is_allocated(backend, monkeypatch):
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
     monkeypatch.setenv("COSFACE_TRITON_TUNE", "0")  # which would allocate as well
-    w, state = _draw("sgd", torch.float32, 1500, backend.device)
-    x, *rows = _upstream(w, 1500, 3)
+    w, state = draw_inputs("sgd", torch.float32, 1500, backend.device)
+    x, *rows = draw_upstream(w, 1500, 3)
     cache = ops.lmcl(x, w, *rows[:2], 0.0, backend.name)[5]
     with _Allocations() as allocations:
         backend_triton.backward_update_(

@@ -245,18 +245,18 @@ LOSSES = {
 NAMES = list(LOSSES)
 
 
-def _problem(regime: str, num_samples: int = 9, seed: int = 0, device: str | None = None):
+def formula_problem(regime: str, num_samples: int = 9, seed: int = 0, device: str | None = None):
     """Embeddings whose norms lie on both sides of MagFace's and AdaFace's bounds."""
     problem = make_problem(num_samples, NUM_CLASSES, DIM, F64, regime=regime, seed=seed, device=device)
     lengths = torch.logspace(0, 2.2, num_samples, dtype=torch.float64, device=device)
     return F.normalize(problem.x) * lengths[:, None], problem.w, problem.targets
 
 
-def _leaves(*tensors: Tensor) -> list[Tensor]:
+def as_leaves(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-def _head(name: str, w: Tensor, **options) -> FusedMarginLoss:
+def make_head(name: str, w: Tensor, **options) -> FusedMarginLoss:
     with w.device:  # for the margin's state
         head = LOSSES[name][0](*w.shape, dtype=w.dtype, **options)
     with torch.no_grad():

@@ -64,7 +64,7 @@ def both_losses_at_once(head, optimizer):
     (head(*batch(1)) + head(*batch(2))).backward()
 
 
-def _tensors(head, optimizer):
+def state_tensors(head, optimizer):
     state = optimizer if isinstance(optimizer, dict) else optimizer.state_dict()
     weights = head if isinstance(head, dict) else head.state_dict()
     return [*weights.values(), *(value for values in state["state"].values() for value in values.values())]

@@ -22,14 +22,14 @@ STATES = {"sgd": 1, "adamw": 3}
 updates = pytest.mark.option("updates")
 
 
-def _draw(rule: str, dtype: torch.dtype, num_classes: int, device: str, seed: int = 3):
+def draw_inputs(rule: str, dtype: torch.dtype, num_classes: int, device: str, seed: int = 3):
     """A weight and its state in the middle of training."""
     on_device = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     w = torch.randn(num_classes, D, **on_device, dtype=torch.float64).to(dtype)
     return w, [torch.rand(num_classes, D, **on_device).to(dtype) for _ in range(STATES[rule])]
 
 
-def _upstream(w: Tensor, targets: int, samples: int = N):
+def draw_upstream(w: Tensor, targets: int, samples: int = N):
     """x, targets, scale, top, log_sum, g_lse and g_cos."""
     on_device = {"generator": torch.Generator(w.device).manual_seed(4), "device": w.device}
     compute = reference.compute_dtype(w, w)
@@ -39,7 +39,7 @@ def _upstream(w: Tensor, targets: int, samples: int = N):
     return [x, y, scale, 1 + top, *others]  # no cosine is larger than top
 
 
-def _move(
+def moved_rows(
     name: str,
     w: Tensor,
     state: list[Tensor],
