@@ -27,7 +27,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels import checkpoint  # before safetensors, since it says how to install that
+from cosface_kernels import resizing
 from cosface_kernels.distributed import Exchange, own_classes, own_rows
+from cosface_kernels.resizing import Keep
 
 # isort: split
 import safetensors
@@ -35,6 +37,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 NAME = "weight"  # of the tensor in the file
+ROWS_AT_ONCE = 2**16  # that are read of a file of other classes
 INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt")
 
 
@@ -135,21 +138,41 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
 
 
 @torch.no_grad()
-def load_weight_(weight: Tensor, path: str | os.PathLike[str]) -> Tensor:
+def load_weight_(weight: Tensor, path: str | os.PathLike[str], keep: Keep = None) -> Tensor:
     """Fills a (C, D) weight from a file of `save_weight`; of one that is sharded, each rank reads its rows.
+
+    Args:
+        keep: where the file is of other classes: the file's labels in the order of the weight's first ones, or a
+            mapping from the file's labels to the weight's. The rows of all other classes stay as they are. None:
+            the classes are the same.
 
     Raises:
         TypeError: the weight is no tensor, such as a head.
-        ValueError: the file's shape is not the weight's, or it is no file of `save_weight`.
+        ValueError: the file's shape is not the weight's, or without its classes; a label of keep does not fit; or
+            it is no file of `save_weight`.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, such as head.weight, got {type(weight).__name__}.")
     with _weights(path) as file:
         rows = file.get_slice(NAME)
-        if tuple(rows.get_shape()) != tuple(weight.shape):
-            raise ValueError(f"{path} has a weight of shape {tuple(rows.get_shape())}, not {tuple(weight.shape)}.")
+        theirs = tuple(rows.get_shape())
+        if keep is None and theirs != tuple(weight.shape):
+            raise ValueError(
+                f"{path} has a weight of shape {theirs}, not {tuple(weight.shape)}; keep says which of other classes "
+                "to take."
+            )
+        if theirs[1:] != tuple(weight.shape[1:]):
+            raise ValueError(f"{path} has embedding size {theirs[1]}, not {weight.shape[1]}.")
         own = own_classes(weight)
-        own_rows(weight).copy_(rows[own.start : own.stop])
+        if keep is None:
+            own_rows(weight).copy_(rows[own.start : own.stop])
+            return weight
+        wanted = resizing.into(keep, theirs[0], weight.shape[0])[own.start : own.stop]  # (C_r,)
+        for start in range(0, theirs[0], ROWS_AT_ONCE):
+            here = (wanted >= start) & (wanted < start + ROWS_AT_ONCE)
+            if here.any():
+                block = rows[start : start + ROWS_AT_ONCE][wanted[here] - start]
+                own_rows(weight)[here.to(weight.device)] = block.to(weight.device, weight.dtype)
     return weight
 
 

@@ -227,8 +227,11 @@ def placement(weight: Tensor) -> "Local | Exchange":
 class Local:
     """`Exchange` where nobody shares the weight: there is nothing to agree on, to take or to bring."""
 
+    rank, world_size = 0, 1
+
     def __init__(self, weight: Tensor) -> None:
         self.weight = self.whole = weight
+        self.num_classes = weight.shape[0]
 
     @property
     def classes(self) -> range:
@@ -277,6 +280,7 @@ class Exchange:
         weight: (num_classes, D) DTensor, Shard(0) of a one-dimensional mesh.
 
     Attributes:
+        num_classes: C, of all ranks.
         weight: (C_r, D), the rows of this rank, connected to the DTensor's gradient.
         classes: the global numbers of these rows.
         whole: None; the weight, (C, D), where all of it is on one process.
@@ -293,6 +297,7 @@ class Exchange:
         self.group = weight.device_mesh.get_group()
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.shape = weight.shape
+        self.num_classes = weight.shape[0]
         self.classes = class_range(weight.shape[0], self.rank, self.world_size)
         self.weight = collectives.dense_gradient(weight.to_local())
         self._counts: list[int] = []
@@ -310,7 +315,7 @@ class Exchange:
             describe: gives what must be the same on every rank, by its name in a message.
             embeddings, per_sample: inputs that all ranks must have, or lack, and differentiate, or not.
         """
-        facts = describe()
+        facts: dict[str, object] = {}
         refusal = None
         try:
             yield
@@ -320,7 +325,7 @@ class Exchange:
         if refusal is None:
             inputs = (embeddings, *per_sample, self.weight)
             count = len(embeddings)
-            facts |= {
+            facts = describe() | {
                 "num_classes": self.shape[0],
                 "embedding_size": self.shape[1],
                 "dtype of embeddings": embeddings.dtype,

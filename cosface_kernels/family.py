@@ -5,11 +5,12 @@ and those of `FusedMarginLoss`. Angles are in radians, where pytorch-metric-lear
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from cosface_kernels.functional import LossStats
 from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss, HeadOptions
@@ -374,10 +375,9 @@ class FusedAdaCosLoss(FusedMarginLoss):
     ) -> None:
         if scale is None:
             check_positive("num_classes - 2, of which AdaCos takes a logarithm,", num_classes - 2)
-        fixed = math.sqrt(2) * math.log(max(num_classes - 1, 2))
-        scale = fixed if scale is None else scale
+            scale = _adacos_scale(num_classes)
         check_scale(scale)
-        psi = AdaCosMargin(margin, scale, bounds=(fixed / 4, 4 * fixed))
+        psi = AdaCosMargin(margin, scale, bounds=_adacos_bounds(num_classes))
         super().__init__(num_classes, embedding_size, psi, torch.tensor(float(scale)), **options)
 
     @property
@@ -389,11 +389,23 @@ class FusedAdaCosLoss(FusedMarginLoss):
     def scale(self, scale: float | Tensor) -> None:
         self.margin.scale.fill_(scale)
 
-    def forward(
-        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+    def _loss(
+        self, embeddings: Tensor, labels: Tensor, margin: float | Callable[..., Tensor], **arguments: Any
     ) -> Tensor | tuple[Tensor, LossStats]:
-        with self._state_of_pass(embeddings, labels):
-            if self.training:
-                with torch.no_grad():
-                    self._loss(embeddings, labels, self.margin)
-            return self._loss(embeddings, labels, self.margin.margin, return_stats)
+        if self.training:
+            with torch.no_grad():
+                super()._loss(embeddings, labels, margin)
+        return super()._loss(embeddings, labels, self.margin.margin, **arguments)
+
+    def resize_classes_(self, *arguments: Any, **options: Any) -> Self:
+        super().resize_classes_(*arguments, **options)
+        self.margin.bounds = _adacos_bounds(self.num_classes)
+        return self
+
+
+def _adacos_scale(num_classes: int) -> float:
+    return math.sqrt(2) * math.log(max(num_classes - 1, 2))
+
+
+def _adacos_bounds(num_classes: int) -> tuple[float, float]:
+    return _adacos_scale(num_classes) / 4, 4 * _adacos_scale(num_classes)

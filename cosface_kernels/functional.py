@@ -1,6 +1,6 @@
 """The functional form. The work is done by torch.ops.cosface.lmcl; what comes before and after, by `stages`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels import ops, optim, stages
+from cosface_kernels import ops, optim, sample_weights, stages
 from cosface_kernels.distributed import placement
 from cosface_kernels.margins import defaults
 from cosface_kernels.options import WORKSPACE_BYTES
@@ -19,6 +19,7 @@ from cosface_kernels.stats import Sparsity as Sparsity
 from cosface_kernels.validation import (
     check_margin,
     check_rows,
+    check_stats,
 )
 
 LOGITS_CHUNK = 8192  # classes that cosine_logits upcasts at a time: 16 MiB of float32 at embedding_size 512
@@ -37,7 +38,7 @@ def cosface_loss(
     sample_weight: Tensor | None = None,
     backend: str | None = None,
     gradient_tolerance: float = 0.0,
-    return_stats: bool = False,
+    return_stats: bool | int = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """CosFace's Large Margin Cosine Loss (LMCL), fused with its normalisation and class matrix product.
 
@@ -59,7 +60,7 @@ def cosface_loss(
         gradient_tolerance: eps in [0, 1). 0: exact gradients. Else backward may leave out of every sample
             negatives that hold at most eps of the softmax over its negatives, and takes time in proportion to what
             remains; the loss stays exact. See `Sparsity`.
-        return_stats: also return `LossStats`.
+        return_stats: also return `LossStats`; k for its top_k_accuracy too, for a further pass over the weight.
 
     Returns:
         The loss, (N,) or 0-d, float32 (float64 if an input is); with return_stats, a pair (loss, stats). As in
@@ -104,9 +105,11 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     validate_labels: bool | None = None,
     sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    indices_tuple: Sequence[Tensor] | None = None,
     backend: str | None = None,
     gradient_tolerance: float = 0.0,
-    return_stats: bool = False,
+    return_stats: bool | int = False,
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
     sampler: ClassSampler | None = None,
@@ -124,6 +127,9 @@ def margin_softmax_loss(
         margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m; or one of
             `cosface_kernels.margins`, which may also look at the embeddings' norms, replace the loss or reshape
             the negatives. Samples that are ignored pass through psi with cosine 0 and their result is dropped.
+        class_weight: (C,) factor of the loss of each class's samples, all of them on every rank.
+        indices_tuple: pairs or triplets of positions in the batch, as a miner of pytorch-metric-learning gives
+            them, (M,) each. Each sample is weighted by how often it occurs, over the largest of these counts.
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
         normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
@@ -145,8 +151,13 @@ def margin_softmax_loss(
         margin, reduction, ignore_index, validate_labels, backend, gradient_tolerance, normalize_embeddings,
         normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
     )  # fmt: skip
-    with ranks.agreement(partial(stages.facts, settings, weight, scale, sample_weight), embeddings, sample_weight):
-        stages.check(settings, ranks, embeddings, weight, labels, scale, sample_weight)
+    weights = sample_weight, class_weight, indices_tuple
+    with ranks.agreement(
+        partial(stages.facts, settings, weight, scale, weights, return_stats), embeddings, sample_weight
+    ):
+        stages.check(settings, ranks, embeddings, weight, labels, scale)
+        check_stats(return_stats)
+        sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
         options = stages.op_options(settings, differentiable)
@@ -164,9 +175,14 @@ def margin_softmax_loss(
         loss = loss.masked_fill(batch.rows.targets == ops.INVALID, torch.nan)  # (N,)
     reduced = stages.reduce(ranks, loss, batch, reduction)
     sparsity = None
-    if options.get("gradient_tolerance") and ranks.takes_part(return_stats):
+    if options.get("gradient_tolerance") and ranks.takes_part(bool(return_stats)):
         sparsity = stages.sparsity(ranks, part)
-    return (reduced, stages.statistics(ranks, softmax, batch, sparsity)) if return_stats else reduced
+    if not return_stats:
+        return reduced
+    stats = stages.statistics(ranks, softmax, batch, sparsity)
+    if not isinstance(return_stats, bool):
+        stats = stats._replace(top_k_accuracy=stages.top_k_accuracy(settings, ranks, batch, int(return_stats)))
+    return reduced, stats
 
 
 def cosine_logits(

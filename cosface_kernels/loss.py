@@ -1,6 +1,7 @@
 """The heads as modules: they own the class centres and call the functional form."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypedDict
 
@@ -8,20 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from typing_extensions import Unpack
+from torch.optim import Optimizer
+from typing_extensions import Self, Unpack
 
-from cosface_kernels import optim, theory
+from cosface_kernels import optim, resizing, sample_weights, theory
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import (
     empty_weight,
     leave_to_its_rank,
     own_classes,
+    placement,
     several_ranks,
     warn_of_drift,
 )
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import Margin, defaults
+from cosface_kernels.margins.base import taken
 from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
@@ -31,6 +35,7 @@ from cosface_kernels.validation import (
     check_dtype,
     check_flag,
     check_integer,
+    check_interval,
     check_margin,
     check_positive,
     check_reduction,
@@ -47,11 +52,13 @@ class HeadOptions(TypedDict, total=False):
     reduction: str
     ignore_index: int
     validate_labels: bool | None
+    class_weight: Tensor | Sequence[float] | None
     backend: str | None
     gradient_tolerance: float
     process_group: ProcessGroup | None
     sample_rate: float
     sample_seed: int
+    init_std: float
     cache_bytes: int | None
     exact_cache: bool | None
     workspace_bytes: int
@@ -73,6 +80,7 @@ class FusedMarginLoss(nn.Module):
         ignore_index: label of samples that have no loss and no gradient.
         validate_labels: raise for a label out of range, which waits for the device; None: on the CPU alone. If not
             validated, the loss of such a sample is nan.
+        class_weight: (C,) factor of the loss of each class's samples, all of them on every rank.
         backend: name of a backend, or None for the first that can run; see `python -m cosface_kernels.info`.
         gradient_tolerance: softmax mass that backward may leave out of every sample, 0 for exact gradients; see
             `cosface_kernels.functional.Sparsity`.
@@ -81,6 +89,8 @@ class FusedMarginLoss(nn.Module):
             them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
             gradient of the weight is sparse, unless there are several ranks or an optimizer of
             `cosface_kernels.optim` moves the rows.
+        init_std: standard deviation of the entries of the first class centres. With normalised class centres the
+            loss does not depend on it, but a step of SGD turns rows of half the length four times as far.
         cache_bytes, exact_cache: memory for cosines that backward need not compute again, 128 MiB by default on a
             CPU, and whether they are kept as computed or in 16 bits; see `cosface_kernels.options`.
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
@@ -107,6 +117,7 @@ class FusedMarginLoss(nn.Module):
 
     normalize_embeddings = normalize_weight = True
     scale: float | Tensor
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -118,11 +129,13 @@ class FusedMarginLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         validate_labels: bool | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
         backend: str | None = None,
         gradient_tolerance: float = 0.0,
         process_group: ProcessGroup | None = None,
         sample_rate: float = 1.0,
         sample_seed: int = 0,
+        init_std: float = INIT_STD,
         cache_bytes: int | None = None,
         exact_cache: bool | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
@@ -134,7 +147,6 @@ class FusedMarginLoss(nn.Module):
         check_positive("embedding_size", embedding_size)
         if not callable(margin):
             check_margin(margin)
-            theory.warn_of_margin(margin, num_classes, embedding_size)
         check_scale(scale)
         check_reduction(reduction)
         check_name(backend)
@@ -144,8 +156,7 @@ class FusedMarginLoss(nn.Module):
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance)
-        if self.normalize_embeddings and not isinstance(scale, Tensor):
-            theory.warn_of_scale(scale, num_classes)
+        check_interval("init_std", init_std, "(0, inf)", math.ulp(0.0), math.inf)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.margin = margin
@@ -157,6 +168,9 @@ class FusedMarginLoss(nn.Module):
         self.gradient_tolerance = gradient_tolerance
         self.cache_bytes, self.exact_cache = cache_bytes, exact_cache
         self.workspace_bytes = workspace_bytes
+        self.init_std = init_std
+        self.register_buffer("class_weight", sample_weights.of_each_class(class_weight, num_classes))
+        self._warn_of_theory()
         if process_group is None:
             weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
         else:
@@ -182,27 +196,120 @@ class FusedMarginLoss(nn.Module):
 
         All other state is then as before the first batch, also of a head that was made without memory.
         """
-        normal_(self.weight, INIT_STD)
+        normal_(self.weight, self.init_std)
         if self.sampler is not None:
             self.sampler.reset_parameters()
         if isinstance(self.margin, Margin):
             self.margin.reset_parameters()
 
+    def _warn_of_theory(self) -> None:
+        if not callable(self.margin):
+            theory.warn_of_margin(self.margin, self.num_classes, self.embedding_size)
+        if self.normalize_embeddings and not isinstance(self.scale, Tensor):
+            theory.warn_of_scale(self.scale, self.num_classes)
+
+    @torch.no_grad()
+    def resize_classes_(
+        self,
+        keep: resizing.Keep = None,
+        new: int = 0,
+        *,
+        init: tuple[Tensor, Tensor] | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> Self:
+        """Drops classes, gives them other labels and adds some, in all that is known of each.
+
+        That is the weight, the optimizer's state of it, the margin's of each class, class_weight (1 for a new
+        class), the sampler and num_classes. The parameter stays the same object. Its gradient, which had the old shape, is dropped, and
+        DistributedDataParallel around the head must be made anew. The ranks that share the classes must all make
+        the call, between two steps.
+
+        Args:
+            keep: the old labels that stay, (K,) integers whose positions are the new labels; or a mapping from old
+                to new labels; None for all as they are.
+            new: how many classes come, behind those kept, or where a mapping leaves a label free. A new class
+                centre is as long as the kept ones are in the mean; the optimizer's state of it is 0.
+            init: None for random directions; or (embeddings, labels), (M, D) and (M,), of this rank's samples by
+                their new labels: a new class centre has the direction of the mean of its unit embeddings (weight
+                imprinting). Those of kept classes are left out.
+            optimizer: that of the weight, also one of torch.optim; None if there is none.
+
+        Returns:
+            The head.
+
+        Raises:
+            ValueError: a label, `init` or the optimizer does not fit; nothing has been changed.
+            RuntimeError: backward has moved the weight and the step is not over.
+
+        Source of the means: Qi et al., Low-Shot Learning with Imprinted Weights, arXiv:1712.07136.
+
+        >>> head = FusedMarginLoss(num_classes=1000, embedding_size=128, margin=0.35)
+        >>> head.resize_classes_(keep=range(10, 1000), new=20).weight.shape
+        torch.Size([1010, 128])
+        """
+        weight, ranks = self.weight, placement(self.weight)
+        change = torch.empty(0)
+        described = lambda: {"keep": resizing.digest(change), "init": init is not None}  # noqa: E731
+        with ranks.agreement(described, ranks.weight):
+            optim.check_between_steps(weight, optimizer)
+            change = resizing.sources(keep, new, self.num_classes)  # (C_new,)
+            if init is not None:
+                embeddings, labels = resizing.check_init(init, weight, len(change))
+        counts = torch.ones_like(change)
+        rows = normal_(resizing.resized_zeros(weight, len(change)), self.init_std)  # (C_new, D)
+        if init is not None:
+            counts = resizing.class_counts(ranks, labels, change)
+            resizing.place_class_means_(rows, embeddings, labels, change)
+        resizing.set_lengths_(rows, weight, change, self.init_std * math.sqrt(self.embedding_size))
+        resizing.take_rows_(rows, weight, change)
+        state = {} if optimizer is None else resizing.resized_state(optimizer, weight, change)
+        resizing.replace_(weight, rows)
+        if optimizer is not None:
+            optimizer.state[weight] = state
+        if self.sampler is not None:
+            own = own_classes(weight)
+            self.sampler.resize_(len(own), self.sampler.seed - ranks.classes.start + own.start)
+        if isinstance(self.margin, Margin):
+            self.margin.resize_classes_(change, counts)
+        if self.class_weight is not None:
+            self.class_weight = taken(self.class_weight, change, torch.ones(len(change)))
+        self.num_classes = len(change)
+        self._warn_of_theory()
+        return self
+
     def forward(
-        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Sequence[Tensor] | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool | int = False,
     ) -> Tensor | tuple[Tensor, LossStats]:
         """The loss of a batch; see `margin_softmax_loss`.
 
         Args:
             embeddings: (N, embedding_size), need not be normalised.
             labels: (N,) integers in [0, num_classes), or ignore_index.
-            return_stats: also return `LossStats`, which costs no further pass over the weight.
+            indices_tuple: what a miner of pytorch-metric-learning gives, pairs or triplets of positions in the
+                batch. Each sample is weighted by how often it occurs in them, over the largest of these counts.
+            sample_weight: (N,) factor of each sample's loss, with `class_weight` and those of the miner multiplied.
+            return_stats: also return `LossStats`, which costs no further pass over the weight; k for its
+                accuracy among the k nearest classes too, which costs one.
 
         Returns:
-            The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats).
+            The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats). Where samples
+            have weights a_i, the mean is sum(a_i loss_i) / sum(a_i), as of `torch.nn.functional.cross_entropy`.
         """
         with self._state_of_pass(embeddings, labels):
-            return self._loss(embeddings, labels, self.margin, return_stats)
+            return self._loss(
+                embeddings,
+                labels,
+                self.margin,
+                sample_weight=sample_weight,
+                indices_tuple=indices_tuple,
+                return_stats=return_stats,
+            )
 
     def _state_of_pass(self, embeddings: Tensor, labels: Tensor) -> AbstractContextManager[None]:
         """Under torch.utils.checkpoint a batch changes the state once; see `cosface_kernels.recomputation`."""
@@ -231,6 +338,13 @@ class FusedMarginLoss(nn.Module):
                 "convert.save_weight."
             )
             state_dict[weight] = self.weight
+        elif restored and len(state_dict[weight]) != self.num_classes:
+            count = len(state_dict[weight])
+            args[-1].append(
+                f"{weight} is of {count} classes in the state and of {self.num_classes} in the head: load it into a "
+                f"head of {count}, then call its resize_classes_(keep=..., new=..., optimizer=...)."
+            )
+            state_dict[weight] = self.weight
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if restored:
             optim.note_loaded(self.weight)
@@ -240,7 +354,7 @@ class FusedMarginLoss(nn.Module):
         embeddings: Tensor,
         labels: Tensor,
         margin: float | Callable[..., Tensor],
-        return_stats: bool = False,
+        **arguments: Any,
     ) -> Tensor | tuple[Tensor, LossStats]:
         weight: Tensor = self.weight
         if not self.training and getattr(weight, optim.MARK, False):
@@ -262,15 +376,16 @@ class FusedMarginLoss(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             validate_labels=self.validate_labels,
+            class_weight=self.class_weight,
             backend=self.backend,
             gradient_tolerance=self.gradient_tolerance,
-            return_stats=return_stats,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
             sampler=self.sampler if self.training else None,
             cache_bytes=self.cache_bytes,
             exact_cache=self.exact_cache,
             workspace_bytes=self.workspace_bytes,
+            **arguments,
         )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ class ClassSampler(nn.Module):
         """Begins the draws anew."""
         self.draws.zero_()
 
+    def resize_(self, num_classes: int, seed: int) -> None:
+        """From now on draws of so many classes; the number of draws goes on."""
+        check_integer("num_classes", num_classes, 0)
+        self.num_classes, self.seed = num_classes, seed
+
     def forward(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of the next step.
 

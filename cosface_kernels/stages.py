@@ -89,7 +89,11 @@ class Softmax(NamedTuple):
 
 
 def facts(
-    settings: Settings, weight: Tensor, scale: float | Tensor, sample_weight: Tensor | None
+    settings: Settings,
+    weight: Tensor,
+    scale: float | Tensor,
+    weights: tuple[object, ...],
+    return_stats: bool | int,
 ) -> dict[str, object]:
     """What must be the same on every rank, by its name in a message."""
     known = {
@@ -99,9 +103,11 @@ def facts(
         "scale": _described(scale),
         "ignore_index": settings.ignore_index,
         "validate_labels": settings.validate_labels,
-        "dtype of sample_weight": getattr(sample_weight, "dtype", None),
+        "dtype of sample_weight": getattr(weights[0], "dtype", None),
+        "presence of class_weight and indices_tuple": [each is not None for each in weights[1:]],
         "normalization of embeddings and weight": (settings.normalize_embeddings, settings.normalize_weight),
         "gradient_tolerance": settings.gradient_tolerance,
+        "k of return_stats": None if isinstance(return_stats, bool) else return_stats,
     }
     if getattr(weight, optim.MARK, False):
         known["optimizer"] = optim.progress(weight)
@@ -126,7 +132,6 @@ def check(
     weight: Tensor,
     labels: Tensor,
     scale: float | Tensor,
-    sample_weight: Tensor | None,
 ) -> None:
     """All but the range of the labels; `margin_softmax_loss` says what it raises."""
     if getattr(weight, optim.MARK, False):
@@ -147,8 +152,6 @@ def check(
         check_margin(settings.margin)
     if isinstance(scale, Tensor) and scale.dim():
         check_per_sample("scale", scale, labels)
-    if sample_weight is not None:
-        check_per_sample("sample_weight", sample_weight, labels)
 
 
 def op_options(settings: Settings, differentiable: bool) -> dict[str, Any]:
@@ -303,3 +306,24 @@ def statistics(ranks: Local | Exchange, softmax: Softmax, batch: Batch, sparsity
     rows_of_stats = ((batch.scale * top + log_sum).detach(), target_cos.detach(), max_neg)  # (N,) each
     lse, target_cos, max_neg = map(ranks.keep_own, rows_of_stats)  # (N_r,) each
     return LossStats(lse, target_cos, max_neg, accuracy, sparsity)
+
+
+@torch.no_grad()
+def top_k_accuracy(settings: Settings, ranks: Local | Exchange, batch: Batch, k: int) -> Tensor:
+    """0-d, the share of the valid samples to which fewer than k other classes are at least as near as their own.
+
+    Those are among the k + 1 nearest, wherever ties put the sample's own.
+    """
+    most = min(k + 1, ranks.num_classes)
+    cosines, classes = ops.nearest(
+        batch.rows.embeddings,
+        ranks.weight,
+        min(most, len(ranks.classes)),
+        settings.normalize_weight,
+        settings.backend,
+    )
+    cosines, classes = ranks.keep_nearest(cosines, classes, most)  # (N_r, most) each
+    own = classes == ranks.keep_own(batch.rows.targets)[:, None]
+    own_cos = cosines.where(own, torch.inf).amin(1)  # (N_r,)
+    others = ((cosines >= own_cos[:, None]) & ~own).sum(1)  # (N_r,)
+    return ranks.sum(((own_cos < torch.inf) & (others < k)).sum()) / batch.valid.sum()

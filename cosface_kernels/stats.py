@@ -37,7 +37,7 @@ class Sparsity(NamedTuple):
 
 
 class LossStats(NamedTuple):
-    """What the loss knows of its batch without another pass over the weights. Detached from the graph.
+    """What the loss knows of its batch, without another pass over the weights but for the k nearest; detached.
 
     Attributes:
         lse: (N,) log sum_{j != y} e^{s cos_ij}, over the negative classes alone.
@@ -45,6 +45,8 @@ class LossStats(NamedTuple):
         max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
         accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin.
         sparsity: with a gradient_tolerance, and where there will be a gradient.
+        top_k_accuracy: with return_stats=k, 0-d, the share whose own class centre is among the k nearest of all
+            classes, also where a sampler draws some; else None.
     """
 
     lse: Tensor
@@ -52,3 +54,4 @@ class LossStats(NamedTuple):
     max_negative_cos: Tensor
     accuracy: Tensor
     sparsity: Sparsity | None = None
+    top_k_accuracy: Tensor | None = None

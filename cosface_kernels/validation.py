@@ -54,6 +54,11 @@ def check_flag(name: str, value: bool | None) -> None:
         raise ValueError(f"{name} must be True, False or None, got {value!r}.")
 
 
+def check_stats(return_stats: bool | int) -> None:
+    if not isinstance(return_stats, numbers.Integral) or return_stats < 0:
+        raise ValueError(f"return_stats must be True, False or a number k of classes, got {return_stats!r}.")
+
+
 def check_cache(cache_bytes: int | None, exact_cache: bool | None) -> None:
     if cache_bytes is not None:
         check_integer("cache_bytes", cache_bytes, 0)

@@ -75,6 +75,18 @@ class Margin(nn.Module):
         for name, value in self._initial.items():
             self.get_buffer(name).fill_(value)
 
+    def resize_classes_(self, sources: Tensor, counts: Tensor) -> None:
+        """Takes the state of each class to its new label; a class that is new has the state of the beginning.
+
+        Args:
+            sources: (C_new,) int64 old labels, -1 for a class that is new.
+            counts: (C_new,) int64, how many samples there are of a new class.
+        """
+        for name, initial in self._initial.items():
+            state = self.get_buffer(name)
+            if state.dim():
+                setattr(self, name, taken(state, sources, torch.full(sources.shape, initial)))
+
     def batch_state(self) -> list[Tensor]:
         """What a batch may change; a state of each class is changed between batches."""
         return [state for state in map(self.get_buffer, self._initial) if not state.dim()]
@@ -103,3 +115,9 @@ def update_average(average: Tensor, value: Tensor, rate: float) -> None:
 
 def check_rate(rate: float) -> None:
     check_interval("rate", rate, "[0, 1]", 0, math.nextafter(1, 2))
+
+
+def taken(state: Tensor, sources: Tensor, new: Tensor) -> Tensor:
+    """(C_new,) state of each class: the old one's, or that of `new`."""
+    sources, new = sources.to(state.device), new.to(state.device, state.dtype)
+    return torch.where(sources < 0, new, state[sources.clamp_min(0)])

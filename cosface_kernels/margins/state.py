@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, sine
-from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, update_average
+from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, taken, update_average
 from cosface_kernels.margins.target import CosFaceMargin, SphereFaceMargin
 from cosface_kernels.reference import softplus
 from cosface_kernels.validation import check_interval, check_margin, check_numbers
@@ -155,7 +155,8 @@ class KappaFaceMargin(Margin):
 
     z_j is the class's concentration kappa_j, less the mean, over the standard deviation of all classes;
     kappa = r (D - r^2)/(1 - r^2) with r = |sum of the class's unit embeddings| / n_j. There is no guard.
-    State: `weights` (C,), 0.5 until the first call of `update`, of which there should be one an epoch.
+    State: `weights` (C,), 0.5 until the first call of `update`, of which there should be one an epoch; and
+    `class_counts`, to which a head that grows adds how many embeddings it was given of a class, or 1.
 
     Args:
         class_counts: (C,), n_j >= 1, the number of training samples of each class.
@@ -215,6 +216,10 @@ class KappaFaceMargin(Margin):
         z = ((kappa - kappa.mean()) / kappa.std()).nan_to_num(0)  # (C,)
         size = (1 + torch.cos(torch.pi / 1.05 * self.class_counts / self.class_counts.max())) / 2  # (C,)
         self.weights.copy_(self.gamma * (1 - torch.sigmoid(self.temperature * z)) + (1 - self.gamma) * size)
+
+    def resize_classes_(self, sources: Tensor, counts: Tensor) -> None:
+        super().resize_classes_(sources, counts)
+        self.class_counts = taken(self.class_counts, sources, counts)
 
     def forward(self, cos: Tensor, rows: Rows) -> Tensor:
         m = (self.margin * self.weights[rows.targets.clamp_min(0)]).to(cos.dtype)  # (N,)

@@ -94,6 +94,26 @@ def note_use(weight: Tensor) -> None:
         ownership.check_whole(weight)
 
 
+def check_between_steps(weight: Tensor, optimizer: object) -> None:
+    """Raises where the weight cannot get other rows: in the middle of a step, or without its optimizer's state."""
+    ownership = ownership_of(weight)
+    if ownership is None:
+        return
+    ownership.check_whole(weight)
+    if ownership.phase in (MOVED, REFUSED):
+        raise RuntimeError(
+            f"backward has moved a weight of shape {tuple(weight.shape)}, and its step is not over: call the "
+            "optimizer's step() first."
+        )
+    owner = ownership.owner()
+    if owner is not None and owner is not optimizer:
+        got = "None" if optimizer is None else f"another {type(optimizer).__name__}"
+        raise ValueError(
+            f"optimizer must be the {type(owner).__name__} that holds the weight and its state of each class, got "
+            f"{got}."
+        )
+
+
 def note_loaded(weight: Tensor) -> None:
     """Notes that the weight was restored: whole again where no optimizer is there to be restored too."""
     ownership = ownership_of(weight)

@@ -207,8 +207,8 @@ def test_nothing_is_kept_without_a_gradient(backend, monkeypatch):
         monkeypatch.setattr(module, way, note)
     for return_stats in (False, True):
         with torch.no_grad():
-            head(x, labels, return_stats)
-        head(x, labels, return_stats)
+            head(x, labels, return_stats=return_stats)
+        head(x, labels, return_stats=return_stats)
     assert asked == [0, 10**6] * 2
 
 

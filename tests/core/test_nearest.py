@@ -222,3 +222,34 @@ def test_memory_does_not_grow_with_classes():
         peaks[backend] = json.loads(done.stdout)
     assert max(peaks["cpu"].values()) < 8 * MIB, peaks
     assert peaks["reference"]["200000"] > 195 * MIB, "the measurement does not see cosines"
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 19, 20, 50])
+def test_accuracy_among_the_k_nearest(backend, k):
+    """Of equal cosines, of which small integers have many, none is nearer than the sample's own."""
+    x, w = (torch.randint(-1, 2, shape, device=backend.device).float() for shape in ((200, 4), (20, 4)))
+    labels = torch.randint(20, (200,), device=backend.device)
+    labels[::7] = -100
+    _, stats = margin_softmax_loss(x, w, labels, margin=0.35, backend=backend.name, return_stats=k)
+    valid = labels >= 0
+    cos = (F.normalize(x) @ F.normalize(w).T)[valid].double()
+    own = cos.gather(1, labels[valid, None])
+    as_near = (cos >= own - 1e-6).sum(1) - 1  # others
+    torch.testing.assert_close(stats.top_k_accuracy, (as_near < k).float().mean())
+    if k == 1:
+        torch.testing.assert_close(stats.top_k_accuracy, stats.accuracy)
+
+
+def test_accuracy_is_of_all_classes_where_some_are_drawn(backend):
+    head = backend.head(50, 6, sample_rate=0.1)
+    x, labels = torch.randn(30, 6, device=backend.device), torch.randint(5, (30,), device=backend.device)
+    _, stats = head(x, labels, return_stats=3)
+    own = head.topk(x, 3).classes == labels[:, None]
+    assert stats.top_k_accuracy == own.any(1).float().mean()
+    assert head(x, labels, return_stats=True)[1].top_k_accuracy is None
+
+
+@pytest.mark.parametrize("k", [-1, 1.5, "k", None])
+def test_refuses_stats(k):
+    with pytest.raises(ValueError, match="return_stats must be True, False or a number k"):
+        FusedCosFaceLoss(5, 3)(torch.randn(2, 3), torch.tensor([0, 1]), return_stats=k)

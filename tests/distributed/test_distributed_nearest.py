@@ -5,7 +5,7 @@ import torch
 from support.ranks import LARGEST_WORLD
 from torch.distributed import ProcessGroup
 
-from cosface_kernels import FusedCosFaceLoss, nearest_classes
+from cosface_kernels import FusedCosFaceLoss, margin_softmax_loss, nearest_classes
 from cosface_kernels.distributed import class_range, empty_weight
 
 DIM, SAMPLES = 6, (4, 0, 7, 1)
@@ -65,3 +65,34 @@ def test_a_class_is_found_however_far_it_is(ranks):
     for cosines, classes in ranks.results(3, infinitely_far):
         assert cosines.isneginf().all()
         assert classes.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def accuracy_of_shards(rank: int, group: ProcessGroup, classes: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    world = group.size()
+    x, w = batch(world, classes)
+    labels = torch.arange(len(x)) % classes
+    head = FusedCosFaceLoss(classes, DIM, process_group=group)
+    own = class_range(classes, rank, world)
+    head.weight.data.to_local().copy_(w[own.start : own.stop])
+    x, labels = (rows.split(SAMPLES[:world])[rank] for rows in (x, labels))
+    return head(x, labels, return_stats=k)[1].top_k_accuracy
+
+
+@pytest.mark.parametrize(("classes", "k"), [(103, 5), (40, 1), (3, 2)])
+@pytest.mark.parametrize("world", range(1, LARGEST_WORLD + 1))
+def test_accuracy_among_the_k_nearest_is_of_all_ranks(ranks, world, classes, k):
+    x, w = batch(world, classes)
+    labels = torch.arange(len(x)) % classes
+    _, stats = margin_softmax_loss(x, w, labels, margin=0.35, return_stats=k)
+    for accuracy in ranks.results(world, accuracy_of_shards, classes, k):
+        torch.testing.assert_close(accuracy, stats.top_k_accuracy)
+
+
+def unlike_in_k(rank: int, group: ProcessGroup) -> None:
+    head = FusedCosFaceLoss(10, DIM, process_group=group)
+    head(torch.ones(2, DIM), torch.tensor([0, 1]), return_stats=2 + rank)
+
+
+def test_ranks_agree_on_the_k_of_accuracy(ranks):
+    for refusal in ranks.run(2, unlike_in_k):
+        assert "k of return_stats must be the same on every rank, got 2 on rank 0 and 3" in str(refusal)

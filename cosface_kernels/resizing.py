@@ -1,0 +1,225 @@
+"""Classes that come, go and change their numbers, with all that is known of each: `FusedMarginLoss.resize_classes_`.
+
+A change is told by its sources: (C_new,) int64, for each new label the old one, or NEW.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from cosface_kernels.collectives import naming
+from cosface_kernels.distributed import Exchange, Local, class_range, own_rows, placement
+from cosface_kernels.reference import compute_dtype
+from cosface_kernels.validation import check_integer, check_tensor
+
+NEW = -1
+
+Keep = Mapping[int, int] | Sequence[int] | Tensor | None
+
+
+def sources(keep: Keep, new: int, num_classes: int) -> Tensor:
+    """
+    Args:
+        keep: the old labels that stay, in their new order, whose positions are the new labels; or a mapping from
+            old to new labels; None for all as they are.
+        new: how many classes come beside them: behind those kept, or where a mapping leaves a label free.
+        num_classes: how many there were.
+
+    Raises:
+        ValueError: keep or new does not fit; the message shows the label.
+
+    >>> sources([2, 0], 1, 3)
+    tensor([ 2,  0, -1])
+    >>> sources({2: 0, 0: 2}, 1, 3)
+    tensor([ 2, -1,  0])
+    """
+    check_integer("new", new, 0)
+    count = num_classes if keep is None else len(keep) if hasattr(keep, "__len__") else 0
+    return into(keep, num_classes, count + int(new))
+
+
+def into(keep: Keep, num_classes: int, total: int) -> Tensor:
+    """The sources (total,) of a change to so many classes; the arguments are those of `sources`."""
+    old = list(keep) if isinstance(keep, Mapping) else range(num_classes) if keep is None else keep
+    old = _labels("keep", old, num_classes)  # (K,)
+    if not total:
+        raise ValueError(f"a head needs a class, got none to keep of {num_classes} and new=0.")
+    labels = torch.arange(len(old))  # (K,)
+    if isinstance(keep, Mapping):
+        labels = _labels("the new labels of keep", list(keep.values()), total)
+    elif len(old) > total:
+        raise ValueError(f"keep must have at most {total} labels, got {len(old)}.")
+    result = torch.full((total,), NEW)
+    result[labels] = old
+    return result
+
+
+def _labels(name: str, values: Sequence[int] | Tensor, below: int) -> Tensor:
+    """(K,) int64 on the CPU, distinct and in [0, below)."""
+    try:
+        labels = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.empty(())  # is none
+    labels = labels.long() if not labels.numel() else labels
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be a vector of integers, got {values!r}.")
+    labels = labels.long()
+    wrong = (labels < 0) | (labels >= below)
+    if wrong.any():
+        raise ValueError(f"{name} must be in [0, {below}), got {int(labels[wrong][0])}.")
+    distinct, counts = labels.unique(return_counts=True)
+    if len(distinct) < len(labels):
+        raise ValueError(f"{name} must be distinct, got {int(distinct[counts > 1][0])} several times.")
+    return labels
+
+
+def digest(sources: Tensor) -> str:
+    """What ranks compare of a change, and can read."""
+    return f"{int((sources != NEW).sum())} of {len(sources)} classes, checksum {zlib.crc32(sources.numpy()):x}"
+
+
+def take_rows_(rows: Tensor, old: Tensor, sources: Tensor) -> Tensor:
+    """Fills `rows` (C_new, ...) with those of `old` (C, ...), both whole or both sharded; new ones stay.
+
+    Ranks that share them send each row from its old place to its new one.
+    """
+    into, own = own_rows(rows), own_rows(old)
+    if not isinstance(old, DTensor):
+        kept = (sources != NEW).to(into.device)
+        into[kept] = own[sources[sources != NEW].to(own.device)]
+        return rows
+    group = Exchange(old).group
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    before = [class_range(len(old), each, world) for each in range(world)]
+    after = [
+        sources[place.start : place.stop] for place in (class_range(len(rows), r, world) for r in range(world))
+    ]
+
+    def places(wanted: Tensor, owned: range) -> Tensor:
+        return ((wanted >= owned.start) & (wanted < owned.stop)).nonzero()[:, 0]
+
+    sent = [wanted[places(wanted, before[rank])] - before[rank].start for wanted in after]
+    received = [places(after[rank], owned) for owned in before]
+    arrived = own.new_empty(sum(map(len, received)), *own.shape[1:])
+    with naming("moving classes between ranks", group):
+        dist.all_to_all_single(
+            arrived,
+            own[torch.cat(sent).to(own.device)],
+            list(map(len, received)),
+            list(map(len, sent)),
+            group=group,
+        )
+    into[torch.cat(received).to(into.device)] = arrived
+    return rows
+
+
+def class_counts(ranks: Local | Exchange, labels: Tensor, sources: Tensor) -> Tensor:
+    """(C_new,) int64 on the CPU, the samples of each new class on all ranks.
+
+    Raises:
+        ValueError: on every rank, for a new class that has none.
+    """
+    counts = ranks.sum(torch.bincount(labels, minlength=len(sources)).to(ranks.weight.device)).cpu()
+    missing = (sources == NEW) & (counts == 0)
+    if missing.any():
+        raise ValueError(
+            f"init must hold an embedding of every new class, got none of class {int(missing.nonzero()[0])}."
+        )
+    return counts
+
+
+def place_class_means_(rows: Tensor, embeddings: Tensor, labels: Tensor, sources: Tensor) -> None:
+    """Gives each new row of `rows` (C_new, D) the direction of the mean of its class's unit embeddings.
+
+    Source: Qi et al., Low-Shot Learning with Imprinted Weights, arXiv:1712.07136, Section 3.2.
+    """
+    ranks = placement(rows)
+    x_hat = F.normalize(embeddings.to(compute_dtype(embeddings, rows)))  # (M, D)
+    for rank in range(ranks.world_size):  # one after the other, so that no more than a shard is in memory
+        owned = class_range(len(rows), rank, ranks.world_size)
+        here = (labels >= owned.start) & (labels < owned.stop)
+        sums = x_hat.new_zeros(len(owned), rows.shape[1])
+        sums = ranks.sum(sums.index_add_(0, labels[here] - owned.start, x_hat[here]))
+        if rank == ranks.rank:
+            new = (sources[owned.start : owned.stop] == NEW).to(rows.device)
+            own_rows(rows)[new] = sums[new].to(rows.dtype)
+
+
+def set_lengths_(rows: Tensor, old: Tensor, sources: Tensor, otherwise: float) -> None:
+    """Makes new rows as long as the kept ones are in the mean, so that a step turns both as far."""
+    ranks, before = placement(rows), placement(old)
+    kept = torch.zeros(len(old), dtype=torch.bool).index_fill_(0, sources[sources != NEW], True)  # (C,)
+    own_kept = own_rows(old)[kept[before.classes.start : before.classes.stop].to(old.device)]
+    lengths = torch.linalg.vector_norm(own_kept, dim=1, dtype=torch.float64)
+    total, count = ranks.sum(torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])).tolist()
+    own = own_rows(rows)
+    new = (sources[ranks.classes.start : ranks.classes.stop] == NEW).to(rows.device)
+    directions = F.normalize(own[new].to(compute_dtype(own, own)))
+    own[new] = (directions * (total / count if count else otherwise)).to(own.dtype)
+
+
+def check_init(init: tuple[Tensor, Tensor], weight: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The (M, D) embeddings and (M,) labels of it, on the weight's device."""
+    if not isinstance(init, tuple | list) or len(init) != 2:
+        raise ValueError(f"init must be None or a pair (embeddings, labels), got {type(init).__name__}.")
+    embeddings, labels = init
+    check_tensor("the embeddings of init", embeddings)
+    check_tensor("the labels of init", labels)
+    if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"the embeddings of init must have shape (M, {weight.shape[1]}), got {tuple(embeddings.shape)}."
+        )
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"the labels of init must be {len(embeddings)} integers, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
+        )
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        raise ValueError(f"the labels of init must be in [0, {num_classes}), got {int(labels[wrong][0])}.")
+    return embeddings.detach().to(weight.device), labels.long().to(weight.device)
+
+
+def replace_(weight: nn.Parameter, rows: Tensor) -> None:
+    """Gives the parameter other rows (C_new, D), laid out like its own, so that all that hold it hold these."""
+    weight.grad = None
+    if isinstance(weight, DTensor):
+        other = nn.Parameter(rows, weight.requires_grad)
+        vars(other).update(vars(weight))  # what DistributedDataParallel and the optimizers know of it
+        torch.utils.swap_tensors(weight, other)
+    else:
+        weight.data = rows
+
+
+def resized_state(optimizer: Optimizer, weight: Tensor, sources: Tensor) -> dict[str, object]:
+    """The optimizer's state of the weight, with 0 for new classes.
+
+    Raises:
+        ValueError: it does not hold the weight.
+    """
+    if not any(member is weight for group in optimizer.param_groups for member in group["params"]):
+        raise ValueError(
+            f"the optimizer must hold the head's weight, got a {type(optimizer).__name__} without it."
+        )
+    state = dict(optimizer.state.get(weight, {}))
+    for name, moment in state.items():
+        if isinstance(moment, Tensor) and moment.shape == weight.shape:
+            state[name] = take_rows_(resized_zeros(moment, len(sources)), moment, sources)
+    return state
+
+
+def resized_zeros(tensor: Tensor, num_classes: int) -> Tensor:
+    """(num_classes, ...) zeros, sharded like the tensor."""
+    shape = torch.Size((num_classes, *tensor.shape[1:]))
+    if not isinstance(tensor, DTensor):
+        return tensor.new_zeros(shape)
+    ranks = Exchange(tensor)
+    own = class_range(num_classes, ranks.rank, ranks.world_size)
+    rows = own_rows(tensor).new_zeros(len(own), *shape[1:])
+    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, shape=shape, stride=tensor.stride())

@@ -1,0 +1,211 @@
+"""Classes that come, go and change their labels: the weight, and all else that is known of each."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cosface_kernels import (
+    FusedAdaCosLoss,
+    FusedAdamW,
+    FusedCosFaceLoss,
+    FusedKappaFaceLoss,
+    FusedSGD,
+)
+from cosface_kernels.resizing import sources
+
+C, D = 7, 5
+OPTIMIZERS = {
+    "FusedSGD": lambda p: FusedSGD(p, lr=0.1, momentum=0.9),
+    "FusedSGD, accumulating": lambda p: FusedSGD(p, lr=0.1, momentum=0.9, accumulate=True),
+    "FusedAdamW": lambda p: FusedAdamW(p, lr=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+}
+
+
+def _step(head, optimizer, x, labels):
+    optimizer.zero_grad()
+    head(x, labels).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("keep", "new", "want"),
+    [
+        (None, 0, [0, 1, 2, 3, 4, 5, 6]),
+        (None, 2, [0, 1, 2, 3, 4, 5, 6, -1, -1]),
+        ([6, 0, 3], 0, [6, 0, 3]),
+        (torch.tensor([6, 0]), 1, [6, 0, -1]),
+        (range(2, 4), 1, [2, 3, -1]),
+        ({6: 0, 0: 2}, 2, [6, -1, 0, -1]),
+        ([], 2, [-1, -1]),
+    ],
+    ids=str,
+)
+def test_sources(keep, new, want):
+    assert sources(keep, new, C).tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("keep", "new", "message"),
+    [
+        ([0, 7], 0, r"keep must be in \[0, 7\), got 7\."),
+        ([0, -1], 0, r"keep must be in \[0, 7\), got -1\."),
+        ([3, 0, 3], 0, "keep must be distinct, got 3 several times"),
+        ([0.5], 0, "keep must be a vector of integers"),
+        (torch.ones(7, dtype=torch.bool), 0, "keep must be a vector of integers"),
+        (3, 0, "keep must be a vector of integers, got 3"),
+        ({0: 1}, 0, r"the new labels of keep must be in \[0, 1\), got 1"),
+        ({0: 0, 1: 0}, 0, "the new labels of keep must be distinct, got 0 several times"),
+        ([], 0, "a head needs a class, got none to keep of 7 and new=0"),
+        (None, -1, "new must be an integer of at least 0, got -1"),
+        (None, 1.5, "new must be an integer of at least 0, got 1.5"),
+    ],
+    ids=str,
+)
+def test_refuses(keep, new, message):
+    head = FusedCosFaceLoss(C, D)
+    before = head.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        head.resize_classes_(keep, new)
+    assert torch.equal(head.weight, before)
+    assert head.num_classes == C
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_kept_classes_train_on_as_if_nothing_had_been(make):
+    """Dropped and added classes at cosine -1 of all embeddings, of which the softmax at s = 64 sees nothing."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.rand(12, D))
+    labels = torch.randint(4, (12,))
+    far = -torch.ones(3, D)
+    head = FusedCosFaceLoss(4, D)
+    other = FusedCosFaceLoss(C, D)
+    optimizer = make(head.parameters())
+    others = make(other.parameters())
+    order = [5, 1, 6, 0]  # where the classes of `head` are in `other`
+    with torch.no_grad():
+        other.weight[order] = head.weight
+        other.weight[[2, 3, 4]] = far
+    places = torch.tensor(order)
+    for _ in range(3):
+        _step(head, optimizer, x, labels)
+        _step(other, others, x, places[labels])
+    weight = other.weight
+    assert other.resize_classes_(order, 3, optimizer=others) is other
+    assert other.weight is weight
+    assert other.num_classes == len(weight) == C
+    with torch.no_grad():
+        weight[4:] = far
+    state, wanted = others.state[weight], optimizer.state[head.weight]
+    assert state.keys() == wanted.keys()
+    for name in wanted:
+        if wanted[name].dim():
+            torch.testing.assert_close(state[name][:4], wanted[name])
+            assert state[name].shape == weight.shape
+            assert not state[name][4:].any()
+    for _ in range(3):
+        _step(head, optimizer, x, labels)
+        _step(other, others, x, labels)
+    torch.testing.assert_close(weight[:4], head.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_new_rows_are_as_long_as_the_kept(backend):
+    head = backend.head(C, D, init_std=3.0)
+    old = head.weight.detach().clone()
+    head.resize_classes_([4, 2], 3)
+    assert torch.equal(head.weight[:2], old[[4, 2]])
+    lengths = head.weight.norm(dim=1)
+    torch.testing.assert_close(lengths[2:], old[[4, 2]].norm(dim=1).mean().expand(3))
+    assert len(F.normalize(head.weight[2:]).unique(dim=0)) == 3
+    head.resize_classes_([], 400)
+    torch.testing.assert_close(head.weight.norm(dim=1), torch.full_like(head.weight[:, 0], 3 * D**0.5))
+    x, labels = torch.randn(3, D, device=backend.device), torch.tensor([0, 200, 399], device=backend.device)
+    head(x, labels).backward()
+    assert head.weight.grad.shape == (400, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_imprints_class_means(dtype):
+    head = FusedCosFaceLoss(C, D, dtype=dtype)
+    old = head.weight.detach().clone()
+    x = torch.randn(20, D, dtype=torch.float64) * torch.rand(20, 1, dtype=torch.float64) * 100
+    labels = torch.arange(20) % 4  # 0 and 2 are new
+    head.resize_classes_({3: 1, 0: 3}, 2, init=(x, labels))
+    assert torch.equal(head.weight[[1, 3]], old[[3, 0]])
+    length = old[[3, 0]].double().norm(dim=1).mean()
+    means = torch.stack([F.normalize(x[labels == label]).mean(0) for label in (0, 2)])
+    tolerance = {"rtol": 1e-2, "atol": 1e-4} if dtype is torch.bfloat16 else {}
+    torch.testing.assert_close(
+        head.weight[[0, 2]].double(),
+        F.normalize(means) * length,
+        check_dtype=False,
+        **(tolerance or {"rtol": 1e-5, "atol": 1e-7}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ((torch.ones(2, D), torch.tensor([7, 7])), "an embedding of every new class, got none of class 8"),
+        ((torch.ones(2, D + 1), torch.tensor([7, 8])), r"must have shape \(M, 5\), got \(2, 6\)"),
+        ((torch.ones(2, D), torch.tensor([7, 9])), r"must be in \[0, 9\), got 9"),
+        ((torch.ones(2, D), torch.tensor([7])), r"must be 2 integers, got torch.int64 of shape \(1,\)"),
+        ((torch.ones(2, D), torch.tensor([7.0, 8.0])), "must be 2 integers, got torch.float32"),
+        (torch.ones(2, D), r"must be None or a pair \(embeddings, labels\), got Tensor"),
+    ],
+    ids=str,
+)
+def test_refuses_an_init(init, message):
+    head = FusedCosFaceLoss(C, D)
+    before = head.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        head.resize_classes_(new=2, init=init)
+    assert torch.equal(head.weight, before)
+
+
+def test_refuses_another_optimizer_or_the_middle_of_a_step():
+    head = FusedCosFaceLoss(C, D)
+    with pytest.raises(ValueError, match="must hold the head's weight, got a SGD without it"):
+        head.resize_classes_(new=1, optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="must be the FusedSGD that holds the weight and its state .* got None"):
+        head.resize_classes_(new=1)
+    head(torch.randn(3, D), torch.tensor([0, 1, 2])).backward()
+    with pytest.raises(RuntimeError, match="its step is not over"):
+        head.resize_classes_(new=1, optimizer=optimizer)
+    optimizer.step()
+    head.resize_classes_(new=1, optimizer=optimizer)
+    assert head.weight.shape == (C + 1, D)
+
+
+def test_the_margins_state_follows_and_class_weight():
+    head = FusedKappaFaceLoss(3, D, class_counts=[10, 20, 30], class_weight=[1.0, 2.0, 3.0])
+    head.margin.update(torch.tensor([[9.0, 0, 0, 0, 0], [0, 12.0, 0, 0, 0], [5.0, 0, 0, 0, 0]]))
+    weights = head.margin.weights.clone()
+    x = torch.randn(4, D)
+    head.resize_classes_([2, 0], 2, init=(x, torch.tensor([2, 3, 3, 3])))
+    torch.testing.assert_close(head.margin.weights, torch.cat([weights[[2, 0]], torch.full((2,), 0.5)]))
+    assert head.margin.class_counts.tolist() == [30, 10, 1, 3]
+    assert head.class_weight.tolist() == [3.0, 1.0, 1.0, 1.0]
+    head(x, torch.tensor([0, 1, 2, 3])).backward()
+    assert head.state_dict().keys() == copy.deepcopy(head).state_dict().keys()
+
+
+def test_a_sampler_draws_from_the_new_classes():
+    head = FusedCosFaceLoss(100, D, sample_rate=0.5)
+    head(torch.randn(2, D), torch.tensor([0, 1]))
+    head.resize_classes_(range(10), 30)
+    assert head.sampler.num_classes == 40
+    assert int(head.sampler.draws) == 1
+    loss = head(torch.randn(2, D), torch.tensor([0, 39]))
+    loss.backward()
+    assert head.weight.grad.coalesce().indices().numel() == 20
+
+
+def test_the_bounds_of_adacos_follow():
+    head = FusedAdaCosLoss(10, D)
+    head.resize_classes_(new=990)
+    assert head.margin.bounds == FusedAdaCosLoss(1000, D).margin.bounds
