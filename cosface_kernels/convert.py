@@ -26,8 +26,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels import checkpoint  # before safetensors, since it says how to install that
-from cosface_kernels import resizing
+from cosface_kernels import (
+    checkpoint,  # before safetensors, since it says how to install that
+    resizing,
+)
 from cosface_kernels.distributed import Exchange, own_classes, own_rows
 from cosface_kernels.resizing import Keep
 
@@ -158,8 +160,8 @@ def load_weight_(weight: Tensor, path: str | os.PathLike[str], keep: Keep = None
         theirs = tuple(rows.get_shape())
         if keep is None and theirs != tuple(weight.shape):
             raise ValueError(
-                f"{path} has a weight of shape {theirs}, not {tuple(weight.shape)}; keep says which of other classes "
-                "to take."
+                f"{path} has a weight of shape {theirs}, not {tuple(weight.shape)}; keep says which of other "
+                "classes to take."
             )
         if theirs[1:] != tuple(weight.shape[1:]):
             raise ValueError(f"{path} has embedding size {theirs[1]}, not {weight.shape[1]}.")

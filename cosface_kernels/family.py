@@ -17,10 +17,12 @@ from cosface_kernels.loss import FusedCosFaceLoss, FusedMarginLoss, HeadOptions
 from cosface_kernels.margins import (
     AdaCosMargin,
     AdaFaceMargin,
+    AdaMSoftmaxMargin,
     AnnealedSphereFaceMargin,
     ArcFaceMargin,
     CombinedMargin,
     CurricularFaceMargin,
+    ElasticFaceMargin,
     GBCosFaceMargin,
     KappaFaceMargin,
     LSoftmaxMargin,
@@ -345,6 +347,54 @@ class FusedGBCosFaceLoss(FusedMarginLoss):
         **options: Unpack[HeadOptions],
     ) -> None:
         psi = GBCosFaceMargin(margin, alpha=alpha, bounds=bounds, rate=rate)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedElasticFaceLoss(FusedMarginLoss):
+    """ElasticFace, a margin drawn for every sample; `arc` and `plus` as in `ElasticFaceMargin`.
+
+    Source: fdbtrs/ElasticFace: with arc=False m = 0.35, with arc=True m = 0.5; std = 0.05, with plus=True 0.02 and
+    0.0175.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = defaults.COSFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
+        *,
+        std: float = defaults.ELASTICFACE_STD,
+        arc: bool = False,
+        plus: bool = False,
+        seed: int = 0,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        psi = ElasticFaceMargin(margin, std=std, arc=arc, plus=plus, seed=seed)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedAdaMSoftmaxLoss(FusedMarginLoss):
+    """AdaM-Softmax, a margin of each class that learns from `margin` on; see `AdaMSoftmaxMargin`.
+
+    Its optimizer must have `head.parameters()`: the weight and head.margin.margins, (num_classes,), which every
+    rank has whole and moves alike.
+
+    Source: JDAI-CV/FaceX-Zoo (head/AdaM_Softmax.py, training_mode/head_conf.yaml), lambda = 70, s = 32.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = defaults.ADAM_SOFTMAX_MARGIN,
+        scale: float | Tensor = defaults.ADAM_SOFTMAX_SCALE,
+        *,
+        regularizer: float = defaults.ADAM_SOFTMAX_REGULARIZER,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        check_positive("num_classes", num_classes)
+        psi = AdaMSoftmaxMargin(num_classes, margin, regularizer=regularizer)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
 
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops, optim, sample_weights, stages
 from cosface_kernels.distributed import placement
-from cosface_kernels.margins import defaults
+from cosface_kernels.margins import defaults, of_each_class
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import compute_dtype
 from cosface_kernels.sampling import ClassSampler
@@ -99,7 +99,7 @@ def margin_softmax_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    margin: float | Callable[..., Tensor],
+    margin: float | Tensor | Callable[..., Tensor],
     scale: float | Tensor = defaults.SCALE,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -124,7 +124,8 @@ def margin_softmax_loss(
     The margin touches one logit per sample, so it costs no kernel: autograd differentiates psi on an (N,) vector.
 
     Args:
-        margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m; or one of
+        margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m; or (C,)
+            numbers, one of each class, differentiable, all of them on every rank; or one of
             `cosface_kernels.margins`, which may also look at the embeddings' norms, replace the loss or reshape
             the negatives. Samples that are ignored pass through psi with cosine 0 and their result is dropped.
         class_weight: (C,) factor of the loss of each class's samples, all of them on every rank.
@@ -148,13 +149,12 @@ def margin_softmax_loss(
     ops.refuse_transforms()
     ranks = placement(weight)
     settings = stages.Settings(
-        margin, reduction, ignore_index, validate_labels, backend, gradient_tolerance, normalize_embeddings,
-        normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
+        of_each_class(margin), reduction, ignore_index, validate_labels, backend, gradient_tolerance,
+        normalize_embeddings, normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
     )  # fmt: skip
     weights = sample_weight, class_weight, indices_tuple
-    with ranks.agreement(
-        partial(stages.facts, settings, weight, scale, weights, return_stats), embeddings, sample_weight
-    ):
+    facts = partial(stages.facts, settings, weight, scale, weights, return_stats)
+    with ranks.agreement(facts, embeddings, sample_weight):
         stages.check(settings, ranks, embeddings, weight, labels, scale)
         check_stats(return_stats)
         sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)

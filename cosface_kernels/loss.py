@@ -24,7 +24,7 @@ from cosface_kernels.distributed import (
 )
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
-from cosface_kernels.margins import Margin, defaults
+from cosface_kernels.margins import ClassMargin, Margin, defaults, of_each_class
 from cosface_kernels.margins.base import taken
 from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.options import WORKSPACE_BYTES
@@ -40,6 +40,7 @@ from cosface_kernels.validation import (
     check_positive,
     check_reduction,
     check_scale,
+    check_table,
     check_tolerance,
 )
 
@@ -74,7 +75,8 @@ class FusedMarginLoss(nn.Module):
     Args:
         num_classes: C, the number of identities.
         embedding_size: D, the size of the backbone's output.
-        margin: a number m for cos - m, a `Margin`, or any function from the (N,) target cosines to as many.
+        margin: a number m for cos - m; (C,) numbers, one of each class, all of them on every rank; a `Margin`; or
+            any function from the (N,) target cosines to as many.
         scale: s > 0, or a 0-d `torch.nn.Parameter` to learn it.
         reduction: "none", "sum" or "mean" (over the samples that are not ignored).
         ignore_index: label of samples that have no loss and no gradient.
@@ -123,7 +125,7 @@ class FusedMarginLoss(nn.Module):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float | Callable[..., Tensor],
+        margin: float | Tensor | Callable[..., Tensor],
         scale: float | Tensor = defaults.SCALE,
         *,
         reduction: str = "mean",
@@ -145,7 +147,10 @@ class FusedMarginLoss(nn.Module):
         super().__init__()
         check_positive("num_classes", num_classes)
         check_positive("embedding_size", embedding_size)
-        if not callable(margin):
+        margin = of_each_class(margin)
+        if isinstance(margin, ClassMargin):
+            check_table(margin.margins, num_classes)
+        elif not callable(margin):
             check_margin(margin)
         check_scale(scale)
         check_reduction(reduction)
@@ -185,7 +190,7 @@ class FusedMarginLoss(nn.Module):
         if sample_rate != 1:
             check_integer("sample_seed", sample_seed)
             self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start, device=device)
-        self.to(device)  # the margin's state
+        self.to(weight.device)  # the margin's state and class_weight
         self.weight = nn.Parameter(weight)
         if process_group is not None:
             leave_to_its_rank(self, "weight")
@@ -220,9 +225,9 @@ class FusedMarginLoss(nn.Module):
         """Drops classes, gives them other labels and adds some, in all that is known of each.
 
         That is the weight, the optimizer's state of it, the margin's of each class, class_weight (1 for a new
-        class), the sampler and num_classes. The parameter stays the same object. Its gradient, which had the old shape, is dropped, and
-        DistributedDataParallel around the head must be made anew. The ranks that share the classes must all make
-        the call, between two steps.
+        class), the sampler and num_classes. The parameter stays the same object. Its gradient, which had the old
+        shape, is dropped, and DistributedDataParallel around the head must be made anew. The ranks that share the
+        classes must all make the call, between two steps.
 
         Args:
             keep: the old labels that stay, (K,) integers whose positions are the new labels; or a mapping from old
@@ -248,13 +253,15 @@ class FusedMarginLoss(nn.Module):
         torch.Size([1010, 128])
         """
         weight, ranks = self.weight, placement(self.weight)
-        change = torch.empty(0)
+        change = torch.empty(0, device="cpu")
         described = lambda: {"keep": resizing.digest(change), "init": init is not None}  # noqa: E731
         with ranks.agreement(described, ranks.weight):
             optim.check_between_steps(weight, optimizer)
             change = resizing.sources(keep, new, self.num_classes)  # (C_new,)
             if init is not None:
                 embeddings, labels = resizing.check_init(init, weight, len(change))
+            if optimizer is not None:
+                resizing.check_optimizer(optimizer, weight)
         counts = torch.ones_like(change)
         rows = normal_(resizing.resized_zeros(weight, len(change)), self.init_std)  # (C_new, D)
         if init is not None:
@@ -262,17 +269,17 @@ class FusedMarginLoss(nn.Module):
             resizing.place_class_means_(rows, embeddings, labels, change)
         resizing.set_lengths_(rows, weight, change, self.init_std * math.sqrt(self.embedding_size))
         resizing.take_rows_(rows, weight, change)
-        state = {} if optimizer is None else resizing.resized_state(optimizer, weight, change)
+        states = {} if optimizer is None else resizing.resized_states(optimizer, self.parameters(), change)
         resizing.replace_(weight, rows)
         if optimizer is not None:
-            optimizer.state[weight] = state
+            optimizer.state.update(states)
         if self.sampler is not None:
             own = own_classes(weight)
             self.sampler.resize_(len(own), self.sampler.seed - ranks.classes.start + own.start)
         if isinstance(self.margin, Margin):
             self.margin.resize_classes_(change, counts)
         if self.class_weight is not None:
-            self.class_weight = taken(self.class_weight, change, torch.ones(len(change)))
+            self.class_weight = taken(self.class_weight, change, torch.ones_like(change))
         self.num_classes = len(change)
         self._warn_of_theory()
         return self
@@ -293,7 +300,7 @@ class FusedMarginLoss(nn.Module):
             labels: (N,) integers in [0, num_classes), or ignore_index.
             indices_tuple: what a miner of pytorch-metric-learning gives, pairs or triplets of positions in the
                 batch. Each sample is weighted by how often it occurs in them, over the largest of these counts.
-            sample_weight: (N,) factor of each sample's loss, with `class_weight` and those of the miner multiplied.
+            sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's.
             return_stats: also return `LossStats`, which costs no further pass over the weight; k for its
                 accuracy among the k nearest classes too, which costs one.
 
@@ -341,8 +348,8 @@ class FusedMarginLoss(nn.Module):
         elif restored and len(state_dict[weight]) != self.num_classes:
             count = len(state_dict[weight])
             args[-1].append(
-                f"{weight} is of {count} classes in the state and of {self.num_classes} in the head: load it into a "
-                f"head of {count}, then call its resize_classes_(keep=..., new=..., optimizer=...)."
+                f"{weight} is of {count} classes in the state and of {self.num_classes} in the head: load it into "
+                f"a head of {count}, then call its resize_classes_(keep=..., new=..., optimizer=...)."
             )
             state_dict[weight] = self.weight
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -439,7 +446,7 @@ class FusedCosFaceLoss(FusedMarginLoss):
 
     Args:
         num_classes, embedding_size, scale: C, D and s, as in `FusedMarginLoss`.
-        margin: m, subtracted from the target's cosine.
+        margin: m, subtracted from the target's cosine; or (C,), one of each class.
         options: the keyword arguments of `FusedMarginLoss`.
 
     Raises:
@@ -460,9 +467,10 @@ class FusedCosFaceLoss(FusedMarginLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        margin: float = defaults.COSFACE_MARGIN,
+        margin: float | Tensor = defaults.COSFACE_MARGIN,
         scale: float | Tensor = defaults.SCALE,
         **options: Unpack[HeadOptions],
     ) -> None:
-        check_margin(margin)  # FusedMarginLoss would take a callable
+        if not isinstance(margin, Tensor):
+            check_margin(margin)  # FusedMarginLoss would take a callable
         super().__init__(num_classes, embedding_size, margin, scale, **options)

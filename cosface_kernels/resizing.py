@@ -1,15 +1,15 @@
-"""Classes that come, go and change their numbers, with all that is known of each: `FusedMarginLoss.resize_classes_`.
+"""Classes that come, go and change their labels, with what is known of each: `FusedMarginLoss.resize_classes_`.
 
 A change is told by its sources: (C_new,) int64, for each new label the old one, or NEW.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -50,12 +50,12 @@ def into(keep: Keep, num_classes: int, total: int) -> Tensor:
     old = _labels("keep", old, num_classes)  # (K,)
     if not total:
         raise ValueError(f"a head needs a class, got none to keep of {num_classes} and new=0.")
-    labels = torch.arange(len(old))  # (K,)
+    labels = torch.arange(len(old), device="cpu")  # (K,)
     if isinstance(keep, Mapping):
         labels = _labels("the new labels of keep", list(keep.values()), total)
     elif len(old) > total:
         raise ValueError(f"keep must have at most {total} labels, got {len(old)}.")
-    result = torch.full((total,), NEW)
+    result = torch.full((total,), NEW, device="cpu")
     result[labels] = old
     return result
 
@@ -65,7 +65,7 @@ def _labels(name: str, values: Sequence[int] | Tensor, below: int) -> Tensor:
     try:
         labels = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        labels = torch.empty(())  # is none
+        labels = torch.empty((), device="cpu")  # is none
     labels = labels.long() if not labels.numel() else labels
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{name} must be a vector of integers, got {values!r}.")
@@ -81,7 +81,8 @@ def _labels(name: str, values: Sequence[int] | Tensor, below: int) -> Tensor:
 
 def digest(sources: Tensor) -> str:
     """What ranks compare of a change, and can read."""
-    return f"{int((sources != NEW).sum())} of {len(sources)} classes, checksum {zlib.crc32(sources.numpy()):x}"
+    checksum = zlib.crc32(sources.numpy().tobytes())
+    return f"{int((sources != NEW).sum())} of {len(sources)} classes, checksum {checksum:x}"
 
 
 def take_rows_(rows: Tensor, old: Tensor, sources: Tensor) -> Tensor:
@@ -154,7 +155,9 @@ def place_class_means_(rows: Tensor, embeddings: Tensor, labels: Tensor, sources
 def set_lengths_(rows: Tensor, old: Tensor, sources: Tensor, otherwise: float) -> None:
     """Makes new rows as long as the kept ones are in the mean, so that a step turns both as far."""
     ranks, before = placement(rows), placement(old)
-    kept = torch.zeros(len(old), dtype=torch.bool).index_fill_(0, sources[sources != NEW], True)  # (C,)
+    kept = torch.zeros(len(old), dtype=torch.bool, device="cpu").index_fill_(
+        0, sources[sources != NEW], True
+    )  # (C,)
     own_kept = own_rows(old)[kept[before.classes.start : before.classes.stop].to(old.device)]
     lengths = torch.linalg.vector_norm(own_kept, dim=1, dtype=torch.float64)
     total, count = ranks.sum(torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])).tolist()
@@ -186,32 +189,39 @@ def check_init(init: tuple[Tensor, Tensor], weight: Tensor, num_classes: int) ->
     return embeddings.detach().to(weight.device), labels.long().to(weight.device)
 
 
-def replace_(weight: nn.Parameter, rows: Tensor) -> None:
+def replace_(weight: Tensor, rows: Tensor) -> None:
     """Gives the parameter other rows (C_new, D), laid out like its own, so that all that hold it hold these."""
     weight.grad = None
+    other = torch.float16 if rows.dtype is torch.float32 else torch.float32
+    weight.data = resized_zeros(rows, 0).to(
+        other
+    )  # only with the dtype autograd forgets the shape of the gradient
+    weight.data = rows
     if isinstance(weight, DTensor):
-        other = nn.Parameter(rows, weight.requires_grad)
-        vars(other).update(vars(weight))  # what DistributedDataParallel and the optimizers know of it
-        torch.utils.swap_tensors(weight, other)
-    else:
-        weight.data = rows
+        weight._local_tensor, weight._spec = rows._local_tensor, rows._spec  # type: ignore[attr-defined]
 
 
-def resized_state(optimizer: Optimizer, weight: Tensor, sources: Tensor) -> dict[str, object]:
-    """The optimizer's state of the weight, with 0 for new classes.
-
-    Raises:
-        ValueError: it does not hold the weight.
-    """
+def check_optimizer(optimizer: Optimizer, weight: Tensor) -> None:
     if not any(member is weight for group in optimizer.param_groups for member in group["params"]):
         raise ValueError(
             f"the optimizer must hold the head's weight, got a {type(optimizer).__name__} without it."
         )
-    state = dict(optimizer.state.get(weight, {}))
-    for name, moment in state.items():
-        if isinstance(moment, Tensor) and moment.shape == weight.shape:
-            state[name] = take_rows_(resized_zeros(moment, len(sources)), moment, sources)
-    return state
+
+
+def resized_states(
+    optimizer: Optimizer, parameters: Iterable[Tensor], sources: Tensor
+) -> dict[Tensor, dict[str, object]]:
+    """The optimizer's state of those parameters that have a row or a number of each class, with 0 for new ones."""
+    states = {}
+    for parameter in parameters:
+        if parameter in optimizer.state and parameter.dim():
+            states[parameter] = {
+                name: take_rows_(resized_zeros(moment, len(sources)), moment, sources)
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape
+                else moment
+                for name, moment in optimizer.state[parameter].items()
+            }
+    return states
 
 
 def resized_zeros(tensor: Tensor, num_classes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What weighs the samples of a batch: the user, their classes, the pairs or triplets that a miner found them in."""
+"""What weighs the samples of a batch: the user, their classes, the tuples that a miner found them in."""
 
 import math
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def of_each_class(values: Tensor | Sequence[float] | None, num_classes: int) -> 
     """
     if values is None:
         return None
-    weight = torch.as_tensor(values).detach()
+    weight = values.detach() if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
     if weight.shape != (num_classes,):
         raise ValueError(f"class_weight must hold {num_classes} numbers, got shape {tuple(weight.shape)}.")
     wrong = ~((weight >= 0) & (weight < math.inf))

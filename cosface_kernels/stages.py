@@ -18,7 +18,7 @@ from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, Local
-from cosface_kernels.margins import Margin, Rows
+from cosface_kernels.margins import ClassMargin, Margin, Rows
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
 from cosface_kernels.sampling import ClassSampler
@@ -34,6 +34,7 @@ from cosface_kernels.validation import (
     check_rows,
     check_sampler,
     check_scale,
+    check_table,
     check_tolerance,
 )
 
@@ -148,7 +149,9 @@ def check(
     check_cache(settings.cache_bytes, settings.exact_cache)
     check_integer("workspace_bytes", settings.workspace_bytes, 0)
     check_tolerance(settings.gradient_tolerance)
-    if not callable(settings.margin):
+    if isinstance(settings.margin, ClassMargin):
+        check_table(settings.margin.margins, ranks.num_classes)
+    elif not callable(settings.margin):
         check_margin(settings.margin)
     if isinstance(scale, Tensor) and scale.dim():
         check_per_sample("scale", scale, labels)

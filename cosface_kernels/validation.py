@@ -75,6 +75,11 @@ def check_margin(margin: float) -> None:
         raise ValueError(f"margin must be a finite number, got {margin!r}.")
 
 
+def check_table(margins: Tensor, num_classes: int) -> None:
+    if len(margins) != num_classes:
+        raise ValueError(f"margin must be one number or {num_classes}, one of each class, got {len(margins)}.")
+
+
 def check_interval(name: str, value: float, interval: str, low: float, high: float) -> None:
     """low <= value < high, which the message calls `interval`."""
     if not isinstance(value, numbers.Real) or not low <= value < high:

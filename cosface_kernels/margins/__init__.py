@@ -11,6 +11,14 @@ training mode alone, once for each forward pass, and samples that are ignored ha
 """
 
 from cosface_kernels.margins.base import Margin, Rows, mean_and_std, update_average
+from cosface_kernels.margins.classes import (
+    AdaMSoftmaxMargin,
+    ClassMargin,
+    dynamic_margins,
+    ldam_margins,
+    of_each_class,
+)
+from cosface_kernels.margins.drawn import ElasticFaceMargin
 from cosface_kernels.margins.negatives import CombinedMargin, CurricularFaceMargin, MVSoftmaxMargin
 from cosface_kernels.margins.state import (
     UNIT_NORM,
@@ -33,11 +41,14 @@ __all__ = [
     "UNIT_NORM",
     "AdaCosMargin",
     "AdaFaceMargin",
+    "AdaMSoftmaxMargin",
     "AnnealedSphereFaceMargin",
     "ArcFaceMargin",
+    "ClassMargin",
     "CombinedMargin",
     "CosFaceMargin",
     "CurricularFaceMargin",
+    "ElasticFaceMargin",
     "GBCosFaceMargin",
     "KappaFaceMargin",
     "LSoftmaxMargin",
@@ -47,6 +58,9 @@ __all__ = [
     "Rows",
     "SphereFaceMargin",
     "X2SoftmaxMargin",
+    "dynamic_margins",
+    "ldam_margins",
     "mean_and_std",
+    "of_each_class",
     "update_average",
 ]

@@ -85,7 +85,7 @@ class Margin(nn.Module):
         for name, initial in self._initial.items():
             state = self.get_buffer(name)
             if state.dim():
-                setattr(self, name, taken(state, sources, torch.full(sources.shape, initial)))
+                setattr(self, name, taken(state, sources, torch.full_like(sources, initial, dtype=state.dtype)))
 
     def batch_state(self) -> list[Tensor]:
         """What a batch may change; a state of each class is changed between batches."""

@@ -6,13 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cosface_kernels import (
-    FusedAdaCosLoss,
-    FusedAdamW,
-    FusedCosFaceLoss,
-    FusedKappaFaceLoss,
-    FusedSGD,
-)
+from cosface_kernels import FusedAdaCosLoss, FusedAdaMSoftmaxLoss, FusedCosFaceLoss, FusedKappaFaceLoss
+from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.resizing import sources
 
 C, D = 7, 5
@@ -171,7 +166,7 @@ def test_refuses_another_optimizer_or_the_middle_of_a_step():
     with pytest.raises(ValueError, match="must hold the head's weight, got a SGD without it"):
         head.resize_classes_(new=1, optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
     optimizer = FusedSGD(head.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="must be the FusedSGD that holds the weight and its state .* got None"):
+    with pytest.raises(ValueError, match=r"must be the FusedSGD that holds the weight and its state .* got None"):
         head.resize_classes_(new=1)
     head(torch.randn(3, D), torch.tensor([0, 1, 2])).backward()
     with pytest.raises(RuntimeError, match="its step is not over"):
@@ -209,3 +204,18 @@ def test_the_bounds_of_adacos_follow():
     head = FusedAdaCosLoss(10, D)
     head.resize_classes_(new=990)
     assert head.margin.bounds == FusedAdaCosLoss(1000, D).margin.bounds
+
+
+def test_margins_that_learn_follow_with_their_state():
+    head = FusedAdaMSoftmaxLoss(4, D)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
+    _step(head, optimizer, torch.randn(6, D), torch.arange(6) % 4)
+    margins = head.margin.margins
+    before, moment = margins.detach().clone(), optimizer.state[margins]["momentum_buffer"].clone()
+    head.resize_classes_([2, 0], 1, optimizer=optimizer)
+    assert head.margin.margins is margins
+    assert torch.equal(margins[:2], before[[2, 0]])
+    torch.testing.assert_close(margins[2], before.mean())
+    assert torch.equal(optimizer.state[margins]["momentum_buffer"], torch.cat([moment[[2, 0]], torch.zeros(1)]))
+    _step(head, optimizer, torch.randn(6, D), torch.arange(6) % 3)
+    assert margins.grad.shape == (3,)

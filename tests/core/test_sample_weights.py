@@ -11,14 +11,14 @@ C, D, N = 9, 6, 8
 
 
 def _batch(backend):
-    x = torch.randn(N, D, dtype=backend.dtype if hasattr(backend, "dtype") else None, device=backend.device)
+    x = torch.randn(N, D, device=backend.device)
     return x, torch.tensor([0, 3, 3, 8, -100, 2, 5, 0], device=backend.device)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_class_weight_is_that_of_cross_entropy(backend, reduction):
     """At margin 0 the loss is the cross-entropy of scaled cosines."""
-    weight = torch.rand(C) + 0.1
+    weight = torch.rand(C, device=backend.device) + 0.1
     head = backend.head(C, D, margin=0.0, scale=10.0, reduction=reduction, class_weight=weight)
     x, labels = _batch(backend)
     x.requires_grad_()
@@ -65,7 +65,7 @@ def test_tuples_weigh_as_in_pytorch_metric_learning(count):
 
 def test_all_weights_multiply(backend):
     x, labels = _batch(backend)
-    miner = torch.tensor([0, 0, 5]), torch.tensor([7, 7, 6]), torch.tensor([1, 5, 1])
+    miner = tuple(torch.tensor([[0, 0, 5], [7, 7, 6], [1, 5, 1]], device=x.device))
     own, of_class = torch.rand(N, device=x.device), torch.rand(C, device=x.device)
     product = own * of_class[labels.clamp_min(0)] * of_tuples(miner, labels, torch.float32)
     head = backend.head(C, D, class_weight=of_class)

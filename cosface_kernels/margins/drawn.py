@@ -1,0 +1,76 @@
+"""Margins that are drawn anew for every sample."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cosface_kernels.margins import defaults
+from cosface_kernels.margins.angles import sine
+from cosface_kernels.margins.base import Margin, Rows
+from cosface_kernels.validation import check_flag, check_integer, check_interval
+
+
+class ElasticFaceMargin(Margin):
+    """psi = c - m_i, or cos(theta + m_i), with m_i from N(m, std^2), drawn for every sample of a training batch.
+
+    With `plus`, the drawn margins of a batch are shared out by its cosines: the smaller c, the larger m_i. The
+    authors' code indexes the sorted margins by the order of the cosines where the paper's rule takes the ranks,
+    which are the inverse of that order; here it is the ranks.
+
+    Draws are made on the CPU from `seed` and their count, so that ranks which share a batch draw alike and a run
+    that resumes goes on. In evaluation every margin is m. There is no guard beyond theta + m = pi.
+    State: `draws`, the number of batches.
+
+    Args:
+        margin: m, in radians with `arc`.
+        std: its standard deviation.
+        arc: an angle (ElasticFace-Arc), or a cosine (ElasticFace-Cos).
+        plus: ElasticFace+.
+        seed: of the draws.
+
+    Source: Boutros et al., ElasticFace, arXiv:2109.09416, Eq. 5-7 and Section 3.3; fdbtrs/ElasticFace
+    (utils/losses.py, config/config.py): Cos m = 0.35, std = 0.05, with plus 0.02; Arc m = 0.5, std = 0.05, with
+    plus 0.0175.
+    """
+
+    draws: Tensor
+
+    def __init__(
+        self,
+        margin: float = defaults.COSFACE_MARGIN,
+        *,
+        std: float = defaults.ELASTICFACE_STD,
+        arc: bool = False,
+        plus: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
+        check_interval("std", std, "[0, inf)", 0, math.inf)
+        check_flag("arc", arc)
+        check_flag("plus", plus)
+        check_integer("seed", seed)
+        self.margin, self.std, self.arc, self.plus, self.seed = margin, std, arc, plus, seed
+        self._register_state("draws", 0)
+
+    def forward(self, cos: Tensor, rows: Rows) -> Tensor:
+        m = self.margins_of(cos.detach(), rows) if self.training else torch.full_like(cos, self.margin)  # (N,)
+        return cos * m.cos() - sine(cos) * m.sin() if self.arc else cos - m
+
+    def margins_of(self, cos: Tensor, rows: Rows) -> Tensor:
+        """(N,) margins of the next batch; an ignored sample takes none of those of the others."""
+        generator = torch.Generator("cpu").manual_seed((self.seed * 0x9E3779B1 + int(self.draws)) % 2**32)
+        self.draws += 1
+        valid = rows.valid.nonzero()[:, 0]  # (V,)
+        drawn = torch.normal(
+            self.margin, self.std, (len(valid),), generator=generator, dtype=torch.float64, device="cpu"
+        )
+        drawn = drawn.to(cos.device, cos.dtype)
+        if self.plus:
+            order = cos[valid].argsort(descending=True, stable=True)
+            valid, drawn = valid[order], drawn.sort().values
+        return torch.full_like(cos, self.margin).index_copy(0, valid, drawn)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, std={self.std}, arc={self.arc}, plus={self.plus}, seed={self.seed}"
