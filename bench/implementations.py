@@ -133,8 +133,13 @@ def _of_family(name: str, **options: Any) -> Implementation:
     def margin(problem: Problem) -> Any:
         from cosface_kernels import margins
 
+        classes = len(problem.weight)
         if name == "KappaFaceMargin":
-            return margins.KappaFaceMargin(torch.arange(1, 1 + len(problem.weight)))
+            return margins.KappaFaceMargin(torch.arange(1, 1 + classes))
+        if name == "ClassMargin":
+            return margins.ClassMargin(torch.linspace(0.1, 0.5, classes, device=problem.weight.device))
+        if name == "AdaMSoftmaxMargin":
+            return margins.AdaMSoftmaxMargin(classes).to(problem.weight.device)
         return getattr(margins, name)(**({"filter_above": 0.1} if name == "CombinedMargin" else {}))
 
     def build(problem: Problem) -> Step:
@@ -237,6 +242,9 @@ IMPLEMENTATIONS = {
     "kappaface": _of_family("KappaFaceMargin"),
     "x2-softmax": _of_family("X2SoftmaxMargin"),
     "gb-cosface": _of_family("GBCosFaceMargin"),
+    "elasticface": _of_family("ElasticFaceMargin"),
+    "class-margin": _of_family("ClassMargin"),
+    "adam-softmax": _of_family("AdaMSoftmaxMargin"),
     "curricularface": _of_family("CurricularFaceMargin"),
     "mv-softmax": _of_family("MVSoftmaxMargin"),
     "combined-filter": _of_family("CombinedMargin"),

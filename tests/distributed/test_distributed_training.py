@@ -342,7 +342,8 @@ def _train_state(loss, rank, group, samples):
         value.backward()
         found.append((value.detach(), x.grad))
     dw = head.weight.grad.full_tensor() if group is not None else head.weight.grad
-    return found, dw, {name: buffer.clone() for name, buffer in head.named_buffers()}
+    learned = {name: parameter.grad for name, parameter in head.named_parameters() if name != "weight"}
+    return found, dw, learned | {name: buffer.clone() for name, buffer in head.named_buffers()}
 
 
 def _train_state_on_rank(rank, group, loss, samples):

@@ -9,11 +9,13 @@ from torch import Tensor
 from cosface_kernels import (
     FusedAdaCosLoss,
     FusedAdaFaceLoss,
+    FusedAdaMSoftmaxLoss,
     FusedArcFaceLoss,
     FusedASoftmaxLoss,
     FusedCombinedMarginLoss,
     FusedCosFaceLoss,
     FusedCurricularFaceLoss,
+    FusedElasticFaceLoss,
     FusedGBCosFaceLoss,
     FusedKappaFaceLoss,
     FusedLSoftmaxLoss,
@@ -25,6 +27,8 @@ from cosface_kernels import (
     FusedSphereFaceLoss,
     FusedX2SoftmaxLoss,
 )
+from cosface_kernels.margins import ClassMargin
+from cosface_kernels.margins.drawn import standard_normal
 from support import F64, make_problem
 
 NUM_CLASSES, DIM = 37, 12
@@ -210,7 +214,45 @@ def _combined(theta, *_):
     return torch.where(angle <= math.pi, angle.cos(), -angle.cos() - 2) - 0.1
 
 
+def _drawn(count: int, m: float, std: float, device: torch.device) -> Tensor:
+    """The margins of a first batch."""
+    return m + std * standard_normal(0, torch.zeros((), device=device), torch.arange(count, device=device))
+
+
+def _elastic_arc_plus(theta: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
+    """By the paper's rule, one sample after the other: the smallest cosine has the largest margin."""
+    margins = _drawn(len(theta), 0.5, 0.0175, theta.device).sort().values
+    m = torch.stack([margins[(theta < each).sum()] for each in theta])
+    return (theta + m).cos()
+
+
+def _table(num_classes: int, device: torch.device) -> Tensor:
+    return torch.linspace(-0.1, 0.7, num_classes, device=device)
+
+
 LOSSES = {
+    "elastic_cos": (
+        FusedElasticFaceLoss,
+        Formula(lambda theta, *_: theta.cos() - _drawn(len(theta), 0.35, 0.05, theta.device)),
+    ),
+    "elastic_arc_plus": (
+        lambda *args, **options: FusedElasticFaceLoss(*args, 0.5, std=0.0175, arc=True, plus=True, **options),
+        Formula(_elastic_arc_plus),
+    ),
+    "class_margin": (
+        lambda c, d, **options: FusedCosFaceLoss(c, d, _table(c, options.get("device")), **options),
+        Formula(lambda theta, _, labels: theta.cos() - _table(NUM_CLASSES, theta.device)[labels]),
+    ),
+    "class_margin_arc": (
+        lambda c, d, **options: FusedMarginLoss(
+            c, d, ClassMargin(_table(c, options.get("device")), arc=True), **options
+        ),
+        Formula(lambda theta, _, labels: (theta + _table(NUM_CLASSES, theta.device)[labels]).cos()),
+    ),
+    "adam_softmax": (
+        FusedAdaMSoftmaxLoss,
+        Formula(lambda theta, *_: theta.cos() - 0.35, 32.0, extra=lambda norms: 70 * (1 - 0.35) + 0 * norms),
+    ),
     "nsl": (FusedNormalizedSoftmaxLoss, Formula(lambda theta, *_: theta.cos())),
     "cosface": (FusedCosFaceLoss, Formula(lambda theta, *_: theta.cos() - 0.35)),
     "arcface": (FusedArcFaceLoss, Formula(_arcface)),
