@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cosface_kernels import FusedAdaCosLoss, FusedAdaMSoftmaxLoss, FusedCosFaceLoss, FusedKappaFaceLoss
+from cosface_kernels import (
+    FusedAdaCosLoss,
+    FusedAdaMSoftmaxLoss,
+    FusedCosFaceLoss,
+    FusedKappaFaceLoss,
+    convert,
+)
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.resizing import sources
 
@@ -219,3 +225,48 @@ def test_margins_that_learn_follow_with_their_state():
     assert torch.equal(optimizer.state[margins]["momentum_buffer"], torch.cat([moment[[2, 0]], torch.zeros(1)]))
     _step(head, optimizer, torch.randn(6, D), torch.arange(6) % 3)
     assert margins.grad.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("keep", "wanted"), [([4, 6], {0: 4, 1: 6}), ({4: 2, 0: 0}, {2: 4, 0: 0}), ([], {}), ({}, {})], ids=str
+)
+def test_a_weight_of_other_classes_loads(tmp_path, monkeypatch, keep, wanted):
+    """Read in blocks of a few rows; what keep does not name stays."""
+    monkeypatch.setattr(convert, "ROWS_AT_ONCE", 3)
+    theirs = FusedCosFaceLoss(C, D)
+    convert.save_weight(theirs.weight, tmp_path / "weight.safetensors")
+    head = FusedCosFaceLoss(3, D, dtype=torch.float64)
+    before = head.weight.detach().clone()
+    convert.load_weight_(head.weight, tmp_path / "weight.safetensors", keep)
+    for label in range(3):
+        want = theirs.weight[wanted[label]].double() if label in wanted else before[label]
+        assert torch.equal(head.weight[label], want)
+
+
+@pytest.mark.parametrize(
+    ("head", "keep", "message"),
+    [
+        ((C, D), None, r"shape \(7, 5\), not \(9, 5\); keep says which of other classes to take"),
+        ((C, D), [7], r"keep must be in \[0, 7\), got 7"),
+        ((C, D), {0: 9}, r"the new labels of keep must be in \[0, 9\), got 9"),
+        ((2, D), [0, 1, 2], "keep must have at most 2 labels, got 3"),
+        ((C, D + 1), [0], "embedding size 5, not 6"),
+    ],
+    ids=str,
+)
+def test_refuses_to_load(tmp_path, head, keep, message):
+    convert.save_weight(FusedCosFaceLoss(C, D).weight, tmp_path / "weight.safetensors")
+    classes, dim = head
+    weight = FusedCosFaceLoss(classes + 2 if classes == C else classes, dim).weight
+    with pytest.raises(ValueError, match=message):
+        convert.load_weight_(weight, tmp_path / "weight.safetensors", keep)
+
+
+def test_a_state_of_other_classes_says_what_to_do():
+    head = FusedCosFaceLoss(C, D)
+    before = head.weight.detach().clone()
+    with pytest.raises(
+        RuntimeError, match="weight is of 4 classes in the state and of 7 in the head: load it into a"
+    ):
+        head.load_state_dict(FusedCosFaceLoss(4, D).state_dict())
+    assert torch.equal(head.weight, before)
