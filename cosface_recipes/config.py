@@ -106,6 +106,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}.")
         if not all(map(math.isfinite, self.margin)):
             raise ValueError(f"margin must be finite, got {' '.join(map(str, self.margin))}.")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {self.seed}.")
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be above 0 and at most 1, got {self.sample_rate}.")
         if not 0 < self.far < 1:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from cosface_recipes.models import make_model
 
 ONNX, WEIGHTS, DESCRIPTION = "model.onnx", "model.safetensors", "model.json"
+CHANNELS = {"rgb": 3, "gray": 1}
 TOLERANCE = 1e-4  # relative; float32 sums of 25,088 products in another order differ by less than 1e-5
 
 
@@ -36,9 +38,23 @@ class Description:
     threshold: float | None  # of the cosine: a pair above it is of the same identity; None if there was no test
     chosen_on: str  # the test data, and the rate at which the threshold was chosen
 
+    def __post_init__(self) -> None:
+        for name, kind in {"model": str, "color": str, "flip": bool, "chosen_on": str}.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} cannot be {value!r}.")
+        for name in ("image_size", "embedding_size"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} cannot be {value!r}.")
+        if not isinstance(self.threshold, float | int | None):
+            raise ValueError(f"threshold cannot be {self.threshold!r}.")
+        if self.color not in CHANNELS:
+            raise ValueError(f"color must be one of {', '.join(CHANNELS)}, got {self.color!r}.")
+        if self.threshold is not None and not -math.inf < self.threshold < math.inf:
+            raise ValueError(f"threshold must be finite, got {self.threshold}.")
+
     @property
     def channels(self) -> int:
-        return {"rgb": 3, "gray": 1}[self.color]
+        return CHANNELS[self.color]
 
 
 Embed = Callable[[Tensor], Tensor]  # (n, channels, size, size) in [-1, 1] -> (n, embedding_size)
@@ -129,12 +145,12 @@ def load(path: Path) -> tuple[Embed, Description]:
     try:
         fields = json.loads((file.parent / DESCRIPTION).read_text(encoding="utf-8"))
         description = Description(**fields)
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file.parent / DESCRIPTION} does not describe an exported model: {error}") from error
     if file.suffix == ".safetensors":
         return load_weights(file, description), description
     if file.suffix == ".onnx":
-        return load_onnx(file), description
+        return load_onnx(file, description), description
     raise ValueError(f"An exported model is a folder, a .safetensors or an .onnx file, got {path}.")
 
 
@@ -155,10 +171,21 @@ def load_weights(file: Path, description: Description) -> Embed:
     return torch.no_grad()(backbone.__call__)
 
 
-def load_onnx(file: Path) -> Embed:
+def load_onnx(file: Path, description: Description) -> Embed:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
+    try:
+        session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
+    except Exception as error:  # each status of onnxruntime is a class of its own, below Exception alone
+        raise ValueError(f"{file} is no ONNX model that can be run: {error}") from error
+    size = description.image_size
+    expected = [[description.channels, size, size], [description.embedding_size]]
+    shapes = [item.shape[1:] for item in (session.get_inputs()[0], session.get_outputs()[0])]
+    if shapes != expected:
+        raise ValueError(
+            f"{file} takes images {shapes[0]} to embeddings {shapes[1]}; {DESCRIPTION} has {expected[0]} and "
+            f"{expected[1]}."
+        )
 
     def embed(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -17,6 +17,7 @@ from cosface_recipes.data.detection import Detector, NoFaceError, load_detector,
 from cosface_recipes.data.images import SUFFIXES, CorruptSampleError, image_files, read_image
 from cosface_recipes.data.transforms import evaluation_transform
 from cosface_recipes.evaluation.features import load_features, save_features
+from cosface_recipes.evaluation.verification import normalised
 from cosface_recipes.export import Description, Embed, digest, load
 
 BATCH = 64
@@ -145,7 +146,7 @@ def open_gallery(recognizer: Recognizer, path: Path) -> Gallery:
     """A saved gallery or file of features, or a folder to be enrolled.
 
     Raises:
-        ValueError: the file is of another model, or has no names.
+        ValueError: the file is of another model, or lacks names, one each.
     """
     if path.suffix not in FILES:
         return enroll(recognizer, path)
@@ -154,13 +155,22 @@ def open_gallery(recognizer: Recognizer, path: Path) -> Gallery:
         raise ValueError(
             f"{path} is no gallery, which enroll.py and embed.py write: it lacks {', '.join(missing)}."
         )
+    features, names = arrays["features"], arrays["names"]
+    expected = {
+        "features": (len(names), recognizer.description.embedding_size),
+        "names": names.shape[:1],
+        "model": 1,
+    }
+    found = {"features": features.shape, "names": names.shape, "model": arrays["model"].size}
+    if found != expected:
+        raise ValueError(f"{path} is no gallery of this model: {found} should be {expected}.")
     model = str(arrays["model"].item())
     if model != recognizer.digest:
         raise ValueError(
             f"The gallery {path} is of another model: its digest is {model}, and that of this one is "
             f"{recognizer.digest}. Enroll its photos again."
         )
-    return Gallery(arrays["names"].tolist(), F.normalize(torch.from_numpy(arrays["features"])), model)
+    return Gallery(names.tolist(), normalised(torch.from_numpy(features)), model)
 
 
 def decision(cosine: float, threshold: float | None, description: Description) -> str:
@@ -171,6 +181,13 @@ def decision(cosine: float, threshold: float | None, description: Description) -
         return "no decision: the model was exported without a threshold; --threshold gives one"
     verdict = "same identity" if cosine > threshold else "different identities"
     return f"{verdict}: threshold {threshold:.4f} ({reason})"
+
+
+def cosine(text: str) -> float:
+    """A number of the command line, from -1 to 1: beside a NaN all would be different identities."""
+    if not -1 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"a cosine must be from -1 to 1, got {text}")
+    return value
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

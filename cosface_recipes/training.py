@@ -82,6 +82,8 @@ def fit_batch(config: Config, images: int, world: int) -> tuple[Config, str]:
     """
     if config.batch_size % world:
         raise ValueError(f"batch_size must divide by the {world} processes, got {config.batch_size}.")
+    if config.batch_size < 2 * world:
+        raise ValueError(f"batch_size must be two images for each of {world} processes, got {config.batch_size}.")
     if config.batch_size <= images:
         return config, ""
     largest = images - images % world
@@ -112,6 +114,8 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if not config.train:
             raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
+        if missing := [path for path in config.test if not Path(path).exists()]:  # before hours of training
+            raise FileNotFoundError(f"There is no test data {', '.join(missing)}.")
         transform = make_transform(config.augmentation, config.image_size)
         self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
         config, warning = fit_batch(config, len(self.data), self.world)
@@ -190,21 +194,25 @@ class Training:
             old = load(file)
             if changed := difference(old, self.config):
                 raise ValueError(f"{folder} is of another training: {changed}.")
-            self.step = checkpoint.load(folder, **self.state)
+            try:
+                self.step = checkpoint.load(folder, **self.state)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The newest checkpoint cannot be loaded: {error}. If it is damaged, remove it, and --resume "
+                    "goes on from the one before."
+                ) from error
             if self.steps < self.step:
                 raise ValueError(
                     f"{folder} is of step {self.step}, and this training would end after {self.steps}: raise "
                     "--epochs or --steps."
                 )
-            before = old.length(len(self.data))
-            if before == self.steps:
-                return
-            for schedule in self.schedules.values():
+            for schedule in self.schedules.values():  # always: the checkpoint may be older than the settings
                 stretch(schedule)
-            self.say(
-                f"The training was of {before:,} steps and is of {self.steps:,}; the learning rate goes on where "
-                f"the schedule of {self.steps:,} has it at step {self.step:,}."
-            )
+            if (before := old.length(len(self.data))) != self.steps:
+                self.say(
+                    f"The training was of {before:,} steps and is of {self.steps:,}; the learning rate goes on "
+                    f"where the schedule of {self.steps:,} has it at step {self.step:,}."
+                )
         elif self.config.init:
             init = Path(self.config.init)
             load_backbone(self.network, init)
@@ -412,8 +420,19 @@ def sigterm(training: Training) -> Iterator[None]:
 
 
 def device_of(config: Config) -> torch.device:
-    """Of this process: torchrun numbers those of a machine."""
-    device = torch.device(config.torch_device)
+    """Of this process: torchrun numbers those of a machine.
+
+    Raises:
+        ValueError: PyTorch has no such device, or none is here.
+    """
+    try:
+        device = torch.device(config.torch_device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be one of PyTorch's, such as cpu or cuda, got {config.device!r}."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"PyTorch sees {torch.cuda.device_count()} GPUs, and device is {config.device!r}.")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

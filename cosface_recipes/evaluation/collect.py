@@ -59,10 +59,15 @@ class Embedder:
         return {"transform": evaluation_transform(self.size), "color": self.color}
 
     def embed(self, images: ImageDataset) -> tuple[Tensor, Tensor]:
-        """(n, D) float32 and (n,) labels, in the order of the images."""
+        """(n, D) float32 and (n,) labels, in the order of the images, without the corrupt that were skipped."""
         batches = DataLoader(images, self.batch_size, num_workers=self.workers)
         shown = tqdm(batches, desc="embeddings", unit="batch", disable=not self.progress)
-        return embed(self.network, shown, self.flip, self.device)
+        embeddings, labels = embed(self.network, shown, self.flip, self.device)
+        if not (corrupt := set(images.corrupt)):
+            return embeddings, labels
+        # The data set gave the next image in place of each: beside itself, that is a genuine pair of cosine 1.
+        kept = torch.tensor([key not in corrupt for key in images.keys])
+        return embeddings[kept], labels[kept]
 
     def __call__(self, images: ImageDataset) -> np.ndarray:
         return self.embed(images)[0].numpy()

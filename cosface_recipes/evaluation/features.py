@@ -18,7 +18,7 @@ def load_features(path: str | Path) -> dict[str, np.ndarray]:
     """Arrays by name; of a folder of MegaFace's matrices `features`, `labels` and `names`.
 
     Raises:
-        ValueError: the file is none of these, or has no (n, D) array `features`.
+        ValueError: the file is none of these, or has no (n, D) array `features` of finite numbers.
     """
     path = Path(path)
     if path.is_dir():
@@ -29,11 +29,29 @@ def load_features(path: str | Path) -> dict[str, np.ndarray]:
         arrays = _load_npz(path)
     else:
         raise ValueError(f"Features are a .npz or .safetensors file, or a folder of .bin matrices, got {path}.")
-    if "features" not in arrays or arrays["features"].ndim != 2:
+    if "features" not in arrays:
         raise ValueError(
             f"{path} should have an (n, D) array named features; it has {', '.join(arrays) or 'nothing'}."
         )
-    return arrays
+    return arrays | {"features": checked(arrays["features"], str(path))}
+
+
+def checked(features: np.ndarray, source: str) -> np.ndarray:
+    """(n, D) finite numbers in float32, or in float64 if they are.
+
+    Raises:
+        ValueError: they are something else, or there are none.
+    """
+    if features.ndim != 2 or features.size == 0 or features.dtype.kind not in "fiu":
+        raise ValueError(
+            f"The features of {source} must be an (n, D) array of numbers, got {features.shape} of "
+            f"{features.dtype}."
+        )
+    if features.dtype != np.float64:
+        features = features.astype(np.float32, copy=False)
+    if not (finite := np.isfinite(features).all(1)).all():
+        raise ValueError(f"Embedding {finite.argmin()} of {len(features)} of {source} is not finite.")
+    return features
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
@@ -50,8 +68,10 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        with safe_open(path, "pt") as file:  # numpy has no bfloat16
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            narrow = {name for name, x in tensors.items() if x.is_floating_point() and x.itemsize < 4}
+            arrays = {name: (x.float() if name in narrow else x).numpy() for name, x in tensors.items()}
             texts = json.loads((file.metadata() or {}).get(TEXTS, "{}"))
             return arrays | {name: np.array(lines, np.str_) for name, lines in texts.items()}
     except (SafetensorError, json.JSONDecodeError, AttributeError) as error:

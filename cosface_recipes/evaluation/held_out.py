@@ -14,7 +14,7 @@ from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.data.pairs import open_bin
 from cosface_recipes.evaluation.collect import Embedder
 from cosface_recipes.evaluation.protocols import cross_validate, pair_distances
-from cosface_recipes.evaluation.verification import Curve, compare_all, count_all
+from cosface_recipes.evaluation.verification import Curve, check_kinds, compare_all, count_all
 from cosface_recipes.tables import aligned, percent
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -88,6 +88,7 @@ def compare_pairs(
         rates = {"rank-1": curve.rank1}
     else:
         curve = count_all(embeddings, labels, device)
+        check_kinds(labels, *curve.pairs)
         rates = {}
     rates |= {f"TAR@FAR={far:g}": curve.tar_at_far(far) for far in FARS}
     chosen = f"FAR {far:g} of {curve.pairs[1]:,} impostor pairs of {name}"

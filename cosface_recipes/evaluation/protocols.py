@@ -70,9 +70,11 @@ def pair_distances(embeddings: Tensor | np.ndarray, pairs: Tensor | np.ndarray |
     Args:
         embeddings: (m, D).
         pairs: (n, 2) rows of embeddings; None pairs rows 2i and 2i + 1.
+
+    Raises:
+        ValueError: an embedding is not finite.
     """
-    x = np.asarray(embeddings, np.float64)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    x = _unit(np.asarray(embeddings, np.float64))
     a, b = (x[0::2], x[1::2]) if pairs is None else (x[np.asarray(pairs)[:, i]] for i in (0, 1))
     return np.square(a - b).sum(1)
 
@@ -166,7 +168,16 @@ def template_embeddings(
             x *= scores[rows, None]
         _, first, images = np.unique(media[rows], return_index=True, return_counts=True)
         result[i] = (np.add.reduceat(x, first) / images[:, None]).sum(0)
-    return result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), np.finfo(np.float64).tiny), ids
+    return _unit(result), ids
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """(n, D) float64 of length 1; a zero stays zero. A NaN would count as a rejected pair."""
+    with np.errstate(over="ignore"):
+        length = np.linalg.norm(x, axis=1, keepdims=True)
+    if not (finite := np.isfinite(length)).all():
+        raise ValueError(f"Embedding {finite.argmin()} of {len(x)} is not finite.")
+    return x / np.maximum(length, np.finfo(np.float64).tiny)
 
 
 def tar_at_nearest_far(scores: np.ndarray, same: np.ndarray, fars: Sequence[float]) -> list[float]:

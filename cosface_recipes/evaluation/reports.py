@@ -156,7 +156,7 @@ def report_megaface(
 
 
 def report_tinyface(arrays: Arrays) -> Report:
-    features, labels = (torch.from_numpy(arrays[name]) for name in ("features", "labels"))
+    features, labels = torch.from_numpy(arrays["features"]), numbered([arrays["labels"]])[0]
     probe = torch.from_numpy(arrays["probe"].astype(bool))
     result = rank_images(features[probe], labels[probe], features[~probe], labels[~probe], KS)
     mates = int(torch.isin(labels[~probe], labels[probe]).sum())

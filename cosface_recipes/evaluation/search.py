@@ -167,8 +167,10 @@ def rank_images(
         gallery_labels: (G,); that of a distractor is no probe's.
 
     Raises:
-        ValueError: a probe has no image of its identity in the gallery.
+        ValueError: there is no probe, or one has no image of its identity in the gallery.
     """
+    if len(probes) == 0:
+        raise ValueError(f"There is no probe to be sought among the {len(gallery)} images of the gallery.")
     unit, against = normalised(probes), normalised(gallery)
     first, precision = [], []
     for block, block_labels in zip(unit.split(BLOCK), labels.split(BLOCK), strict=True):

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 256  # of the similarity matrix at a time
@@ -161,15 +160,23 @@ class Histogram(Curve):
 
 def allowed(far: float, impostors: int) -> int:
     """floor(far * impostors), where 1e-3 * 1000 is 1 and not 0.99999."""
+    if not 0 <= far <= 1:
+        raise ValueError(f"A false acceptance rate must be from 0 to 1, got {far}.")
     return int(far * impostors * (1 + 1e-12))
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """(n, D) float32 of length 1; a zero stays zero."""
-    finite = embeddings.isfinite().all(1)
-    if not finite.all():
-        raise ValueError(f"Embedding {int(finite.int().argmin())} of {len(embeddings)} is not finite.")
-    return F.normalize(embeddings.float())
+    """(n, D) float32 of length 1; a zero stays zero.
+
+    Raises:
+        ValueError: an embedding is not finite, or its length is not in float32.
+    """
+    x = embeddings.float()
+    # float64 has the squares of all numbers of float32: F.normalize makes of 1e20 a zero, of 1e-20 a short vector.
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).float()
+    if not (finite := length.isfinite()).all():
+        raise ValueError(f"Embedding {int(finite.int().argmin())} of {len(x)} is not finite in float32.")
+    return x / length.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
@@ -200,11 +207,7 @@ def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
         hits += int((mate & (similarity > best_other)).sum())
         mates += int(mate.sum())
     scores = [torch.cat(parts).sort(descending=True).values for parts in (genuine, impostor)]
-    if mates == 0 or len(scores[1]) == 0:
-        raise ValueError(
-            f"{n} test images of {len(labels.unique())} identities make {len(scores[0])} genuine and "
-            f"{len(scores[1])} impostor pairs; both kinds are needed."
-        )
+    check_kinds(labels, *map(len, scores))
     return Scores(*scores, rank1=hits / mates)
 
 
@@ -228,3 +231,11 @@ def count_all(embeddings: Tensor, labels: Tensor, device: torch.device | str = "
                 similarity, same = similarity[once], same[once]
             histogram.add(similarity, same)
     return histogram
+
+
+def check_kinds(labels: Tensor, genuine: int, impostors: int) -> None:
+    if genuine == 0 or impostors == 0:
+        raise ValueError(
+            f"{len(labels)} test images of {len(labels.unique())} identities make {genuine} genuine and "
+            f"{impostors} impostor pairs; both kinds are needed."
+        )

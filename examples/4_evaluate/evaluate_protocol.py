@@ -67,12 +67,14 @@ from cosface_recipes.evaluation.collect import (
     read_ijb_pairs,
     read_ijb_searches,
 )
-from cosface_recipes.evaluation.features import load_features, save_features
+from cosface_recipes.evaluation.features import checked, load_features, save_features
 from cosface_recipes.evaluation.plots import plot_cmc, plot_roc
 from cosface_recipes.evaluation.reports import Report
 from cosface_recipes.export import load
 
 PER_SAMPLE = ("labels", "names", "videos", "templates", "media", "scores", "probe")
+OF_SUBJECTS = ("gallery_1", "gallery_2", "probes")
+NUMBERS = ("same", "scores", "probe")
 NEEDED = {
     "folder": ("labels",),
     "lfw": ("same",),
@@ -165,9 +167,18 @@ def required(args: argparse.Namespace, name: str) -> Path:
 def check(arrays: Arrays, protocol: str) -> None:
     if missing := [name for name in NEEDED[protocol] if name not in arrays]:
         raise ValueError(f"The features of protocol {protocol} lack {', '.join(missing)}.")
-    for name in PER_SAMPLE:
-        if name in arrays and len(arrays[name]) != len(arrays["features"]):
-            raise ValueError(f"There are {len(arrays['features'])} features and {len(arrays[name])} {name}.")
+    arrays["features"] = checked(arrays["features"], f"protocol {protocol}")
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]}.")
+        if name in PER_SAMPLE and array.shape != (len(arrays["features"]),):
+            raise ValueError(f"There are {len(arrays['features'])} features and {name} of shape {array.shape}.")
+        if name in OF_SUBJECTS and (array.shape[1:] != (2,) or len(array) == 0):
+            raise ValueError(f"{name} must be of shape (t, 2), templates and their subjects, got {array.shape}.")
+        if name in NUMBERS and array.dtype.kind not in "fiub":
+            raise ValueError(f"{name} must be numbers, got {array.dtype}.")
+    if "same" in arrays and arrays["same"].ndim != 1:
+        raise ValueError(f"same must be of shape (n,), got {arrays['same'].shape}.")
     if "pairs" in arrays:
         shape, pairs = arrays["pairs"].shape, len(arrays["same"])
         if shape != (pairs, 2):
@@ -268,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_cmc(report.cmc, args.cmc, args.protocol)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"protocol": args.protocol, **report.rows}, indent=1) + "\n")
+        rows = {name: None if value != value else value for name, value in report.rows.items()}  # JSON has no NaN
+        args.json.write_text(json.dumps({"protocol": args.protocol, **rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

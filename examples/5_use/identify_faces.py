@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosface_kernels import nearest_classes
-from cosface_recipes.recognition import add_options, open_gallery, open_recognizer
+from cosface_recipes.recognition import add_options, cosine, open_gallery, open_recognizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("gallery", type=Path, help="folder of known identities, or a file that enroll.py wrote")
     parser.add_argument("probes", type=Path, nargs="+", help="images, or folders of one identity each")
     parser.add_argument("--top", type=int, default=5, help="identities to show (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, help="least cosine of the same identity (default: the model's)")
+    parser.add_argument(
+        "--threshold", type=cosine, help="least cosine of the same identity (default: the model's)"
+    )
     args = parser.parse_args(argv)
     try:
         if args.top < 1:
@@ -42,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         (cosines,), (rows,) = nearest_classes(probe[None], gallery.embeddings, min(args.top, len(gallery.names)))
         print(path)
-        for cosine, row in zip(cosines.tolist(), rows.tolist(), strict=True):
-            mark = "*" if threshold is not None and cosine > threshold else " "
-            print(f"  {mark} {cosine:.4f}  {gallery.names[row]}")
+        for similarity, row in zip(cosines.tolist(), rows.tolist(), strict=True):
+            mark = "*" if threshold is not None and similarity > threshold else " "
+            print(f"  {mark} {similarity:.4f}  {gallery.names[row]}")
     if recognizer.left_out:
         print(recognizer.report())
     if threshold is None:

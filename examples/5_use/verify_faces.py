@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosface_recipes.recognition import add_options, decision, open_recognizer
+from cosface_recipes.recognition import add_options, cosine, decision, open_recognizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("a", type=Path, help="an image, or a folder of one identity")
     parser.add_argument("b", type=Path, help="another one")
-    parser.add_argument("--threshold", type=float, help="least cosine of the same identity (default: the model's)")
+    parser.add_argument(
+        "--threshold", type=cosine, help="least cosine of the same identity (default: the model's)"
+    )
     args = parser.parse_args(argv)
     try:
         recognizer = open_recognizer(args)
@@ -34,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(recognizer.report())
     if a is None or b is None:
         sys.exit("no decision: there is no photo to compare")
-    cosine = float(a @ b)
-    print(f"cosine {cosine:.4f}")
-    print(decision(cosine, args.threshold, recognizer.description))
+    similarity = float(a @ b)
+    print(f"cosine {similarity:.4f}")
+    print(decision(similarity, args.threshold, recognizer.description))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_the_configurations_are_valid(file):
         ("batch_size: 1", r"batch_size must be at least 2, got 1\."),
         ("scale: .inf", r"scale must be positive and finite, got inf\."),
         ("margin: .nan", r"margin must be finite, got nan\."),
+        ("seed: 9223372036854775808", r"seed must be below 2\^63, got 9223372036854775808\."),
         ("weight_decay: -1", r"weight_decay must be at least 0 and finite, got -1\.0\."),
     ],
 )

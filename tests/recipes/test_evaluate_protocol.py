@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +154,8 @@ def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys)
         ("--protocol identification --features {probes}", r"Protocol identification needs --gallery\."),
         ("--protocol identification --features {probes} --gallery {others}", r"identification lack labels"),
         ("--protocol lfw --features nothing.npz", r"nothing\.npz"),
+        ("--protocol folder --features {probes} --far 2", r"acceptance rate must be from 0 to 1, got 2\.0"),
+        ("--protocol folder --features {probes} --far nan", r"acceptance rate must be from 0 to 1, got nan"),
         ("--protocol lfw --features {lfw} --save x.pkl", r"Features are saved as .* got x\.pkl"),
     ],
 )  # fmt: skip
@@ -170,7 +173,7 @@ def test_bad_options_are_refused(lfw, megaface, arguments, message):
             {"pairs": np.zeros((39, 2), int)},
             r"pairs must be of shape \(40, 2\), as many as same has, got \(39, 2\)",
         ),
-        ({"labels": np.zeros(3)}, r"There are 80 features and 3 labels"),
+        ({"labels": np.zeros(3)}, r"There are 80 features and labels of shape \(3,\)"),
         ({"same": np.ones(40, bool)}, r"lack genuine or impostor pairs"),
     ],
 )
@@ -212,6 +215,92 @@ def test_a_folder_is_evaluated_as_the_training_did(tmp_path, capsys):
     assert rows["chosen by"] == description.chosen_on == "FAR 0.02 of 240 impostor pairs of test"
     settings = config.Config(test=(str(tmp_path / "test"),), image_size=16, workers=0, far=0.02)
     (result,) = held_out.evaluate(network, settings, torch.device("cpu"))
-    assert {name: rows[name] for name in result.rates} == pytest.approx(result.rates, rel=0, nan_ok=True)
+    rates = {name: None if math.isnan(rate) else rate for name, rate in result.rates.items()}
+    assert {name: rows[name] for name in rates} == rates
     with pytest.raises(SystemExit, match=r"--protocol folder saves no features; embed\.py does"):
         evaluate("--protocol", "folder", "--model", tmp_path / "run", "--save", tmp_path / "x.npz")
+
+
+def arrays_of(protocol: str) -> dict[str, np.ndarray]:
+    """Sixty features of twenty identities, with what the protocol needs."""
+    features, labels = identity_features(20, 3)
+    n, first = np.arange(60), np.arange(0, 60, 2)
+    pairs = {"pairs": np.stack([first, first + 1], 1), "same": n[:30] % 2 == 0}
+    images = {"templates": n, "media": n, "scores": np.ones(60)}
+    subjects = np.stack([n, labels], 1)
+    searches = {"gallery_1": subjects[:30:3], "gallery_2": subjects[30::3], "probes": subjects[1::3]}
+    return {"features": features} | {
+        "folder": {"labels": labels},
+        "lfw": {"same": pairs["same"]},
+        "ytf": {"videos": n} | pairs,
+        "ijb": images | pairs,
+        "ijb-1n": images | searches,
+        "megaface": {"labels": labels},
+        "tinyface": {"labels": np.where(n < 40, n % 20, -100), "probe": n < 20},
+        "retrieval": {"labels": labels},
+        "identification": {"labels": labels},
+    }[protocol]
+
+
+def evaluate_arrays(protocol: str, arrays: dict[str, np.ndarray], folder: Path) -> None:
+    save_features(folder / "x.npz", arrays)
+    save_features(folder / "others.npz", arrays_of("folder"))
+    others = {"megaface": "--distractors", "identification": "--gallery"}.get(protocol)
+    more = [others, folder / "others.npz"] if others else []
+    evaluate("--protocol", protocol, "--features", folder / "x.npz", *more)
+
+
+PROTOCOLS = ("folder", "lfw", "ytf", "ijb", "ijb-1n", "megaface", "tinyface", "retrieval", "identification")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_protocol_measures_features_that_are_none(protocol, tmp_path, capsys):
+    arrays = arrays_of(protocol)
+    evaluate_arrays(protocol, arrays, tmp_path)
+    as_they_are, features = capsys.readouterr().out, arrays["features"]
+    for kind in (np.float64, np.float16):  # 100 times as long, their squares pass the largest float16
+        evaluate_arrays(protocol, arrays | {"features": (features * 100).astype(kind)}, tmp_path)
+        measured = capsys.readouterr().out
+        assert measured.splitlines()[0] == as_they_are.splitlines()[0]
+        assert kind is np.float16 or measured == as_they_are
+    broken = features.copy()
+    broken[7, 0] = np.nan
+    for other, message in (
+        (broken, r"Embedding 7 of 60 of .*x\.npz is not finite"),
+        (broken.clip(-1, 1) * np.inf, "is not finite"),
+        (features.astype(str), r"must be an \(n, D\) array of numbers, got .* of <U"),
+        (features.astype(complex), "of complex128"),
+        (features[:0], r"got \(0, "),
+        (features[:, :0], r"got \(60, 0\)"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluate_arrays(protocol, arrays | {"features": other}, tmp_path)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_arrays_of_other_shapes_or_without_numbers_are_refused(protocol, tmp_path):
+    arrays = arrays_of(protocol)
+    for name, array in arrays.items():
+        if name != "features":
+            for other in (np.array(3), np.stack([array] * 2), array[:0], np.full(array.shape, np.nan)):
+                with pytest.raises(SystemExit) as stop:
+                    evaluate_arrays(protocol, arrays | {name: other}, tmp_path)
+                assert stop.value.code
+
+
+def test_identities_of_tinyface_may_have_names(tmp_path, capsys):
+    arrays = arrays_of("tinyface")
+    evaluate_arrays("tinyface", arrays, tmp_path)
+    numbers = capsys.readouterr().out
+    evaluate_arrays("tinyface", arrays | {"labels": arrays["labels"].astype(str)}, tmp_path)
+    assert capsys.readouterr().out == numbers
+    with pytest.raises(SystemExit, match="There is no probe to be sought among the 60 images"):
+        evaluate_arrays("tinyface", arrays | {"probe": np.zeros(60, bool)}, tmp_path)
+
+
+def test_figures_that_are_none_are_null_in_json(tmp_path):
+    save_features(tmp_path / "x.npz", arrays_of("folder"))
+    evaluate(*("--protocol", "folder", "--features", tmp_path / "x.npz"), "--json", tmp_path / "x.json")
+    text = (tmp_path / "x.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["TAR@FAR=1e-06"] is None

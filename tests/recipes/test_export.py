@@ -1,5 +1,7 @@
 """An exported network comes back as it was."""
 
+import json
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_an_iresnet_comes_back_from_both_files(tmp_path):
 
 def test_an_export_that_differs_is_refused(tmp_path, monkeypatch):
     model = make_model("glyphnet", channels=1, image_size=32, embedding_size=8)
-    monkeypatch.setattr(export, "load_onnx", lambda file: lambda images: model(images).detach() * 1.001)
+    monkeypatch.setattr(export, "load_onnx", lambda file, _: lambda images: model(images).detach() * 1.001)
     with pytest.raises(
         RuntimeError, match=r"model\.onnx does not reproduce the embeddings: they differ by 1\.0e-03"
     ):
@@ -50,3 +52,41 @@ def test_files_that_are_no_exported_model_are_named(tmp_path):
     (tmp_path / export.WEIGHTS).write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match=r"model\.safetensors does not hold the weights of glyphnet"):
         export.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"color": "grey"}, r"color must be one of rgb, gray, got 'grey'"),
+        ({"image_size": "32"}, r"image_size cannot be '32'"),
+        ({"image_size": 0}, r"image_size cannot be 0"),
+        ({"embedding_size": 9}, r"model\.\S+ (takes|does not hold)"),
+        ({"flip": "no"}, r"flip cannot be 'no'"),
+        ({"threshold": float("nan")}, r"threshold must be finite, got nan"),
+        ({"threshold": "high"}, r"threshold cannot be 'high'"),
+        ({"model": 3}, r"model cannot be 3"),
+    ],
+    ids=str,
+)
+def test_a_description_of_something_else_is_refused(tmp_path, shared, change, message):
+    for file in (export.ONNX, export.WEIGHTS):
+        (tmp_path / file).write_bytes((shared / file).read_bytes())
+    fields = json.loads((shared / export.DESCRIPTION).read_text())
+    (tmp_path / export.DESCRIPTION).write_text(json.dumps(fields | change))
+    for file in (export.ONNX, export.WEIGHTS):
+        with pytest.raises(ValueError, match=message):
+            export.load(tmp_path / file)
+
+
+def test_a_damaged_onnx_file_is_named(tmp_path, shared):
+    (tmp_path / export.DESCRIPTION).write_text((shared / export.DESCRIPTION).read_text())
+    (tmp_path / export.ONNX).write_bytes((shared / export.ONNX).read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.onnx is no ONNX model that can be run"):
+        export.load(tmp_path / export.ONNX)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    export.export(make_model("glyphnet", channels=1, image_size=32, embedding_size=8), description(), folder)
+    return folder

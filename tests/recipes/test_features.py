@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from cosface_recipes.evaluation.features import load_features, read_matrix, save_features, write_matrix
 
@@ -77,7 +79,7 @@ def objects(path: Path) -> None:
         (
             "x.npz",
             lambda path: np.savez(path, features=np.ones(2)),
-            r"should have an \(n, D\) array named features",
+            r"x\.npz must be an \(n, D\) array of numbers, got \(2,\) of float64",
         ),
         ("x.safetensors", lambda path: path.write_bytes(b"12345678"), r"The features .*tensors cannot be read"),
         ("x", lambda path: path.mkdir(), r"The folder .*x has no \.bin file"),
@@ -92,3 +94,13 @@ def test_unreadable_features_are_named(tmp_path, name, write, message):
 def test_an_unknown_kind_of_file_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"Features are saved as \.npz or \.safetensors, got .*x\.pkl"):
         save_features(tmp_path / "x.pkl", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
+def test_features_of_any_precision_are_read(tmp_path, dtype):
+    features = torch.tensor([[1.5, -2.0], [0.25, 3.0]]).to(dtype)
+    save_file({"features": features, "labels": torch.arange(2)}, tmp_path / "x.safetensors")
+    arrays = load_features(tmp_path / "x.safetensors")
+    assert arrays["features"].dtype == (np.float64 if dtype == torch.float64 else np.float32)
+    assert arrays["features"].tolist() == features.tolist()
+    assert arrays["labels"].dtype == np.int64

@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from support.evaluation import colour_of, encoded
 from torch import nn
 
 from cosface_recipes.data.augmentation import make_transform
-from cosface_recipes.data.image_datasets import decode, open_dataset
+from cosface_recipes.data.image_datasets import ImageFiles, decode, open_dataset
 from cosface_recipes.data.pairs import write_bin
 from cosface_recipes.evaluation import held_out
+from cosface_recipes.evaluation.collect import Embedder
 from cosface_recipes.evaluation.protocols import cross_validate
 from cosface_recipes.models import make_model
 
@@ -61,3 +63,24 @@ def test_pairs_of_a_bin_file_are_verified_in_folds(settings, tmp_path):
     lines = held_out.table([everything, pairs]).splitlines()
     assert [line.split()[0] for line in lines] == ["test", "test", "some"]
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("exact", [5, 4])
+@pytest.mark.parametrize("labels", [torch.arange(5), torch.zeros(5).long()], ids=["genuine", "impostor"])
+def test_pairs_of_one_kind_are_refused(monkeypatch, exact, labels):
+    monkeypatch.setattr(held_out, "EXACT_IMAGES", exact)
+    with pytest.raises(ValueError, match=r"5 test images of \d identities .*; both kinds are needed"):
+        held_out.compare_pairs("test", torch.randn(5, 3), labels, 0.1)
+
+
+def test_a_skipped_image_is_not_measured_twice(settings):
+    network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    files = [encoded(colour_of(i // 2, i % 2)) for i in range(8)]
+    labels = torch.arange(8) // 2
+    embedder = Embedder(network, 32, "gray", on_corrupt="skip", progress=False)
+    keys = [str(i) for i in range(8)]
+    whole, _ = embedder.embed(ImageFiles(files, keys, labels, **embedder.options))
+    files[3] = files[7] = b"no image"
+    found, found_labels = embedder.embed(ImageFiles(files, keys, labels, on_corrupt="skip", **embedder.options))
+    assert found_labels.tolist() == [0, 0, 1, 2, 2, 3]
+    assert torch.allclose(found, whole[[0, 1, 2, 4, 5, 6]], atol=1e-5)

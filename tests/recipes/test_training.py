@@ -225,6 +225,9 @@ def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
         ({"train": ""}, "train must name the training data"),
         ({"train": "/no/such"}, "/no/such"),
         ({"model": "vgg"}, "model must be one of"),
+        ({"test": ("/no/such",)}, "There is no test data /no/such"),
+        ({"device": "gpu"}, "device must be one of PyTorch's, such as cpu or cuda, got 'gpu'"),
+        ({"device": "cuda:99"}, r"PyTorch sees \d+ GPUs, and device is 'cuda:99'"),
     ],
     ids=str,
 )
@@ -237,3 +240,25 @@ def test_half_precision_trains(settings, without_export):
     train.main(as_arguments(dataclasses.replace(settings, amp="bf16", epochs=3)))
     curve = losses(settings.output)
     assert curve[-1][1] < curve[0][1]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(settings, capsys, without_export):
+    settings = dataclasses.replace(settings, epochs=2, test=(), resume=True)
+    train.main(as_arguments(settings))
+    newest = checkpoint.latest(Path(settings.output) / training.CHECKPOINTS)
+    for file in newest.glob("*.safetensors"):
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(
+        SystemExit, match=rf"cannot be loaded: .*{newest.name}.* --resume goes on from the one before"
+    ):
+        train.main(as_arguments(settings))
+    shutil.rmtree(newest)
+    train.main(as_arguments(settings))
+    assert "steps 4 to 8" in capsys.readouterr().out
+
+
+def test_each_process_needs_two_images(settings):
+    settings = dataclasses.replace(settings, batch_size=2)
+    assert training.fit_batch(settings, images=72, world=1) == (settings, "")
+    with pytest.raises(ValueError, match="batch_size must be two images for each of 2 processes, got 2"):
+        training.fit_batch(settings, images=72, world=2)

@@ -334,3 +334,17 @@ def test_two_processes_with_every_option_go_on_as_if_they_had_not_stopped(settin
     shutil.rmtree(checkpoint.latest(tmp_path / "stopped" / training.CHECKPOINTS))
     assert "steps 8 to 12" in launch_two(stopped)
     assert_same_training(settings.output, stopped.output)
+
+
+def test_a_longer_training_that_died_before_its_first_checkpoint_has_the_rate_of_the_longer_one(
+    settings, monkeypatch, without_export
+):
+    train.main(as_arguments(dataclasses.replace(settings, epochs=1, test=())))
+    longer = dataclasses.replace(settings, epochs=4, test=(), resume=True)
+    begun = training.Training(longer)
+    begun.begin()  # the settings are those of the longer training, the checkpoint is not
+    expected = [optimizer.param_groups[0]["lr"] for optimizer in begun.optimizers.values()]
+    again = training.Training(longer)
+    again.begin()
+    assert [optimizer.param_groups[0]["lr"] for optimizer in again.optimizers.values()] == expected
+    assert min(expected) > 0

@@ -19,7 +19,7 @@ from cosface_recipes import export, recognition
 from cosface_recipes.data.alignment import LANDMARKS, align
 from cosface_recipes.data.detection import load_detector
 from cosface_recipes.data.images import image_files
-from cosface_recipes.evaluation.features import load_features
+from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.models import make_model
 
 PEOPLE = ["Ann", "Bo", "Cem"]
@@ -272,6 +272,7 @@ def test_identities_without_a_usable_photo_are_left_out(photos, tmp_path, export
         (enroll, "{empty} --output x.npz", r"The gallery .*empty has no sub-folders and no images"),
         (identify_faces, "{photos} {photos}/Ann --top 0", r"--top must be at least 1, got 0"),
         (identify_faces, "{features} {photos}/Ann", r"x\.npz is no gallery, .*: it lacks names, model"),
+        (verify_faces, "{photos}/Ann {photos}/Bo --threshold nan", "2"),
         (verify_faces, "{photos}/Ann {empty}", r"The folder .*empty has no images"),
         (verify_faces, "{photos}/Ann {empty}/none.png", r"There is no photo .*none\.png"),
     ],
@@ -300,3 +301,31 @@ def test_a_model_that_is_not_there_is_named(photos, tmp_path):
     for model in (tmp_path / "nowhere", photos):
         with pytest.raises(SystemExit, match=rf"There is no exported model {model}, with a model\.json beside it"):
             run(verify_faces, model, photos / "Ann", photos / "Bo")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a | {"names": a["names"][:-1]},
+        lambda a: a | {"names": np.append(a["names"], "Dee")},
+        lambda a: a | {"names": np.stack([a["names"]] * 2, 1)},
+        lambda a: a | {"features": a["features"][:, :4]},
+        lambda a: a | {"model": np.repeat(a["model"], 2)},
+    ],
+    ids=["fewer names", "more names", "two names each", "another size", "two models"],
+)
+def test_a_gallery_that_does_not_fit_is_refused(photos, tmp_path, exported, change):
+    run(enroll, exported, photos, "--output", tmp_path / "x.npz")
+    save_features(tmp_path / "x.npz", change(load_features(tmp_path / "x.npz")))
+    with pytest.raises(SystemExit, match=r"x\.npz is no gallery of this model: .* should be"):
+        run(identify_faces, exported, tmp_path / "x.npz", photos / "Ann")
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1, 1e30])
+def test_a_gallery_of_any_length_identifies_alike(photos, tmp_path, exported, factor, capsys):
+    run(enroll, exported, photos, "--output", tmp_path / "x.npz")
+    arrays = load_features(tmp_path / "x.npz")
+    save_features(tmp_path / "x.npz", arrays | {"features": arrays["features"] * np.float32(factor)})
+    capsys.readouterr()
+    run(identify_faces, exported, tmp_path / "x.npz", photos / "Bo", "--top", 1)
+    assert "1.0000  Bo" in capsys.readouterr().out

@@ -147,6 +147,27 @@ def test_what_is_not_finite_is_named():
     for measure in (compare_all, count_all):
         with pytest.raises(ValueError, match=r"Embedding 3 of 5 is not finite"):
             measure(embeddings, torch.arange(5))
+    for measure in (pair_distances, lambda x: protocols.template_embeddings(x.numpy(), *np.ones((2, 4), int))):
+        with pytest.raises(ValueError, match=r"Embedding \d of \d is not finite"):
+            measure(embeddings[1:])
+    with pytest.raises(ValueError, match=r"Embedding 1 of 2 is not finite in float32"):
+        evaluation.normalised(torch.tensor([[1.0, 0.0], [1e300, 1e300]], dtype=torch.float64))
+
+
+@given(st.integers(-120, 120), st.integers(0, 100))
+def test_the_length_of_an_embedding_does_not_matter(exponent, seed):
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+    x[3] = 0
+    unit = evaluation.normalised(x * 2.0**exponent)
+    assert torch.allclose(unit, torch.nn.functional.normalize(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("far", [-0.1, 1.5, math.nan, math.inf])
+def test_a_rate_that_is_none_is_refused(far):
+    scores = compare_all(torch.randn(6, 3), torch.arange(6) // 2)
+    for measure in (scores.threshold, scores.tar_at_far):
+        with pytest.raises(ValueError, match=r"must be from 0 to 1, got"):
+            measure(far)
 
 
 # LFW
