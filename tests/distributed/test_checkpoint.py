@@ -437,6 +437,15 @@ def test_a_damaged_file_is_named(tmp_path):
             read()
 
 
+def test_files_that_are_gone_are_missed(tmp_path):
+    net = nn.Linear(2, 2)
+    path = checkpoint.save(tmp_path, 1, net=net)
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(RuntimeError, match=f"reading {path} failed: its files are gone"):
+        checkpoint.load(tmp_path, net=net)
+
+
 def call_on_some(rank, group, folder, call, callers):
     own = dist.new_group(range(2), timeout=timedelta(seconds=patience(3)))
     if rank in callers:
