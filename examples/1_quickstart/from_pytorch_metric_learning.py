@@ -3,7 +3,7 @@
     pip install pytorch-metric-learning
     python examples/1_quickstart/from_pytorch_metric_learning.py
 
-In a training of your own the constructor changes, and nothing else; what is trained moves over with its state_dict.
+In a training of your own the constructor changes, and nothing else; what is trained moves over by state_dict.
 
 Printed are the loss of the batch and, between samples of 200 classes that the training never sees, the share of
 genuine pairs that are accepted where one in a thousand impostor pairs is (TAR at a FAR of 1e-3).
