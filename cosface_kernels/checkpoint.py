@@ -364,7 +364,7 @@ def _contents(path: Path, group: ProcessGroup | None, alone: bool) -> tuple[dict
     with _storage(f"reading {path}"):
         saved: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     if STRUCTURE not in saved:
-        raise RuntimeError(f"reading {path} failed: its files are gone, or some; an earlier checkpoint may be whole.")
+        raise RuntimeError(f"reading {path} failed: its files are gone, or some; an earlier one may be whole.")
     structure = _empty(saved[STRUCTURE])
     _read({STRUCTURE: structure}, path, group, alone)
     return saved, json.loads(structure.numpy().tobytes())

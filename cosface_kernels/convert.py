@@ -2,6 +2,7 @@
 
     python -m cosface_kernels.convert insightface OUTPUT_FOLDER weight.safetensors
     python -m cosface_kernels.convert pml loss.pt weight.safetensors --classes 1000
+    python -m cosface_kernels.convert to-pml weight.safetensors loss.pt --entry W
     python -m cosface_kernels.convert checkpoint FOLDER weight.safetensors --name head/weight
 
 `load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not. Files of torch.save are
@@ -40,6 +41,7 @@ from safetensors import SafetensorError
 
 NAME = "weight"  # of the tensor in the file
 ROWS_AT_ONCE = 2**16  # that are read of a file of other classes
+PML = {"W": "2.x, (D, C)", "weight": "3.x, (C, D)"}  # what pytorch-metric-learning calls its weight, by version
 INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt")
 
 
@@ -80,29 +82,50 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
 
 
 def from_pytorch_metric_learning(state: Mapping[str, Tensor], num_classes: int | None = None) -> Tensor:
-    """The (C, D) weight from the state_dict of a loss that has a (D, C) `W`, such as `CosFaceLoss`.
+    """The (C, D) weight from the state_dict of a loss such as `CosFaceLoss`, or of a module that has one.
 
     Args:
-        state: of a loss.
-        num_classes: C, if it is to be checked: `SubCenterArcFaceLoss` has a W with several columns a class, which
-            only their number tells.
+        state: with one entry `W`, (D, C), as 2.x has it; without, with one entry `weight`, (C, D), as 3.x has it.
+        num_classes: C, if it is to be checked: `SubCenterArcFaceLoss` has several centres a class, which only
+            their number tells.
 
     Raises:
-        KeyError: the state has no W, or more than one.
-        ValueError: W is no matrix, or has not num_classes columns.
+        KeyError: the state has neither, or more than one.
+        ValueError: it is no matrix, or has not num_classes centres.
 
-    Source: pytorch-metric-learning, losses/large_margin_softmax_loss.py.
+    Source: pytorch-metric-learning 2.9, losses/large_margin_softmax_loss.py; 3.0's page of `BaseProxyLoss`.
     """
-    names = [name for name in state if name.rpartition(".")[2] == "W"]
-    if len(names) != 1:
-        raise KeyError(f"the state should have one entry named W, got {', '.join(state)}.")
-    weight = _matrix(state[names[0]], names[0]).detach().T.contiguous()
+    name, entry = _pml_entry(state)
+    matrix = _matrix(state[name], name).detach()
+    weight = (matrix.T if entry == "W" else matrix).contiguous()
     if num_classes not in (None, len(weight)):
         raise ValueError(
-            f"W should have a column for each of {num_classes} classes, got {len(weight)} columns. The several "
-            "centres a class of SubCenterArcFaceLoss have no place in a head of one each."
+            f"{entry} should have a centre for each of {num_classes} classes, got {len(weight)} centres. The "
+            "several of a class in SubCenterArcFaceLoss have no place in a head of one each."
         )
     return weight
+
+
+def to_pytorch_metric_learning(weight: Tensor, entry: str = "W") -> dict[str, Tensor]:
+    """The state_dict of a loss of pytorch-metric-learning, such as `CosFaceLoss`, with this weight.
+
+    Args:
+        weight: (C, D), on one process.
+        entry: "W" for 2.x, which keeps (D, C); "weight" for 3.x, which keeps (C, D).
+
+    Raises:
+        ValueError: the entry is another, the weight no matrix, or sharded.
+
+    >>> state = to_pytorch_metric_learning(torch.ones(1000, 128))
+    >>> state["W"].shape
+    torch.Size([128, 1000])
+    """
+    if entry not in PML:
+        raise ValueError(f"entry must be {' or '.join(map(repr, PML))}, got {entry!r}.")
+    if isinstance(weight, DTensor):
+        raise ValueError(f"weight must be on one process, got one sharded over {weight.device_mesh.size()} ranks.")
+    matrix = _matrix(weight, "weight").detach()
+    return {entry: (matrix.T if entry == "W" else matrix).contiguous()}
 
 
 def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
@@ -187,6 +210,17 @@ def _weights(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise ValueError(f"{path} is no safetensors file with a {NAME}: {error}") from error
 
 
+def _pml_entry(state: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The name of the weight, and the part of it behind the last dot."""
+    for entry in PML:
+        names = [name for name in state if name.rpartition(".")[2] == entry]
+        if len(names) == 1:
+            return names[0], entry
+        if names:
+            break
+    raise KeyError(f"the state should have one entry named {' or '.join(PML)}, got {', '.join(state)}.")
+
+
 def _entry(content: Any, key: str, file: Path) -> Any:
     if not isinstance(content, Mapping) or key not in content:
         names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
@@ -217,6 +251,17 @@ def _load(file: Path, **options: Any) -> Any:
         raise ValueError(f"{file} is damaged, or no file of torch.save: {error!r}") from error
 
 
+def _save_state(state: Mapping[str, Tensor], path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
+    partial = path.with_name(path.name + checkpoint.PARTIAL)
+    try:
+        torch.save(state, partial)
+    except RuntimeError as error:  # of torch's own writer
+        raise OSError(f"{path} could not be written: {error}") from error
+    partial.replace(path)
+
+
 def _rank_of(file: Path) -> int:
     """The number in a file's name."""
     digits = re.search(r"\d+", file.name)
@@ -225,11 +270,18 @@ def _rank_of(file: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cosface_kernels.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("source", choices=("insightface", "pml", "checkpoint"))
-    parser.add_argument("input", type=Path, help="a folder of per-rank files, a file of torch.save, a checkpoint")
-    parser.add_argument("output", type=Path, help="the safetensors file to write")
+    parser.add_argument("source", choices=("insightface", "pml", "to-pml", "checkpoint"))
     parser.add_argument(
-        "--classes", type=int, help="how many pml's W must have, which may hold several centres each"
+        "input",
+        type=Path,
+        help="a folder of per-rank files, a file of torch.save, a checkpoint; of to-pml, safetensors",
+    )
+    parser.add_argument("output", type=Path, help="the safetensors file to write; of to-pml, one of torch.save")
+    parser.add_argument(
+        "--classes", type=int, help="how many pml's weight must have, which may hold several centres each"
+    )
+    parser.add_argument(
+        "--entry", choices=PML, default="W", help="of to-pml: W for pytorch-metric-learning 2.x, weight for 3.x"
     )
     parser.add_argument("--name", default="head/weight", help="of the weight in a checkpoint (%(default)s)")
     args = parser.parse_args(argv)
@@ -241,11 +293,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(state, Mapping):
                 raise ValueError(f"{args.input} should hold a state_dict, got {type(state).__name__}.")
             weight = from_pytorch_metric_learning(state, args.classes)
+            name, entry = _pml_entry(state)
+            print(f"{args.input}: {name} of pytorch-metric-learning {PML[entry]}")
             if args.classes is None:
-                print("--classes was not given: a W of SubCenterArcFaceLoss would pass.", file=sys.stderr)
+                print(f"--classes was not given: a {entry} of SubCenterArcFaceLoss would pass.", file=sys.stderr)
+        elif args.source == "to-pml":
+            with _weights(args.input) as file:
+                weight = file.get_tensor(NAME)
+            _save_state(to_pytorch_metric_learning(weight, args.entry), args.output)
         else:
             weight = _matrix(checkpoint.load_tensor(args.input, args.name), args.name)
-        save_weight(weight, args.output)
+        if args.source != "to-pml":
+            save_weight(weight, args.output)
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         print(error.args[-1] if isinstance(error, KeyError) else error, file=sys.stderr)
         return 1

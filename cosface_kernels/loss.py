@@ -289,6 +289,8 @@ class FusedMarginLoss(nn.Module):
         embeddings: Tensor,
         labels: Tensor,
         indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
         *,
         sample_weight: Tensor | None = None,
         return_stats: bool | int = False,
@@ -300,6 +302,8 @@ class FusedMarginLoss(nn.Module):
             labels: (N,) integers in [0, num_classes), or ignore_index.
             indices_tuple: what a miner of pytorch-metric-learning gives, pairs or triplets of positions in the
                 batch. Each sample is weighted by how often it occurs in them, over the largest of these counts.
+            ref_emb, ref_labels: None, or the embeddings and labels themselves; others are refused, as by the
+                classification losses of pytorch-metric-learning, in whose call they have these places.
             sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's.
             return_stats: also return `LossStats`, which costs no further pass over the weight; k for its
                 accuracy among the k nearest classes too, which costs one.
@@ -308,6 +312,11 @@ class FusedMarginLoss(nn.Module):
             The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats). Where samples
             have weights a_i, the mean is sum(a_i loss_i) / sum(a_i), as of `torch.nn.functional.cross_entropy`.
         """
+        if ref_emb is not None and (ref_emb is not embeddings or ref_labels is not labels):
+            raise ValueError(
+                "ref_emb and ref_labels must be None or the embeddings and labels themselves, got others: a head "
+                "compares embeddings with its class centres."
+            )
         with self._state_of_pass(embeddings, labels):
             return self._loss(
                 embeddings,
@@ -329,7 +338,9 @@ class FusedMarginLoss(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        draws, weight = f"{prefix}sampler.draws", f"{prefix}weight"
+        draws, weight, theirs = (f"{prefix}{name}" for name in ("sampler.draws", "weight", "W"))
+        if weight not in state_dict and theirs in state_dict:  # (D, C), of pytorch-metric-learning 2.x
+            state_dict[weight] = state_dict.pop(theirs).T.contiguous()
         if self.sampler is None:  # the number of draws is nothing to a head that draws none
             state_dict.pop(draws, None)
         else:
@@ -346,7 +357,7 @@ class FusedMarginLoss(nn.Module):
             )
             state_dict[weight] = self.weight
         elif restored and len(state_dict[weight]) != self.num_classes:
-            count = len(state_dict[weight])
+            count, restored = len(state_dict[weight]), False
             args[-1].append(
                 f"{weight} is of {count} classes in the state and of {self.num_classes} in the head: load it into "
                 f"a head of {count}, then call its resize_classes_(keep=..., new=..., optimizer=...)."

@@ -1,9 +1,9 @@
 """From pytorch-metric-learning's CosFaceLoss to FusedCosFaceLoss in the middle of a training: seconds on a CPU.
 
-    pip install "pytorch-metric-learning<3"     # 3.x keeps (C, D) weights: criterion.weight.copy_(trained.weight)
+    pip install pytorch-metric-learning
     python examples/1_quickstart/from_pytorch_metric_learning.py
 
-In a training of your own the constructor changes, and nothing else; what is trained moves over with `convert`.
+In a training of your own the constructor changes, and nothing else; what is trained moves over by state_dict.
 
 Printed are the loss of the batch and, between samples of 200 classes that the training never sees, the share of
 genuine pairs that are accepted where one in a thousand impostor pairs is (TAR at a FAR of 1e-3).
@@ -13,7 +13,7 @@ import torch
 from pytorch_metric_learning.losses import CosFaceLoss
 from torch import Tensor, nn
 
-from cosface_kernels import FusedCosFaceLoss, convert
+from cosface_kernels import FusedCosFaceLoss
 from cosface_recipes.evaluation.verification import compare_all
 
 CLASSES, UNSEEN, SIZE, BATCH, STEPS = 1000, 200, 32, 256, 200
@@ -51,7 +51,6 @@ if __name__ == "__main__":
     print("CosFaceLoss")
     train(network, trained)
     criterion = FusedCosFaceLoss(num_classes=CLASSES, embedding_size=SIZE, margin=0.2, scale=16)
-    with torch.no_grad():
-        criterion.weight.copy_(convert.from_pytorch_metric_learning(trained.state_dict(), CLASSES))
+    criterion.load_state_dict(trained.state_dict())
     print("FusedCosFaceLoss, which goes on with its weight")
     train(network, criterion)

@@ -9,7 +9,7 @@ import torch
 from support import run_python
 from torch import nn
 
-from cosface_kernels import FusedCosFaceLoss, checkpoint, convert, cosface_loss
+from cosface_kernels import FusedArcFaceLoss, FusedCosFaceLoss, checkpoint, convert, cosface_loss
 
 
 def _partial_fc_weights(classes: int, dim: int, world: int) -> list[torch.Tensor]:
@@ -65,18 +65,74 @@ def test_insightface_runs_no_code_of_a_file(tmp_path, capsys):
     assert "this ran" not in capsys.readouterr().out
 
 
-def test_pytorch_metric_learning(tmp_path):
-    """The converted weight gives their loss."""
+@pytest.mark.parametrize("entry", ["W", "weight"])
+def test_pytorch_metric_learning(tmp_path, capsys, entry):
+    """The converted weight gives their loss, and goes back."""
     pml = pytest.importorskip("pytorch_metric_learning.losses")
     theirs = pml.CosFaceLoss(num_classes=30, embedding_size=8, margin=0.35, scale=64)
-    torch.save(theirs.state_dict(), tmp_path / "loss.pt")
+    state = theirs.state_dict()
+    if entry not in state:  # that of the other version
+        state = {entry: next(iter(state.values())).T}
+    torch.save(state, tmp_path / "loss.pt")
     assert convert.main(["pml", str(tmp_path / "loss.pt"), str(tmp_path / "weight.safetensors")]) == 0
+    said = {
+        "W": "W of pytorch-metric-learning 2.x, (D, C)",
+        "weight": "weight of pytorch-metric-learning 3.x, (C, D)",
+    }
+    assert f"loss.pt: {said[entry]}\n" in capsys.readouterr().out
     head = FusedCosFaceLoss(30, 8)
     convert.load_weight_(head.weight, tmp_path / "weight.safetensors")
     x, labels = torch.randn(5, 8), torch.randint(30, (5,))
     torch.testing.assert_close(head(x, labels), theirs(x, labels))
-    with pytest.raises(KeyError, match="should have one entry named W, got weight"):
-        convert.from_pytorch_metric_learning(head.state_dict())
+    arguments = ["to-pml", str(tmp_path / "weight.safetensors"), str(tmp_path / "back.pt"), "--entry", entry]
+    assert convert.main(arguments) == 0
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert list(back) == [entry]
+    assert torch.equal(back[entry], state[entry])
+    assert back[entry].is_contiguous()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("entry", ["W", "weight"])
+@pytest.mark.parametrize("prefix", ["", "loss."])
+@pytest.mark.parametrize("assign", [False, True])
+def test_their_state_loads_into_a_head(entry, prefix, assign):
+    given = FusedArcFaceLoss(30, 8)
+    state = convert.to_pytorch_metric_learning(given.weight, entry)
+    state = {prefix + name: tensor for name, tensor in state.items()}
+    assert torch.equal(convert.from_pytorch_metric_learning(state, 30), given.weight)
+    head = FusedArcFaceLoss(30, 8)
+    outer = nn.ModuleDict({"loss": head}) if prefix else head
+    outer.load_state_dict(state, assign=assign)
+    assert torch.equal(head.weight, given.weight)
+    assert head.weight.is_contiguous()
+    assert list(state) == [prefix + entry]
+
+
+def test_their_state_of_other_classes_is_refused():
+    state = {"W": torch.ones(8, 90)}  # three centres a class
+    with pytest.raises(RuntimeError, match="weight is of 90 classes in the state and of 30 in the head"):
+        FusedCosFaceLoss(30, 8).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        FusedCosFaceLoss(30, 8).load_state_dict({"W": torch.ones(9, 30)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*W"):
+        FusedCosFaceLoss(30, 8).load_state_dict({"weight": torch.ones(30, 8), "W": torch.ones(8, 30)})
+
+
+@pytest.mark.parametrize(
+    ("names", "got"),
+    [(("bias",), "bias"), (("a.W", "b.W", "weight"), "a.W, b.W, weight"), (("a.weight", "weight"), "a.w")],
+)
+def test_a_state_with_no_weight_of_theirs_or_several_is_refused(names, got):
+    with pytest.raises(KeyError, match=f"should have one entry named W or weight, got {got}"):
+        convert.from_pytorch_metric_learning(dict.fromkeys(names, torch.ones(2, 3)))
+
+
+def test_what_is_written_for_them_is_checked():
+    with pytest.raises(ValueError, match="entry must be 'W' or 'weight', got 'w'"):
+        convert.to_pytorch_metric_learning(torch.ones(3, 2), "w")
+    with pytest.raises(ValueError, match=r"weight should be a tensor with two dimensions, got shape \(3,\)"):
+        convert.to_pytorch_metric_learning(torch.ones(3))
 
 
 def test_checkpoint(tmp_path, capsys):
@@ -186,6 +242,21 @@ UNFIT = {
         ("insightface", "run", "out"),
         "should have an entry named weight, got NoneType.",
     ),
+    "to-pml, no folder": (
+        lambda folder: convert.save_weight(torch.ones(3, 2), folder / "weight"),
+        ("to-pml", "weight", "absent/out"),
+        "absent/out could not be written: ",
+    ),
+    "to-pml, a folder": (
+        lambda folder: convert.save_weight(torch.ones(3, 2), folder / "weight"),
+        ("to-pml", "weight", "."),
+        ". is a folder, not the name of a file to write.",
+    ),
+    "to-pml, no safetensors": (
+        _save({"W": torch.ones(2, 3)}, LOSS),
+        ("to-pml", LOSS, "out"),
+        "loss.pt is no safetensors file with a weight: ",
+    ),
     "vector": (
         _checkpoint(shorten=False),
         ("checkpoint", "run", "out", "--name", "head/bias"),
@@ -228,7 +299,7 @@ def test_several_centres_a_class_are_seen_by_their_number(tmp_path, capsys):
     torch.save({"W": torch.randn(8, 30)}, tmp_path / "loss.pt")
     arguments = ["pml", str(tmp_path / "loss.pt"), str(tmp_path / "weight.safetensors")]
     assert convert.main([*arguments, "--classes", "10"]) == 1
-    assert "each of 10 classes, got 30 columns" in capsys.readouterr().err
+    assert "each of 10 classes, got 30 centres" in capsys.readouterr().err
     assert convert.main(arguments) == 0
     assert "--classes was not given" in capsys.readouterr().err
     assert convert.main([*arguments, "--classes", "30"]) == 0
