@@ -22,7 +22,7 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # none that Pillow hands to another program
 MODES = {"gray": "L", "rgb": "RGB"}
 # How an image is turned upright, by its EXIF orientation (Exif 2.32, tag 0x0112), as OpenCV turns it.
-UPRIGHT = {
+UPRIGHT: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
