@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cosface_recipes.data.images import MODES, UNREADABLE, CorruptSampleError, decode, identity_files
+from cosface_recipes.data.images import KINDS, MODES, UNREADABLE, CorruptSampleError, decode, identity_files
 from cosface_recipes.data.recordio import RecordFile
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,10 @@ class ImageDataset(Dataset[Any]):
             except UNREADABLE as error:
                 message = f"The sample {self.keys[i]} cannot be read: {error}"
                 if self.on_corrupt == "raise":
-                    raise CorruptSampleError(message) from error
+                    advice = "Mend it or take it away; train.py --on-corrupt skip passes over it."
+                    raise CorruptSampleError(f"{message}. {advice}") from error
                 if not self._corrupt[i]:
-                    log.warning("%s Skipped.", message)
+                    log.warning("%s. Skipped.", message)
                 self._corrupt[i] = True
                 continue
             return (self.transform(image) if self.transform else image), label
@@ -135,7 +136,10 @@ class ImageFolder(ImageFiles):
         self.folder = Path(folder)
         files = identity_files(self.folder)
         if not files:
-            raise ValueError(f"The image folder {folder} has no sub-folder with images.")
+            raise ValueError(
+                f"The image folder {folder} has no sub-folder with images: it takes one per identity, such as "
+                f"{self.folder / 'alice' / '1.jpg'}. {KINDS}"
+            )
         self.identities = list(files)
         sources = [path for paths in files.values() for path in paths]
         labels = torch.arange(len(files)).repeat_interleave(torch.tensor([*map(len, files.values())]))

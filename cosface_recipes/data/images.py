@@ -2,50 +2,118 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import struct
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # none that Pillow hands to another program
 MODES = {"gray": "L", "rgb": "RGB"}
+# How an image is turned upright, by its EXIF orientation (Exif 2.32, tag 0x0112), as OpenCV turns it.
+UPRIGHT: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What Pillow raises on bytes that are not an image, apart from its own errors, which are OSErrors.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+KINDS = f"Images are files that end in {', '.join(sorted(SUFFIXES))}; convert others, such as .heic, first."
 
 
 class CorruptSampleError(ValueError):
     """A sample that cannot be read; the message has its key."""
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files below a folder, in the order of their paths, without hidden ones.
+
+    A system leaves hidden files beside images, macOS one of the same suffix beside each (._1.jpg).
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
+    )
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
 def image_files(folder: Path) -> list[Path]:
-    """The images below a folder, in the order of their paths."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The images below a folder, in the order of their paths; hidden files are none."""
+    return [path for path in visible_files(folder) if is_image(path)]
 
 
 def identity_files(folder: Path) -> dict[str, list[Path]]:
-    """The images below each sub-folder that has any, by its name, in the order of the names."""
+    """The images below each sub-folder that has any, by its name, in the order of the names.
+
+    What is left out is logged as a warning: files of other kinds, and sub-folders that have no images.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"The image folder {folder} does not exist or is not a folder.")
-    files = {path.name: image_files(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = {path.name: visible_files(path) for path in subfolders}
+    files = {name: [path for path in paths if is_image(path)] for name, paths in found.items()}
+    kinds = Counter(path.suffix.lower() or path.name for paths in found.values() for path in paths)
+    others = [f"{kind} ({count})" for kind, count in sorted(kinds.items()) if kind not in SUFFIXES]
+    if others:
+        warn_once(f"Files in {folder} that are left out: {', '.join(others)}. {KINDS}")
+    if empty := [name for name, paths in files.items() if not paths]:
+        warn_once(f"{len(empty)} of the {len(files)} sub-folders of {folder} have no images, {empty[0]!r} first.")
     return {name: paths for name, paths in files.items() if paths}
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """A test set is opened after every epoch."""
+    log.warning(text)
+
+
 def decode(data: bytes | Path, color: str = "rgb") -> Image.Image:
-    """A JPEG, PNG, WebP, BMP, PPM or TIFF image, in memory or in a file.
+    """A JPEG, PNG, WebP, BMP, PPM or TIFF image, in memory or in a file, upright by its EXIF orientation.
+
+    Of integers of more than 8 bits, as in a 16-bit PNG, the upper 8 of 16 count; transparency is dropped.
 
     Args:
         color: "rgb" or "gray".
     """
     source = data if isinstance(data, Path) else io.BytesIO(data)
     with Image.open(source, formats=FORMATS) as image:
-        return image.convert(MODES[color])
+        image.load()  # turns a TIFF upright, and then removes the orientation
+        method = UPRIGHT.get(orientation(image))
+        eight_bits = upper_byte(image) if image.mode.startswith("I") else image
+        converted = eight_bits.convert(MODES[color])
+    return converted if method is None else converted.transpose(method)
+
+
+def orientation(image: Image.Image) -> object:
+    """The EXIF orientation; 1, which is upright, where there is none or it is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*UNREADABLE, KeyError, TypeError):
+        return 1
+
+
+def upper_byte(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion makes white of all above 255."""
+    return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def read_image(path: Path, color: str) -> Image.Image:

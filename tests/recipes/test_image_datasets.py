@@ -100,7 +100,10 @@ def test_what_is_skipped_is_logged_once_with_its_key(source, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             dataset[2]
-    assert [record.getMessage().partition(" cannot")[0] for record in caplog.records] == [f"The sample {keys[2]}"]
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == "cosface_recipes.data.image_datasets"
+    ]
+    assert [message.partition(" cannot")[0] for message in messages] == [f"The sample {keys[2]}"]
     assert dataset.corrupt == [keys[2]]
 
 
