@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cosface_recipes.data.detection import Detector, NoFaceError, load_detector, read_face
-from cosface_recipes.data.images import SUFFIXES, CorruptSampleError, image_files, read_image
+from cosface_recipes.data.images import CorruptSampleError, image_files, is_image, read_image
 from cosface_recipes.data.transforms import evaluation_transform
 from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.evaluation.verification import normalised
@@ -124,7 +124,8 @@ def enroll(recognizer: Recognizer, folder: Path) -> Gallery:
     """
     if not folder.is_dir():
         raise ValueError(f"The gallery {folder} is neither a folder nor a file of {' or '.join(FILES)}.")
-    entries = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix.lower() in SUFFIXES]
+    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    entries = [path for path in visible if path.is_dir() or is_image(path)]
     if not entries:
         raise ValueError(f"The gallery {folder} has no sub-folders and no images.")
     named: dict[str, Path] = {}
@@ -133,11 +134,13 @@ def enroll(recognizer: Recognizer, folder: Path) -> Gallery:
         if name in named:
             raise ValueError(f"The gallery {folder} has two entries {name}: {named[name].name} and {path.name}.")
         named[name] = path
-    found = {name: recognizer.identity(path) for name, path in named.items()}
+    empty = {name for name, path in named.items() if path.is_dir() and not image_files(path)}
+    recognizer.left_out += [f"The folder {named[name]} has no images." for name in sorted(empty)]
+    found = {name: recognizer.identity(path) for name, path in named.items() if name not in empty}
     known = {name: embedding for name, embedding in found.items() if embedding is not None}
     if not known:
         raise ValueError(
-            f"None of the {len(found)} identities of {folder} has a usable photo. {recognizer.report()}"
+            f"None of the {len(named)} identities of {folder} has a usable photo. {recognizer.report()}"
         )
     return Gallery([*known], torch.stack([*known.values()]), recognizer.digest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,14 @@ def compare_pairs(
         check_kinds(labels, *curve.pairs)
         rates = {}
     rates |= {f"TAR@FAR={far:g}": curve.tar_at_far(far) for far in FARS}
-    chosen = f"FAR {far:g} of {curve.pairs[1]:,} impostor pairs of {name}"
+    impostors = curve.pairs[1]
+    if far * impostors < 1:
+        warnings.warn(
+            f"{impostors:,} impostor pairs of {name} are too few for a threshold at a FAR of {far:g}, of which less "
+            "than one would pass: hold out more identities, or choose a larger far.",
+            stacklevel=2,
+        )
+    chosen = f"FAR {far:g} of {impostors:,} impostor pairs of {name}"
     return Result(Path(name).stem, len(labels), rates, curve.threshold(far), chosen, curve)
 
 

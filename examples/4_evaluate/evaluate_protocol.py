@@ -224,6 +224,7 @@ def load_embedder(args: argparse.Namespace) -> Embedder:
         None if flip == "none" else flip,
         args.batch_size,
         args.workers,
+        on_corrupt=args.on_corrupt,
     )
 
 
@@ -256,6 +257,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--flip",
         choices=("sum", "concatenate", "none"),
         help="the mirror image's embedding (default: sum, or none if the model was exported so)",
+    )
+    parser.add_argument(
+        "--on-corrupt",
+        choices=("raise", "skip"),
+        default="raise",
+        help="folder: end at an image that cannot be read, or leave it out and say so (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=Embedder.batch_size)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default: 0)")

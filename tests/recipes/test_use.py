@@ -201,6 +201,18 @@ def test_photos_can_be_the_gallery(photos, tmp_path, exported, capsys):
     assert capsys.readouterr().out.splitlines()[2].split() == ["1.0000", "Cem/1.png"]
 
 
+def test_a_gallery_leaves_out_what_is_empty_or_hidden(photos, tmp_path, exported, capsys):
+    gallery = tmp_path / "gallery"
+    shutil.copytree(photos, gallery)
+    (gallery / "Nobody").mkdir()
+    shutil.copytree(gallery / "Cem", gallery / ".thumbnails")
+    run(enroll, exported, gallery, "--output", tmp_path / "x.npz")
+    assert f"The folder {gallery / 'Nobody'} has no images." in "".join(capsys.readouterr())
+    names = np.load(tmp_path / "x.npz")["names"].tolist()
+    assert "Cem" in names
+    assert not {"Nobody", ".thumbnails"} & set(names)
+
+
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, exported):
     """The same description, other weights."""
