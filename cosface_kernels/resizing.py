@@ -68,7 +68,7 @@ def _labels(name: str, values: Sequence[int] | Tensor, below: int) -> Tensor:
     try:
         # an array of numpy may run backwards, a tensor may not
         if hasattr(values, "__array__") and not isinstance(values, Tensor):
-            values = values.copy()
+            values = values.copy()  # type: ignore[attr-defined]
         labels = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         labels = torch.empty((), device="cpu")  # is none
@@ -235,7 +235,8 @@ def check_optimizer(optimizer: Optimizer, weight: Tensor, parameters: Iterable[T
             got = f"shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else type(moment).__name__
             raise ValueError(
                 f"the optimizer's state of a parameter of shape {tuple(parameter.shape)} must be of that shape, "
-                f"got {name} of {type(optimizer).__name__}, {got}, which belongs to no class: make the optimizer anew."
+                f"got {name} of {type(optimizer).__name__}, {got}, which belongs "
+                "to no class: make the optimizer anew."
             )
 
 
