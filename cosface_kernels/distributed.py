@@ -319,13 +319,14 @@ class Exchange:
         refusal = None
         try:
             yield
+            facts = describe()
         except Exception as error:  # whatever it is, it must be told before it is raised
             refusal = error
         count = 0
         if refusal is None:
             inputs = (embeddings, *per_sample, self.weight)
             count = len(embeddings)
-            facts = describe() | {
+            facts |= {
                 "num_classes": self.shape[0],
                 "embedding_size": self.shape[1],
                 "dtype of embeddings": embeddings.dtype,

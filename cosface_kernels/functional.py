@@ -157,6 +157,8 @@ def margin_softmax_loss(
     with ranks.agreement(facts, embeddings, sample_weight):
         stages.check(settings, ranks, embeddings, weight, labels, scale)
         check_stats(return_stats)
+        if class_weight is not None:
+            sample_weights.check_class_weight(class_weight, ranks.num_classes)
         sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)

@@ -254,14 +254,26 @@ class FusedMarginLoss(nn.Module):
         """
         weight, ranks = self.weight, placement(self.weight)
         change = torch.empty(0, device="cpu")
-        described = lambda: {"keep": resizing.digest(change), "init": init is not None}  # noqa: E731
+        of_each_class = [weight]
+        if isinstance(self.margin, Margin):
+            of_each_class += self.margin.parameters_of_each_class()
+        described = lambda: {  # noqa: E731
+            "keep": resizing.digest(change),
+            "init": init is not None,
+            "state of the optimizer": resizing.states_of(optimizer, weight),
+        }
         with ranks.agreement(described, ranks.weight):
             optim.check_between_steps(weight, optimizer)
+            if len(weight) != self.num_classes:  # by another head with the same parameter
+                raise ValueError(
+                    f"the weight must have the head's {self.num_classes} classes, got {len(weight)}: where heads "
+                    "share one, no more than one of them can change its classes."
+                )
             change = resizing.sources(keep, new, self.num_classes)  # (C_new,)
             if init is not None:
                 embeddings, labels = resizing.check_init(init, weight, len(change))
             if optimizer is not None:
-                resizing.check_optimizer(optimizer, weight)
+                resizing.check_optimizer(optimizer, weight, of_each_class)
         counts = torch.ones_like(change)
         rows = normal_(resizing.resized_zeros(weight, len(change)), self.init_std)  # (C_new, D)
         if init is not None:
@@ -269,7 +281,7 @@ class FusedMarginLoss(nn.Module):
             resizing.place_class_means_(rows, embeddings, labels, change)
         resizing.set_lengths_(rows, weight, change, self.init_std * math.sqrt(self.embedding_size))
         resizing.take_rows_(rows, weight, change)
-        states = {} if optimizer is None else resizing.resized_states(optimizer, self.parameters(), change)
+        states = {} if optimizer is None else resizing.resized_states(optimizer, of_each_class, change)
         resizing.replace_(weight, rows)
         if optimizer is not None:
             optimizer.state.update(states)

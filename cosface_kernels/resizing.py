@@ -40,7 +40,10 @@ def sources(keep: Keep, new: int, num_classes: int) -> Tensor:
     tensor([ 2, -1,  0])
     """
     check_integer("new", new, 0)
-    count = num_classes if keep is None else len(keep) if hasattr(keep, "__len__") else 0
+    try:
+        count = num_classes if keep is None else len(keep)
+    except TypeError:  # nothing that has a length, of which `into` tells
+        count = 0
     return into(keep, num_classes, count + int(new))
 
 
@@ -63,6 +66,9 @@ def into(keep: Keep, num_classes: int, total: int) -> Tensor:
 def _labels(name: str, values: Sequence[int] | Tensor, below: int) -> Tensor:
     """(K,) int64 on the CPU, distinct and in [0, below)."""
     try:
+        # an array of numpy may run backwards, a tensor may not
+        if hasattr(values, "__array__") and not isinstance(values, Tensor):
+            values = values.copy()  # type: ignore[attr-defined]
         labels = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         labels = torch.empty((), device="cpu")  # is none
@@ -138,6 +144,9 @@ def class_counts(ranks: Local | Exchange, labels: Tensor, sources: Tensor) -> Te
 def place_class_means_(rows: Tensor, embeddings: Tensor, labels: Tensor, sources: Tensor) -> None:
     """Gives each new row of `rows` (C_new, D) the direction of the mean of its class's unit embeddings.
 
+    Raises:
+        ValueError: on every rank, for a mean that has no direction.
+
     Source: Qi et al., Low-Shot Learning with Imprinted Weights, arXiv:1712.07136, Section 3.2.
     """
     ranks = placement(rows)
@@ -147,8 +156,17 @@ def place_class_means_(rows: Tensor, embeddings: Tensor, labels: Tensor, sources
         here = (labels >= owned.start) & (labels < owned.stop)
         sums = x_hat.new_zeros(len(owned), rows.shape[1])
         sums = ranks.sum(sums.index_add_(0, labels[here] - owned.start, x_hat[here]))
+        lengths = torch.linalg.vector_norm(sums, dim=1)
+        new = sources[owned.start : owned.stop] == NEW
+        wrong = new & ~((lengths > 0) & lengths.isfinite()).cpu()
+        if wrong.any():
+            label = owned.start + int(wrong.nonzero()[0])
+            raise ValueError(
+                f"the mean of the embeddings of init must have a direction, got length "
+                f"{lengths[label - owned.start].item():g} for class {label}."
+            )
         if rank == ranks.rank:
-            new = (sources[owned.start : owned.stop] == NEW).to(rows.device)
+            new = new.to(rows.device)
             own_rows(rows)[new] = sums[new].to(rows.dtype)
 
 
@@ -192,6 +210,7 @@ def check_init(init: tuple[Tensor, Tensor], weight: Tensor, num_classes: int) ->
 def replace_(weight: Tensor, rows: Tensor) -> None:
     """Gives the parameter other rows (C_new, D), laid out like its own, so that all that hold it hold these."""
     weight.grad = None
+    torch.autograd.graph.increment_version(weight)  # a graph of before must not go backward through other rows
     other = torch.float16 if rows.dtype is torch.float32 else torch.float32
     weight.data = resized_zeros(rows, 0).to(
         other
@@ -201,11 +220,30 @@ def replace_(weight: Tensor, rows: Tensor) -> None:
         weight._local_tensor, weight._spec = rows._local_tensor, rows._spec  # type: ignore[attr-defined]
 
 
-def check_optimizer(optimizer: Optimizer, weight: Tensor) -> None:
+def check_optimizer(optimizer: Optimizer, weight: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Raises ValueError if it is without the weight, or has state of the parameters that is not of each class."""
     if not any(member is weight for group in optimizer.param_groups for member in group["params"]):
         raise ValueError(
             f"the optimizer must hold the head's weight, got a {type(optimizer).__name__} without it."
         )
+    for parameter in parameters:
+        for name, moment in optimizer.state.get(parameter, {}).items():
+            if isinstance(moment, Tensor) and (not moment.dim() or moment.shape == parameter.shape):
+                continue
+            if moment is None or isinstance(moment, int | float):
+                continue
+            got = f"shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else type(moment).__name__
+            raise ValueError(
+                f"the optimizer's state of a parameter of shape {tuple(parameter.shape)} must be of that shape, "
+                f"got {name} of {type(optimizer).__name__}, {got}, which belongs "
+                "to no class: make the optimizer anew."
+            )
+
+
+def states_of(optimizer: Optimizer | None, weight: Tensor) -> list[str]:
+    """The names of what ranks exchange of it."""
+    state = {} if optimizer is None else optimizer.state.get(weight, {})
+    return sorted(name for name, moment in state.items() if isinstance(moment, Tensor) and moment.dim())
 
 
 def resized_states(
@@ -214,7 +252,7 @@ def resized_states(
     """The optimizer's state of those parameters that have a row or a number of each class, with 0 for new ones."""
     states = {}
     for parameter in parameters:
-        if parameter in optimizer.state and parameter.dim():
+        if parameter in optimizer.state:
             states[parameter] = {
                 name: take_rows_(resized_zeros(moment, len(sources)), moment, sources)
                 if isinstance(moment, Tensor) and moment.shape == parameter.shape

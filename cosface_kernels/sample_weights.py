@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cosface_kernels.validation import check_per_sample
+from cosface_kernels.validation import check_per_sample, check_tensor
 
 
 def combined(
@@ -22,7 +22,8 @@ def combined(
         check_per_sample("sample_weight", sample_weight, labels)
         factors.append(sample_weight)
     if class_weight is not None:
-        factors.append(class_weight[labels.long().clamp(0, len(class_weight) - 1)])
+        # of a shorter format the sum of many, by which the mean divides, would be coarse or overflow
+        factors.append(class_weight.to(dtype)[labels.long().clamp(0, len(class_weight) - 1)])
     if indices_tuple is not None:
         factors.append(of_tuples(indices_tuple, labels, dtype))
     return math.prod(factors[1:], start=factors[0]) if factors else None
@@ -71,9 +72,15 @@ def of_each_class(values: Tensor | Sequence[float] | None, num_classes: int) -> 
     if values is None:
         return None
     weight = values.detach() if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
-    if weight.shape != (num_classes,):
-        raise ValueError(f"class_weight must hold {num_classes} numbers, got shape {tuple(weight.shape)}.")
+    check_class_weight(weight, num_classes)
+    weight = weight.to(torch.float32, copy=True)
     wrong = ~((weight >= 0) & (weight < math.inf))
     if wrong.any():
         raise ValueError(f"class_weight must be finite and at least 0, got {weight[wrong][0].item()}.")
-    return weight.to(torch.float32, copy=True)
+    return weight
+
+
+def check_class_weight(weight: Tensor, num_classes: int) -> None:
+    check_tensor("class_weight", weight)
+    if weight.shape != (num_classes,):
+        raise ValueError(f"class_weight must hold {num_classes} numbers, got shape {tuple(weight.shape)}.")

@@ -106,6 +106,7 @@ def facts(
         "validate_labels": settings.validate_labels,
         "dtype of sample_weight": getattr(weights[0], "dtype", None),
         "presence of class_weight and indices_tuple": [each is not None for each in weights[1:]],
+        "recording of class_weight's gradient": getattr(weights[1], "requires_grad", False),
         "normalization of embeddings and weight": (settings.normalize_embeddings, settings.normalize_weight),
         "gradient_tolerance": settings.gradient_tolerance,
         "k of return_stats": None if isinstance(return_stats, bool) else return_stats,

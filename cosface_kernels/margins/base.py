@@ -87,6 +87,10 @@ class Margin(nn.Module):
             if state.dim():
                 setattr(self, name, taken(state, sources, torch.full_like(sources, initial, dtype=state.dtype)))
 
+    def parameters_of_each_class(self) -> list[nn.Parameter]:
+        """(C,) those that `resize_classes_` changes."""
+        return []
+
     def batch_state(self) -> list[Tensor]:
         """What a batch may change; a state of each class is changed between batches."""
         return [state for state in map(self.get_buffer, self._initial) if not state.dim()]

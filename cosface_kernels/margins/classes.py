@@ -36,7 +36,12 @@ class ClassMargin(Margin):
         table = margins if isinstance(margins, Tensor) else torch.tensor(margins, device="cpu")
         if table.dim() != 1 or not table.numel():
             raise ValueError(f"margins must be a vector, one for each class, got shape {tuple(table.shape)}.")
-        if table.device.type == "cpu" and not bool(table.isfinite().all()):
+        if table.is_complex() or table.dtype == torch.bool:
+            raise ValueError(f"margins must be numbers, got {table.dtype}.")
+        if not table.is_floating_point():
+            table = table.to(torch.get_default_dtype())
+        looks = table.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not bool(table.isfinite().all()):
             raise ValueError(f"margins must be finite, got {table[~table.isfinite()][0].item()}.")
         self.arc = arc
         if isinstance(table, nn.Parameter):
@@ -56,6 +61,9 @@ class ClassMargin(Margin):
             self.margins.grad, self.margins.data = None, margins
         else:
             self.margins = margins
+
+    def parameters_of_each_class(self) -> list[nn.Parameter]:
+        return [self.margins] if isinstance(self.margins, nn.Parameter) else []
 
     def extra_repr(self) -> str:
         return f"{len(self.margins)} classes, arc={self.arc}"

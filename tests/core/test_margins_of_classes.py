@@ -51,6 +51,7 @@ def test_a_table_learns(backend):
         (lambda: ClassMargin([0.1, float("nan")]), "margins must be finite, got nan"),
         (lambda: ClassMargin(torch.ones(2, 2)), r"margins must be a vector, .* got shape \(2, 2\)"),
         (lambda: FusedCosFaceLoss(3, 2, torch.tensor(0.3)), r"margins must be a vector, .* got shape \(\)"),
+        (lambda: ClassMargin([True, False]), "margins must be numbers, got torch.bool"),
         (lambda: ldam_margins([0, 1]), r"class_counts must be a vector of positive counts, got \[0, 1\]"),
         (lambda: FusedAdaMSoftmaxLoss(3, 2, 1.5), r"margin must be in \[0, 1\], got 1\.5"),
         (lambda: FusedElasticFaceLoss(3, 2, std=-1.0), r"std must be in \[0, inf\), got -1\.0"),
@@ -65,6 +66,19 @@ def test_refuses(make, message):
 def test_the_function_refuses_a_table_of_other_classes():
     with pytest.raises(ValueError, match="margin must be one number or 7, one of each class, got 6"):
         margin_softmax_loss(torch.ones(2, D), torch.ones(C, D), torch.tensor([0, 1]), margin=torch.ones(6))
+
+
+def test_a_table_of_the_function_compiles_whole():
+    x, w, labels, table = torch.randn(N, D), torch.randn(C, D), torch.arange(N) % C, torch.rand(C)
+    loss = lambda table: margin_softmax_loss(x, w, labels, margin=table)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(table), loss(table))
+
+
+def test_integers_are_margins():
+    head = FusedCosFaceLoss(3, D, torch.tensor([0, 1, 0]))
+    head.resize_classes_(new=1)
+    torch.testing.assert_close(head.margin.margins, torch.tensor([0, 1, 0, 1 / 3]))
 
 
 def test_margins_by_class_size():

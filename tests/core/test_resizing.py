@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from cosface_kernels import (
     FusedAdaMSoftmaxLoss,
     FusedCosFaceLoss,
     FusedKappaFaceLoss,
+    FusedMarginLoss,
     convert,
 )
+from cosface_kernels.margins import Margin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.resizing import sources
 
@@ -40,6 +43,7 @@ def _step(head, optimizer, x, labels):
         ([6, 0, 3], 0, [6, 0, 3]),
         (torch.tensor([6, 0]), 1, [6, 0, -1]),
         (range(2, 4), 1, [2, 3, -1]),
+        (np.arange(7)[::-1], 0, [6, 5, 4, 3, 2, 1, 0]),
         ({6: 0, 0: 2}, 2, [6, -1, 0, -1]),
         ([], 2, [-1, -1]),
     ],
@@ -58,6 +62,9 @@ def test_sources(keep, new, want):
         ([0.5], 0, "keep must be a vector of integers"),
         (torch.ones(7, dtype=torch.bool), 0, "keep must be a vector of integers"),
         (3, 0, "keep must be a vector of integers, got 3"),
+        (torch.tensor(3), 0, r"keep must be a vector of integers, got tensor\(3\)"),
+        (np.array(3), 0, r"keep must be a vector of integers, got array\(3\)"),
+        ({1, 2}, 0, r"keep must be a vector of integers, got \{1, 2\}"),
         ({0: 1}, 0, r"the new labels of keep must be in \[0, 1\), got 1"),
         ({0: 0, 1: 0}, 0, "the new labels of keep must be distinct, got 0 several times"),
         ([], 0, "a head needs a class, got none to keep of 7 and new=0"),
@@ -155,6 +162,11 @@ def test_imprints_class_means(dtype):
         ((torch.ones(2, D), torch.tensor([7, 9])), r"must be in \[0, 9\), got 9"),
         ((torch.ones(2, D), torch.tensor([7])), r"must be 2 integers, got torch.int64 of shape \(1,\)"),
         ((torch.ones(2, D), torch.tensor([7.0, 8.0])), "must be 2 integers, got torch.float32"),
+        ((torch.tensor([[1.0] * D, [1] * D, [-1] * D]), torch.tensor([7, 8, 8])), "got length 0 for class 8"),
+        (
+            (torch.full((2, D), torch.nan), torch.tensor([7, 8])),
+            "must have a direction, got length nan for class 7",
+        ),
         (torch.ones(2, D), r"must be None or a pair \(embeddings, labels\), got Tensor"),
     ],
     ids=str,
@@ -180,6 +192,69 @@ def test_refuses_another_optimizer_or_the_middle_of_a_step():
     optimizer.step()
     head.resize_classes_(new=1, optimizer=optimizer)
     assert head.weight.shape == (C + 1, D)
+
+
+@pytest.mark.parametrize("keep", [[0, 1], [3, 2, 1, 0]], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, FusedSGD])
+def test_a_loss_of_before_has_no_backward(kind, keep):
+    """It would give gradients to other classes, or read beyond the rows."""
+    head = FusedCosFaceLoss(4, D)
+    optimizer = kind(head.parameters(), lr=0.1)
+    loss = head(torch.randn(2, D), torch.tensor([3, 2]))
+    head.resize_classes_(keep, optimizer=optimizer)
+    before = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(torch.optim.Adafactor, r"row_var of Adafactor, shape \(7, 1\)"), (torch.optim.LBFGS, "of LBFGS, list")],
+)
+def test_refuses_a_state_that_is_not_of_each_class(kind, message):
+    head = FusedCosFaceLoss(C, D)
+    optimizer = kind(head.parameters())
+    x = torch.randn(3, D)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = head(x, torch.tensor([0, 1, 2]))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match=message):
+        head.resize_classes_([1, 0], optimizer=optimizer)
+    assert head.num_classes == len(head.weight) == C
+
+
+class _Affine(Margin):
+    def __init__(self):
+        super().__init__()
+        self.numbers = torch.nn.Parameter(torch.tensor([0.9, 0.3, 0.0]))
+
+    def forward(self, cos, rows):
+        return self.numbers[0] * cos - self.numbers[1]
+
+
+def test_what_a_margin_learns_for_all_classes_stays():
+    head = FusedMarginLoss(C, D, _Affine())
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    _step(head, optimizer, torch.randn(2, D), torch.tensor([0, 1]))
+    moment = optimizer.state[head.margin.numbers]["momentum_buffer"].clone()
+    head.resize_classes_([6, 5], optimizer=optimizer)
+    assert torch.equal(optimizer.state[head.margin.numbers]["momentum_buffer"], moment)
+
+
+def test_of_heads_that_share_a_weight_one_changes_its_classes():
+    head, other = FusedCosFaceLoss(C, D), FusedCosFaceLoss(C, D, class_weight=range(C))
+    other.weight = head.weight
+    head.resize_classes_(new=2)
+    with pytest.raises(ValueError, match="must have the head's 7 classes, got 9: where heads share one"):
+        other.resize_classes_([0, 1])
+    with pytest.raises(ValueError, match=r"class_weight must hold 9 numbers, got shape \(7,\)"):
+        other(torch.randn(1, D), torch.tensor([8]))
 
 
 def test_the_margins_state_follows_and_class_weight():

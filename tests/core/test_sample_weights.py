@@ -47,11 +47,27 @@ def test_class_weight_is_saved_and_moves_with_the_head():
         ([1.0] * 8 + [-0.5], r"finite and at least 0, got -0\.5"),
         ([1.0] * 8 + [float("nan")], "finite and at least 0, got nan"),
         ([1.0] * 8 + [float("inf")], "finite and at least 0, got inf"),
+        (torch.full((9,), 1e300, dtype=torch.float64), "finite and at least 0, got inf"),
     ],
 )
 def test_refuses_class_weights(values, message):
     with pytest.raises(ValueError, match=message):
         FusedCosFaceLoss(C, D, class_weight=values)
+
+
+def test_the_function_refuses_class_weights_of_other_classes():
+    with pytest.raises(ValueError, match=r"class_weight must hold 9 numbers, got shape \(3,\)"):
+        margin_softmax_loss(
+            torch.ones(2, D), torch.ones(C, D), torch.tensor([0, 8]), margin=0.1, class_weight=torch.ones(3)
+        )
+
+
+def test_class_weights_of_a_short_format_sum_in_float32():
+    """Their sum, 240000, is no float16."""
+    head = FusedCosFaceLoss(C, D, class_weight=[3e4] * C).half()
+    x, labels = torch.randn(N, D).half(), torch.zeros(N, dtype=torch.long)
+    want = margin_softmax_loss(x, head.weight, labels, margin=0.35)
+    torch.testing.assert_close(head(x, labels), want)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4])

@@ -99,9 +99,18 @@ def refused_on_one(rank: int, group: ProcessGroup) -> None:
     FusedCosFaceLoss(10, DIM, process_group=group).resize_classes_([0, 9 + rank])
 
 
+def with_a_state_on_one(rank: int, group: ProcessGroup) -> None:
+    head = FusedCosFaceLoss(10, DIM, process_group=group)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    head(*own(rank, group.size(), *batch(10, torch.float32))).backward()
+    optimizer.step()
+    head.resize_classes_(new=1, optimizer=None if rank else optimizer)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (with_a_state_on_one, "state of the optimizer must be the same on every rank"),
         (unlike, "keep must be the same on every rank"),
         (without_samples_of_a_class, "every new class, got none of class 11"),
         (refused_on_one, "keep must be in [0, 10), got 10"),
