@@ -83,7 +83,7 @@ class ImageDataset(Dataset[Any]):
             except UNREADABLE as error:
                 message = f"The sample {self.keys[i]} cannot be read: {error}"
                 if self.on_corrupt == "raise":
-                    advice = "Mend it or take it away; --on-corrupt skip of train.py and evaluate_protocol.py leaves it out."
+                    advice = "Mend it or take it away; with --on-corrupt skip a command leaves it out."
                     raise CorruptSampleError(f"{message}. {advice}") from error
                 if not self._corrupt[i]:
                     log.warning("%s. Skipped.", message)

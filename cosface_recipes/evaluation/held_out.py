@@ -95,8 +95,8 @@ def compare_pairs(
     impostors = curve.pairs[1]
     if far * impostors < 1:
         warnings.warn(
-            f"{impostors:,} impostor pairs of {name} are too few for a threshold at a FAR of {far:g}, of which less "
-            "than one would pass: hold out more identities, or choose a larger far.",
+            f"{impostors:,} impostor pairs of {name} are too few for a threshold at a FAR of {far:g}, at which "
+            "less than one of them would pass: hold out more identities, or choose a larger far.",
             stacklevel=2,
         )
     chosen = f"FAR {far:g} of {impostors:,} impostor pairs of {name}"
