@@ -249,6 +249,9 @@ class Local:
     def replicate(self, parameter: float | Tensor) -> float | Tensor:
         return parameter
 
+    def share(self, parameter: Tensor) -> Tensor:
+        return parameter
+
     def enter(
         self, x: Tensor, targets: Tensor, scale: Tensor, sampled: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -346,9 +349,12 @@ class Exchange:
         return rows.split(self._counts)[self.rank]
 
     def replicate(self, parameter: float | Tensor) -> float | Tensor:
-        """A 0-d parameter of which every rank has a copy; its gradient becomes the same on all."""
-        single = isinstance(parameter, Tensor) and not parameter.dim()
-        return collectives.replicate(parameter, self.group) if single else parameter
+        """A 0-d parameter of which every rank has a copy, shared; anything else as it is."""
+        return parameter if not isinstance(parameter, Tensor) or parameter.dim() else self.share(parameter)
+
+    def share(self, parameter: Tensor) -> Tensor:
+        """A parameter of which every rank has a copy; its gradient becomes the same on all."""
+        return collectives.replicate(parameter, self.group)
 
     def enter(
         self, x: Tensor, targets: Tensor, scale: Tensor, sampled: bool

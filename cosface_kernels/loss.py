@@ -199,7 +199,8 @@ class FusedMarginLoss(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the class centres anew; the same for the same `torch.manual_seed`, on any number of threads.
 
-        All other state is then as before the first batch, also of a head that was made without memory.
+        All other state is then as before the first batch, also of a head that was made without memory; but of such
+        a head, `class_weight`, the margins of a table and KappaFace's `class_counts` must be set again.
         """
         normal_(self.weight, self.init_std)
         if self.sampler is not None:
@@ -313,7 +314,8 @@ class FusedMarginLoss(nn.Module):
             embeddings: (N, embedding_size), need not be normalised.
             labels: (N,) integers in [0, num_classes), or ignore_index.
             indices_tuple: what a miner of pytorch-metric-learning gives, pairs or triplets of positions in the
-                batch. Each sample is weighted by how often it occurs in them, over the largest of these counts.
+                batch, of this rank's samples. Each is weighted by how often it occurs in them, over the largest of
+                these counts.
             ref_emb, ref_labels: None, or the embeddings and labels themselves; others are refused, as by the
                 classification losses of pytorch-metric-learning, in whose call they have these places.
             sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's.

@@ -218,7 +218,7 @@ def gather(
     """The samples of all ranks from those of this one."""
     s = _row_scale(ranks.replicate(scale), embeddings, weight)  # (N_r,)
     embeddings, targets, s = ranks.gather(embeddings), ranks.gather(targets), ranks.gather(s)
-    rows = Rows(embeddings, targets, ranks.whole)
+    rows = Rows(embeddings, targets, ranks.whole, ranks.share)
     if not settings.normalize_embeddings:
         # no kernel: s x = (s |x|) x / |x|; clamped as the kernels clamp, so that x = 0 has its gradient
         s = s * rows.norms().clamp_min(EPS)  # (N,)

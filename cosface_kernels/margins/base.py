@@ -19,11 +19,13 @@ class Rows:
         embeddings: (N, D), as given to the loss.
         targets: (N,) int64 classes, negative for a sample that has no loss.
         weight: (C, D) class centres, or None if they are sharded.
+        share: what a parameter that every rank has goes through, so that its gradient is the same on all.
     """
 
     embeddings: Tensor
     targets: Tensor
     weight: Tensor | None = None
+    share: Callable[[Tensor], Tensor] = lambda parameter: parameter
 
     @property
     def valid(self) -> Tensor:

@@ -50,7 +50,7 @@ class ClassMargin(Margin):
             self.register_buffer("margins", table)
 
     def forward(self, cos: Tensor, rows: Rows) -> Tensor:
-        m = self.margins[rows.targets.clamp_min(0)].to(cos.dtype)  # (N,)
+        m = rows.share(self.margins)[rows.targets.clamp_min(0)].to(cos.dtype)  # (N,)
         return cos * m.cos() - sine(cos) * m.sin() if self.arc else cos - m
 
     def resize_classes_(self, sources: Tensor, counts: Tensor) -> None:
@@ -110,7 +110,8 @@ class AdaMSoftmaxMargin(ClassMargin):
         if self.training:
             with torch.no_grad():
                 self.margins.clamp_(0, 1)
-        return super().loss(top, log_sum, cos, scale, rows) + self.regularizer * (1 - self.margins.mean())
+        mean = rows.share(self.margins).mean()
+        return super().loss(top, log_sum, cos, scale, rows) + self.regularizer * (1 - mean)
 
     def extra_repr(self) -> str:
         return f"{len(self.margins)} classes, regularizer={self.regularizer}"

@@ -386,3 +386,22 @@ def test_under_torch_compile(ranks):
     for plain, compiled in ranks.results(2, _compiled):
         for got, want in zip(compiled, plain, strict=True):
             assert torch.equal(got, want)
+
+
+def _learned_margins(rank, group):
+    """The gradient of the margins that a rank's own samples' losses give."""
+    torch.manual_seed(0)
+    head = family.FusedAdaMSoftmaxLoss(9, 6, process_group=group, reduction="none", dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(12, 6, generator=rng, dtype=torch.float64), torch.arange(12) % 9
+    if group is not None:
+        x, labels = (t.split((5, 0, 7))[rank] for t in (x, labels))
+    head(x, labels).sum().backward()
+    return head.margin.margins.grad
+
+
+def test_learned_margins_have_one_gradient_on_all_ranks(ranks):
+    """Also where each rank's loss is of its own samples alone: that of the mean over the ranks' losses."""
+    want = _learned_margins(0, None) / 3
+    for got in ranks.results(3, _learned_margins):
+        torch.testing.assert_close(got, want)
