@@ -173,9 +173,8 @@ def place_class_means_(rows: Tensor, embeddings: Tensor, labels: Tensor, sources
 def set_lengths_(rows: Tensor, old: Tensor, sources: Tensor, otherwise: float) -> None:
     """Makes new rows as long as the kept ones are in the mean, so that a step turns both as far."""
     ranks, before = placement(rows), placement(old)
-    kept = torch.zeros(len(old), dtype=torch.bool, device="cpu").index_fill_(
-        0, sources[sources != NEW], True
-    )  # (C,)
+    kept = torch.zeros(len(old), dtype=torch.bool, device="cpu")
+    kept[sources[sources != NEW]] = True
     own_kept = own_rows(old)[kept[before.classes.start : before.classes.stop].to(old.device)]
     lengths = torch.linalg.vector_norm(own_kept, dim=1, dtype=torch.float64)
     total, count = ranks.sum(torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])).tolist()
@@ -211,10 +210,9 @@ def replace_(weight: Tensor, rows: Tensor) -> None:
     """Gives the parameter other rows (C_new, D), laid out like its own, so that all that hold it hold these."""
     weight.grad = None
     torch.autograd.graph.increment_version(weight)  # a graph of before must not go backward through other rows
+    # Of a graph that is still alive autograd keeps the gradient's shape, unless the dtype changes in between.
     other = torch.float16 if rows.dtype is torch.float32 else torch.float32
-    weight.data = resized_zeros(rows, 0).to(
-        other
-    )  # only with the dtype autograd forgets the shape of the gradient
+    weight.data = resized_zeros(rows, 0).to(other)
     weight.data = rows
     if isinstance(weight, DTensor):
         weight._local_tensor, weight._spec = rows._local_tensor, rows._spec  # type: ignore[attr-defined]

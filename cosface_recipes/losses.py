@@ -20,6 +20,8 @@ LOSSES: Mapping[str, type[FusedMarginLoss]] = {
     "magface": family.FusedMagFaceLoss,
     "curricularface": family.FusedCurricularFaceLoss,
     "mv-softmax": family.FusedMVSoftmaxLoss,
+    "elasticface": family.FusedElasticFaceLoss,
+    "adam-softmax": family.FusedAdaMSoftmaxLoss,
     "kappaface": family.FusedKappaFaceLoss,
     "gb-cosface": family.FusedGBCosFaceLoss,
     "x2-softmax": family.FusedX2SoftmaxLoss,
