@@ -25,6 +25,7 @@ def _draw(margin, cos, labels):
     return margin.margins_of(cos, _rows(labels))
 
 
+@pytest.mark.float64
 def test_a_table_learns(backend):
     """Its gradient is that of the target's logits, in the op's float64."""
     x, w = (torch.randn(n, D, device=backend.device, dtype=torch.float64) for n in (N, C))
