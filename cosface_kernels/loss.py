@@ -18,7 +18,6 @@ from cosface_kernels.distributed import (
     empty_weight,
     leave_to_its_rank,
     own_classes,
-    placement,
     several_ranks,
     warn_of_drift,
 )
@@ -253,42 +252,14 @@ class FusedMarginLoss(nn.Module):
         >>> head.resize_classes_(keep=range(10, 1000), new=20).weight.shape
         torch.Size([1010, 128])
         """
-        weight, ranks = self.weight, placement(self.weight)
-        change = torch.empty(0, device="cpu")
-        of_each_class = [weight]
-        if isinstance(self.margin, Margin):
-            of_each_class += self.margin.parameters_of_each_class()
-        described = lambda: {  # noqa: E731
-            "keep": resizing.digest(change),
-            "init": init is not None,
-            "state of the optimizer": resizing.states_of(optimizer, weight),
-        }
-        with ranks.agreement(described, ranks.weight):
-            optim.check_between_steps(weight, optimizer)
-            if len(weight) != self.num_classes:  # by another head with the same parameter
-                raise ValueError(
-                    f"the weight must have the head's {self.num_classes} classes, got {len(weight)}: where heads "
-                    "share one, no more than one of them can change its classes."
-                )
-            change = resizing.sources(keep, new, self.num_classes)  # (C_new,)
-            if init is not None:
-                embeddings, labels = resizing.check_init(init, weight, len(change))
-            if optimizer is not None:
-                resizing.check_optimizer(optimizer, weight, of_each_class)
-        counts = torch.ones_like(change)
-        rows = normal_(resizing.resized_zeros(weight, len(change)), self.init_std)  # (C_new, D)
-        if init is not None:
-            counts = resizing.class_counts(ranks, labels, change)
-            resizing.place_class_means_(rows, embeddings, labels, change)
-        resizing.set_lengths_(rows, weight, change, self.init_std * math.sqrt(self.embedding_size))
-        resizing.take_rows_(rows, weight, change)
-        states = {} if optimizer is None else resizing.resized_states(optimizer, of_each_class, change)
-        resizing.replace_(weight, rows)
-        if optimizer is not None:
-            optimizer.state.update(states)
+        learned = self.margin.parameters_of_each_class() if isinstance(self.margin, Margin) else []
+        before = own_classes(self.weight)
+        change, counts = resizing.resize_(
+            self.weight, learned, self.num_classes, self.init_std, keep, new, init, optimizer
+        )  # (C_new,) each
         if self.sampler is not None:
-            own = own_classes(weight)
-            self.sampler.resize_(len(own), self.sampler.seed - ranks.classes.start + own.start)
+            own = own_classes(self.weight)
+            self.sampler.resize_(len(own), self.sampler.seed - before.start + own.start)
         if isinstance(self.margin, Margin):
             self.margin.resize_classes_(change, counts)
         if self.class_weight is not None:

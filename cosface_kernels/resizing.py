@@ -3,6 +3,7 @@
 A change is told by its sources: (C_new,) int64, for each new label the old one, or NEW.
 """
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,14 +14,72 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from cosface_kernels import optim
 from cosface_kernels.collectives import naming
 from cosface_kernels.distributed import Exchange, Local, class_range, own_rows, placement
+from cosface_kernels.init import normal_
 from cosface_kernels.reference import compute_dtype
 from cosface_kernels.validation import check_integer, check_tensor
 
 NEW = -1
 
 Keep = Mapping[int, int] | Sequence[int] | Tensor | None
+
+
+def resize_(
+    weight: Tensor,
+    learned: Sequence[Tensor],
+    num_classes: int,
+    std: float,
+    keep: Keep,
+    new: int,
+    init: tuple[Tensor, Tensor] | None,
+    optimizer: Optimizer | None,
+) -> tuple[Tensor, Tensor]:
+    """Changes the weight and the optimizer's state; `FusedMarginLoss.resize_classes_` says what it raises.
+
+    Args:
+        learned: parameters beside the weight that have a number of each class, of which the state alone changes.
+        num_classes: C, of the head.
+        std: of new rows, where none is kept.
+
+    Returns:
+        The sources of the change and the number of samples of each new class, (C_new,) each.
+    """
+    ranks, parameters = placement(weight), [weight, *learned]
+    change = torch.empty(0, device="cpu")
+
+    def facts() -> dict[str, object]:
+        return {
+            "keep": digest(change),
+            "init": init is not None,
+            "state of the optimizer": states_of(optimizer, weight),
+        }
+
+    with ranks.agreement(facts, ranks.weight):
+        optim.check_between_steps(weight, optimizer)
+        if len(weight) != num_classes:  # by another head with the same parameter
+            raise ValueError(
+                f"the weight must have the head's {num_classes} classes, got {len(weight)}: where heads share "
+                "one, no more than one of them can change its classes."
+            )
+        change = sources(keep, new, num_classes)
+        if init is not None:
+            embeddings, labels = check_init(init, weight, len(change))
+        if optimizer is not None:
+            check_optimizer(optimizer, weight, parameters)
+    counts = torch.ones_like(change)
+    rows = normal_(resized_zeros(weight, len(change)), std)  # (C_new, D)
+    if init is not None:
+        counts = class_counts(ranks, labels, change)
+        place_class_means_(rows, embeddings, labels, change)
+    set_lengths_(rows, weight, change, std * math.sqrt(weight.shape[1]))
+    take_rows_(rows, weight, change)
+    states = {} if optimizer is None else resized_states(optimizer, parameters, change)
+    replace_(weight, rows)
+    if optimizer is not None:
+        optimizer.state.update(states)
+    return change, counts
 
 
 def sources(keep: Keep, new: int, num_classes: int) -> Tensor:

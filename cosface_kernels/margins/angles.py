@@ -24,5 +24,8 @@ def falling_cos(angle: Tensor) -> Tensor:
     return (1 - 2 * (k % 2)) * torch.cos(angle) - 2 * k
 
 
-def cos_of_sum(cos: Tensor, angle: float) -> Tensor:
+def cos_of_sum(cos: Tensor, angle: float | Tensor) -> Tensor:
+    """cos(theta + m) of cos(theta), with one m or (N,)."""
+    if isinstance(angle, Tensor):
+        return cos * angle.cos() - sine(cos) * angle.sin()
     return cos * math.cos(angle) - sine(cos) * math.sin(angle)

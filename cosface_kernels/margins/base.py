@@ -1,7 +1,7 @@
 """What every margin is made of: the batch that it sees, its base class, averages over batches."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,3 +127,19 @@ def taken(state: Tensor, sources: Tensor, new: Tensor) -> Tensor:
     """(C_new,) state of each class: the old one's, or that of `new`."""
     sources, new = sources.to(state.device), new.to(state.device, state.dtype)
     return torch.where(sources < 0, new, state[sources.clamp_min(0)])
+
+
+def check_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
+    """(C,) float64.
+
+    Raises:
+        ValueError: they are no vector of numbers of at least 1.
+    """
+    counts = class_counts
+    try:
+        counts = counts if isinstance(counts, Tensor) else torch.as_tensor(counts, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        counts = torch.empty((), device="cpu")  # is none
+    if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= 1).all()):
+        raise ValueError(f"class_counts must be a vector of positive counts, got {class_counts!r}.")
+    return counts.double()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cosface_kernels.margins import defaults
-from cosface_kernels.margins.angles import sine
-from cosface_kernels.margins.base import Margin, Rows, taken
+from cosface_kernels.margins.angles import cos_of_sum
+from cosface_kernels.margins.base import Margin, Rows, check_counts, taken
 from cosface_kernels.validation import check_interval, check_margin
 
 
@@ -51,7 +51,7 @@ class ClassMargin(Margin):
 
     def forward(self, cos: Tensor, rows: Rows) -> Tensor:
         m = rows.share(self.margins)[rows.targets.clamp_min(0)].to(cos.dtype)  # (N,)
-        return cos * m.cos() - sine(cos) * m.sin() if self.arc else cos - m
+        return cos_of_sum(cos, m) if self.arc else cos - m
 
     def resize_classes_(self, sources: Tensor, counts: Tensor) -> None:
         super().resize_classes_(sources, counts)
@@ -130,7 +130,7 @@ def ldam_margins(class_counts: Tensor | Sequence[int], largest: float = defaults
     tensor([0.5000, 0.2500, 0.1667])
     """
     check_margin(largest)
-    rarity = _rarity(class_counts)
+    rarity = check_counts(class_counts) ** -0.25
     return (largest * rarity / rarity.max()).float()
 
 
@@ -152,14 +152,6 @@ def dynamic_margins(
     """
     check_margin(smallest)
     check_margin(largest)
-    rarity = _rarity(class_counts)
+    rarity = check_counts(class_counts) ** -0.25
     spread = (rarity.max() - rarity.min()).clamp_min(torch.finfo(rarity.dtype).tiny)
     return (smallest + (largest - smallest) * (rarity - rarity.min()) / spread).float()
-
-
-def _rarity(class_counts: Tensor | Sequence[int]) -> Tensor:
-    counts = class_counts if isinstance(class_counts, Tensor) else torch.tensor(class_counts, device="cpu")
-    counts = counts.double()
-    if counts.dim() != 1 or not counts.numel() or not bool((counts >= 1).all()):
-        raise ValueError(f"class_counts must be a vector of positive counts, got {class_counts!r}.")
-    return counts**-0.25

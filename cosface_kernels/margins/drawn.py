@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.margins import defaults
-from cosface_kernels.margins.angles import sine
+from cosface_kernels.margins.angles import cos_of_sum
 from cosface_kernels.margins.base import Margin, Rows
 from cosface_kernels.validation import check_flag, check_integer, check_interval
 
@@ -56,7 +56,7 @@ class ElasticFaceMargin(Margin):
 
     def forward(self, cos: Tensor, rows: Rows) -> Tensor:
         m = self.margins_of(cos.detach(), rows) if self.training else torch.full_like(cos, self.margin)  # (N,)
-        return cos * m.cos() - sine(cos) * m.sin() if self.arc else cos - m
+        return cos_of_sum(cos, m) if self.arc else cos - m
 
     def margins_of(self, cos: Tensor, rows: Rows) -> Tensor:
         """(N,) margins of the next batch; an ignored sample takes none of those of the others."""
@@ -77,15 +77,20 @@ def standard_normal(seed: int, draw: Tensor, place: Tensor) -> Tensor:
 
     Source: the mixing of integers is that of SplitMix64, Steele et al., OOPSLA 2014; then Box and Muller.
     """
-    counter = 2 * (place + draw.long() * 2**32 + (seed % 2**31) * 2**16)  # (N,)
+    stream = _mixed(torch.full_like(place, seed))  # far from that of any other seed
+    counter = stream + 2 * (place + draw.long() * 2**32)  # (N,)
     radius, angle = (_uniform(counter + part) for part in (0, 1))
     return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
 
 
 def _uniform(integers: Tensor) -> Tensor:
-    """(N,) float64 in [0, 1); int64 wraps around, and what a shift brings in from the sign is cut off."""
+    """(N,) float64 in [0, 1)."""
+    return ((_mixed(integers) >> 11) & 2**53 - 1).double() * 2.0**-53
+
+
+def _mixed(integers: Tensor) -> Tensor:
+    """(N,) int64, which wraps around; what a shift brings in from the sign is cut off."""
     z = integers * -0x61C8864680B583EB
     z = (z ^ ((z >> 30) & 2**34 - 1)) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & 2**37 - 1)) * -0x6B2FB644ECCEEE15
-    z = z ^ ((z >> 31) & 2**33 - 1)
-    return ((z >> 11) & 2**53 - 1).double() * 2.0**-53
+    return z ^ ((z >> 31) & 2**33 - 1)

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.margins import defaults
-from cosface_kernels.margins.angles import angle_of, sine
-from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, taken, update_average
+from cosface_kernels.margins.angles import angle_of, cos_of_sum
+from cosface_kernels.margins.base import (
+    Margin,
+    Rows,
+    check_counts,
+    check_rate,
+    mean_and_std,
+    taken,
+    update_average,
+)
 from cosface_kernels.margins.target import CosFaceMargin, SphereFaceMargin
 from cosface_kernels.reference import softplus
 from cosface_kernels.validation import check_interval, check_margin, check_numbers
@@ -184,17 +192,12 @@ class KappaFaceMargin(Margin):
         gamma: float = defaults.KAPPAFACE_GAMMA,
     ) -> None:
         super().__init__()
-        try:
-            counts = torch.as_tensor(class_counts)
-        except (TypeError, ValueError, RuntimeError):
-            counts = torch.empty(())  # is none
-        if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= 1).all()):
-            raise ValueError(f"class_counts must be a vector of positive counts, got {class_counts!r}.")
+        counts = check_counts(class_counts)
         check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
         check_interval("temperature", temperature, "[0, inf)", 0, math.inf)
         check_interval("gamma", gamma, "[0, 1]", 0, math.nextafter(1, 2))
         self.margin, self.temperature, self.gamma = margin, temperature, gamma
-        self.register_buffer("class_counts", counts.double())
+        self.register_buffer("class_counts", counts)
         self._register_state("weights", 0.5, len(counts))
 
     @torch.no_grad()
@@ -223,7 +226,7 @@ class KappaFaceMargin(Margin):
 
     def forward(self, cos: Tensor, rows: Rows) -> Tensor:
         m = (self.margin * self.weights[rows.targets.clamp_min(0)]).to(cos.dtype)  # (N,)
-        return cos * m.cos() - sine(cos) * m.sin()
+        return cos_of_sum(cos, m)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, temperature={self.temperature}, gamma={self.gamma}"

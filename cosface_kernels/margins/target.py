@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.margins import defaults
-from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos, sine
+from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos
 from cosface_kernels.margins.base import Margin, Rows
 from cosface_kernels.reference import EPS
 from cosface_kernels.validation import check_interval, check_margin, check_numbers
@@ -150,7 +150,7 @@ class MagFaceMargin(Margin):
     def forward(self, cos: Tensor, rows: Rows) -> Tensor:
         (l_m, u_m), (l_a, u_a) = self.margins, self.norms
         m = l_m + (u_m - l_m) / (u_a - l_a) * (rows.norms().clamp(l_a, u_a) - l_a)  # (N,)
-        return torch.where(cos > 0, cos * m.cos() - sine(cos) * m.sin(), cos)
+        return torch.where(cos > 0, cos_of_sum(cos, m), cos)
 
     def loss(self, top: Tensor, log_sum: Tensor, cos: Tensor, scale: Tensor, rows: Rows) -> Tensor:
         l_a, u_a = self.norms

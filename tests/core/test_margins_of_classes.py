@@ -123,6 +123,14 @@ def test_drawn_margins_are_normal():
     assert (torch.corrcoef(neighbours) - torch.eye(4, dtype=z.dtype)).abs().max() < 5 / len(z) ** 0.5
 
 
+def test_seeds_do_not_run_into_each_other_s_draws():
+    """Where a seed were added to the count of draws, or to the place, one would repeat what another drew."""
+    place = torch.arange(4)
+    draws = [standard_normal(s, torch.tensor(float(d)), place + at * 2**16)
+             for s in (0, 1, 2**16, 2**31, -1) for d in (0, 1, 2) for at in (0, 1)]  # fmt: skip
+    assert len(torch.cat(draws).unique()) == 4 * len(draws)
+
+
 def test_draws_go_on_and_ignored_samples_take_none():
     cos, labels = torch.rand(N), torch.arange(N) % C
     first, second = (_draw(margin := ElasticFaceMargin(0.35), cos, labels), _draw(margin, cos, labels))
