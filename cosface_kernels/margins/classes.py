@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,9 @@ class AdaMSoftmaxMargin(ClassMargin):
         if self.training:
             with torch.no_grad():
                 self.margins.clamp_(0, 1)
-        mean = rows.share(self.margins).mean()
-        return super().loss(top, log_sum, cos, scale, rows) + self.regularizer * (1 - mean)
+        shared = rows.share(self.margins)  # once, since the ranks average its gradient
+        rows = replace(rows, share=lambda _: shared)
+        return super().loss(top, log_sum, cos, scale, rows) + self.regularizer * (1 - shared.mean())
 
     def extra_repr(self) -> str:
         return f"{len(self.margins)} classes, regularizer={self.regularizer}"
