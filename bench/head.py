@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels import cosface_loss
-from cosface_kernels.ops import fold_loss
+from cosface_kernels.ops import fold
 
 SCALE, MARGIN = 64.0, 0.35
 
@@ -27,18 +27,18 @@ class Head:
         return 2 * self.x.numel() * len(self.w)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """loss, top, log_sum, target_cos, max_neg, each (N,), and the cache."""
+        """loss, top, log_sum, target_cos, max_neg, each (N,), the cache and no moments."""
         return torch.ops.cosface.lmcl(self.x, self.w, self.labels, self.scale, MARGIN, self.backend)
 
     def upstream(self, top: Tensor, log_sum: Tensor, target_cos: Tensor) -> tuple[Tensor, Tensor]:
         """The summed loss's gradients of lse and target_cos, (N,) each; the mean's might not fit float16."""
         ones = torch.ones_like(top)
-        g_lse, g_cos, _ = fold_loss(self.labels, self.scale, top, log_sum, target_cos - MARGIN, ones, None, None)
-        return g_lse, g_cos
+        folded = fold(self.labels, self.scale, top, log_sum, target_cos, MARGIN, top, ones, None, None, None)
+        return folded.g_lse, folded.g_cos
 
     def backward(self) -> Callable[..., tuple[Tensor, ...]]:
         """Of (need_dx, need_dw), gives dx, dw and dscale again and again, from one forward."""
-        _, *rows, _, cache = self.forward()  # top, log_sum, target_cos
+        _, *rows, _, cache, _ = self.forward()  # top, log_sum, target_cos
         saved = (self.x, self.w, self.labels, self.scale, *rows[:2], *self.upstream(*rows), cache)
         return lambda need_dx=True, need_dw=True: torch.ops.cosface.lmcl_backward(
             *saved, need_dx, need_dw, self.backend

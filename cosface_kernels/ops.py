@@ -8,7 +8,7 @@ the dispatcher takes longer than the kernels where samples and classes are few.
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -121,10 +121,10 @@ def lmcl(
     margin: float,
     backend: str | None,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, top, log_sum, target_cos and max_neg, each (N,), as `cosface_kernels.reference.forward` defines them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, top, log_sum, target_cos and max_neg, as `cosface_kernels.reference.forward` defines them.
 
-    The sixth result, uint8, is lmcl_backward's cache.
+    The sixth result, uint8, is lmcl_backward's cache, and the last one `reference.moments`, (4, N), or empty.
     """
     refuse_forward_mode()
     if not w.shape[0]:  # a rank that owns no class
@@ -132,19 +132,23 @@ def lmcl(
         loss, top, log_sum, target_cos, max_neg = (
             x.new_full(x.shape[:1], fill, dtype=compute_dtype(x, w)) for fill in fills
         )
-        return loss, top, log_sum, target_cos, max_neg, empty_cache(x)
-    loss, top, log_sum, target_cos, max_neg, cache = select(backend, x, w, options).forward(
+        target_cos = target_cos.new_zeros(targets.shape)
+        moments = top.new_zeros((4, x.shape[0]) if options.moments else 0)
+        return loss, top, log_sum, target_cos, max_neg, empty_cache(x), moments
+    loss, top, log_sum, target_cos, max_neg, cache, moments = select(backend, x, w, options).forward(
         x, w, targets, scale, margin, options
     )
-    return loss, top, log_sum, target_cos, max_neg, cache
+    return loss, top, log_sum, target_cos, max_neg, cache, moments
 
 
 @lmcl.registered.register_fake
 @takes_options()
 def _(x, w, targets, scale, margin, backend, options):  # type: ignore[no-untyped-def]
-    rows = (x.new_empty(x.shape[0], dtype=compute_dtype(x, w)) for _ in range(5))
+    dtype, n = compute_dtype(x, w), x.shape[0]
+    rows = (x.new_empty(shape, dtype=dtype) for shape in (n, n, n, targets.shape, n))
     size = select(backend, x, w, options).cache_size(x, w, options) if w.shape[0] else 0
-    return *rows, x.new_empty(size, dtype=torch.uint8)
+    moments = x.new_empty((4, n) if options.moments else 0, dtype=dtype)
+    return *rows, x.new_empty(size, dtype=torch.uint8), moments
 
 
 @Op
@@ -293,26 +297,55 @@ def kept_entries(cache: Tensor, samples: int) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, w, targets, scale, ctx.margin, ctx.backend, classes, *settings, thresholds, negatives = inputs
-    ctx.settings = settings  # the options that are numbers
-    _, top, log_sum, target_cos, max_neg, cache = output
+    x, w, targets, scale, ctx.margin, ctx.backend, *options = inputs
+    # those that are tensors may be outputs of other nodes, which only saving them keeps from a cycle
+    ctx.options = [None if isinstance(option, Tensor) else option for option in options]
+    _, top, log_sum, target_cos, max_neg, cache, moments = output
     ctx.set_materialize_grads(False)  # that of a cache would be as large
     ctx.mark_non_differentiable(top, max_neg, cache)
-    ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, classes, cache, thresholds, negatives)
+    tensors = [option if isinstance(option, Tensor) else None for option in options]
+    ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache, moments, *tensors)
 
 
-def fold_loss(
-    targets: Tensor, scale: Tensor, top: Tensor, log_sum: Tensor, psi: Tensor, *upstream: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of lse and target_cos with the loss's folded in, and what it adds to dscale; (N,) each.
+class Folded(NamedTuple):
+    """The gradients that lmcl_backward takes, from those of lmcl's results, and what these add to dscale."""
 
-    upstream: the gradients of loss, log_sum and target_cos, None where there is none. loss = softplus(z) with
-    z = lse - s psi, where there is a target; no gradient stays none where z is nan. log_sum = lse - s top.
+    g_lse: Tensor  # (N,)
+    g_cos: Tensor  # as targets
+    g_moments: Tensor | None  # (2, N)
+    dscale: Tensor  # (N,)
+
+
+def fold(
+    targets: Tensor,
+    scale: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
+    target_cos: Tensor,
+    margin: float,
+    moments: Tensor,
+    *upstream: Tensor | None,
+) -> Folded:
+    """upstream: the gradients of loss, log_sum, target_cos and moments, None where there is none.
+
+    loss = softplus(z) with z = lse - s psi, where there is a (first) target; no gradient stays none where z is nan.
+    log_sum = lse - s top.
     """
-    g_loss, g_lse, g_cos = (torch.zeros_like(log_sum) if g is None else g for g in upstream)  # (N,) each
-    flows = (targets >= 0) & (g_loss != 0)  # (N,)
+    of_loss, of_log_sum, of_cos, of_moments = upstream
+    g_loss, g_lse = (torch.zeros_like(log_sum) if g is None else g for g in (of_loss, of_log_sum))  # (N,) each
+    g_cos = torch.zeros_like(target_cos) if of_cos is None else of_cos
+    psi = torch.atleast_2d(target_cos)[0] - margin  # (N,)
+    flows = (torch.atleast_2d(targets)[0] >= 0) & (g_loss != 0)  # (N,)
     g_z = torch.where(flows, g_loss * torch.sigmoid(excess(scale, top, log_sum, psi)), 0)  # (N,)
-    return g_lse + g_z, g_cos - scale * g_z, -g_lse * top - g_z * psi
+    g_psi = -scale * g_z  # (N,)
+    g_cos = g_cos + (g_psi if g_cos.dim() == 1 else torch.stack([g_psi, torch.zeros_like(g_psi)]))
+    dscale = -g_lse * top - g_z * psi  # (N,)
+    g_lse = g_lse + g_z
+    if of_moments is None:
+        return Folded(g_lse, g_cos, None, dscale)
+    g_mean = -of_moments[0]  # (N,)
+    of_mean = torch.where(g_mean != 0, g_mean * moments[0], 0)  # (N,)
+    return Folded(g_lse + of_mean, g_cos, torch.stack([g_mean, of_moments[1]]), dscale)
 
 
 def of_all_classes(dw: Tensor, classes: Tensor | None, w: Tensor) -> Tensor:
@@ -324,20 +357,22 @@ def of_all_classes(dw: Tensor, classes: Tensor | None, w: Tensor) -> Tensor:
     )
 
 
-def _backward(ctx, g_loss, _, g_log_sum, g_cos, *__):  # type: ignore[no-untyped-def]
-    x, w, targets, scale, top, log_sum, target_cos, classes, cache, *negatives = ctx.saved_tensors
+def _backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ignore[no-untyped-def]
+    x, w, targets, scale, top, log_sum, target_cos, cache, moments, *tensors = ctx.saved_tensors
+    options = [number if tensor is None else tensor for number, tensor in zip(ctx.options, tensors, strict=True)]
     need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
-    g_lse, g_cos, dscale_of_psi = fold_loss(
-        targets, scale, top, log_sum, target_cos - ctx.margin, g_loss, g_log_sum, g_cos
-    )  # (N,) each
+    g = fold(
+        targets, scale, top, log_sum, target_cos, ctx.margin, moments, g_loss, g_log_sum, g_cos, g_moments
+    )
     dx, dw, dscale = lmcl_backward(
-        x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, ctx.backend, classes,
-        *ctx.settings, *negatives,
+        x, w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache, need_dx, need_dw, ctx.backend,
+        *options[:-1], g.g_moments,
     )  # fmt: skip
-    dscale = dscale + dscale_of_psi  # (N,)
-    dw = of_all_classes(dw, classes, w)
+    dw = of_all_classes(dw, options[0], w)
     none = (None,) * (len(ctx.needs_input_grad) - 4)
-    return dx if need_dx else None, dw if need_dw else None, None, dscale if need_dscale else None, *none
+    return (
+        dx if need_dx else None, dw if need_dw else None, None, dscale + g.dscale if need_dscale else None, *none
+    )  # fmt: skip
 
 
 class _Lmcl(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 This is the specification that every backend is tested against. It materialises the (N, C) logits on purpose.
 
-Notation: x (N, D) embeddings, w (C, D) class weights, targets (N,) with -1 for "no target", s (N,) scale,
-m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij.
+Notation: x (N, D) embeddings, w (C, D) class weights, targets (N,) with -1 for "no target", or (2, N) of samples
+with two different ones, s (N,) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. Where there
+are two targets, "j != y_i" is neither of them, and loss_i is that of the first.
 """
 
 import torch
@@ -50,19 +51,45 @@ def forward(
     log_sum_i is in [0, log C]: in one number the rounding of a large z would be that of the probabilities.
 
     Returns:
-        loss, top (a constant to autograd), log_sum, target_cos and max_neg = max_{j != y_i} cos_ij, each (N,).
+        loss, top (a constant to autograd), log_sum, target_cos and max_neg = max_{j != y_i} cos_ij, each (N,), but
+        target_cos in the shape of targets.
     """
-    dtype = compute_dtype(x, w)
-    w_hat = F.normalize(w.to(dtype), eps=EPS) if options.normalize_weight else w.to(dtype)  # (C, D)
-    cos = F.normalize(x.to(dtype), eps=EPS) @ w_hat.T  # (N, C)
-    is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
-    target_cos = cos.masked_fill(~is_target, 0).sum(1)  # (N,)
+    cos = _cosines(x, w, options)  # (N, C)
+    each_target = torch.atleast_2d(targets)[..., None] == torch.arange(len(w), device=w.device)  # (1 or 2, N, C)
+    target_cos = torch.where(each_target, cos, 0).sum(-1).view(targets.shape)  # (N,) or (2, N)
+    is_target = each_target.any(0)  # (N, C)
     shaped, _ = _reshape(cos, options)  # (N, C)
     max_neg, top = (c.detach().masked_fill(is_target, -torch.inf).amax(1) for c in (cos, shaped))  # (N,) each
     top = top.where(top > -torch.inf, 0)  # (N,)
     log_sum = (scale[:, None] * (shaped - top[:, None])).masked_fill(is_target, -torch.inf).logsumexp(1)  # (N,)
-    loss = softplus(excess(scale, top, log_sum, target_cos - margin)).masked_fill(targets < 0, 0)  # (N,)
+    first, first_cos = torch.atleast_2d(targets)[0], torch.atleast_2d(target_cos)[0]  # (N,) each
+    loss = softplus(excess(scale, top, log_sum, first_cos - margin)).masked_fill(first < 0, 0)  # (N,)
     return loss, top, log_sum, target_cos, max_neg
+
+
+def moments(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, top: Tensor, log_sum: Tensor, options: Options = PLAIN
+) -> Tensor:
+    """What the negatives of a sample sum up to beside log_sum, (4, N).
+
+    1. below_i = sum_{j != y_i} p_ij (top_i - N(cos_ij)) with p_ij = e^{z_ij - lse_i}: how far their mean in the
+       softmax lies below the largest of them. Not as a mean, which would cancel where one of them holds all mass.
+    2. sum_i = sum_{j != y_i} N(cos_ij)
+    3. hard_sum_i, of the cos_ij above the threshold, if there is one; without a gradient.
+    4. hard_count_i, how many these are.
+
+    Without negatives, all are 0. Differentiable by autograd with top, a constant, and log_sum of `forward`.
+    """
+    cos = _cosines(x, w, options)  # (N, C)
+    is_target = (torch.atleast_2d(targets)[..., None] == torch.arange(len(w), device=w.device)).any(0)  # (N, C)
+    shaped, _ = _reshape(cos, options)  # (N, C)
+    below = top[:, None] - shaped  # (N, C)
+    p = (-scale[:, None] * below - log_sum[:, None]).masked_fill(is_target, -torch.inf).exp()  # (N, C)
+    hard = torch.zeros_like(is_target)
+    if options.thresholds is not None:
+        hard = (cos > options.thresholds[:, None]) & ~is_target
+    rows = ((p * below).masked_fill(is_target, 0), shaped.masked_fill(is_target, 0), cos.detach() * hard, hard)
+    return torch.stack([each.sum(1).to(cos.dtype) for each in rows])
 
 
 def backward(
@@ -84,23 +111,32 @@ def backward(
     taken first: it is exact near the largest, if both passes round a cosine alike. A row without gradient is zero
     even if its embedding is not finite.
 
+    With b_i and c_i of options.g_moments, G_ij = (s_i t_ij + b_i p_ij + c_i) N'(cos_ij) for j != y_i, where
+    t_ij = (g_lse_i + b_i (N(cos_ij) - top_i)) p_ij, and dscale_i = sum_{j != y_i} t_ij N(cos_ij). This adds the
+    gradients of sum_i, times c_i, and of below_i, times -b_i, of `moments`, if b_i below_i has been added to g_lse_i.
+
     Returns:
         dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.
     """
     dtype = compute_dtype(x, w)
-    active = (g_lse != 0) | (g_cos != 0)  # (N,)
+    g_cos = torch.atleast_2d(g_cos)  # (1 or 2, N)
+    b, c = torch.zeros(2, len(x), dtype=dtype, device=x.device) if options.g_moments is None else options.g_moments
+    active = (torch.stack([g_lse, b, c, *g_cos]) != 0).any(0)  # (N,)
     x_hat, x_norm = _normalize(x.to(dtype).where(active[:, None], 0))
     w_hat, w_norm = _normalize(w.to(dtype)) if options.normalize_weight else (w.to(dtype), None)
     cos = x_hat @ w_hat.T  # (N, C)
-    is_target = targets[:, None] == torch.arange(len(w), device=w.device)  # (N, C)
+    each_target = torch.atleast_2d(targets)[..., None] == torch.arange(len(w), device=w.device)  # (1 or 2, N, C)
+    is_target = each_target.any(0)  # (N, C)
     shaped, slope = _reshape(cos, options)  # (N, C)
-    below = scale[:, None] * (shaped - top.where(active, 0)[:, None])  # (N, C) from the largest
-    p = (below - log_sum.where(active, torch.inf)[:, None]).exp()  # (N, C)
-    g_neg = (g_lse[:, None] * p).masked_fill(is_target, 0)  # (N, C)
-    g = torch.where(is_target, g_cos[:, None], scale[:, None] * g_neg * slope)  # (N, C)
+    from_top = shaped - top.where(active, 0)[:, None]  # (N, C)
+    p = (scale[:, None] * from_top - log_sum.where(active, torch.inf)[:, None]).exp()  # (N, C)
+    t = (g_lse[:, None] + b[:, None] * from_top) * p  # (N, C)
+    t = t.masked_fill(is_target, 0)
+    g_neg = (scale[:, None] * t + b[:, None] * p + c[:, None]) * slope  # (N, C)
+    g = torch.where(is_target, torch.where(each_target, g_cos[..., None], 0).sum(0), g_neg)  # (N, C)
     dx = _unnormalize(g @ w_hat, (g * cos).sum(1), x_hat, x_norm)
     dw = g.T @ x_hat if w_norm is None else _unnormalize(g.T @ x_hat, (g * cos).sum(0), w_hat, w_norm)
-    return dx.to(x.dtype), dw.to(w.dtype), (g_neg * shaped).sum(1)
+    return dx.to(x.dtype), dw.to(w.dtype), (t * shaped).sum(1)
 
 
 def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool = True) -> tuple[Tensor, Tensor]:
@@ -109,11 +145,15 @@ def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool = True) -> tupl
     Of equal ones the lower class comes first; a nan is larger than any number. If not normalize_weight,
     <x_i, w_j> / |x_i| takes the place of cos_ij.
     """
-    dtype = compute_dtype(x, w)
-    w_hat = F.normalize(w.to(dtype), eps=EPS) if normalize_weight else w.to(dtype)  # (C, D)
-    cos = F.normalize(x.to(dtype), eps=EPS) @ w_hat.T  # (N, C)
+    cos = _cosines(x, w, Options(normalize_weight=normalize_weight))  # (N, C)
     cos, classes = cos.sort(stable=True, dim=1, descending=True)  # (N, C) each
     return cos[:, :k], classes[:, :k]
+
+
+def _cosines(x: Tensor, w: Tensor, options: Options) -> Tensor:
+    dtype = compute_dtype(x, w)
+    w_hat = F.normalize(w.to(dtype), eps=EPS) if options.normalize_weight else w.to(dtype)  # (C, D)
+    return F.normalize(x.to(dtype), eps=EPS) @ w_hat.T  # (N, C)
 
 
 def _reshape(cos: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,8 @@ struct Options {
   int64_t entry_bytes;  // at its front; the rest is for cosines
   bool exact_cosines, normalize_weight;
   std::optional<Tensor> thresholds, negatives;
+  bool moments;
+  std::optional<Tensor> g_moments;
 
   cosface::Options raw() const {
     cosface::Options options{.normalize_weight = normalize_weight, .gradient_tolerance = gradient_tolerance};
@@ -68,7 +70,9 @@ struct Options {
     TORCH_CHECK_VALUE(entry_bytes >= 0 && entry_bytes <= cache.numel() && entry_bytes % 64 == 0,
                       "entry_bytes must be a multiple of 64 and of the ", cache.numel(), " bytes of cache, got ",
                       entry_bytes, ".");
-    return cosface::Inputs{x, w, y, s, classes, thresholds, negatives}.checked();
+    TORCH_CHECK_VALUE(!moments || gradient_tolerance == 0, "moments cannot have a gradient_tolerance, got ",
+                      gradient_tolerance, ".");
+    return cosface::Inputs{x, w, y, s, classes, thresholds, negatives, moments}.checked();
   }
 };
 
@@ -100,21 +104,24 @@ struct Arguments {
             x.size(0),
             x.size(1),
             negatives,
-            bfloat16};
+            bfloat16,
+            y.dim() == 2 ? y.const_data_ptr<int64_t>() + x.size(0) : nullptr};
   }
   cosface::Weight weight() const { return cosface::weight_of(w); }
 };
 
 template <typename T>
-std::array<Tensor, 5> forward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+std::array<Tensor, 6> forward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
                               const Options& options) {
   const Arguments<T> arguments(options.checked(x, w, y, s));
   Tensor loss = at::empty_like(arguments.s), top = at::empty_like(loss), log_sum = at::empty_like(loss),
-         target_cos = at::empty_like(loss), max_neg = at::empty_like(loss);
+         target_cos = at::empty(y.sizes(), loss.options()), max_neg = at::empty_like(loss);
+  Tensor moments = at::empty({options.moments ? 4 : 0, x.size(0)}, loss.options());
   cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), options.raw(), runtime(),
                            {loss.mutable_data_ptr<T>(), top.mutable_data_ptr<T>(), log_sum.mutable_data_ptr<T>(),
-                            target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>()});
-  return {loss, top, log_sum, target_cos, max_neg};
+                            target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>(),
+                            options.moments ? moments.mutable_data_ptr<T>() : nullptr});
+  return {loss, top, log_sum, target_cos, max_neg, options.moments ? moments : moments.view({0})};
 }
 
 // Uninitialised memory: for gigabytes, the pages of a tensor of the same size that was freed.
@@ -130,19 +137,25 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
 }
 
 template <typename T>
+cosface::Upstream<T> upstream(const std::vector<Tensor>& up) {
+  return {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>(),
+          up[3].const_data_ptr<T>(), up[4].defined() ? up[4].const_data_ptr<T>() : nullptr};
+}
+
+template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                             const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
                                             const Tensor& g_cos, const Options& options, bool need_dx,
                                             bool need_dw) {
   const Arguments<T> arguments(options.checked(x, w, y, s));
-  const std::vector<Tensor> up = cosface::upstream_of(x, w, top, log_sum, g_lse, g_cos);
+  const std::vector<Tensor> up = cosface::upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
                       : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
   cosface::lmcl_backward<T>(
       arguments.batch(), arguments.weight(),
-      {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>(), up[3].const_data_ptr<T>()},
+      upstream<T>(up),
       options.raw(), runtime(),
       {need_dx ? dx.mutable_data_ptr<T>() : nullptr, need_dw ? dw.mutable_data_ptr() : nullptr,
        dscale.mutable_data_ptr<T>()});
@@ -188,7 +201,7 @@ std::array<Tensor, 6> loss_forward(const Tensor& x, const Tensor& w, const Tenso
   const Tensor targets = rule.targets(labels, w.size(0));
   const int64_t n = targets.numel(), *target = targets.const_data_ptr<int64_t>();
   const Tensor s = at::full({n}, rule.scale, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-  auto [loss, top, log_sum, target_cos, max_neg] = forward<T>(x, w, targets, s, rule.margin, options);
+  auto [loss, top, log_sum, target_cos, max_neg, moments] = forward<T>(x, w, targets, s, rule.margin, options);
   T* losses = loss.template mutable_data_ptr<T>();
   for (int64_t i = 0; i < n; ++i) {
     if (target[i] == Rule::kInvalid) losses[i] = std::numeric_limits<T>::quiet_NaN();
@@ -251,13 +264,13 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
                                            const cosface::Update& numbers, const std::vector<Tensor>& state,
                                            bool need_dx) {
   const Arguments<T> arguments(options.checked(x, w, y, s));
-  const std::vector<Tensor> up = cosface::upstream_of(x, w, top, log_sum, g_lse, g_cos);
+  const std::vector<Tensor> up = cosface::upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dscale = at::empty_like(up[0]);
   const cosface::Update update = cosface::bound(numbers, w, state);
   cosface::lmcl_backward<T>(
       arguments.batch(), arguments.weight(),
-      {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>(), up[3].const_data_ptr<T>()},
+      upstream<T>(up),
       options.raw(), runtime(),
       {need_dx ? dx.mutable_data_ptr<T>() : nullptr, nullptr, dscale.mutable_data_ptr<T>(), &update});
   return {dx.to(x.scalar_type()), dscale};
@@ -302,7 +315,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Options>(m, "Options")
       .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache, int64_t entry_bytes,
                        bool exact_cosines, bool normalize_weight, std::optional<Tensor> thresholds,
-                       std::optional<Tensor> negatives) {
+                       std::optional<Tensor> negatives, bool moments, std::optional<Tensor> g_moments) {
              return Options{cosface::contiguous(classes),
                             gradient_tolerance,
                             std::move(cache),
@@ -310,11 +323,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                             exact_cosines,
                             normalize_weight,
                             std::move(thresholds),
-                            std::move(negatives)};
+                            std::move(negatives),
+                            moments,
+                            std::move(g_moments)};
            }),
            py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
            py::arg("entry_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"), py::arg("thresholds"),
-           py::arg("negatives"));
+           py::arg("negatives"), py::arg("moments"), py::arg("g_moments"));
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,

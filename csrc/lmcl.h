@@ -2,7 +2,8 @@
 //
 // Notation: x (N, D) embeddings, w (C, D) class weights, y (N) targets with -1 for "no target among these
 // classes", s (N) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. T is the dtype of all
-// arithmetic and of every result but dw: double if x or w is float64, else float.
+// arithmetic and of every result but dw: double if x or w is float64, else float. A sample may have a second target,
+// different from the first; "j != y_i" is then neither of them.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,8 @@ struct Batch {
   const T* s;        // (N)
   int64_t n, d;
   Negatives<T> negatives = {};
-  bool bfloat16 = false;  // x was given in it, so that products may multiply it as it is
+  bool bfloat16 = false;            // x was given in it, so that products may multiply it as it is
+  const int64_t* second = nullptr;  // (N) second targets, or null
 };
 
 struct Weight {
@@ -67,9 +69,12 @@ struct Options {
 // lse_i = log sum_{j != y_i} e^{z_ij} = s_i top_i + log_sum_i with top_i = max_{j != y_i} N(cos_ij), 0 if there is
 // no j; apart, because where z is large there is no place for log_sum_i in their sum. loss_i = softplus(lse_i -
 // s_i (target_cos_i - m));  max_neg_i = max cos_ij
+// moments: sum_{j != y_i} p_ij (top_i - N(cos_ij)) with p_ij = e^{z_ij - lse_i}, sum_{j != y_i} N(cos_ij), and of the
+// cos_ij above tau_i, if there is one, their sum and how many they are
 template <typename T>
 struct Results {
-  T *loss, *top, *log_sum, *target_cos, *max_neg;  // (N) each
+  T *loss, *top, *log_sum, *target_cos, *max_neg;  // (N) each, target_cos (2, N) where there are second targets
+  T* moments = nullptr;                            // (4, N), or null if not wanted
 };
 
 template <typename T>
@@ -78,8 +83,10 @@ void lmcl_forward(const Batch<T>& batch, const Weight& weight, T margin, const O
 
 template <typename T>
 struct Upstream {
-  // (N) each; a row whose g_lse and g_cos are 0 has no gradient, whatever x holds
+  // (N) each, g_cos (2, N) where there are second targets; a row whose gradients are all 0 has none, whatever x
+  // holds
   const T *top, *log_sum, *g_lse, *g_cos;
+  const T* g_moments = nullptr;  // (2, N), b and c of cosface_kernels/reference.py, or null
 };
 
 // How rows of the weight move once their gradient g is known, which is multiplied by gradient_factor and then,

@@ -78,6 +78,7 @@ inline void check_cache(const at::Tensor& cache, at::Device device) {
 struct Inputs {
   const at::Tensor &x, &w, &y, &s;
   const std::optional<at::Tensor>&classes, &thresholds, &negatives;
+  bool moments = false;  // whether targets may be (2, N)
 
   const Inputs& checked() const {
     for (const auto& [name, rows] : {std::pair{"x", &x}, std::pair{"w", &w}}) {
@@ -89,7 +90,8 @@ struct Inputs {
     const int64_t n = x.size(0);
     const at::Device device = x.device();
     fitting("w", w, {w.size(0), x.size(1)}, device);
-    fitting("targets", y, {n}, device, at::kLong);
+    const int64_t two_rows[] = {2, n}, has_second = moments && y.dim() == 2;
+    fitting("targets", y, at::IntArrayRef(two_rows + !has_second, 1 + has_second), device, at::kLong);
     fitting("scale", s, {n}, device);
     TORCH_CHECK_VALUE(thresholds.has_value() == negatives.has_value(),
                       "thresholds and negatives must be given together.");
@@ -112,15 +114,19 @@ struct Inputs {
   }
 };
 
-// top, log_sum, g_lse and g_cos, (N) each in the dtype of the results.
-inline std::vector<at::Tensor> upstream_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& top,
-                                           const at::Tensor& log_sum, const at::Tensor& g_lse,
-                                           const at::Tensor& g_cos) {
+// top, log_sum, g_lse, g_cos and g_moments in the dtype of the results: (N) each, but g_cos in the shape of the
+// targets y, and g_moments (2, N), or undefined.
+inline std::vector<at::Tensor> upstream_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                                           const at::Tensor& top, const at::Tensor& log_sum,
+                                           const at::Tensor& g_lse, const at::Tensor& g_cos,
+                                           const std::optional<at::Tensor>& g_moments) {
   const at::ScalarType dtype = in_double(x, w) ? at::kDouble : at::kFloat;
-  const auto row = [&](const char* name, const at::Tensor& values) {
-    return fitting(name, values, {x.size(0)}, x.device(), dtype).contiguous();
+  const auto rows = [&](const char* name, const at::Tensor& values, at::IntArrayRef shape) {
+    return fitting(name, values, shape, x.device(), dtype).contiguous();
   };
-  return {row("top", top), row("log_sum", log_sum), row("g_lse", g_lse), row("g_cos", g_cos)};
+  const int64_t n = x.size(0);
+  return {rows("top", top, {n}), rows("log_sum", log_sum, {n}), rows("g_lse", g_lse, {n}),
+          rows("g_cos", g_cos, y.sizes()), g_moments ? rows("g_moments", *g_moments, {2, n}) : at::Tensor()};
 }
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {

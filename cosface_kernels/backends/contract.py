@@ -30,10 +30,13 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     """
     check_rows(x, w)
     N = len(x)
-    _check_one("targets", targets, (N,), x.device, torch.int64)
+    per_target = (2, N) if options.moments and targets.dim() == 2 else (N,)
+    _check_one("targets", targets, per_target, x.device, torch.int64)
     _check_one("scale", scale, (N,), x.device)
     for name, values in zip(("top", "log_sum", "g_lse", "g_cos"), upstream, strict=False):
-        _check_one(name, values, (N,), x.device, compute_dtype(x, w))
+        _check_one(name, values, per_target if name == "g_cos" else (N,), x.device, compute_dtype(x, w))
+    if options.g_moments is not None:
+        _check_one("g_moments", options.g_moments, (2, N), x.device, compute_dtype(x, w))
     if options.thresholds is not None:
         _check_one("thresholds", options.thresholds, (N,), x.device)
     if options.negatives is not None:

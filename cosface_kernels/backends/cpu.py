@@ -10,7 +10,7 @@ from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import CACHE_BYTES, Options, Update
 from cosface_kernels.reference import operand_dtype
 
-OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives"}
+OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
 OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance"}
 
 
@@ -46,7 +46,8 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     cache = _C.empty_bytes(cache_size(x, w, options))
-    return *_C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, x, w, cache)), cache
+    *results, moments = _C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, x, w, cache))
+    return *results, cache, moments
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +123,8 @@ def _kernel_options(options: Options, x: Tensor, w: Tensor, cache: Tensor) -> An
         normalize_weight=options.normalize_weight,
         thresholds=options.thresholds,
         negatives=options.negatives,
+        moments=options.moments,
+        g_moments=options.g_moments,
     )
 
 

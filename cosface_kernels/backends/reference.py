@@ -13,7 +13,7 @@ def unavailable() -> str | None:
 
 
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
-    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives"})
+    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"})
 
 
 def describe() -> str:
@@ -29,7 +29,13 @@ def forward(
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
     with torch.autocast(x.device.type, enabled=False):  # the specification's matrix products are never rounded
-        return *reference.forward(x, _rows(w, options), targets, scale, margin, options), empty_cache(x)
+        rows = _rows(w, options)
+        results = reference.forward(x, rows, targets, scale, margin, options)
+        _, top, log_sum, *_ = results
+        moments = top.new_empty(0)
+        if options.moments:
+            moments = reference.moments(x, rows, targets, scale, top, log_sum, options)
+        return *results, empty_cache(x), moments
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ def lmcl(
     *,
     whole_gradient: bool = False,
     **fields: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.lmcl`, whose backward moves w, the weight's rows that are here, if an optimizer of this module owns it.
 
     whole_gradient: the loss has another use of the weight, so that `step()` must move it by an ordinary gradient.
@@ -54,24 +54,25 @@ class _MovesRows(torch.autograd.Function):
         ctx.whole_gradient = False
         owner._ownership(weight).nodes.add(ctx)
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
-        _, top, log_sum, target_cos, max_neg, cache = outputs
+        _, top, log_sum, target_cos, max_neg, cache, moments = outputs
         ctx.set_materialize_grads(False)  # that of a cache would be as large
         ctx.mark_non_differentiable(top, max_neg, cache)
-        ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache)
+        ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache, moments)
         return outputs
 
     @staticmethod
-    def backward(ctx, g_loss, _, g_log_sum, g_cos, *__):  # type: ignore[no-untyped-def]
-        weight, backend, options = ctx.weight, ctx.backend, ctx.options
+    def backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ignore[no-untyped-def]
+        weight, backend = ctx.weight, ctx.backend
         adds, whole = _wanted(ctx)
         if adds and not whole:
             ctx.owner._check_ready(weight)
-        x, w, targets, scale, top, log_sum, target_cos, cache = ctx.saved_tensors
+        x, w, targets, scale, top, log_sum, target_cos, cache, moments = ctx.saved_tensors
         need_dx, _, _, need_dscale, *_ = ctx.needs_input_grad
-        g_lse, g_cos, dscale_of_psi = ops.fold_loss(
-            targets, scale, top, log_sum, target_cos - ctx.margin, g_loss, g_log_sum, g_cos
-        )  # (N,) each
-        tensors = (x, w, targets, scale, top, log_sum, g_lse, g_cos, cache)
+        g = ops.fold(
+            targets, scale, top, log_sum, target_cos, ctx.margin, moments, g_loss, g_log_sum, g_cos, g_moments
+        )
+        tensors = (x, w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache)
+        options = replace(ctx.options, g_moments=g.g_moments)
         dw = None
         if adds and not whole:
             dx, dscale = ctx.owner._move(weight, tensors, need_dx, backend, options)
@@ -80,7 +81,7 @@ class _MovesRows(torch.autograd.Function):
             dw = ops.of_all_classes(dw, options.classes, w) if whole else None
             if dw is not None and isinstance(weight, DTensor):
                 dw = shard_like(weight, dw.to_dense() if dw.is_sparse else dw)
-        dscale = dscale + dscale_of_psi if need_dscale else None
+        dscale = dscale + g.dscale if need_dscale else None
         return dx if need_dx else None, None, None, dscale, None, None, None, None, dw
 
 

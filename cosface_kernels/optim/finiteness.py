@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 
-def finite_rows(x: Tensor, log_sum: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
-    """(N,) bool: a sample without a gradient, or with a finite one; log_sum is -inf without negatives."""
-    finite = x.isfinite().all(1) & (log_sum < math.inf) & g_lse.isfinite() & g_cos.isfinite()  # (N,)
-    return finite | ((g_lse == 0) & (g_cos == 0))
+def finite_rows(x: Tensor, log_sum: Tensor, *upstream: Tensor | None) -> Tensor:
+    """(N,) bool: a sample without a gradient, or with a finite one; log_sum is -inf without negatives.
+
+    upstream: (N,) or (2, N) gradients that the op's backward takes, or None.
+    """
+    gradients = torch.cat([torch.atleast_2d(g) for g in upstream if g is not None])  # (some, N)
+    finite = x.isfinite().all(1) & (log_sum < math.inf) & gradients.isfinite().all(0)  # (N,)
+    return finite | (gradients == 0).all(0)
 
 
 def never() -> bool:

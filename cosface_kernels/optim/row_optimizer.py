@@ -372,7 +372,7 @@ class RowOptimizer(Optimizer):
             )
         self._check_movable(weight)
         loss_scale, ownership = self._loss_scale(), self._ownership(weight)
-        finite = finiteness.finite_rows(x, log_sum, g_lse, g_cos)  # (N,)
+        finite = finiteness.finite_rows(x, log_sum, g_lse, g_cos, options.g_moments)  # (N,)
         all_finite = None
         if self._scaler() is not None or x.device.type == "cpu":
             if not agreed(weight, bool(finite.all())):

@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
                                                const Tensor& g_cos, const Options& options, bool need_dx,
                                                bool need_dw, const Update* update, const Device& device) {
   const Step<T> step(checked(x, w, y, s, options), options, device, Pass::kBackward);
-  const std::vector<Tensor> up = upstream_of(x, w, top, log_sum, g_lse, g_cos);
+  const std::vector<Tensor> up = upstream_of(x, w, y, top, log_sum, g_lse, g_cos, std::nullopt);
   const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2]), data<T>(up[3])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const Tensor dw = need_dw ? at::empty({step.classes, step.d}, w.options()) : at::empty({0}, w.options());

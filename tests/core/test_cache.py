@@ -121,7 +121,7 @@ def test_every_tile_fits_and_counts(backend):
     norms = 0 if backend.name == "cpu" else 4 * 1020
     assert size < norms + 64 + 2 * 20 * 1300
     inputs = (problem.x, problem.w, problem.targets, problem.scale)
-    _, top, log_sum, target_cos, _, cache = torch.ops.cosface.lmcl(*inputs, 0.35, backend.name, None, PLENTY)
+    _, top, log_sum, target_cos, _, cache, _ = torch.ops.cosface.lmcl(*inputs, 0.35, backend.name, None, PLENTY)
     assert cache.numel() == size
     zeroed = cache.clone()
     zeroed[64 if backend.name == "cpu" else norms :] = 0
@@ -276,7 +276,7 @@ def test_by_default_some_mebibytes_are_kept_whatever_the_number_of_classes(backe
 def test_what_the_default_keeps_is_not_computed_again(backend):
     problem = backend.problem(20, 1000, 8, scale=10.0)
     inputs = (problem.x, problem.w, problem.targets, problem.scale)
-    _, top, log_sum, _, _, cache = torch.ops.cosface.lmcl(*inputs, 0.35, backend.name)
+    _, top, log_sum, _, _, cache, _ = torch.ops.cosface.lmcl(*inputs, 0.35, backend.name)
     cache[64:] = 0
     dscale = torch.ops.cosface.lmcl_backward(
         *inputs, top, log_sum, torch.ones_like(top), torch.zeros_like(top), cache, True, True, backend.name

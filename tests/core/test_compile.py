@@ -34,7 +34,7 @@ def test_opcheck_lmcl(backend, dtypes):
 def test_opcheck_lmcl_backward(backend, need_dx, need_dw):
     problem = backend.problem(5, 30, 8, Dtypes(torch.float32, torch.bfloat16))
     arguments = (problem.x, problem.w, problem.targets, problem.scale)
-    _, top, log_sum, *_, cache = torch.ops.cosface.lmcl(*arguments, problem.margin, backend.name)
+    _, top, log_sum, *_, cache, _ = torch.ops.cosface.lmcl(*arguments, problem.margin, backend.name)
     upstream = random_upstream(problem, "lse", "target_cos")
     torch.library.opcheck(
         torch.ops.cosface.lmcl_backward,

@@ -54,7 +54,7 @@ def _step(problem, update, state_dtype=None, classes=None, **options):
         for _ in range(1 if update.rule == "sgd" else 3)
     ]
     inputs = (problem.x, problem.w, problem.targets, problem.scale)
-    _, top, log_sum, *_, cache = ops.lmcl(*inputs, 0.35, "cuda_host", classes, **options)
+    _, top, log_sum, *_, cache, _ = ops.lmcl(*inputs, 0.35, "cuda_host", classes, **options)
     g_lse, g_cos = (torch.randn(len(top), generator=rng, dtype=torch.float64).to(top.dtype) for _ in range(2))
     upstream = (top, log_sum, g_lse, g_cos, cache)
     want_dx, dw, want_dscale = ops.lmcl_backward(*inputs, *upstream, True, True, "cuda_host", classes, **options)
@@ -175,7 +175,7 @@ def _both_passes(problem, options, *, zeroed=0):
     """The cache, the calls of forward and of backward, and dx and dw with these bytes of the cache at 0."""
     inputs = (problem.x, problem.w, problem.targets, problem.scale)
     with _Calls() as of_forward:
-        _, top, log_sum, *_, cache = cuda_host.forward(*inputs, 0.35, options)
+        _, top, log_sum, *_, cache, _ = cuda_host.forward(*inputs, 0.35, options)
     cache[:zeroed] = 0
     upstream = (top, log_sum, torch.ones_like(top), torch.zeros_like(top))
     with _Calls() as of_backward:

@@ -185,8 +185,8 @@ def run_sharded(
     options = options_of(negatives_of(margin, i))
     _, top, log_sum, target_cos, _ = reference.forward(x, w, i.targets, scale, 0.0, options)
     psi = margin(target_cos, None) if callable(margin) else target_cos - margin  # (N,), of slope 1
-    g_lse, g_cos, of_psi = ops.fold_loss(i.targets, scale, top, log_sum, psi, g_loss, None, None)  # (N,) each
-    return Gradients(dx, dw, dscale - of_psi), sparsity, i._replace(g_lse=g_lse, g_cos=g_cos)
+    g = ops.fold(i.targets, scale, top, log_sum, psi, 0.0, top, g_loss, None, None, None)  # (N,) each
+    return Gradients(dx, dw, dscale - g.dscale), sparsity, i._replace(g_lse=g.g_lse, g_cos=g.g_cos)
 
 
 def negatives_of(margin: float | Margin, i: Inputs) -> Negatives | None:
