@@ -83,10 +83,17 @@ class TileGradients {
     } else {
       worker.w.dot(x_, i, classes, g, {});
     }
-    kernels<T>().backward_tile(g, classes, rows, stride, worker.w.inv_norm, exact_.batch.y + i, first, exact_.s(i),
-                               exact_.batch.negatives.from(i), exact_.top(i), exact_.log_sum(i),
-                               exact_.upstream.g_lse + i, exact_.upstream.g_cos + i, worker.col_dot,
-                               sums_.row_dot_of(part, i), sums_.dscale_of(part, i));
+    const auto fill = [&](auto kernel, const auto&... moments) {
+      kernel(g, classes, rows, stride, worker.w.inv_norm, exact_.batch.y + i, first, exact_.s(i),
+             exact_.batch.negatives.from(i), exact_.top(i), exact_.log_sum(i), exact_.upstream.g_lse + i,
+             exact_.upstream.g_cos + i, worker.col_dot, sums_.row_dot_of(part, i), sums_.dscale_of(part, i),
+             moments...);
+    };
+    if (exact_.has_moments()) {
+      fill(kernels<T>().backward_moments, exact_.moments(i));
+    } else {
+      fill(kernels<T>().backward_tile);
+    }
     block.tile.load(g, classes, rows, stride, x_.remainder + i);
     if (gradients_.dx == nullptr) return;
     table().matmul(block.tile.by_sample(), worker.w.right(classes), sums_.dx_hat_of(part, i), sums_.stride, rows,

@@ -16,6 +16,20 @@ T softplus(T z) {
   return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
 }
 
+// Of samples from i on; `sums` is (4, parts, N), and `at` their place in a part.
+template <typename T>
+MomentSums<T> moment_sums(const Batch<T>& batch, const Results<T>& results, std::vector<double>& sums, int64_t at,
+                          int64_t i) {
+  double* const below = &sums[at];
+  const int64_t step = static_cast<int64_t>(sums.size() / 4);
+  return {batch.second ? batch.second + i : nullptr,
+          results.target_cos + batch.n + i,
+          below,
+          below + step,
+          below + 2 * step,
+          below + 3 * step};
+}
+
 template <typename T, typename Operand>
 void forward(const Batch<T>& batch, const Weight& weight, T margin, const Options& options, const Runtime& runtime,
              const Results<T>& results) {
@@ -31,7 +45,8 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
   std::vector<T> row_max(partition.parts * n, kLowest);
   std::vector<T> max_cos(batch.negatives.tau ? row_max.size() : 0, kLowest);  // where row_max is of N(cos)
   std::vector<double> row_sum(partition.parts * n);
-  std::fill_n(results.target_cos, n, T(0));
+  std::vector<double> sums(results.moments ? 4 * row_sum.size() : 0);  // (4, parts, N)
+  std::fill_n(results.target_cos, batch.second ? 2 * n : n, T(0));
   // With s = 0 the left-out target, s (-inf), would be nan; e^{s cos} is 1 for the smallest s as well.
   std::vector<T> s(batch.s, batch.s + n);
   for (T& scale : s) scale = scale == 0 ? std::numeric_limits<T>::min() : scale;
@@ -57,9 +72,16 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
           keeper->forward_tile(part, z, first, classes, i, rows, x.tile_stride(), w.inv_norm);
           return;
         }
+        const int64_t at = part * n + i;
+        T* const max_cos_at = max_cos.empty() ? nullptr : &max_cos[at];
+        if (results.moments) {
+          kernels<T>().forward_moments(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
+                                       batch.negatives.from(i), &row_max[at], max_cos_at, &row_sum[at],
+                                       results.target_cos + i, moment_sums(batch, results, sums, at, i));
+          return;
+        }
         kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
-                                  batch.negatives.from(i), &row_max[part * n + i],
-                                  max_cos.empty() ? nullptr : &max_cos[part * n + i], &row_sum[part * n + i],
+                                  batch.negatives.from(i), &row_max[at], max_cos_at, &row_sum[at],
                                   results.target_cos + i);
       });
     });
@@ -73,9 +95,20 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
       return top;
     };
     const T top = largest(row_max), top_cos = max_cos.empty() ? top : largest(max_cos);
-    double sum = 0;
+    double sum = 0, below = 0;
     for (int64_t part = 0; part < partition.parts; ++part) {
-      sum += row_sum[part * n + i] * std::exp(s[i] * (row_max[part * n + i] - top));
+      const int64_t at = part * n + i;
+      const double factor = std::exp(s[i] * (row_max[at] - top));
+      sum += row_sum[at] * factor;
+      if (results.moments) below += factor * (sums[at] + row_sum[at] * (double{top} - double{row_max[at]}));
+    }
+    if (results.moments) {
+      results.moments[i] = static_cast<T>(sum > 0 ? below / sum : 0);
+      for (int64_t k = 1; k < 4; ++k) {
+        double all = 0;
+        for (int64_t part = 0; part < partition.parts; ++part) all += sums[(k * partition.parts + part) * n + i];
+        results.moments[k * n + i] = static_cast<T>(all);
+      }
     }
     results.max_neg[i] = top_cos == kLowest ? -std::numeric_limits<T>::infinity() : top_cos;
     results.top[i] = top == kLowest ? 0 : top;

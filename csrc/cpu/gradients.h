@@ -120,12 +120,22 @@ class ExactSamples {
       top_.assign(up.top, up.top + all.n);
       log_sum_.assign(up.log_sum, up.log_sum + all.n);
     }
+    if (batch.second && !upstream.g_moments) zeros_.resize(2 * batch.n);
     for (int64_t i = 0; i < batch.n; ++i) {
       if (!active(i)) top_[i] = log_sum_[i] = s_[i] = 0;
     }
   }
 
-  bool active(int64_t i) const { return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0; }
+  bool active(int64_t i) const {
+    return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0 || (batch.second && upstream.g_cos[batch.n + i] != 0) ||
+           (upstream.g_moments && (upstream.g_moments[i] != 0 || upstream.g_moments[batch.n + i] != 0));
+  }
+  bool has_moments() const { return batch.second != nullptr || upstream.g_moments != nullptr; }
+  // Of samples from i on.
+  MomentGradients<T> moments(int64_t i) const {
+    const T* const b = upstream.g_moments ? upstream.g_moments : zeros_.data();
+    return {batch.second ? batch.second + i : nullptr, upstream.g_cos + batch.n + i, b + i, b + batch.n + i};
+  }
   // z (classes, rows) of samples from i on becomes 0 where forward may have seen nan and backward must not.
   void silence(int64_t i, T* z, int64_t classes, int64_t rows, int64_t stride) const {
     for (int64_t row = 0; row < rows; ++row) {
@@ -144,7 +154,7 @@ class ExactSamples {
 
  private:
   std::vector<int64_t> index_, y_;
-  std::vector<T> x_, s_, top_, log_sum_, g_lse_, g_cos_, tau_;
+  std::vector<T> x_, s_, top_, log_sum_, g_lse_, g_cos_, tau_, zeros_;
 };
 
 // What each thread sums up for each sample.

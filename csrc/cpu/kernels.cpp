@@ -27,6 +27,8 @@ constexpr Kernels<T> kTable{{kPanel<T>, 1, matmul<T>, pack_transposed<T>, pack<T
                             forward_tile<T>,
                             exceeding<T>,
                             backward_tile<T>,
+                            forward_moments<T>,
+                            backward_moments<T>,
                             keep_cosines<T>,
                             recall_cosines<T>,
                             project<T>,

@@ -130,6 +130,22 @@ struct Bfloat16Kernels {
   void (*project)(const float* dw, const BFloat16* w, int64_t d, float projection, BFloat16* to);
 };
 
+// What a tile of samples adds up beside its logsumexp, and their second targets.
+template <typename T>
+struct MomentSums {
+  const int64_t* second;  // or null
+  T* second_cos;
+  // (n) each, of Results::moments; below relative to row_max, and times row_sum
+  double *below, *sum, *hard_sum, *hard_count;
+};
+
+// The gradients of these, as in Upstream.
+template <typename T>
+struct MomentGradients {
+  const int64_t* second;  // or null
+  const T *g_second_cos, *b, *c;
+};
+
 template <typename T>
 struct Kernels {
   Products<T, T> products;
@@ -163,6 +179,16 @@ struct Kernels {
                         int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
                         const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
                         double* dscale);
+
+  // forward_tile and backward_tile with the moments and second targets too. backward_moments: G_ij = (s_i t_ij + b_i p_ij + c_i)
+  // N'(cos_ij) with t_ij = (g_lse_i + b_i (N(cos_ij) - top_i)) p_ij, which dscale_i has in place of g_lse_i p_ij.
+  void (*forward_moments)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                          int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
+                          double* row_sum, T* target_cos, const MomentSums<T>& moments);
+  void (*backward_moments)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                           int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
+                           const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
+                           double* dscale, const MomentGradients<T>& moments);
 
   // Cosines <w_j, x_hat_i> / |w_j| of one tile to a cache, class by class, in fixed point of 16 bits for float;
   // and back to z (classes, n), as forward_tile takes it.

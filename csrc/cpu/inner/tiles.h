@@ -28,6 +28,17 @@ inline T slope(const Negatives<T>& by, int64_t i, T cos) {
   return cos > by.tau[i] ? 2 * by.q * cos + by.a : T(1);
 }
 
+// Targets of the tile, whose cosines go to target_cos.
+template <typename T>
+void find_targets(const T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                  int64_t first_class, T* target_cos, T* target) {
+  targets_in_tile(y, n, first_class, classes, target);
+  for (int64_t i = 0; i < n; ++i) {
+    const auto j = static_cast<int64_t>(target[i]);
+    if (j >= 0) target_cos[i] = z[j * stride + i] * inv_norm[j];
+  }
+}
+
 // The first half of a tile's logsumexp: z becomes N(cos), or stays cos for its entries to be kept, and top the
 // running maximum of N(cos).
 template <typename T, bool kReshaped, bool kKeeps>
@@ -35,12 +46,8 @@ inline void cosines_of(T* z, int64_t classes, int64_t n, int64_t stride, const T
                        int64_t first_class, Negatives<T> negatives, const T* row_max, T* max_cos, T* target_cos,
                        T* top) {
   T target[kTileRows];
-  targets_in_tile(y, n, first_class, classes, target);
-  for (int64_t i = 0; i < n; ++i) {
-    const auto j = static_cast<int64_t>(target[i]);
-    if (j >= 0) target_cos[i] = z[j * stride + i] * inv_norm[j];
-    top[i] = row_max[i];
-  }
+  find_targets(z, classes, n, stride, inv_norm, y, first_class, target_cos, target);
+  for (int64_t i = 0; i < n; ++i) top[i] = row_max[i];
   for (int64_t j = 0; j < classes; ++j) {
     T* row = z + j * stride;
     const T inv = inv_norm[j], here = static_cast<T>(j);
@@ -80,6 +87,68 @@ void forward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv
   (negatives.tau ? forward_tile_of<T, true> : forward_tile_of<T, false>)(z, classes, n, stride, inv_norm, y,
                                                                          first_class, s, negatives, row_max,
                                                                          max_cos, row_sum, target_cos);
+}
+
+template <typename T, bool kReshaped>
+void forward_moments_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                        int64_t first_class, const T* s, Negatives<T> negatives, T* row_max, T* max_cos,
+                        double* row_sum, T* target_cos, const MomentSums<T>& moments) {
+  T target[kTileRows], second[kTileRows], top[kTileRows];
+  find_targets(z, classes, n, stride, inv_norm, y, first_class, target_cos, target);
+  if (moments.second != nullptr) {
+    find_targets(z, classes, n, stride, inv_norm, moments.second, first_class, moments.second_cos, second);
+  } else {
+    for (int64_t i = 0; i < n; ++i) second[i] = T(-1);
+  }
+  T all[kTileRows] = {}, hard_sum[kTileRows] = {}, hard_count[kTileRows] = {};
+  for (int64_t i = 0; i < n; ++i) top[i] = row_max[i];
+  for (int64_t j = 0; j < classes; ++j) {
+    T* row = z + j * stride;
+    const T inv = inv_norm[j], here = static_cast<T>(j);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const bool is_target = (target[i] == here) | (second[i] == here);
+      const T given = row[i] * inv, cos = is_target ? T(-__builtin_inf()) : given;
+      const T shaped = reshape<kReshaped>(negatives, i, cos);
+      if constexpr (kReshaped) {
+        max_cos[i] = cos > max_cos[i] ? cos : max_cos[i];
+        const bool hard = cos > negatives.tau[i];
+        hard_sum[i] += hard ? cos : T(0);
+        hard_count[i] += hard ? T(1) : T(0);
+      }
+      all[i] += is_target ? T(0) : shaped;
+      row[i] = shaped;
+      top[i] = shaped > top[i] ? shaped : top[i];
+    }
+  }
+  T sum[kTileRows] = {}, below[kTileRows] = {};
+  for (int64_t j = 0; j < classes; ++j) {
+    const T *cos = z + j * stride, here = static_cast<T>(j);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const bool is_target = (target[i] == here) | (second[i] == here);
+      const T under = top[i] - cos[i], e = exp(-s[i] * under);
+      sum[i] += e;
+      below[i] += is_target ? T(0) : e * under;
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const double risen = double{top[i]} - double{row_max[i]}, factor = exp(s[i] * (row_max[i] - top[i]));
+    moments.below[i] = factor * (moments.below[i] + row_sum[i] * risen) + below[i];
+    moments.sum[i] += all[i];
+    moments.hard_sum[i] += hard_sum[i];
+    moments.hard_count[i] += hard_count[i];
+    row_sum[i] = row_sum[i] * factor + sum[i];
+    row_max[i] = top[i];
+  }
+}
+
+template <typename T>
+void forward_moments(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                     int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
+                     double* row_sum, T* target_cos, const MomentSums<T>& moments) {
+  const auto run = negatives.tau ? forward_moments_of<T, true> : forward_moments_of<T, false>;
+  run(z, classes, n, stride, inv_norm, y, first_class, s, negatives, row_max, max_cos, row_sum, target_cos, moments);
 }
 
 template <typename T>
@@ -129,6 +198,57 @@ void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T*
     row_dot[i] += dot[i];
     dscale[i] += ds[i];
   }
+}
+
+template <typename T, bool kReshaped>
+void backward_moments_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                         int64_t first_class, const T* s, Negatives<T> negatives, const T* top, const T* log_sum,
+                         const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale,
+                         const MomentGradients<T>& moments) {
+  T target[kTileRows], second[kTileRows], g_second[kTileRows] = {}, dot[kTileRows] = {}, ds[kTileRows] = {};
+  const T *b = moments.b, *c = moments.c;
+  targets_in_tile(y, n, first_class, classes, target);
+  for (int64_t i = 0; i < n; ++i) second[i] = T(-1);
+  if (moments.second != nullptr) {
+    targets_in_tile(moments.second, n, first_class, classes, second);
+    for (int64_t i = 0; i < n; ++i) g_second[i] = moments.g_second_cos[i];
+  }
+  for (int64_t j = 0; j < classes; ++j) {
+    T* row = z + j * stride;
+    const T inv = inv_norm[j], here = static_cast<T>(j);
+    T col = 0;
+#pragma omp simd reduction(+ : col)
+    for (int64_t i = 0; i < n; ++i) {
+      const bool is_target = target[i] == here, is_second = second[i] == here;
+      const T cos = row[i] * inv;
+      const T shaped = reshape<kReshaped>(negatives, i, cos), from_top = shaped - top[i];
+      const T p = exp(s[i] * from_top - log_sum[i]);
+      const T t_neg = (g_lse[i] + b[i] * from_top) * p;
+      const T t = is_target | is_second ? T(0) : t_neg;
+      const T g_neg = (s[i] * t_neg + b[i] * p + c[i]) * slope<kReshaped>(negatives, i, cos);
+      const T g_other = is_second ? g_second[i] : g_neg;
+      const T g = is_target ? g_cos[i] : g_other;
+      ds[i] += t * shaped;
+      dot[i] += g * cos;
+      col += g * cos;
+      row[i] = g * inv;
+    }
+    col_dot[j] += col;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    row_dot[i] += dot[i];
+    dscale[i] += ds[i];
+  }
+}
+
+template <typename T>
+void backward_moments(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                      int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
+                      const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale,
+                      const MomentGradients<T>& moments) {
+  const auto run = negatives.tau ? backward_moments_of<T, true> : backward_moments_of<T, false>;
+  run(z, classes, n, stride, inv_norm, y, first_class, s, negatives, top, log_sum, g_lse, g_cos, col_dot, row_dot,
+      dscale, moments);
 }
 
 constexpr float kCosineStep = 1.0f / 32767;
