@@ -42,31 +42,39 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """log_sum = log sum_r e^{l_r} of l_r = lse_r - s top, and the sum of cos_r.
+    """log_sum = log sum_r e^{l_r} of l_r = lse_r - s top; sums of `summed`; and means, weighted by e^{l_r}.
 
-    d log_sum / d l_r = e^{l_r - log_sum}. The gradient is that of the mean over the ranks' losses.
+    With p_r = e^{l_r - log_sum}, d log_sum / d l_r = p_r and d mean / d l_r = p_r (mean_r - mean). The gradient is
+    that of the mean over the ranks' losses. summed is (K, N), and averaged (L, N) with L = 0 or more.
     """
 
     @staticmethod
-    def forward(ctx, l_r, cos_r, group):  # type: ignore[no-untyped-def]
-        sums = torch.stack([l_r.exp(), cos_r])  # (2, N)
+    def forward(ctx, l_r, summed, averaged, group):  # type: ignore[no-untyped-def]
+        masses = l_r.exp()  # (N,)
+        sums = torch.cat([masses[None], summed, torch.where(masses > 0, masses * averaged, 0)])  # (1 + K + L, N)
         with naming("combining the shards", group):
             dist.all_reduce(sums, group=group)
         log_sum = sums[0].log()  # (N,)
+        means = torch.where(sums[0] > 0, sums[1 + len(summed) :] / sums[0], 0)  # (L, N)
         ctx.group = group
-        ctx.save_for_backward(l_r, log_sum)
-        return log_sum, sums[1].clone()
+        ctx.save_for_backward(l_r, log_sum, averaged, means)
+        return log_sum, sums[1 : 1 + len(summed)].clone(), means
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_log_sum, g_cos):  # type: ignore[no-untyped-def]
-        l_r, log_sum = ctx.saved_tensors
-        g = torch.stack([g_log_sum, g_cos])  # (2, N)
+    def backward(ctx, g_log_sum, g_summed, g_means):  # type: ignore[no-untyped-def]
+        l_r, log_sum, averaged, means = ctx.saved_tensors
+        g = torch.cat([g_log_sum[None], g_summed, g_means])  # (1 + K + L, N)
         with naming("averaging the ranks' gradients", ctx.group):
             dist.all_reduce(g, group=ctx.group)
         g /= dist.get_world_size(ctx.group)
-        flows = (g[0] != 0) & ~l_r.isneginf()  # no gradient stays none where log_sum is nan or has no terms
-        return torch.where(flows, g[0] * (l_r - log_sum).exp(), 0), g[1], None
+        g_log_sum, g_summed, g_means = g.tensor_split((1, 1 + len(g_summed)))
+        # no gradient stays none where log_sum is nan or has no terms
+        share = torch.where(l_r.isneginf(), 0, (l_r - log_sum).exp())  # (N,)
+        through = [g_log_sum, *(g_means * (averaged - means)).split(1)]  # (1, N) each
+        g_l = sum(torch.where(each != 0, each * share, 0) for each in through)
+        g_averaged = torch.where(g_means != 0, g_means * share, 0)  # (L, N)
+        return g_l[0], g_summed, g_averaged, None
 
 
 class _Replicate(torch.autograd.Function):
@@ -110,7 +118,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 gather: Callable[..., Tensor] = _Gather.apply
-combine: Callable[..., tuple[Tensor, Tensor]] = _Combine.apply
+combine: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Combine.apply
 replicate: Callable[..., Tensor] = _Replicate.apply
 dense_gradient: Callable[..., Tensor] = _DenseGradient.apply
 scale_gradient: Callable[..., Tensor] = _ScaleGradient.apply

@@ -41,6 +41,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cosface_kernels import collectives, ops
 from cosface_kernels.collectives import naming
+from cosface_kernels.softmax import Softmax
 from cosface_kernels.validation import warn
 
 
@@ -258,10 +259,11 @@ class Local:
         weight = collectives.dense_gradient(self.weight) if sampled and several_ranks() else self.weight  # (C, D)
         return x, weight, targets, scale
 
-    def combine(
-        self, _: Tensor, loss: Tensor, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return loss, top, log_sum, target_cos, max_neg
+    def combine(self, _: Tensor, loss: Tensor, *results: Tensor) -> tuple[Tensor, Softmax]:
+        return loss, Softmax.of(*results)
+
+    def count(self, classes: int) -> int:
+        return classes
 
     def keep_nearest(self, cosines: Tensor, classes: Tensor, _: int) -> tuple[Tensor, Tensor]:
         return cosines, classes
@@ -370,9 +372,16 @@ class Exchange:
         return x, self.weight, targets, scale
 
     def combine(
-        self, scale: Tensor, loss: Tensor, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor
-    ) -> tuple[None, Tensor, Tensor, Tensor, Tensor]:
-        """The results of the op, each (N,), over all classes from those over each rank's.
+        self,
+        scale: Tensor,
+        loss: Tensor,
+        top: Tensor,
+        log_sum: Tensor,
+        target_cos: Tensor,
+        max_neg: Tensor,
+        moments: Tensor,
+    ) -> tuple[None, Softmax]:
+        """The results of the op over all classes from those over each rank's.
 
         That of the loss is None: it follows from the others, and from those of the ranks it does not. Two
         reductions, because no bound on lse_r that all ranks know keeps e^{lse_r - bound} from underflow.
@@ -383,8 +392,16 @@ class Exchange:
         all_top = largest[0].masked_fill(largest[0].isneginf(), 0)  # (N,)
         lse_from_top = log_sum + scale * (top - all_top)  # (N,)
         self._lse_from_top = lse_from_top.detach()
-        log_sum, target_cos = collectives.combine(lse_from_top, target_cos, self.group)  # (N,) each
-        return None, all_top, log_sum, target_cos, largest[1].clone()
+        summed = torch.cat([torch.atleast_2d(target_cos), moments[1:]])
+        below = moments[:1] + (all_top - top)  # (1, N), or (0, N)
+        log_sum, summed, below = collectives.combine(lse_from_top, summed, below, self.group)
+        rows = target_cos.dim()  # of targets
+        target_cos, moments = summed[:rows].view(target_cos.shape), torch.cat([below, summed[rows:]])
+        return None, Softmax.of(all_top, log_sum, target_cos, largest[1].clone(), moments)
+
+    def count(self, classes: int) -> Tensor:
+        """How many classes take part on all ranks, 0-d, from how many do here."""
+        return self.sum(torch.tensor(classes, device=self.weight.device))
 
     def keep_nearest(self, cosines: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest cosines of this rank's samples, and their classes, over those of all ranks."""

@@ -444,7 +444,7 @@ class FusedAdaCosLoss(FusedMarginLoss):
     ) -> Tensor | tuple[Tensor, LossStats]:
         if self.training:
             with torch.no_grad():
-                super()._loss(embeddings, labels, margin)
+                super()._loss(embeddings, labels, margin, sample_weight=arguments.get("sample_weight"))
         return super()._loss(embeddings, labels, self.margin.margin, **arguments)
 
     def resize_classes_(self, *arguments: Any, **options: Any) -> Self:

@@ -38,7 +38,9 @@ def cosface_loss(
     sample_weight: Tensor | None = None,
     backend: str | None = None,
     gradient_tolerance: float = 0.0,
+    label_smoothing: float = 0.0,
     return_stats: bool | int = False,
+    entropy: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """CosFace's Large Margin Cosine Loss (LMCL), fused with its normalisation and class matrix product.
 
@@ -47,7 +49,8 @@ def cosface_loss(
     Args:
         embeddings: (N, D) float64, float32, bfloat16 or float16; need not be normalised.
         weight: (C, D) class centres, one row each, of any of these dtypes; need not be normalised.
-        labels: (N,) integers in [0, C), or ignore_index.
+        labels: (N,) integers in [0, C), or ignore_index; or (N, 2), two of a sample, as mixup has them, with a
+            sample_weight of that shape. Each of them has the margin while the other is one of its negatives.
         margin: m, subtracted from the target's cosine.
         scale: s > 0: a number, a 0-d tensor (learned if it requires a gradient), or one value per sample (N,).
         reduction: "none", "sum" or "mean". The mean is over the samples that are not ignored, weighted by
@@ -55,12 +58,17 @@ def cosface_loss(
         ignore_index: label of samples that have no loss and no gradient.
         validate_labels: raise for a label out of range, which waits for the device. None: on the CPU alone. If not
             validated, the loss of such a sample is nan, and it has no gradient.
-        sample_weight: (N,) factor a_i of each sample's loss.
+        sample_weight: (N,) factor a_i of each sample's loss; or (N, 2), of that of each label, whose sum is the
+            sample's loss.
         backend: name of a backend, or None for the first that takes these tensors.
         gradient_tolerance: eps in [0, 1). 0: exact gradients. Else backward may leave out of every sample
             negatives that hold at most eps of the softmax over its negatives, and takes time in proportion to what
             remains; the loss stays exact. See `Sparsity`.
+        label_smoothing: eps in [0, 1]: the target has mass 1 - eps + eps / C, and each other class eps / C, as in
+            `torch.nn.functional.cross_entropy` of the logits with their margin; of sampled classes C is how many
+            take part.
         return_stats: also return `LossStats`; k for its top_k_accuracy too, for a further pass over the weight.
+        entropy: with return_stats, also `LossStats.entropy`, which is differentiable.
 
     Returns:
         The loss, (N,) or 0-d, float32 (float64 if an input is); with return_stats, a pair (loss, stats). As in
@@ -90,7 +98,9 @@ def cosface_loss(
         sample_weight=sample_weight,
         backend=backend,
         gradient_tolerance=gradient_tolerance,
+        label_smoothing=label_smoothing,
         return_stats=return_stats,
+        entropy=entropy,
     )
 
 
@@ -109,7 +119,9 @@ def margin_softmax_loss(
     indices_tuple: Sequence[Tensor] | None = None,
     backend: str | None = None,
     gradient_tolerance: float = 0.0,
+    label_smoothing: float = 0.0,
     return_stats: bool | int = False,
+    entropy: bool = False,
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
     sampler: ClassSampler | None = None,
@@ -151,18 +163,19 @@ def margin_softmax_loss(
     settings = stages.Settings(
         of_each_class(margin), reduction, ignore_index, validate_labels, backend, gradient_tolerance,
         normalize_embeddings, normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
+        label_smoothing, entropy,
     )  # fmt: skip
     weights = sample_weight, class_weight, indices_tuple
-    facts = partial(stages.facts, settings, weight, scale, weights, return_stats)
+    facts = partial(stages.facts, settings, weight, labels, scale, weights, return_stats)
     with ranks.agreement(facts, embeddings, sample_weight):
         stages.check(settings, ranks, embeddings, weight, labels, scale)
-        check_stats(return_stats)
+        check_stats(return_stats, entropy)
         if class_weight is not None:
             sample_weights.check_class_weight(class_weight, ranks.num_classes)
         sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
-        options = stages.op_options(settings, differentiable)
+        options = stages.op_options(settings, labels, differentiable)
         if not (return_stats or sample_weight is not None or isinstance(scale, Tensor)):
             loss = stages.in_one_call(settings, options, embeddings, weight, labels, scale, validate)
             if loss is not None:
@@ -170,20 +183,23 @@ def margin_softmax_loss(
         targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate)  # (N,)
     batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight)
     part = stages.over_own_classes(settings, options, ranks, weight, batch, validate)
-    loss, *results = ranks.combine(part.scale, *part.results)  # (N,) each, over all classes
-    softmax = stages.Softmax(*results)
-    loss = stages.with_margin(settings, loss, softmax, batch)  # (N,)
+    loss, softmax = ranks.combine(part.scale, *part.results)  # (N,), or None, over all classes
+    each_label = stages.each_label(settings, ranks, part, softmax, batch)
+    loss = stages.with_margin(settings, loss, each_label)  # (M,)
     if not validate:
-        loss = loss.masked_fill(batch.rows.targets == ops.INVALID, torch.nan)  # (N,)
-    reduced = stages.reduce(ranks, loss, batch, reduction)
+        loss = loss.masked_fill(each_label.rows.targets == ops.INVALID, torch.nan)  # (M,)
+    reduced = stages.reduce(ranks, loss, batch, each_label, reduction)
     sparsity = None
     if options.get("gradient_tolerance") and ranks.takes_part(bool(return_stats)):
         sparsity = stages.sparsity(ranks, part)
     if not return_stats:
         return reduced
-    stats = stages.statistics(ranks, softmax, batch, sparsity)
+    stats = stages.statistics(ranks, softmax, batch, each_label, sparsity)
     if not isinstance(return_stats, bool):
-        stats = stats._replace(top_k_accuracy=stages.top_k_accuracy(settings, ranks, batch, int(return_stats)))
+        top_k = stages.top_k_accuracy(settings, ranks, batch, each_label, int(return_stats))
+        stats = stats._replace(top_k_accuracy=top_k)
+    if entropy:
+        stats = stats._replace(entropy=stages.entropy(ranks, softmax, batch))
     return reduced, stats
 
 

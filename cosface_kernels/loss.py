@@ -39,6 +39,7 @@ from cosface_kernels.validation import (
     check_positive,
     check_reduction,
     check_scale,
+    check_smoothing,
     check_table,
     check_tolerance,
 )
@@ -55,6 +56,7 @@ class HeadOptions(TypedDict, total=False):
     class_weight: Tensor | Sequence[float] | None
     backend: str | None
     gradient_tolerance: float
+    label_smoothing: float
     process_group: ProcessGroup | None
     sample_rate: float
     sample_seed: int
@@ -85,6 +87,7 @@ class FusedMarginLoss(nn.Module):
         backend: name of a backend, or None for the first that can run; see `python -m cosface_kernels.info`.
         gradient_tolerance: softmax mass that backward may leave out of every sample, 0 for exact gradients; see
             `cosface_kernels.functional.Sparsity`.
+        label_smoothing: eps in [0, 1], the mass of a target that is spread evenly over all classes.
         process_group: shards the classes over these ranks; see `cosface_kernels.distributed`.
         sample_rate, sample_seed: share of the classes that take part in a training step, the batch's own among
             them, and the seed of the draws; see `cosface_kernels.sampling`. In evaluation all take part. The
@@ -133,6 +136,7 @@ class FusedMarginLoss(nn.Module):
         class_weight: Tensor | Sequence[float] | None = None,
         backend: str | None = None,
         gradient_tolerance: float = 0.0,
+        label_smoothing: float = 0.0,
         process_group: ProcessGroup | None = None,
         sample_rate: float = 1.0,
         sample_seed: int = 0,
@@ -160,6 +164,7 @@ class FusedMarginLoss(nn.Module):
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance)
+        check_smoothing(label_smoothing)
         check_interval("init_std", init_std, "(0, inf)", math.ulp(0.0), math.inf)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
@@ -170,6 +175,7 @@ class FusedMarginLoss(nn.Module):
         self.validate_labels = validate_labels
         self.backend = backend
         self.gradient_tolerance = gradient_tolerance
+        self.label_smoothing = label_smoothing
         self.cache_bytes, self.exact_cache = cache_bytes, exact_cache
         self.workspace_bytes = workspace_bytes
         self.init_std = init_std
@@ -278,20 +284,24 @@ class FusedMarginLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         return_stats: bool | int = False,
+        entropy: bool = False,
     ) -> Tensor | tuple[Tensor, LossStats]:
         """The loss of a batch; see `margin_softmax_loss`.
 
         Args:
             embeddings: (N, embedding_size), need not be normalised.
-            labels: (N,) integers in [0, num_classes), or ignore_index.
+            labels: (N,) integers in [0, num_classes), or ignore_index; or (N, 2), two of a sample, as mixup has
+                them.
             indices_tuple: what a miner of pytorch-metric-learning gives, pairs or triplets of positions in the
                 batch, of this rank's samples. Each is weighted by how often it occurs in them, over the largest of
                 these counts.
             ref_emb, ref_labels: None, or the embeddings and labels themselves; others are refused, as by the
                 classification losses of pytorch-metric-learning, in whose call they have these places.
-            sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's.
+            sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's; (N, 2) for two
+                labels of a sample, which need it.
             return_stats: also return `LossStats`, which costs no further pass over the weight; k for its
                 accuracy among the k nearest classes too, which costs one.
+            entropy: with return_stats, its entropy too, which is differentiable.
 
         Returns:
             The loss, 0-d, or (N,) for reduction "none"; with return_stats, a pair (loss, stats). Where samples
@@ -310,6 +320,7 @@ class FusedMarginLoss(nn.Module):
                 sample_weight=sample_weight,
                 indices_tuple=indices_tuple,
                 return_stats=return_stats,
+                entropy=entropy,
             )
 
     def _state_of_pass(self, embeddings: Tensor, labels: Tensor) -> AbstractContextManager[None]:
@@ -382,6 +393,7 @@ class FusedMarginLoss(nn.Module):
             class_weight=self.class_weight,
             backend=self.backend,
             gradient_tolerance=self.gradient_tolerance,
+            label_smoothing=self.label_smoothing,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
             sampler=self.sampler if self.training else None,

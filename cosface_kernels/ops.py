@@ -46,7 +46,7 @@ class Op:
 
 @Op
 def targets(labels: Tensor, num_classes: int, ignore_index: int, validate: bool = True) -> Tensor:
-    """(N,) int64 labels, with ignore_index replaced by IGNORED.
+    """int64 labels, of any shape, with ignore_index replaced by IGNORED.
 
     A label that is out of range raises if `validate`, which waits for the labels' device, else becomes INVALID.
     """
@@ -54,10 +54,9 @@ def targets(labels: Tensor, num_classes: int, ignore_index: int, validate: bool 
     ignored = labels == ignore_index  # (N,)
     wrong = ((labels < 0) | (labels >= num_classes)) & ~ignored  # (N,)
     if validate and wrong.any():
-        row = int(wrong.int().argmax())
         raise ValueError(
             f"labels must be in [0, {num_classes}) or equal to ignore_index {ignore_index}, "
-            f"got {int(labels[row])} at row {row}."
+            f"got {int(labels[wrong][0])} at row {int(wrong.nonzero()[0, 0])}."
         )
     return labels.masked_fill(ignored, IGNORED).masked_fill(wrong, INVALID)
 
@@ -124,7 +123,7 @@ def lmcl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, top, log_sum, target_cos and max_neg, as `cosface_kernels.reference.forward` defines them.
 
-    The sixth result, uint8, is lmcl_backward's cache, and the last one `reference.moments`, (4, N), or empty.
+    The sixth result, uint8, is lmcl_backward's cache, and the last one `reference.moments`, (4, N), or (0, N).
     """
     refuse_forward_mode()
     if not w.shape[0]:  # a rank that owns no class
@@ -133,7 +132,7 @@ def lmcl(
             x.new_full(x.shape[:1], fill, dtype=compute_dtype(x, w)) for fill in fills
         )
         target_cos = target_cos.new_zeros(targets.shape)
-        moments = top.new_zeros((4, x.shape[0]) if options.moments else 0)
+        moments = top.new_zeros(4 if options.moments else 0, x.shape[0])
         return loss, top, log_sum, target_cos, max_neg, empty_cache(x), moments
     loss, top, log_sum, target_cos, max_neg, cache, moments = select(backend, x, w, options).forward(
         x, w, targets, scale, margin, options
@@ -147,7 +146,7 @@ def _(x, w, targets, scale, margin, backend, options):  # type: ignore[no-untype
     dtype, n = compute_dtype(x, w), x.shape[0]
     rows = (x.new_empty(shape, dtype=dtype) for shape in (n, n, n, targets.shape, n))
     size = select(backend, x, w, options).cache_size(x, w, options) if w.shape[0] else 0
-    moments = x.new_empty((4, n) if options.moments else 0, dtype=dtype)
+    moments = x.new_empty(4 if options.moments else 0, n, dtype=dtype)
     return *rows, x.new_empty(size, dtype=torch.uint8), moments
 
 
@@ -341,7 +340,7 @@ def fold(
     g_cos = g_cos + (g_psi if g_cos.dim() == 1 else torch.stack([g_psi, torch.zeros_like(g_psi)]))
     dscale = -g_lse * top - g_z * psi  # (N,)
     g_lse = g_lse + g_z
-    if of_moments is None:
+    if of_moments is None or not len(of_moments):  # under torch.compile there are gradients of what is empty
         return Folded(g_lse, g_cos, None, dscale)
     g_mean = -of_moments[0]  # (N,)
     of_mean = torch.where(g_mean != 0, g_mean * moments[0], 0)  # (N,)
@@ -361,9 +360,7 @@ def _backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ig
     x, w, targets, scale, top, log_sum, target_cos, cache, moments, *tensors = ctx.saved_tensors
     options = [number if tensor is None else tensor for number, tensor in zip(ctx.options, tensors, strict=True)]
     need_dx, need_dw, _, need_dscale, *_ = ctx.needs_input_grad
-    g = fold(
-        targets, scale, top, log_sum, target_cos, ctx.margin, moments, g_loss, g_log_sum, g_cos, g_moments
-    )
+    g = fold(targets, scale, top, log_sum, target_cos, ctx.margin, moments, g_loss, g_log_sum, g_cos, g_moments)
     dx, dw, dscale = lmcl_backward(
         x, w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache, need_dx, need_dw, ctx.backend,
         *options[:-1], g.g_moments,

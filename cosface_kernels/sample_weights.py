@@ -16,7 +16,12 @@ def combined(
     class_weight: Tensor | None,
     indices_tuple: Sequence[Tensor] | None,
 ) -> Tensor | None:
-    """The (N,) product of those that are there, or None."""
+    """The product of those that are there, in the shape of labels, or None."""
+    if labels.dim() == 2 and sample_weight is None:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} must have a sample_weight of that shape, by which the two of a "
+            "sample share its loss; got None."
+        )
     factors = []
     if sample_weight is not None:
         check_per_sample("sample_weight", sample_weight, labels)
@@ -25,7 +30,8 @@ def combined(
         # of a shorter format the sum of many, by which the mean divides, would be coarse or overflow
         factors.append(class_weight.to(dtype)[labels.long().clamp(0, len(class_weight) - 1)])
     if indices_tuple is not None:
-        factors.append(of_tuples(indices_tuple, labels, dtype))
+        counts = of_tuples(indices_tuple, labels.view(len(labels), -1)[:, 0], dtype)  # (N,)
+        factors.append(counts if labels.dim() == 1 else counts[:, None])
     return math.prod(factors[1:], start=factors[0]) if factors else None
 
 

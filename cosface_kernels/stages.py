@@ -1,9 +1,9 @@
 """The stages of `margin_softmax_loss`, in the order in which a batch passes them.
 
-    check -> gather -> op -> combine -> margin -> reduce -> statistics
+    check -> gather -> op -> combine -> each label -> margin -> reduce -> statistics
 
 Combining is a method of `cosface_kernels.distributed.Exchange` and of `Local`. Between gathering and reducing, N
-counts the samples of all ranks.
+counts the samples of all ranks, and M the labels that these have: N or, where a sample has two, 2 N.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,11 @@ from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, Local
-from cosface_kernels.margins import ClassMargin, Margin, Rows
+from cosface_kernels.margins import ClassMargin, Margin, Rows, Smoothing
 from cosface_kernels.options import Options
-from cosface_kernels.reference import EPS, compute_dtype, excess, softplus
+from cosface_kernels.reference import EPS, compute_dtype
 from cosface_kernels.sampling import ClassSampler
+from cosface_kernels.softmax import Softmax
 from cosface_kernels.stats import LossStats, Sparsity
 from cosface_kernels.validation import (
     check_cache,
@@ -34,6 +35,7 @@ from cosface_kernels.validation import (
     check_rows,
     check_sampler,
     check_scale,
+    check_smoothing,
     check_table,
     check_tolerance,
 )
@@ -54,6 +56,8 @@ class Settings(NamedTuple):
     cache_bytes: int | None
     exact_cache: bool | None
     workspace_bytes: int
+    label_smoothing: float = 0.0
+    entropy: bool = False
 
     @property
     def subtracted(self) -> float:
@@ -64,34 +68,40 @@ class Settings(NamedTuple):
 class Batch(NamedTuple):
     """The samples of all ranks, which N counts from here on."""
 
-    rows: Rows
+    embeddings: Tensor  # (N, D)
+    targets: Tensor  # (N,) or (2, N)
     scale: Tensor  # (N,)
-    sample_weight: Tensor | None  # (N,)
-    valid: Tensor  # (N,), not ignored
+    sample_weight: Tensor | None  # as targets
+
+
+class Labels(NamedTuple):
+    """The labels of all ranks' samples, one after the other, and of each the softmax over all other classes."""
+
+    rows: Rows
+    scale: Tensor  # (M,)
+    sample_weight: Tensor | None  # (M,)
+    softmax: Softmax
+    share: Tensor  # (M,), what a label counts in an accuracy
+
+    @property
+    def valid(self) -> Tensor:
+        return self.rows.targets != ops.IGNORED  # (M,)
 
 
 class Part(NamedTuple):
     """What the op finds among those of this rank's classes that take part."""
 
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # loss, top, log_sum, target_cos and max_neg, (N,) each
+    results: tuple[Tensor, ...]  # loss, top, log_sum, target_cos, max_neg and moments, as the op has them
     cache: Tensor
     scale: Tensor  # (N,)
-    targets: Tensor  # (N,), among these classes
+    targets: Tensor  # as the batch's, among these classes
     num_classes: int
-
-
-class Softmax(NamedTuple):
-    """The results of the op over all classes, (N,) each."""
-
-    top: Tensor
-    log_sum: Tensor
-    target_cos: Tensor
-    max_neg: Tensor
 
 
 def facts(
     settings: Settings,
     weight: Tensor,
+    labels: Tensor,
     scale: float | Tensor,
     weights: tuple[object, ...],
     return_stats: bool | int,
@@ -109,6 +119,9 @@ def facts(
         "recording of class_weight's gradient": getattr(weights[1], "requires_grad", False),
         "normalization of embeddings and weight": (settings.normalize_embeddings, settings.normalize_weight),
         "gradient_tolerance": settings.gradient_tolerance,
+        "label_smoothing": settings.label_smoothing,
+        "entropy": settings.entropy,
+        "number of labels per sample": labels.dim(),
         "k of return_stats": None if isinstance(return_stats, bool) else return_stats,
     }
     if getattr(weight, optim.MARK, False):
@@ -155,14 +168,36 @@ def check(
     elif not callable(settings.margin):
         check_margin(settings.margin)
     if isinstance(scale, Tensor) and scale.dim():
-        check_per_sample("scale", scale, labels)
+        check_per_sample("scale", scale, labels if labels.dim() == 1 else labels[:, 0])
+    check_smoothing(settings.label_smoothing)
+    margin = settings.margin
+    if settings.label_smoothing and isinstance(margin, Margin) and not margin.smooths_labels:
+        raise ValueError(
+            f"{type(margin).__name__} is no cross-entropy, whose labels could be smoothed: label_smoothing must be "
+            f"0, got {settings.label_smoothing!r}."
+        )
+    if labels.dim() == 2 and isinstance(margin, Margin) and margin.reshapes_negatives:
+        raise ValueError(
+            f"{type(margin).__name__} reshapes the negatives of a sample by its label: labels must have shape (N,), "
+            f"got shape {tuple(labels.shape)}."
+        )
+    if _needs_moments(settings, labels) and settings.gradient_tolerance:
+        raise ValueError(
+            "label_smoothing, two labels of a sample and entropy have gradients of all classes: gradient_tolerance "
+            f"must be 0, got {settings.gradient_tolerance!r}."
+        )
 
 
-def op_options(settings: Settings, differentiable: bool) -> dict[str, Any]:
+def _needs_moments(settings: Settings, labels: Tensor) -> bool:
+    return bool(settings.label_smoothing or settings.entropy or labels.dim() == 2)
+
+
+def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:
     """Fields of `Options`: what is for backward only where there may be one."""
     options: dict[str, Any] = {
         "normalize_weight": settings.normalize_weight,
         "workspace_bytes": int(settings.workspace_bytes),
+        "moments": _needs_moments(settings, labels),
     }
     if differentiable:
         options["cache_bytes"] = None if settings.cache_bytes is None else int(settings.cache_bytes)
@@ -183,7 +218,7 @@ def in_one_call(
     validate: bool,
 ) -> Tensor | None:
     """The reduced loss of a plain CosFace from a backend that has a short way there, or None."""
-    special = callable(settings.margin) or settings.sampler
+    special = callable(settings.margin) or settings.sampler or options["moments"]
     if special or not settings.normalize_embeddings or getattr(weight, optim.MARK, False):
         return None
     if ops.dispatches(embeddings, weight, labels):
@@ -215,15 +250,22 @@ def gather(
     scale: float | Tensor,
     sample_weight: Tensor | None,
 ) -> Batch:
-    """The samples of all ranks from those of this one."""
+    """The samples of all ranks from those of this one; of two equal targets, the first has both weights."""
     s = _row_scale(ranks.replicate(scale), embeddings, weight)  # (N_r,)
     embeddings, targets, s = ranks.gather(embeddings), ranks.gather(targets), ranks.gather(s)
-    rows = Rows(embeddings, targets, ranks.whole, ranks.share)
+    sample_weight = None if sample_weight is None else ranks.gather(sample_weight)
+    if targets.dim() == 2:
+        assert sample_weight is not None
+        (first, second), (weight_of_first, weight_of_second) = targets.T, sample_weight.T  # (N,) each
+        same = first == second
+        targets = torch.stack([first, second.masked_fill(same, ops.IGNORED)])  # (2, N)
+        weight_of_first = torch.where(same, weight_of_first + weight_of_second, weight_of_first)
+        sample_weight = torch.stack([weight_of_first, weight_of_second])  # (2, N)
     if not settings.normalize_embeddings:
         # no kernel: s x = (s |x|) x / |x|; clamped as the kernels clamp, so that x = 0 has its gradient
-        s = s * rows.norms().clamp_min(EPS)  # (N,)
-    sample_weight = None if sample_weight is None else ranks.gather(sample_weight)  # (N,)
-    return Batch(rows, s, sample_weight, targets != ops.IGNORED)
+        any_target = torch.atleast_2d(targets).amax(0)  # (N,)
+        s = s * Rows(embeddings, any_target).norms().clamp_min(EPS)  # (N,)
+    return Batch(embeddings, targets, s, sample_weight)
 
 
 def _row_scale(scale: float | Tensor, embeddings: Tensor, weight: Tensor) -> Tensor:
@@ -245,22 +287,22 @@ def over_own_classes(
     """The op, with a sample of the classes and reshaped negatives where they are asked for."""
     sampler, margin = settings.sampler, settings.margin
     # x (N, D), w (C, D), and of the classes of w: targets (N,), which take part (S,), targets among those (N,)
-    x, w, own_targets, s = ranks.enter(
-        batch.rows.embeddings, batch.rows.targets, batch.scale, sampled=sampler is not None
-    )
+    x, w, own_targets, s = ranks.enter(batch.embeddings, batch.targets, batch.scale, sampled=sampler is not None)
     classes, targets = sampler(own_targets) if sampler else (None, own_targets)
     if classes is not None and validate and classes.device.type != "cpu":  # on a CPU the op looks at them
         check_classes(classes, w.shape[0])
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
             target_cos = ranks.sum(_target_cosines(x, w, own_targets))  # (N,)
-            thresholds, negatives = margin.negatives(target_cos, batch.rows)
+            thresholds, negatives = margin.negatives(target_cos, Rows(batch.embeddings, batch.targets))
             options = {**options, "thresholds": thresholds, "negatives": negatives}
     lmcl: Any = ops.lmcl
     if getattr(weight, optim.MARK, False):
         lmcl = partial(optim.lmcl, weight, whole_gradient=isinstance(margin, Margin) and margin.reads_weight)
-    *results, cache = lmcl(x, w, targets, s, settings.subtracted, settings.backend, classes=classes, **options)
-    return Part(tuple(results), cache, s, targets, (w if classes is None else classes).shape[0])
+    *results, cache, moments = lmcl(
+        x, w, targets, s, settings.subtracted, settings.backend, classes=classes, **options
+    )
+    return Part((*results, moments), cache, s, targets, (w if classes is None else classes).shape[0])
 
 
 def _target_cosines(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
@@ -272,29 +314,52 @@ def _target_cosines(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return torch.where(has_target, (x_hat * w_hat).sum(1), 0)
 
 
-def with_margin(settings: Settings, loss: Tensor | None, softmax: Softmax, batch: Batch) -> Tensor:
-    """(N,) losses; `loss`, the op's own over all classes, has the margin if that is a number."""
-    margin, (rows, s, _, valid) = settings.margin, batch
-    top, log_sum, target_cos, _ = softmax
+def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax: Softmax, batch: Batch) -> Labels:
+    """Of two labels of a sample each has the other among its negatives, as if they were two samples."""
+    embeddings, targets, scale, sample_weight = batch
+    share = targets != ops.IGNORED
+    if targets.dim() == 2:
+        cosines = softmax.target_cos
+        both = [
+            softmax.including(cosines[1 - k], scale, targets[1 - k] >= 0)._replace(target_cos=cosines[k])
+            for k in (0, 1)
+        ]
+        softmax = Softmax(*(torch.cat(each) for each in zip(*both, strict=True)))  # (M,) each
+        embeddings, scale = torch.cat([embeddings] * 2), torch.cat([scale] * 2)
+        share = torch.where(share, sample_weight, 0).flatten().detach()
+        targets, sample_weight = targets.flatten(), sample_weight.flatten()
+    smoothing = None
+    if settings.label_smoothing:
+        assert softmax.total is not None
+        classes = ranks.count(part.num_classes) if settings.sampler else ranks.num_classes
+        smoothing = Smoothing(float(settings.label_smoothing), softmax.total, classes)
+    rows = Rows(embeddings, targets, ranks.whole, ranks.share, smoothing)
+    return Labels(rows, scale, sample_weight, softmax, share)
+
+
+def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tensor:
+    """(M,) losses; `loss`, the op's own over all classes, has the margin if that is a number."""
+    margin, rows, s, valid = settings.margin, labels.rows, labels.scale, labels.valid
+    top, log_sum, target_cos, *_ = labels.softmax
     if isinstance(margin, Margin):
         # masked before and after: a nan in an ignored sample must not reach a gradient
-        loss = margin.loss(torch.where(valid, top, 0), torch.where(valid, log_sum, 0), target_cos, s, rows)  # (N,)
+        loss = margin.loss(torch.where(valid, top, 0), torch.where(valid, log_sum, 0), target_cos, s, rows)  # (M,)
         return torch.where(valid, loss, 0)
-    if loss is not None and not callable(margin):
+    if loss is not None and loss.shape == valid.shape and not callable(margin) and rows.smoothing is None:
         return loss
-    psi = margin(target_cos) if callable(margin) else target_cos - settings.subtracted  # (N,)
+    psi = margin(target_cos) if callable(margin) else target_cos - settings.subtracted  # (M,)
     check_per_sample("the margin's result", psi, rows.targets)
-    return torch.where(valid, softplus(torch.where(valid, excess(s, top, log_sum, psi), 0)), 0)
+    return rows.cross_entropy(top, log_sum, psi, s)
 
 
-def reduce(ranks: Local | Exchange, loss: Tensor, batch: Batch, reduction: str) -> Tensor:
+def reduce(ranks: Local | Exchange, loss: Tensor, batch: Batch, labels: Labels, reduction: str) -> Tensor:
     """0-d, or the losses of this rank's samples."""
-    count = batch.valid
-    if batch.sample_weight is not None:
-        count = torch.where(batch.valid, batch.sample_weight, 0)
-        loss = torch.where(batch.valid, loss * batch.sample_weight, 0)
+    count = labels.valid
+    if labels.sample_weight is not None:
+        count = torch.where(labels.valid, labels.sample_weight, 0)
+        loss = torch.where(labels.valid, loss * labels.sample_weight, 0)
     if reduction == "none":
-        return ranks.keep_own(loss)
+        return ranks.keep_own(loss if batch.targets.dim() == 1 else loss.view(batch.targets.shape).sum(0))
     return loss.sum() if reduction == "sum" else loss.sum() / count.sum()
 
 
@@ -304,30 +369,45 @@ def sparsity(ranks: Local | Exchange, part: Part) -> Sparsity:
     return Sparsity(ranks.keep_own(dropped), ranks.keep_own(kept))
 
 
-def statistics(ranks: Local | Exchange, softmax: Softmax, batch: Batch, sparsity: Sparsity | None) -> LossStats:
-    top, log_sum, target_cos, max_neg = softmax
-    accuracy = ((target_cos > max_neg) & batch.valid).sum() / batch.valid.sum()
-    rows_of_stats = ((batch.scale * top + log_sum).detach(), target_cos.detach(), max_neg)  # (N,) each
-    lse, target_cos, max_neg = map(ranks.keep_own, rows_of_stats)  # (N_r,) each
+def statistics(
+    ranks: Local | Exchange, softmax: Softmax, batch: Batch, labels: Labels, sparsity: Sparsity | None
+) -> LossStats:
+    """softmax: over all classes that are no label of the sample."""
+    nearest = labels.softmax.target_cos > labels.softmax.max_neg  # (M,)
+    accuracy = (labels.share * nearest).sum() / labels.share.sum()
+    target_cos = _by_sample(softmax.target_cos, batch)  # (N,) or (N, 2)
+    rows_of_stats = (batch.scale * softmax.top + softmax.log_sum, target_cos, softmax.max_neg)
+    lse, target_cos, max_neg = (ranks.keep_own(rows.detach()) for rows in rows_of_stats)  # (N_r, ...) each
     return LossStats(lse, target_cos, max_neg, accuracy, sparsity)
 
 
-@torch.no_grad()
-def top_k_accuracy(settings: Settings, ranks: Local | Exchange, batch: Batch, k: int) -> Tensor:
-    """0-d, the share of the valid samples to which fewer than k other classes are at least as near as their own.
+def entropy(ranks: Local | Exchange, softmax: Softmax, batch: Batch) -> Tensor:
+    """(N_r,) of the softmax over all classes, without a margin."""
+    for cos, targets in zip(torch.atleast_2d(softmax.target_cos), torch.atleast_2d(batch.targets), strict=True):
+        softmax = softmax.including(cos, batch.scale, targets >= 0)
+    return ranks.keep_own(softmax.entropy(batch.scale))
 
-    Those are among the k + 1 nearest, wherever ties put the sample's own.
+
+@torch.no_grad()
+def top_k_accuracy(settings: Settings, ranks: Local | Exchange, batch: Batch, labels: Labels, k: int) -> Tensor:
+    """0-d, the share of the valid labels to which fewer than k other classes are at least as near as their own.
+
+    Those are among the k + 1 nearest, wherever ties put the label's own.
     """
     most = min(k + 1, ranks.num_classes)
     cosines, classes = ops.nearest(
-        batch.rows.embeddings,
-        ranks.weight,
-        min(most, len(ranks.classes)),
-        settings.normalize_weight,
-        settings.backend,
+        batch.embeddings, ranks.weight, min(most, len(ranks.classes)), settings.normalize_weight, settings.backend
     )
     cosines, classes = ranks.keep_nearest(cosines, classes, most)  # (N_r, most) each
-    own = classes == ranks.keep_own(batch.rows.targets)[:, None]
-    own_cos = cosines.where(own, torch.inf).amin(1)  # (N_r,)
-    others = ((cosines >= own_cos[:, None]) & ~own).sum(1)  # (N_r,)
-    return ranks.sum(((own_cos < torch.inf) & (others < k)).sum()) / batch.valid.sum()
+    cosines, classes = cosines[:, None], classes[:, None]
+    by_sample = (_by_sample(rows.view(batch.targets.shape), batch) for rows in (labels.rows.targets, labels.share))
+    targets, share = (ranks.keep_own(rows).view(len(cosines), batch.targets.dim()) for rows in by_sample)
+    own = classes == targets[..., None]  # (N_r, labels of a sample, most)
+    own_cos = cosines.where(own, torch.inf).amin(2)  # (N_r, labels of a sample)
+    others = ((cosines >= own_cos[..., None]) & ~own).sum(2)
+    return ranks.sum((share * ((own_cos < torch.inf) & (others < k))).sum()) / labels.share.sum()
+
+
+def _by_sample(rows: Tensor, batch: Batch) -> Tensor:
+    """(N,) or (N, 2) of what the batch has as its targets."""
+    return rows if batch.targets.dim() == 1 else rows.T

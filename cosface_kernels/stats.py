@@ -37,16 +37,22 @@ class Sparsity(NamedTuple):
 
 
 class LossStats(NamedTuple):
-    """What the loss knows of its batch, without another pass over the weights but for the k nearest; detached.
+    """What the loss knows of its batch, without another pass over the weights but for the k nearest.
+
+    Detached, but for the entropy. Where samples have two labels, neither is among a sample's negatives.
 
     Attributes:
         lse: (N,) log sum_{j != y} e^{s cos_ij}, over the negative classes alone.
-        target_cos: (N,) cosine between each embedding and its class centre; 0 for an ignored sample.
+        target_cos: (N,) cosine between each embedding and its class centre, (N, 2) where samples have two labels; 0
+            for an ignored one.
         max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
-        accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin.
+        accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin;
+            where samples have two labels, of these by their sample_weight.
         sparsity: with a gradient_tolerance, and where there will be a gradient.
         top_k_accuracy: with return_stats=k, 0-d, the share whose own class centre is among the k nearest of all
             classes, also where a sampler draws some; else None.
+        entropy: with entropy=True, (N,) -sum_j p_ij log p_ij over all classes that take part, in nats, with
+            p_ij = e^{s cos_ij} / sum_k e^{s cos_ik}: without the margin, with reshaped negatives; else None.
     """
 
     lse: Tensor
@@ -55,3 +61,4 @@ class LossStats(NamedTuple):
     accuracy: Tensor
     sparsity: Sparsity | None = None
     top_k_accuracy: Tensor | None = None
+    entropy: Tensor | None = None

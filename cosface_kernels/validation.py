@@ -54,9 +54,15 @@ def check_flag(name: str, value: bool | None) -> None:
         raise ValueError(f"{name} must be True, False or None, got {value!r}.")
 
 
-def check_stats(return_stats: bool | int) -> None:
+def check_stats(return_stats: bool | int, entropy: bool) -> None:
     if not isinstance(return_stats, numbers.Integral) or return_stats < 0:
         raise ValueError(f"return_stats must be True, False or a number k of classes, got {return_stats!r}.")
+    if not isinstance(entropy, bool):
+        raise ValueError(f"entropy must be True or False, got {entropy!r}.")
+    if entropy and not return_stats:
+        raise ValueError(
+            f"entropy is one of the stats, so that return_stats must be True or k, got {return_stats!r}."
+        )
 
 
 def check_cache(cache_bytes: int | None, exact_cache: bool | None) -> None:
@@ -86,6 +92,10 @@ def check_interval(name: str, value: float, interval: str, low: float, high: flo
         degrees = "radians" in interval and isinstance(value, numbers.Real) and high <= value <= 180
         hint = f"; if these are degrees, give {math.radians(value):.4g}" if degrees else ""
         raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}.")
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    check_interval("label_smoothing", label_smoothing, "[0, 1]", 0, math.nextafter(1, 2))
 
 
 def check_tolerance(tolerance: float) -> None:
@@ -148,10 +158,13 @@ def check_sampler(sampled: int, classes: int) -> None:
 
 
 def check_labels(labels: Tensor, embeddings: Tensor) -> None:
-    """Shape (N,), an integer dtype, the embeddings' device; their range is checked by the op."""
+    """Shape (N,) or (N, 2), an integer dtype, the embeddings' device; their range is checked by the op."""
     check_tensor("labels", labels)
-    if labels.dim() != 1:
-        raise ValueError(f"labels must have shape (N,), got shape {tuple(labels.shape)}.")
+    if labels.dim() != 1 and labels.shape[1:] != (2,):
+        raise ValueError(
+            "labels must have shape (N,), or (N, 2) with a sample_weight of that shape, got shape "
+            f"{tuple(labels.shape)}."
+        )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}.")
     if labels.shape[0] != embeddings.shape[0]:

@@ -121,7 +121,7 @@ std::array<Tensor, 6> forward(const Tensor& x, const Tensor& w, const Tensor& y,
                            {loss.mutable_data_ptr<T>(), top.mutable_data_ptr<T>(), log_sum.mutable_data_ptr<T>(),
                             target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>(),
                             options.moments ? moments.mutable_data_ptr<T>() : nullptr});
-  return {loss, top, log_sum, target_cos, max_neg, options.moments ? moments : moments.view({0})};
+  return {loss, top, log_sum, target_cos, max_neg, moments};
 }
 
 // Uninitialised memory: for gigabytes, the pages of a tensor of the same size that was freed.

@@ -52,7 +52,11 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     cache = x.new_empty(cache_size(x, w, options), dtype=torch.uint8)
-    return *_C.cuda_forward(x, w, targets, scale, margin, _kernel_options(options, cache)), cache, scale.new_empty(0)
+    return (
+        *_C.cuda_forward(x, w, targets, scale, margin, _kernel_options(options, cache)),
+        cache,
+        scale.new_empty(0, len(x)),
+    )
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,9 @@ def unavailable() -> str | None:
 
 
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
-    return options.refusal({"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"})
+    return options.refusal(
+        {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
+    )
 
 
 def describe() -> str:
@@ -32,7 +34,7 @@ def forward(
         rows = _rows(w, options)
         results = reference.forward(x, rows, targets, scale, margin, options)
         _, top, log_sum, *_ = results
-        moments = top.new_empty(0)
+        moments = top.new_empty(0, len(x))
         if options.moments:
             moments = reference.moments(x, rows, targets, scale, top, log_sum, options)
         return *results, empty_cache(x), moments

@@ -10,7 +10,7 @@ State (statistics of batches, counters) is in float32 buffers, whatever the dtyp
 training mode alone, once for each forward pass, and samples that are ignored have no part in it.
 """
 
-from cosface_kernels.margins.base import Margin, Rows, mean_and_std, update_average
+from cosface_kernels.margins.base import Margin, Rows, Smoothing, mean_and_std, update_average
 from cosface_kernels.margins.classes import (
     AdaMSoftmaxMargin,
     ClassMargin,
@@ -56,6 +56,7 @@ __all__ = [
     "MagFaceMargin",
     "Margin",
     "Rows",
+    "Smoothing",
     "SphereFaceMargin",
     "X2SoftmaxMargin",
     "dynamic_margins",

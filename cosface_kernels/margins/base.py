@@ -12,6 +12,20 @@ from cosface_kernels.validation import check_interval
 
 
 @dataclass(frozen=True)
+class Smoothing:
+    """Label smoothing: of a sample's target, a mass of epsilon is spread evenly over all classes.
+
+    Attributes:
+        total: (N,) sum_{j != y} cos_ij, of reshaped negatives as they enter the softmax; differentiable.
+        classes: how many take part, the target among them.
+    """
+
+    epsilon: float
+    total: Tensor
+    classes: int | Tensor
+
+
+@dataclass(frozen=True)
 class Rows:
     """The samples of a batch, for the margins that look at more than their target's cosine.
 
@@ -20,12 +34,14 @@ class Rows:
         targets: (N,) int64 classes, negative for a sample that has no loss.
         weight: (C, D) class centres, or None if they are sharded.
         share: what a parameter that every rank has goes through, so that its gradient is the same on all.
+        smoothing: of the labels, or None.
     """
 
     embeddings: Tensor
     targets: Tensor
     weight: Tensor | None = None
     share: Callable[[Tensor], Tensor] = lambda parameter: parameter
+    smoothing: Smoothing | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -36,6 +52,15 @@ class Rows:
         dtype = torch.promote_types(self.embeddings.dtype, torch.float32)
         return torch.linalg.vector_norm(self.embeddings.where(self.valid[:, None], 0), dim=1, dtype=dtype)
 
+    def cross_entropy(self, top: Tensor, log_sum: Tensor, psi: Tensor, scale: Tensor) -> Tensor:
+        """(N,) softplus(lse - s psi), with smoothed labels if they are; 0 for a sample that has no loss."""
+        loss = softplus(torch.where(self.valid, excess(scale, top, log_sum, psi), 0))  # (N,)
+        if self.smoothing is not None:
+            epsilon, total, classes = self.smoothing.epsilon, self.smoothing.total, self.smoothing.classes
+            to_all = epsilon * scale * (psi - (psi + total) / classes)  # (N,)
+            loss = loss + to_all
+        return torch.where(self.valid, loss, 0)
+
 
 class Margin(nn.Module):
     """Base of the margins. A subclass defines psi as `forward(cos, rows)`; some replace `loss`.
@@ -44,10 +69,12 @@ class Margin(nn.Module):
     returns (N,) thresholds, above which a negative's cosine c enters the softmax as (q c + a) c + b, and (3,) q, a
     and b.
 
-    One that `reads_weight` has a gradient of the class centres besides that of their cosines.
+    One that `reads_weight` has a gradient of the class centres besides that of their cosines. One whose loss is no
+    cross-entropy has no `smooths_labels`.
     """
 
     reshapes_negatives = reads_weight = False
+    smooths_labels = True
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -70,7 +97,7 @@ class Margin(nn.Module):
         psi = self(cos, rows)  # (N,)
         if self.straight_through:
             psi = cos + (psi - cos).detach()
-        return softplus(torch.where(rows.valid, excess(scale, top, log_sum, psi), 0))
+        return rows.cross_entropy(top, log_sum, psi, scale)
 
     def reset_parameters(self) -> None:
         """Sets the state to what it was before the first batch."""

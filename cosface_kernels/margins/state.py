@@ -250,6 +250,7 @@ class GBCosFaceMargin(Margin):
     Source: Xu et al., GB-CosFace, arXiv:2111.11186; aliyun/GB-CosFace (loss/GBCosFace.py).
     """
 
+    smooths_labels = False
     boundary: Tensor
 
     def __init__(

@@ -27,7 +27,9 @@ def inputs(backend: Backend, kind: str | Tensor, n: int = 5, dtypes: Dtypes = F3
 
 def run(backend: Backend, i: Inputs, tolerance: float, **options) -> tuple[Gradients, Sparsity]:
     inputs_ = i.x, i.w, i.targets, i.scale
-    _, top, log_sum, _, _, cache, _ = ops.lmcl(*inputs_, 0.35, backend.name, gradient_tolerance=tolerance, **options)
+    _, top, log_sum, _, _, cache, _ = ops.lmcl(
+        *inputs_, 0.35, backend.name, gradient_tolerance=tolerance, **options
+    )
     got = ops.lmcl_backward(
         *inputs_, top, log_sum, i.g_lse, i.g_cos, cache, True, True, backend.name, gradient_tolerance=tolerance,
         **options,

@@ -99,7 +99,7 @@ def forward(
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
-            return *forward_pass.five_rows(x), cache, scale.new_empty(0)
+            return *forward_pass.five_rows(x), cache, scale.new_empty(0, len(x))
         saved = saved_in(cache, x, w, options)
         forward_pass.fill_norms(x, w, options, saved)
         some_w, some_options = launch.sample(x, w, options)
@@ -116,7 +116,7 @@ def forward(
         results = forward_pass.forward(x, w, saved, targets, scale, margin, options, tile)
         if options.gradient_tolerance:
             sparse.keep(x, w, saved, targets, scale, results, options, cache)
-        return *results, cache, scale.new_empty(0)
+        return *results, cache, scale.new_empty(0, len(x))
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,60 @@
+"""The softmax over a sample's negatives, as the op knows it, and what follows from it without a logit."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Softmax(NamedTuple):
+    """The results of the op over all classes, (N,) each; of samples with two targets, target_cos is (2, N).
+
+    The last four are `cosface_kernels.reference.moments`, or None where they were not asked for.
+    """
+
+    top: Tensor
+    log_sum: Tensor
+    target_cos: Tensor
+    max_neg: Tensor
+    below: Tensor | None = None
+    total: Tensor | None = None
+    hard_sum: Tensor | None = None
+    hard_count: Tensor | None = None
+
+    @classmethod
+    def of(cls, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor, moments: Tensor) -> "Softmax":
+        return cls(top, log_sum, target_cos, max_neg, *moments)
+
+    def including(self, cos: Tensor, scale: Tensor, there: Tensor) -> "Softmax":
+        """With one more class among the negatives, where it is `there`, (N,) bool, at (N,) cosines.
+
+        Differentiable, with top a constant as everywhere. What is small stays exact: the share of the others is
+        never taken from 1.
+        """
+        assert self.below is not None and self.total is not None
+        top = torch.maximum(self.top, cos.detach())  # (N,)
+        others, own = self.log_sum + scale * (self.top - top), scale * (cos - top)  # (N,) each
+        log_sum = torch.logaddexp(others, own)  # (N,)
+        share, own_share = (others - log_sum).exp(), (own - log_sum).exp()  # (N,) each
+        below = share * (self.below + top - self.top) + own_share * (top - cos)  # (N,)
+        larger = (
+            top,
+            log_sum,
+            self.target_cos,
+            torch.maximum(self.max_neg, cos.detach()),
+            below,
+            self.total + cos,
+        )
+        return self._replace(
+            **{
+                name: torch.where(there, new, old)
+                for name, new, old in zip(self._fields, larger, self, strict=False)
+                if name != "target_cos"
+            }
+        )
+
+    def entropy(self, scale: Tensor) -> Tensor:
+        """(N,) -sum_j p_ij log p_ij over the classes that are included; 0 where there is none."""
+        assert self.below is not None
+        none = self.log_sum.isneginf()  # (N,)
+        return torch.where(none, 0, self.log_sum.masked_fill(none, 0) + scale * self.below)
