@@ -124,19 +124,36 @@ def search(probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tens
     unit, against = normalised(probes), normalised(gallery)
     rank, genuine, impostor = [], [], []
     for block, own, known in zip(unit.split(BLOCK), position.split(BLOCK), mated.split(BLOCK), strict=True):
-        similarity = block @ against.T  # (B, G)
-        best = similarity.new_full((len(block), len(ids)), -torch.inf)
-        best.scatter_reduce_(1, columns.expand(len(block), -1), similarity, "amax")  # (B, I)
-        impostor.append(best[~known].amax(1))
-        best, own = best[known], own[known, None]
-        mate = best.gather(1, own)  # (M, 1)
-        ahead = (best.scatter(1, own, -torch.inf) >= mate).sum(1)
+        impostor.append(nearest_classes(block[~known], against, 1).cosines[:, 0])
+        mate, ahead = _mates(block[known], own[known, None], against, columns, ranks, ranks + 1)
         rank.append(ahead + 1)
-        genuine.append(mate[:, 0].masked_fill(ahead > 0, -torch.inf))
+        genuine.append(mate.masked_fill(ahead > 0, -torch.inf))
     found = torch.cat(rank)[:, None] <= torch.arange(1, ranks + 1)  # (M, ranks)
     rates = found.double().mean(0).numpy()
     scores = [torch.cat(parts).sort(descending=True).values for parts in (genuine, impostor)]
     return Search(rates, Scores(*scores, rank1=float(rates[0])))
+
+
+def _mates(
+    probes: Tensor, own: Tensor, gallery: Tensor, columns: Tensor, ranks: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The best score of each probe's own identity, and how many others are at least as similar; (M,) each.
+
+    The k nearest images tell both if one of them is less similar than the mate. If `ranks` others are ahead, it
+    does not matter how many more are, nor the score. For the probes that are left, k doubles.
+
+    Args:
+        probes, gallery: (M, D), (G, D), of length 1.
+        own, columns: (M, 1), (G,) identities.
+    """
+    cosines, rows = nearest_classes(probes, gallery, min(k, len(gallery)))  # (M, k)
+    found = columns[rows]  # (M, k)
+    mate = cosines.masked_fill(found != own, -torch.inf).amax(1)
+    ahead = torch.where(cosines >= mate[:, None], found, own).sort(1).values.diff(dim=1).count_nonzero(1)
+    left = (cosines[:, -1] >= mate) & (ahead < ranks)
+    if k < len(gallery) and left.any():
+        mate[left], ahead[left] = _mates(probes[left], own[left], gallery, columns, ranks, 2 * k)
+    return mate, ahead
 
 
 @dataclass(frozen=True)

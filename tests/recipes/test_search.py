@@ -38,8 +38,7 @@ def test_a_query_does_not_find_itself():
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_retrieval_equals_plain_loops(monkeypatch, own):
-    monkeypatch.setattr(module, "BLOCK", 7)
+def test_retrieval_equals_plain_loops(own):
     queries, labels = torch.randn(30, 5), torch.randint(9, (30,))
     gallery, offered = (queries, labels) if own else (torch.randn(40, 5), torch.randint(7, (40,)))
     result = retrieve(queries, labels, *(() if own else (gallery, offered)), ks=(1, 3, 100))
