@@ -327,8 +327,8 @@ def fold(
 ) -> Folded:
     """upstream: the gradients of loss, log_sum, target_cos and moments, None where there is none.
 
-    loss = softplus(z) with z = lse - s psi, where there is a (first) target; no gradient stays none where z is nan.
-    log_sum = lse - s top.
+    loss = softplus(z) with z = lse - s psi, where there is a (first) target; no gradient stays none where z is
+    nan. log_sum = lse - s top.
     """
     of_loss, of_log_sum, of_cos, of_moments = upstream
     g_loss, g_lse = (torch.zeros_like(log_sum) if g is None else g for g in (of_loss, of_log_sum))  # (N,) each

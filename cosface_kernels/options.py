@@ -51,8 +51,8 @@ class Options:
         thresholds: (N,) tau_i, in the dtype of the results, or None. A hard negative, j != y_i with
             cos_ij > tau_i, enters the softmax as N(cos_ij) = (q cos_ij + a) cos_ij + b. Without a gradient.
         negatives: (3,) q, a and b, where there are thresholds. Without a gradient.
-        moments: forward also returns the moments of every sample's negatives, (4, N), as `reference.moments` defines
-            them, and takes (2, N) targets: a sample may then have two, of which neither is among its negatives.
+        moments: forward also returns the moments of every sample's negatives, (4, N), as `reference.moments`
+            defines them, and takes (2, N) targets: a sample may then have two, of which neither is a negative.
         g_moments: (2, N), of backward alone: b_i and c_i of `reference.backward`.
         updates: backward moves the rows of the weight by an `Update` and returns no dw.
     """

@@ -3,8 +3,8 @@
 This is the specification that every backend is tested against. It materialises the (N, C) logits on purpose.
 
 Notation: x (N, D) embeddings, w (C, D) class weights, targets (N,) with -1 for "no target", or (2, N) of samples
-with two different ones, s (N,) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. Where there
-are two targets, "j != y_i" is neither of them, and loss_i is that of the first.
+with two different ones, s (N,) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. Where
+there are two targets, "j != y_i" is neither of them, and loss_i is that of the first.
 """
 
 import torch
@@ -113,7 +113,7 @@ def backward(
 
     With b_i and c_i of options.g_moments, G_ij = (s_i t_ij + b_i p_ij + c_i) N'(cos_ij) for j != y_i, where
     t_ij = (g_lse_i + b_i (N(cos_ij) - top_i)) p_ij, and dscale_i = sum_{j != y_i} t_ij N(cos_ij). This adds the
-    gradients of sum_i, times c_i, and of below_i, times -b_i, of `moments`, if b_i below_i has been added to g_lse_i.
+    gradients of `moments`: of sum_i, times c_i, and of below_i, times -b_i, if b_i below_i is in g_lse_i already.
 
     Returns:
         dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.

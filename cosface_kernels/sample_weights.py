@@ -19,8 +19,8 @@ def combined(
     """The product of those that are there, in the shape of labels, or None."""
     if labels.dim() == 2 and sample_weight is None:
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} must have a sample_weight of that shape, by which the two of a "
-            "sample share its loss; got None."
+            f"labels of shape {tuple(labels.shape)} must have a sample_weight of that shape, by which the two of "
+            "a sample share its loss; got None."
         )
     factors = []
     if sample_weight is not None:

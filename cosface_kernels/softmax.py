@@ -31,26 +31,19 @@ class Softmax(NamedTuple):
         Differentiable, with top a constant as everywhere. What is small stays exact: the share of the others is
         never taken from 1.
         """
-        assert self.below is not None and self.total is not None
+        assert self.below is not None
+        assert self.total is not None
         top = torch.maximum(self.top, cos.detach())  # (N,)
         others, own = self.log_sum + scale * (self.top - top), scale * (cos - top)  # (N,) each
         log_sum = torch.logaddexp(others, own)  # (N,)
         share, own_share = (others - log_sum).exp(), (own - log_sum).exp()  # (N,) each
         below = share * (self.below + top - self.top) + own_share * (top - cos)  # (N,)
-        larger = (
-            top,
-            log_sum,
-            self.target_cos,
-            torch.maximum(self.max_neg, cos.detach()),
-            below,
-            self.total + cos,
-        )
         return self._replace(
-            **{
-                name: torch.where(there, new, old)
-                for name, new, old in zip(self._fields, larger, self, strict=False)
-                if name != "target_cos"
-            }
+            top=torch.where(there, top, self.top),
+            log_sum=torch.where(there, log_sum, self.log_sum),
+            max_neg=torch.where(there, torch.maximum(self.max_neg, cos.detach()), self.max_neg),
+            below=torch.where(there, below, self.below),
+            total=torch.where(there, self.total + cos, self.total),
         )
 
     def entropy(self, scale: Tensor) -> Tensor:

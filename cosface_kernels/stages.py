@@ -173,18 +173,18 @@ def check(
     margin = settings.margin
     if settings.label_smoothing and isinstance(margin, Margin) and not margin.smooths_labels:
         raise ValueError(
-            f"{type(margin).__name__} is no cross-entropy, whose labels could be smoothed: label_smoothing must be "
-            f"0, got {settings.label_smoothing!r}."
+            f"{type(margin).__name__} is no cross-entropy, whose labels could be smoothed: label_smoothing must "
+            f"be 0, got {settings.label_smoothing!r}."
         )
     if labels.dim() == 2 and isinstance(margin, Margin) and margin.reshapes_negatives:
         raise ValueError(
-            f"{type(margin).__name__} reshapes the negatives of a sample by its label: labels must have shape (N,), "
-            f"got shape {tuple(labels.shape)}."
+            f"{type(margin).__name__} reshapes the negatives of a sample by its label: labels must have shape "
+            f"(N,), got shape {tuple(labels.shape)}."
         )
     if _needs_moments(settings, labels) and settings.gradient_tolerance:
         raise ValueError(
-            "label_smoothing, two labels of a sample and entropy have gradients of all classes: gradient_tolerance "
-            f"must be 0, got {settings.gradient_tolerance!r}."
+            "label_smoothing, two labels of a sample and entropy have gradients of all classes: "
+            f"gradient_tolerance must be 0, got {settings.gradient_tolerance!r}."
         )
 
 
@@ -319,6 +319,7 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
     embeddings, targets, scale, sample_weight = batch
     share = targets != ops.IGNORED
     if targets.dim() == 2:
+        assert sample_weight is not None
         cosines = softmax.target_cos
         both = [
             softmax.including(cosines[1 - k], scale, targets[1 - k] >= 0)._replace(target_cos=cosines[k])

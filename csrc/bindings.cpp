@@ -153,12 +153,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
                       : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
-  cosface::lmcl_backward<T>(
-      arguments.batch(), arguments.weight(),
-      upstream<T>(up),
-      options.raw(), runtime(),
-      {need_dx ? dx.mutable_data_ptr<T>() : nullptr, need_dw ? dw.mutable_data_ptr() : nullptr,
-       dscale.mutable_data_ptr<T>()});
+  cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(), upstream<T>(up), options.raw(), runtime(),
+                            {need_dx ? dx.mutable_data_ptr<T>() : nullptr,
+                             need_dw ? dw.mutable_data_ptr() : nullptr, dscale.mutable_data_ptr<T>()});
   return {dx.to(x.scalar_type()), dw, dscale};
 }
 
@@ -269,9 +266,7 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
   Tensor dscale = at::empty_like(up[0]);
   const cosface::Update update = cosface::bound(numbers, w, state);
   cosface::lmcl_backward<T>(
-      arguments.batch(), arguments.weight(),
-      upstream<T>(up),
-      options.raw(), runtime(),
+      arguments.batch(), arguments.weight(), upstream<T>(up), options.raw(), runtime(),
       {need_dx ? dx.mutable_data_ptr<T>() : nullptr, nullptr, dscale.mutable_data_ptr<T>(), &update});
   return {dx.to(x.scalar_type()), dscale};
 }

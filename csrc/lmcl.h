@@ -2,8 +2,8 @@
 //
 // Notation: x (N, D) embeddings, w (C, D) class weights, y (N) targets with -1 for "no target among these
 // classes", s (N) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. T is the dtype of all
-// arithmetic and of every result but dw: double if x or w is float64, else float. A sample may have a second target,
-// different from the first; "j != y_i" is then neither of them.
+// arithmetic and of every result but dw: double if x or w is float64, else float. A sample may have a second
+// target, different from the first; "j != y_i" is then neither of them.
 #pragma once
 
 #include <cstdint>
@@ -69,8 +69,8 @@ struct Options {
 // lse_i = log sum_{j != y_i} e^{z_ij} = s_i top_i + log_sum_i with top_i = max_{j != y_i} N(cos_ij), 0 if there is
 // no j; apart, because where z is large there is no place for log_sum_i in their sum. loss_i = softplus(lse_i -
 // s_i (target_cos_i - m));  max_neg_i = max cos_ij
-// moments: sum_{j != y_i} p_ij (top_i - N(cos_ij)) with p_ij = e^{z_ij - lse_i}, sum_{j != y_i} N(cos_ij), and of the
-// cos_ij above tau_i, if there is one, their sum and how many they are
+// moments: sum_{j != y_i} p_ij (top_i - N(cos_ij)) with p_ij = e^{z_ij - lse_i}, sum_{j != y_i} N(cos_ij), and of
+// the cos_ij above tau_i, if there is one, their sum and how many they are
 template <typename T>
 struct Results {
   T *loss, *top, *log_sum, *target_cos, *max_neg;  // (N) each, target_cos (2, N) where there are second targets

@@ -127,7 +127,8 @@ class ExactSamples {
   }
 
   bool active(int64_t i) const {
-    return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0 || (batch.second && upstream.g_cos[batch.n + i] != 0) ||
+    return upstream.g_lse[i] != 0 || upstream.g_cos[i] != 0 ||
+           (batch.second && upstream.g_cos[batch.n + i] != 0) ||
            (upstream.g_moments && (upstream.g_moments[i] != 0 || upstream.g_moments[batch.n + i] != 0));
   }
   bool has_moments() const { return batch.second != nullptr || upstream.g_moments != nullptr; }

@@ -180,8 +180,9 @@ struct Kernels {
                         const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
                         double* dscale);
 
-  // forward_tile and backward_tile with the moments and second targets too. backward_moments: G_ij = (s_i t_ij + b_i p_ij + c_i)
-  // N'(cos_ij) with t_ij = (g_lse_i + b_i (N(cos_ij) - top_i)) p_ij, which dscale_i has in place of g_lse_i p_ij.
+  // forward_tile and backward_tile with the moments and second targets too. backward_moments: G_ij = (s_i t_ij +
+  // b_i p_ij + c_i) N'(cos_ij) with t_ij = (g_lse_i + b_i (N(cos_ij) - top_i)) p_ij, which dscale_i has in place
+  // of g_lse_i p_ij.
   void (*forward_moments)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                           int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
                           double* row_sum, T* target_cos, const MomentSums<T>& moments);

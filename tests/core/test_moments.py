@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support import BF16, F32, F64, Problem, relative_error
 from torch import Tensor
 
-from cosface_kernels import optim, ops, reference
+from cosface_kernels import ops, optim, reference
 from cosface_kernels.optim import FusedSGD
 from cosface_kernels.options import Options
 
@@ -175,8 +175,9 @@ def test_rows_that_are_not_asked_for_have_no_gradient(backend):
     asked[2] = 0
     moments[0].backward(asked, retain_graph=True)
     moments[1].backward(asked)
-    assert x.grad.isfinite().all() and w.grad.isfinite().all()
-    assert not x.grad[2].any() and x.grad[3].any()
+    for gradient in (x.grad, w.grad):
+        assert gradient.isfinite().all()
+    assert x.grad.any(1).tolist() == [True, True, False, True, True, True]
 
 
 def test_what_is_asked_for_changes_nothing_else(backend):
@@ -184,7 +185,8 @@ def test_what_is_asked_for_changes_nothing_else(backend):
     inputs = problem.x, problem.w, problem.targets, problem.scale, 0.35, backend.name
     for plain, asked in zip(ops.lmcl(*inputs)[:5], ops.lmcl(*inputs, moments=True)[:5], strict=True):
         torch.testing.assert_close(asked, plain, rtol=1e-5, atol=1e-6)
-    assert ops.lmcl(*inputs)[6].shape == (0, 9) and ops.lmcl(*inputs, moments=True)[6].shape == (4, 9)
+    assert ops.lmcl(*inputs)[6].shape == (0, 9)
+    assert ops.lmcl(*inputs, moments=True)[6].shape == (4, 9)
 
 
 def test_the_loss_of_two_targets_is_of_the_first(backend):
@@ -211,7 +213,8 @@ def test_classes(backend):
     want, (want_dx, want_dw, _) = _gradients(_explicit, *inputs[:1], problem.w[classes], *inputs[2:], upstream, {})
     for g, r in zip(got, want, strict=True):
         torch.testing.assert_close(g, r, rtol=1e-4, atol=1e-4)
-    assert relative_error(dx, want_dx) < 1e-4 and relative_error(dw.to_dense()[classes], want_dw) < 1e-4
+    assert relative_error(dx, want_dx) < 1e-4
+    assert relative_error(dw.to_dense()[classes], want_dw) < 1e-4
 
 
 @pytest.mark.option("updates")

@@ -114,7 +114,7 @@ def sampled(rank: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 def test_of_sampled_classes_those_that_take_part_count(ranks):
-    """All cosines are 1, so that the mean over S classes of -log p_j is log S but for the margin of one of them."""
+    """All cosines are 1: the mean over S classes of -log p_j is log S but for the margin of one of them."""
     for loss, of_all in ranks.results(2, sampled):
         for got, count in ((loss, 20), (of_all, 40)):
             lse = torch.tensor([4.0 * 0.65] + [4.0] * (count - 1)).logsumexp(0)
@@ -141,4 +141,5 @@ def unlike(rank: int, group: ProcessGroup, what: str) -> None:
 def test_all_ranks_refuse_what_differs(ranks, what):
     for refusal in ranks.run(2, unlike, what):
         assert isinstance(refusal, ValueError)
-        assert what in str(refusal) and "must be the same on every rank" in str(refusal)
+        assert what in str(refusal)
+        assert "must be the same on every rank" in str(refusal)

@@ -148,7 +148,8 @@ void forward_moments(T* z, int64_t classes, int64_t n, int64_t stride, const T* 
                      int64_t first_class, const T* s, const Negatives<T>& negatives, T* row_max, T* max_cos,
                      double* row_sum, T* target_cos, const MomentSums<T>& moments) {
   const auto run = negatives.tau ? forward_moments_of<T, true> : forward_moments_of<T, false>;
-  run(z, classes, n, stride, inv_norm, y, first_class, s, negatives, row_max, max_cos, row_sum, target_cos, moments);
+  run(z, classes, n, stride, inv_norm, y, first_class, s, negatives, row_max, max_cos, row_sum, target_cos,
+      moments);
 }
 
 template <typename T>
@@ -244,8 +245,8 @@ void backward_moments_of(T* z, int64_t classes, int64_t n, int64_t stride, const
 template <typename T>
 void backward_moments(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                       int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
-                      const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale,
-                      const MomentGradients<T>& moments) {
+                      const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
+                      double* dscale, const MomentGradients<T>& moments) {
   const auto run = negatives.tau ? backward_moments_of<T, true> : backward_moments_of<T, false>;
   run(z, classes, n, stride, inv_norm, y, first_class, s, negatives, top, log_sum, g_lse, g_cos, col_dot, row_dot,
       dscale, moments);
