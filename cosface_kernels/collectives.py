@@ -71,8 +71,8 @@ class _Combine(torch.autograd.Function):
         g_log_sum, g_summed, g_means = g.tensor_split((1, 1 + len(g_summed)))
         # no gradient stays none where log_sum is nan or has no terms
         share = torch.where(l_r.isneginf(), 0, (l_r - log_sum).exp())  # (N,)
-        through = [g_log_sum, *(g_means * (averaged - means)).split(1)]  # (1, N) each
-        g_l = torch.stack([torch.where(each != 0, each * share, 0)[0] for each in through]).sum(0)  # (N,)
+        through = torch.cat([g_log_sum, g_means * (averaged - means)])  # (1 + L, N)
+        g_l = torch.where(through != 0, through * share, 0).sum(0)  # (N,)
         g_averaged = torch.where(g_means != 0, g_means * share, 0)  # (L, N)
         return g_l, g_summed, g_averaged, None
 
