@@ -28,6 +28,7 @@ from cosface_kernels.margins import (
     LSoftmaxMargin,
     MagFaceMargin,
     MVSoftmaxMargin,
+    NPCFaceMargin,
     SphereFaceMargin,
     X2SoftmaxMargin,
     defaults,
@@ -231,6 +232,28 @@ class FusedMVSoftmaxLoss(FusedMarginLoss):
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, MVSoftmaxMargin(margin, t=t, arc=arc), scale, **options)
+
+
+class FusedNPCFaceLoss(FusedMarginLoss):
+    """NPCFace, whose margin follows the hard negatives, which weigh more; see `NPCFaceMargin`.
+
+    Source: JDAI-CV/FaceX-Zoo (head/NPCFace.py): m = 0.5, t = 1.1, a = 0.2, (m0, m1) = (0.4, 0.2), s = 64.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = defaults.ARCFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
+        *,
+        t: float = defaults.NPCFACE_T,
+        a: float = defaults.NPCFACE_A,
+        target_margins: Sequence[float] = defaults.NPCFACE_MARGINS,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        psi = NPCFaceMargin(margin, t=t, a=a, target_margins=target_margins)
+        super().__init__(num_classes, embedding_size, psi, scale, **options)
 
 
 class FusedAdaFaceLoss(FusedMarginLoss):

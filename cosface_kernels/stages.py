@@ -183,13 +183,14 @@ def check(
         )
     if _needs_moments(settings, labels) and settings.gradient_tolerance:
         raise ValueError(
-            "label_smoothing, two labels of a sample and entropy have gradients of all classes: "
+            "label_smoothing, two labels of a sample, entropy and NPCFaceMargin sum up all classes: "
             f"gradient_tolerance must be 0, got {settings.gradient_tolerance!r}."
         )
 
 
 def _needs_moments(settings: Settings, labels: Tensor) -> bool:
-    return bool(settings.label_smoothing or settings.entropy or labels.dim() == 2)
+    reads = isinstance(settings.margin, Margin) and settings.margin.reads_hard_negatives
+    return bool(settings.label_smoothing or settings.entropy or labels.dim() == 2 or reads)
 
 
 def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:
@@ -334,7 +335,10 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
         assert softmax.total is not None
         classes = ranks.count(part.num_classes) if settings.sampler else ranks.num_classes
         smoothing = Smoothing(float(settings.label_smoothing), softmax.total, classes)
-    rows = Rows(embeddings, targets, ranks.whole, ranks.share, smoothing)
+    hardness = None
+    if softmax.hard_sum is not None and softmax.hard_count is not None:
+        hardness = (softmax.hard_sum / softmax.hard_count.clamp_min(1)).detach()  # (M,)
+    rows = Rows(embeddings, targets, ranks.whole, ranks.share, smoothing, hardness)
     return Labels(rows, scale, sample_weight, softmax, share)
 
 

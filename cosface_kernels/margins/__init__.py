@@ -19,7 +19,12 @@ from cosface_kernels.margins.classes import (
     of_each_class,
 )
 from cosface_kernels.margins.drawn import ElasticFaceMargin
-from cosface_kernels.margins.negatives import CombinedMargin, CurricularFaceMargin, MVSoftmaxMargin
+from cosface_kernels.margins.negatives import (
+    CombinedMargin,
+    CurricularFaceMargin,
+    MVSoftmaxMargin,
+    NPCFaceMargin,
+)
 from cosface_kernels.margins.state import (
     UNIT_NORM,
     AdaCosMargin,
@@ -55,6 +60,7 @@ __all__ = [
     "MVSoftmaxMargin",
     "MagFaceMargin",
     "Margin",
+    "NPCFaceMargin",
     "Rows",
     "Smoothing",
     "SphereFaceMargin",

@@ -35,6 +35,8 @@ class Rows:
         weight: (C, D) class centres, or None if they are sharded.
         share: what a parameter that every rank has goes through, so that its gradient is the same on all.
         smoothing: of the labels, or None.
+        hardness: (N,) mean cosine of the hard negatives, 0 where there is none, for a margin that
+            `reads_hard_negatives`; without a gradient.
     """
 
     embeddings: Tensor
@@ -42,6 +44,7 @@ class Rows:
     weight: Tensor | None = None
     share: Callable[[Tensor], Tensor] = lambda parameter: parameter
     smoothing: Smoothing | None = None
+    hardness: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -67,13 +70,13 @@ class Margin(nn.Module):
 
     One that `reshapes_negatives` also has `negatives(cos, rows)`, which is called first, without a graph. It
     returns (N,) thresholds, above which a negative's cosine c enters the softmax as (q c + a) c + b, and (3,) q, a
-    and b.
+    and b. Of these hard negatives, one that `reads_hard_negatives` finds the mean in its rows.
 
     One that `reads_weight` has a gradient of the class centres besides that of their cosines. One whose loss is no
     cross-entropy has no `smooths_labels`.
     """
 
-    reshapes_negatives = reads_weight = False
+    reshapes_negatives = reads_hard_negatives = reads_weight = False
     smooths_labels = True
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

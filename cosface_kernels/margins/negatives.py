@@ -10,7 +10,7 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos
 from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, update_average
 from cosface_kernels.margins.target import ArcFaceMargin
-from cosface_kernels.validation import check_interval, check_margin
+from cosface_kernels.validation import check_interval, check_margin, check_numbers
 
 
 class CurricularFaceMargin(ArcFaceMargin):
@@ -79,6 +79,49 @@ class MVSoftmaxMargin(Margin):
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, t={self.t}, arc={self.arc}"
+
+
+class NPCFaceMargin(Margin):
+    """cos(theta + m_i) where c > 0, else c; a negative c_j above cos(theta + m) becomes t c_j + a.
+
+    m_i = m0 + m1 h_i with h_i the mean cosine of the sample's hard negatives, those above, without a gradient: the
+    more they resemble it, the larger its margin.
+
+    Args:
+        margin: m in [0, pi), in radians.
+        t, a: t >= 0; t c + a takes the place of a hard negative's cosine.
+        target_margins: (m0, m1) in radians.
+
+    Source: Zeng et al., NPCFace, arXiv:2007.10172; JDAI-CV/FaceX-Zoo (head/NPCFace.py).
+    """
+
+    reshapes_negatives = reads_hard_negatives = True
+
+    def __init__(
+        self,
+        margin: float = defaults.ARCFACE_MARGIN,
+        *,
+        t: float = defaults.NPCFACE_T,
+        a: float = defaults.NPCFACE_A,
+        target_margins: Sequence[float] = defaults.NPCFACE_MARGINS,
+    ) -> None:
+        super().__init__()
+        check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
+        check_interval("t", t, "[0, inf)", 0, math.inf)
+        check_margin(a)
+        self.margin, self.t, self.a = margin, t, a
+        self.target_margins = check_numbers("target_margins", target_margins, 2)
+
+    def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        return cos_of_sum(cos, self.margin), _polynomial(cos, 0.0, self.t, self.a)
+
+    def forward(self, cos: Tensor, rows: Rows) -> Tensor:
+        m0, m1 = self.target_margins
+        hardness = torch.zeros_like(cos) if rows.hardness is None else rows.hardness  # (N,)
+        return torch.where(cos > 0, cos_of_sum(cos, m0 + m1 * hardness), cos)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, t={self.t}, a={self.a}, target_margins={self.target_margins}"
 
 
 class CombinedMargin(Margin):

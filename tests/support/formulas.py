@@ -23,6 +23,7 @@ from cosface_kernels import (
     FusedMarginLoss,
     FusedMVSoftmaxLoss,
     FusedNormalizedSoftmaxLoss,
+    FusedNPCFaceLoss,
     FusedSoftmaxLoss,
     FusedSphereFaceLoss,
     FusedX2SoftmaxLoss,
@@ -108,6 +109,16 @@ def _mv_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 def _mv_arc_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     psi = lambda cos, theta: (theta + 0.5).cos()  # noqa: E731
     return _reshaped(x, w, labels, 32, psi, lambda c, cos: 1.2 * c + 0.2, only_positive=True)
+
+
+def _npcface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    cos = F.normalize(x) @ F.normalize(w).T  # (N, C)
+    target = cos.gather(1, labels[:, None])  # (N, 1)
+    hard = (cos > (target.detach().acos() + 0.5).cos()).scatter(1, labels[:, None], False)
+    mean = torch.where(hard, cos, 0).sum(1, keepdim=True) / hard.sum(1, keepdim=True).clamp_min(1)
+    psi = torch.where(target > 0, (target.acos() + 0.4 + 0.2 * mean.detach()).cos(), target)
+    logits = torch.where(hard, 1.1 * cos + 0.2, cos).scatter(1, labels[:, None], psi)
+    return F.cross_entropy(64 * logits, labels, reduction="none")
 
 
 def _sv_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
@@ -272,6 +283,7 @@ LOSSES = {
     "l_softmax": (FusedLSoftmaxLoss, _l_softmax),
     "curricularface": (FusedCurricularFaceLoss, _curricularface),
     "mv_softmax": (FusedMVSoftmaxLoss, _mv_softmax),
+    "npcface": (FusedNPCFaceLoss, _npcface),
     "mv_arc_softmax": (
         lambda *args, **options: FusedMVSoftmaxLoss(*args, 0.5, arc=True, **options),
         _mv_arc_softmax,
