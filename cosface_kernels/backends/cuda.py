@@ -15,7 +15,8 @@ from cosface_kernels.backends.extension import _C, import_error, kernel_update
 from cosface_kernels.options import Options, Update
 from cosface_kernels.reference import compute_dtype
 
-OPTIONS = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
+OPTIONS = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
+OPTIONS |= {"moments", "g_moments"}
 
 
 def unavailable() -> str | None:
