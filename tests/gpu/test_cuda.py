@@ -274,6 +274,18 @@ def test_moments_of_any_number_of_chunks(dtypes, bytes_, monkeypatch):
             assert relative_error(got, gradient) <= allowed
 
 
+def test_moments_with_a_large_gradient_of_a_second_target_stay_in_the_range_of_float16():
+    problem = make_problem(3, 40, 24, F16)
+    targets, options = torch.stack([torch.full((3,), -1), problem.targets]), Options(moments=True)
+    inputs = problem.x, problem.w, targets, problem.scale
+    _, top, log_sum, *_, cache, _ = cuda_host.forward(*inputs, 0.0, options)
+    upstream = top, log_sum, torch.zeros(3), torch.tensor([[0.0], [1000.0]]).expand(2, 3)
+    dx, dw, _ = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
+    double = (t.double() if t.is_floating_point() else t for t in (*inputs, *upstream))
+    for got, want in zip((dx, dw), reference.backward(*double, options=options), strict=False):
+        assert relative_error(got, want) <= 4 * HOST.rounding(F16)
+
+
 def test_moments_take_no_launch_more():
     problem = make_problem(5, 1023, 24)
     _, *plain, _ = _both_passes(problem, Options())
