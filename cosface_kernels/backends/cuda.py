@@ -16,6 +16,7 @@ from cosface_kernels.options import Options, Update
 from cosface_kernels.reference import compute_dtype
 
 OPTIONS = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
+OPTIONS |= {"moments", "g_moments"}
 
 
 def unavailable() -> str | None:
@@ -52,11 +53,8 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     cache = x.new_empty(cache_size(x, w, options), dtype=torch.uint8)
-    return (
-        *_C.cuda_forward(x, w, targets, scale, margin, _kernel_options(options, cache)),
-        cache,
-        scale.new_empty(0, len(x)),
-    )
+    *results, moments = _C.cuda_forward(x, w, targets, scale, margin, _kernel_options(options, cache))
+    return *results, cache, moments
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,4 +80,6 @@ def _kernel_options(options: Options, cache: Tensor) -> Any:
         thresholds=options.thresholds,
         negatives=options.negatives,
         workspace_bytes=options.workspace_bytes,
+        moments=options.moments,
+        g_moments=options.g_moments,
     )

@@ -25,7 +25,7 @@ __global__ void normalize_rows_kernel(const V* v, int64_t n, int64_t columns, in
   }
 }
 
-template <typename T, typename G, int kThreads, int kPack>
+template <typename T, typename G, int kThreads, int kPack, bool kMoments>
 __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, const T* unit, G* g,
                                        double* negative_dot) {
   const int64_t row = this_row();
@@ -38,7 +38,12 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
   const T g_lse = upstream.g_lse[row], g_cos = upstream.g_cos[row];
   const T lift = static_cast<T>(kGradientLift) / unit[row];
   const int64_t target = chunk.y[row] - chunk.first_class;
-  const bool active = g_lse != 0 || g_cos != 0;
+  const bool has_second = kMoments && chunk.second != nullptr,
+             has_moments = kMoments && upstream.g_moments != nullptr;
+  const int64_t second = kMoments ? second_target(chunk, row) : -1;
+  const T g_second = has_second ? upstream.g_cos[chunk.n + row] : 0;
+  const T b = has_moments ? upstream.g_moments[row] : 0, c = has_moments ? upstream.g_moments[chunk.n + row] : 0;
+  const bool active = g_lse != 0 || g_cos != 0 || g_second != 0 || b != 0 || c != 0;
   const Reshape<T> reshape(chunk, row);
 
   T negative = 0;
@@ -51,13 +56,21 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
       T gradient = 0;
       if (active && j + l == target) {
         gradient = g_cos;
+      } else if (kMoments && active && j + l == second) {
+        gradient = g_second;
       } else if (active) {
         const T cos = cosines.values[l], shaped = reshape.value(cos);
         const T log_p = s * (shaped - top) - log_sum;
         // A cosine may be above forward's: by another product of the library, or by the rounding of a kept one.
         const T p = std::exp(log_p > 0 ? 0 : log_p);
-        negative += p * shaped;
-        gradient = s * g_lse * p * reshape.slope(cos);
+        if constexpr (kMoments) {
+          const T t = (g_lse + b * (shaped - top)) * p;
+          negative += t * shaped;
+          gradient = (s * t + b * p + c) * reshape.slope(cos);
+        } else {
+          negative += p * shaped;
+          gradient = s * g_lse * p * reshape.slope(cos);
+        }
       }
       if constexpr (!std::is_same_v<G, __half>) gradient *= w_inv_norms.values[l];
       gradients.values[l] = convert<G>(gradient * lift);
@@ -65,7 +78,7 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
     store(g + j, gradients);
   }
   negative = reduce<kThreads>(negative, Sum());
-  if (threadIdx.x == 0) negative_dot[blockIdx.y * chunk.n + row] += g_lse * negative;
+  if (threadIdx.x == 0) negative_dot[blockIdx.y * chunk.n + row] += kMoments ? negative : g_lse * negative;
 }
 
 template <typename T, typename V, typename Out, int kThreads, int kPack>
@@ -121,9 +134,11 @@ void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T
     using G = typename decltype(type)::type;
     with_chunk_shape(chunk, [&](auto shape) {
       using S = decltype(shape);
-      launch("logit_gradients", logit_gradients_kernel<T, G, S::kThreads, S::kPack>,
-             S::grid(chunk.n, chunk.segments), S::block(), stream, chunk, upstream, unit, static_cast<G*>(g),
-             negative_dot);
+      const bool plain = upstream.g_moments == nullptr && chunk.second == nullptr;
+      const auto kernel = plain ? logit_gradients_kernel<T, G, S::kThreads, S::kPack, false>
+                                : logit_gradients_kernel<T, G, S::kThreads, S::kPack, true>;
+      launch("logit_gradients", kernel, S::grid(chunk.n, chunk.segments), S::block(), stream, chunk, upstream,
+             unit, static_cast<G*>(g), negative_dot);
     });
   });
 }

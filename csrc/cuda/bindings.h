@@ -16,14 +16,14 @@ void define(py::module_& m, WithDevice with_device) {
   using at::Tensor;
   const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<Options>(m, "CudaOptions", py::module_local())
-      .def(
-          py::init([](std::optional<Tensor> classes, Tensor cache, bool normalize_weight,
-                      std::optional<Tensor> thresholds, std::optional<Tensor> negatives, int64_t workspace_bytes) {
-            return Options{std::move(classes),    std::move(cache),     normalize_weight,
-                           std::move(thresholds), std::move(negatives), workspace_bytes};
-          }),
-          py::kw_only(), py::arg("classes"), py::arg("cache"), py::arg("normalize_weight"), py::arg("thresholds"),
-          py::arg("negatives"), py::arg("workspace_bytes"));
+      .def(py::init([](std::optional<Tensor> classes, Tensor cache, bool normalize_weight,
+                       std::optional<Tensor> thresholds, std::optional<Tensor> negatives, int64_t workspace_bytes,
+                       bool moments, std::optional<Tensor> g_moments) {
+             return Options{std::move(classes),   std::move(cache), normalize_weight, std::move(thresholds),
+                            std::move(negatives), workspace_bytes,  moments,          std::move(g_moments)};
+           }),
+           py::kw_only(), py::arg("classes"), py::arg("cache"), py::arg("normalize_weight"), py::arg("thresholds"),
+           py::arg("negatives"), py::arg("workspace_bytes"), py::arg("moments"), py::arg("g_moments"));
   m.def(
       "cuda_forward",
       [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,

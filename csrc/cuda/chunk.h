@@ -72,6 +72,12 @@ struct Reshape {
   __device__ T slope(T cos) const { return cos > tau ? 2 * q * cos + a : 1; }
 };
 
+// The place of a row's second target in the chunk; negative if it has none.
+template <typename T>
+__device__ int64_t second_target(const Chunk<T>& chunk, int64_t row) {
+  return chunk.second == nullptr ? -1 : chunk.second[row] - chunk.first_class;
+}
+
 constexpr int kChunkPack = 4;  // numbers of a chunk's row that a thread takes at once
 
 template <typename T, typename Body>

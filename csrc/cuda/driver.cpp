@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 #include "environment.h"
@@ -67,7 +68,7 @@ void* any_data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_
 
 Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options) {
   check_cache(options.cache, x.device());
-  return Inputs{x, w, y, s, options.classes, options.thresholds, options.negatives}.checked();
+  return Inputs{x, w, y, s, options.classes, options.thresholds, options.negatives, options.moments}.checked();
 }
 
 // What forward leaves for backward: 1 / |w_j| of all classes, if weights are normalised; 1 / |x_i|; and cosines,
@@ -140,7 +141,8 @@ class Step {
       if (pass == Pass::kForward || !kept) multiply(beginning(dot, count), x, rows.t(), false);
       body(Chunk<T>{data<T>(dot), n, count, first, data<T>(cache.x_inv_norm), w_inv_norm, data<int64_t>(y),
                     data<T>(s), segments, data<T>(tau_), data<T>(polynomial_),
-                    kept ? cache.cosines + first : nullptr, cache.stride},
+                    kept ? cache.cosines + first : nullptr, cache.stride,
+                    y.dim() == 2 ? data<int64_t>(y) + n : nullptr},
            rows);
     }
   }
@@ -160,7 +162,7 @@ class Step {
   const bool normalize_weight;
   const at::ScalarType operand;
   const at::TensorOptions sums;                  // dtype T
-  const Tensor x, y, s;                          // (N, D) operands, (N), (N)
+  const Tensor x, y, s;                          // (N, D) operands, (N) or (2, N), (N)
   const int64_t n, d, classes, chunk, segments;  // segments: blocks that share a row of a chunk
   const Cache<T> cache;
   const Tensor dot;  // memory for the products of a chunk, in a pass that makes some
@@ -187,29 +189,46 @@ class Step {
 };
 
 template <typename T>
-std::array<Tensor, 5> forward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+std::array<Tensor, 6> forward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
                                  const Options& options, const Device& device) {
   const Step<T> step(checked(x, w, y, s, options), options, device, Pass::kForward);
   const Tensor loss = at::empty({step.n}, step.sums), top = at::empty_like(loss), log_sum = at::empty_like(loss),
-               target_cos = at::zeros_like(loss), max_neg = at::empty_like(loss);
+               target_cos = at::zeros(y.sizes(), step.sums), max_neg = at::empty_like(loss);
+  const Tensor moments = at::empty({options.moments ? 4 : 0, step.n}, step.sums);
   const Tensor tops = at::full({step.segments, step.n}, std::numeric_limits<T>::lowest(), step.sums);
   const Tensor max_cos = options.thresholds ? tops.clone() : tops;
   const Tensor sum_exp = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
-  const RunningStatistics<T> running{data<T>(tops), data<T>(max_cos), data<double>(sum_exp)};
+  const Tensor sums = options.moments ? at::zeros({4, step.segments, step.n}, sum_exp.options()) : Tensor();
+  const RunningStatistics<T> running{data<T>(tops), data<T>(max_cos), data<double>(sum_exp), data<double>(sums)};
   row_norms<T>(rows_of(step.x), data<T>(step.cache.x_inv_norm), device.stream);
   step.each_chunk([&](const Chunk<T>& chunk, const Tensor&) {
     class_statistics(chunk, running, data<T>(target_cos), device.stream);
   });
-  merge_statistics(running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
-                   {data<T>(loss), data<T>(top), data<T>(log_sum), data<T>(target_cos), data<T>(max_neg)},
-                   device.stream);
-  return {loss, top, log_sum, target_cos, max_neg};
+  merge_statistics(
+      running, step.segments, step.n, data<int64_t>(step.y), data<T>(step.s), static_cast<T>(margin),
+      {data<T>(loss), data<T>(top), data<T>(log_sum), data<T>(target_cos), data<T>(max_neg), data<T>(moments)},
+      device.stream);
+  return {loss, top, log_sum, target_cos, max_neg, moments};
+}
+
+// (N): whether the row of any of these, (N) or (2, N) each or undefined, is not 0.
+Tensor any_of(std::initializer_list<Tensor> gradients) {
+  Tensor any;
+  for (const Tensor& g : gradients) {
+    if (!g.defined()) continue;
+    const Tensor flows = g.dim() == 2 ? g.ne(0).any(0) : g.ne(0);
+    any = any.defined() ? any.logical_or(flows) : flows;
+  }
+  return any;
 }
 
 // (N) powers of two that bound |G_ij| of each row. One per row: then no row of dx depends on the rest of the
-// batch.
-Tensor units(const Tensor& s, const Tensor& g_lse, const Tensor& g_cos) {
-  const Tensor bound = at::maximum((s * g_lse).abs(), g_cos.abs());
+// batch. What b_i adds, b_i p_ij (1 - s_i (top_i - N(cos_ij))), is at most |b_i|: |1 - v| e^-v <= 1.
+Tensor units(const Tensor& s, const Tensor& g_lse, const Tensor& g_cos, const Tensor& g_moments) {
+  Tensor of_negatives = (s * g_lse).abs(), of_targets = g_cos.abs();
+  if (g_moments.defined()) of_negatives = of_negatives + g_moments.abs().sum(0);
+  if (of_targets.dim() == 2) of_targets = of_targets.amax(0);
+  const Tensor bound = at::maximum(of_negatives, of_targets);
   const Tensor clamped =
       at::where(bound < std::numeric_limits<double>::infinity(), bound, 0).clamp(kLeastUnit, kLargestUnit);
   return at::ldexp(at::ones_like(clamped), std::get<1>(at::frexp(clamped)));
@@ -234,8 +253,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
                                                const Tensor& g_cos, const Options& options, bool need_dx,
                                                bool need_dw, const Update* update, const Device& device) {
   const Step<T> step(checked(x, w, y, s, options), options, device, Pass::kBackward);
-  const std::vector<Tensor> up = upstream_of(x, w, y, top, log_sum, g_lse, g_cos, std::nullopt);
-  const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2]), data<T>(up[3])};
+  const std::vector<Tensor> up = upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
+  const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2]), data<T>(up[3]), data<T>(up[4])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   const Tensor dw = need_dw ? at::empty({step.classes, step.d}, w.options()) : at::empty({0}, w.options());
   const auto operands = step.x.options();
@@ -243,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
   const bool divided = is_divided(dtype_of(step.x)), needs_w_hat = step.normalize_weight && !divided;
 
   // Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
-  const Tensor active = up[2].ne(0).logical_or(up[3].ne(0)), unit = units(step.s, up[2], up[3]);
+  const Tensor active = any_of({up[2], up[3], up[4]}), unit = units(step.s, up[2], up[3], up[4]);
   const Tensor largest_unit = step.n > 0 ? unit.amax() : at::ones({}, step.sums);
   const Tensor to_x_hat = unit / largest_unit * kEmbeddingLift * active,
                from_dx_hat = unit / kGradientLift * active;
@@ -298,7 +317,7 @@ void apply_in(const Tensor& w, const Tensor& dw, const Update& update, const Dev
 
 }  // namespace
 
-std::array<Tensor, 5> forward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
+std::array<Tensor, 6> forward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
                               const Options& options, const Device& device) {
   return (in_double(x, w) ? forward_in<double> : forward_in<float>)(x, w, y, s, margin, options, device);
 }

@@ -28,10 +28,12 @@ struct Options {
   bool normalize_weight = true;
   std::optional<at::Tensor> thresholds, negatives;
   int64_t workspace_bytes = 256 << 20;
+  bool moments = false;
+  std::optional<at::Tensor> g_moments;
 };
 
-// As in cosface_kernels.reference: loss, top, log_sum, target_cos and max_neg.
-std::array<at::Tensor, 5> forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+// As in cosface_kernels.reference: loss, top, log_sum, target_cos, max_neg, and the moments, empty if not wanted.
+std::array<at::Tensor, 6> forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
                                   const at::Tensor& s, double margin, const Options& options,
                                   const Device& device);
 

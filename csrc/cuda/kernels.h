@@ -59,6 +59,7 @@ struct Chunk {
   // place of dot, which may then be null. Or null.
   Kept<T>* kept = nullptr;
   int64_t kept_stride = 0;
+  const int64_t* second = nullptr;  // (n) second targets, where there are moments, or null
 };
 
 // Statistics of the chunks seen so far: (segments, n) each, from `lowest` and 0 on.
@@ -66,20 +67,25 @@ template <typename T>
 struct RunningStatistics {
   T *top, *max_cos;  // of N(cos_ij) and of cos_ij over j != y_i; the same memory where N(c) = c
   double* sum_exp;   // sum of e^{s_i (N(cos_ij) - top)}
+  // (4, segments, n) sums, or null if not wanted: of e^{s_i (N(cos_ij) - top)} (top - N(cos_ij)), of N(cos_ij), of
+  // the cos_ij above tau_i, and how many these are.
+  double* moments = nullptr;
 };
 
-// Also writes target_cos_i where y_i lies in the chunk.
+// Also writes target_cos_i where y_i lies in the chunk, and at n + i that of the second target.
 template <typename T>
 void class_statistics(const Chunk<T>& chunk, const RunningStatistics<T>& running, T* target_cos, Stream stream);
 
-// The slots of each row in order, then LMCL, given its target_cos.
+// The slots of each row in order, then LMCL, given its target_cos, and the moments where they are wanted.
 template <typename T>
 void merge_statistics(const RunningStatistics<T>& running, int64_t segments, int64_t n, const int64_t* y,
                       const T* s, T margin, const Results<T>& results, Stream stream);
 
 // g_ij (n, classes) from dot_ij, in the dtype of the operands: s_i g_lse_i p_ij N'(cos_ij) for j != y_i, g_cos_i
 // for j = y_i, both lifted and, where is_divided, divided. It may be the memory of `dot`, if their dtype is the
-// same. negative_dot: (segments, n), += g_lse_i sum_{j != y_i} p_ij N(cos_ij).
+// same. negative_dot: (segments, n), += g_lse_i sum_{j != y_i} p_ij N(cos_ij). With gradients b_i and c_i of
+// moments, (s_i t_ij + b_i p_ij + c_i) N'(cos_ij) and += sum_{j != y_i} t_ij N(cos_ij) with t_ij = (g_lse_i + b_i
+// (N(cos_ij) - top_i)) p_ij.
 template <typename T>
 void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* unit, void* g, DType dtype,
                      double* negative_dot, Stream stream);

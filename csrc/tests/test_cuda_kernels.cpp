@@ -157,10 +157,10 @@ struct Logits {
   int64_t n, classes, chunk;
   std::vector<double> dot;  // (n, classes)
   Exact<T> x_inv_norm, w_inv_norm, s, tau, polynomial;
-  Exact<int64_t> y;
-  bool reshaped;
+  Exact<int64_t> y, second;
+  bool reshaped, two;  // two: targets, of most samples
 
-  Logits(int64_t n, int64_t classes, int64_t chunk, double scale, bool reshaped)
+  Logits(int64_t n, int64_t classes, int64_t chunk, double scale, bool reshaped, bool two)
       : n(n),
         classes(classes),
         chunk(chunk),
@@ -171,7 +171,9 @@ struct Logits {
         tau(n),
         polynomial(3),
         y(n),
-        reshaped(reshaped) {
+        second(n, -1),
+        reshaped(reshaped),
+        two(two) {
     polynomial[0] = T(0.7), polynomial[1] = T(-0.4), polynomial[2] = T(0.1);
     for (int64_t i = 0; i < n; ++i) tau[i] = static_cast<T>(0.3 * i - 0.5);
     for (int64_t i = 0; i < n; ++i) x_inv_norm[i] = static_cast<T>(std::ldexp(1 + 0.3 * normal(), -1));
@@ -179,6 +181,8 @@ struct Logits {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t targets[] = {0, classes - 1, -1, chunk - 1, chunk};
       y[i] = std::min(targets[i % 5], classes - 1);
+      const int64_t other = std::min(targets[(i + 3) % 5], classes - 1);
+      if (two && other != y[i]) second[i] = other;
       s[i] = static_cast<T>(i == 5 ? 0 : scale);
       for (int64_t j = 0; j < classes; ++j) {
         const double cos = std::tanh(normal());
@@ -188,6 +192,8 @@ struct Logits {
   }
 
   double cos(int64_t i, int64_t j) const { return dot[i * classes + j] * x_inv_norm[i] * w_inv_norm[j]; }
+
+  bool is_target(int64_t i, int64_t j) const { return j == y[i] || j == second[i]; }
 
   // Rounding must not put a cosine on the other side of its threshold.
   bool hard(int64_t i, int64_t j) const {
@@ -213,20 +219,39 @@ struct Logits {
       }
       std::copy_n(w_inv_norm + first, width, inv_norm.begin());
       body(cuda::Chunk<T>{part, n, width, first, x_inv_norm, inv_norm, y, s, segments,
-                          reshaped ? static_cast<const T*>(tau) : nullptr, polynomial});
+                          reshaped ? static_cast<const T*>(tau) : nullptr, polynomial, nullptr, 0,
+                          two ? second.begin() : nullptr});
     }
   }
 
   double top(int64_t i) const {
     double top = -std::numeric_limits<double>::infinity();
-    for (int64_t j = 0; j < classes; ++j) top = j == y[i] ? top : std::max(top, shaped(i, j));
+    for (int64_t j = 0; j < classes; ++j) top = is_target(i, j) ? top : std::max(top, shaped(i, j));
     return std::isinf(top) ? 0 : top;
   }
 
   double lse(int64_t i) const {
     double sum = 0;
-    for (int64_t j = 0; j < classes; ++j) sum += j == y[i] ? 0 : std::exp(s[i] * shaped(i, j));
+    for (int64_t j = 0; j < classes; ++j) sum += is_target(i, j) ? 0 : std::exp(s[i] * shaped(i, j));
     return std::log(sum);
+  }
+
+  // As in cosface_kernels/reference.py; `size`: what their rounding may be relative to.
+  struct Moments {
+    double below = 0, sum = 0, hard_sum = 0, hard_count = 0, size = 1;
+  };
+  Moments moments(int64_t i) const {
+    const double top = this->top(i), lse = this->lse(i);
+    Moments m;
+    for (int64_t j = 0; j < classes; ++j) {
+      if (is_target(i, j)) continue;
+      m.below += std::exp(s[i] * shaped(i, j) - lse) * (top - shaped(i, j));
+      m.sum += shaped(i, j);
+      m.hard_sum += hard(i, j) ? cos(i, j) : 0;
+      m.hard_count += hard(i, j);
+      m.size += std::fabs(shaped(i, j)) + std::fabs(cos(i, j));
+    }
+    return m;
   }
 };
 
@@ -241,26 +266,31 @@ void each_logits(Body body) {
   }
 }
 
+// With moments, each sample has one target or, where several blocks share a row, two.
 template <typename T>
-void statistics(bool reshaped) {
-  each_logits([reshaped](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
-    const Logits<T> logits(n, classes, chunk, 32, reshaped);
+void statistics(bool reshaped, bool with_moments) {
+  each_logits([=](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    const bool two = with_moments && segments > 1;
+    const Logits<T> logits(n, classes, chunk, 32, reshaped, two);
     Exact<T> tops(segments * n, std::numeric_limits<T>::lowest());
     Exact<T> max_cos(segments * n, std::numeric_limits<T>::lowest());
     Exact<double> sum_exp(segments * n, 0.0);
-    const cuda::RunningStatistics<T> running{reshaped ? tops : max_cos, max_cos, sum_exp};
-    Exact<T> loss(n), top(n), log_sum(n), target_cos(n, T(0)), max_neg(n);
+    Exact<double> sums(with_moments ? 4 * segments * n : 0, 0.0);
+    const cuda::RunningStatistics<T> running{reshaped ? tops : max_cos, max_cos, sum_exp,
+                                             with_moments ? sums.begin() : nullptr};
+    Exact<T> loss(n), top(n), log_sum(n), target_cos(two ? 2 * n : n, T(0)), max_neg(n), moments(4 * n);
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
       cuda::class_statistics(part, running, target_cos.begin(), nullptr);
     });
     cuda::merge_statistics<T>(running, segments, n, logits.y, logits.s, T(0.35),
-                              {loss, top, log_sum, target_cos, max_neg}, nullptr);
+                              {loss, top, log_sum, target_cos, max_neg, with_moments ? moments.begin() : nullptr},
+                              nullptr);
     for (int64_t i = 0; i < n; ++i) {
       const double want_lse = logits.lse(i), tolerance = 200 * rounding(kDTypeOf<T>);
       const double want_cos = logits.y[i] < 0 ? 0 : logits.cos(i, logits.y[i]);
       double want_max = -std::numeric_limits<double>::infinity();
       for (int64_t j = 0; j < classes; ++j)
-        want_max = j == logits.y[i] ? want_max : std::max(want_max, logits.cos(i, j));
+        want_max = logits.is_target(i, j) ? want_max : std::max(want_max, logits.cos(i, j));
       const double z = want_lse - logits.s[i] * (want_cos - T(0.35));
       const double want_loss = logits.y[i] < 0 ? 0 : std::max(z, 0.0) + std::log1p(std::exp(-std::fabs(z)));
       const double lse = logits.s[i] * double{top[i]} + log_sum[i];
@@ -269,6 +299,17 @@ void statistics(bool reshaped) {
       CHECK(close(target_cos[i], want_cos, tolerance), i, classes, target_cos[i], want_cos);
       CHECK(max_neg[i] == want_max || close(max_neg[i], want_max, tolerance), i, classes, max_neg[i], want_max);
       CHECK(close(loss[i], want_loss, tolerance * (2 + want_loss)), i, classes, segments, loss[i], want_loss);
+      if (two) {
+        const double want_second = logits.second[i] < 0 ? 0 : logits.cos(i, logits.second[i]);
+        CHECK(close(target_cos[n + i], want_second, tolerance), i, classes, target_cos[n + i], want_second);
+      }
+      if (!with_moments) continue;
+      const auto want = logits.moments(i);
+      const double of_sums = 32 * rounding(kDTypeOf<T>) * want.size;
+      CHECK(close(moments[i], want.below, tolerance * 2), i, classes, segments, moments[i], want.below);
+      CHECK(close(moments[n + i], want.sum, of_sums), i, classes, segments, moments[n + i], want.sum);
+      CHECK(close(moments[2 * n + i], want.hard_sum, of_sums), i, classes, moments[2 * n + i], want.hard_sum);
+      CHECK(moments[3 * n + i] == want.hard_count, i, classes, segments, moments[3 * n + i], want.hard_count);
     }
   });
 }
@@ -298,11 +339,13 @@ template <typename T>
 void keep_cosines(Logits<T>& logits, int64_t segments, const Cache<T>& cache) {
   const int64_t n = logits.n, classes = logits.classes;
   const auto statistics = [&](auto seen) {
-    Exact<T> tops(segments * n, std::numeric_limits<T>::lowest()), target_cos(n, T(0));
+    Exact<T> tops(segments * n, std::numeric_limits<T>::lowest()), target_cos(2 * n, T(0));
+    Exact<double> moments(4 * segments * n, 0.0);
     Exact<double> sum_exp(segments * n, 0.0);
     const Exact<T> max_cos = tops;
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
-      cuda::class_statistics<T>(seen(part), {tops, max_cos, sum_exp}, target_cos, nullptr);
+      cuda::class_statistics<T>(seen(part), {tops, max_cos, sum_exp, logits.two ? moments.begin() : nullptr},
+                                target_cos, nullptr);
     });
     return std::tuple(tops, target_cos, sum_exp);
   };
@@ -326,23 +369,31 @@ void keep_cosines(Logits<T>& logits, int64_t segments, const Cache<T>& cache) {
   }
 }
 
+// Samples of which one gradient alone is not 0, and others without any, are among those with all.
 template <typename T>
-void logit_gradients(DType dtype, bool reshaped, bool cached) {
-  each_logits([dtype, reshaped, cached](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
-    Logits<T> logits(n, classes, chunk, 16, reshaped);
+void logit_gradients(DType dtype, bool reshaped, bool cached, bool with_moments) {
+  each_logits([=](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    const bool two = with_moments && segments > 1;
+    Logits<T> logits(n, classes, chunk, 16, reshaped, two);
     const Cache<T> cache(n, segments == 1 ? (classes + 7) / 8 * 8 : classes + 1);
     if (cached) keep_cosines(logits, segments, cache);
-    Exact<T> top(n), log_sum(n), g_lse(n), g_cos(n), unit(n);
+    Exact<T> top(n), log_sum(n), g_lse(n), g_cos(two ? 2 * n : n), unit(n), moments(2 * n, T(0));
     for (int64_t i = 0; i < n; ++i) {
       top[i] = static_cast<T>(logits.top(i));
       log_sum[i] = static_cast<T>(logits.lse(i) - double{logits.s[i]} * double{top[i]});
       const bool active = i % 3 != 1;
-      g_lse[i] = static_cast<T>(active ? normal() : 0);
-      g_cos[i] = static_cast<T>(active && logits.y[i] >= 0 ? 16 * normal() : 0);
+      const auto asked = [&](int64_t alone) {
+        return active && (!with_moments || i == 0 || i == 6 || i == alone);
+      };
+      g_lse[i] = static_cast<T>(asked(-1) ? normal() : 0);
+      g_cos[i] = static_cast<T>(asked(-1) && logits.y[i] >= 0 ? 16 * normal() : 0);
+      if (with_moments) moments[i] = static_cast<T>(asked(2) ? normal() : 0);
+      if (with_moments) moments[n + i] = static_cast<T>(asked(5) ? normal() : 0);
+      if (two) g_cos[n + i] = static_cast<T>(asked(3) && logits.second[i] >= 0 ? 16 * normal() : 0);
       unit[i] = static_cast<T>(std::ldexp(1, 7));
       if (!active) log_sum[i] = std::numeric_limits<T>::quiet_NaN();
     }
-    const Upstream<T> upstream{top, log_sum, g_lse, g_cos};
+    const Upstream<T> upstream{top, log_sum, g_lse, g_cos, with_moments ? moments.begin() : nullptr};
     Exact<double> negative_dot(segments * n, 0.0);
     std::vector<double> want_dot(n, 0.0);
     logits.each_chunk(segments, [&](const cuda::Chunk<T>& computed) {
@@ -356,14 +407,22 @@ void logit_gradients(DType dtype, bool reshaped, bool cached) {
           const int64_t global = part.first_class + j;
           const double shaped = logits.shaped(i, global);
           const double p = std::exp(logits.s[i] * (shaped - top[i]) - log_sum[i]);
-          const bool active = g_lse[i] != 0 || g_cos[i] != 0, is_target = global == logits.y[i];
-          const double from_lse = logits.s[i] * g_lse[i] * p * logits.slope(i, global);
-          const double gradient = !active ? 0 : is_target ? double{g_cos[i]} : from_lse;
-          if (active && !is_target) want_dot[i] += g_lse[i] * p * shaped;
+          const double b = moments[i], c = moments[n + i], g_second = two ? double{g_cos[n + i]} : 0;
+          const bool active = g_lse[i] != 0 || g_cos[i] != 0 || g_second != 0 || b != 0 || c != 0;
+          const bool is_target = logits.is_target(i, global);
+          const double of_target = global == logits.y[i] ? double{g_cos[i]} : g_second;
+          const double t = (g_lse[i] + b * (shaped - top[i])) * p, slope = logits.slope(i, global);
+          const double of_negative = (logits.s[i] * t + b * p + c) * slope;
+          const double gradient = !active ? 0 : is_target ? of_target : of_negative;
+          if (active && !is_target) want_dot[i] += t * shaped;
           const double divided = cuda::is_divided(dtype) ? logits.w_inv_norm[global] : 1;
-          const double want = gradient * divided * cuda::kGradientLift / unit[i],
+          const double by = divided * cuda::kGradientLift / unit[i], want = gradient * by,
                        got = get(g, dtype, i * part.classes + j);
-          const double tolerance = (rounding(dtype) + 100 * rounding(kDTypeOf<T>)) * std::fabs(want) + 1e-7;
+          const double of_lse = logits.s[i] * (std::fabs(g_lse[i]) + std::fabs(b * (shaped - top[i]))) * p;
+          const double parts = (1 + std::fabs(slope)) * (of_lse + std::fabs(b) * p + std::fabs(c));  // may cancel
+          const double size = active && !is_target ? parts * by : 0;
+          const double tolerance = (rounding(dtype) + 100 * rounding(kDTypeOf<T>)) * std::fabs(want) +
+                                   100 * rounding(kDTypeOf<T>) * size + 1e-7;
           CHECK(close(got, want, tolerance), i, global, classes, segments, got, want);
         }
       }
@@ -371,8 +430,8 @@ void logit_gradients(DType dtype, bool reshaped, bool cached) {
     for (int64_t i = 0; i < n; ++i) {
       double got = 0;
       for (int64_t segment = 0; segment < segments; ++segment) got += negative_dot[segment * n + i];
-      CHECK(close(got, want_dot[i], 200 * rounding(kDTypeOf<T>) * std::fabs(g_lse[i])), i, classes, got,
-            want_dot[i]);
+      const double size = std::fabs(g_lse[i]) + 2 * std::fabs(moments[i]);
+      CHECK(close(got, want_dot[i], 200 * rounding(kDTypeOf<T>) * size), i, classes, got, want_dot[i]);
     }
   });
 }
@@ -592,10 +651,14 @@ void all() {
     normalize_rows<T>(dtype);
     project_rows<T>(dtype);
     for (bool reshaped : {false, true}) {
-      for (bool cached : {false, true}) logit_gradients<T>(dtype, reshaped, cached);
+      for (bool cached : {false, true}) {
+        for (bool with_moments : {false, true}) logit_gradients<T>(dtype, reshaped, cached, with_moments);
+      }
     }
   }
-  for (bool reshaped : {false, true}) statistics<T>(reshaped);
+  for (bool reshaped : {false, true}) {
+    for (bool with_moments : {false, true}) statistics<T>(reshaped, with_moments);
+  }
   move_rows<T>();
   rounding_is_the_cpus<T>();
   rounding_keeps_the_mean<T>();

@@ -18,6 +18,7 @@ from support import (
     evaluate,
     make_problem,
     random_upstream,
+    relative_error,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -236,6 +237,61 @@ def test_where_all_cosines_are_kept_backward_makes_no_products_of_them(dtypes, m
         of_a_chunk = [dtype for dtype, size in of_backward.sizes if size == 7 * 256]
         products = [sums] if of_cosines and dtypes.x != sums else []  # else G lies over them
         assert of_a_chunk == [*products, dtypes.x]
+
+
+@pytest.mark.parametrize("bytes_", [0, 10_000, 10**6])
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16, F16], ids=str)
+def test_moments_of_any_number_of_chunks(dtypes, bytes_, monkeypatch):
+    """And by cosines that were kept; in float16 no gradient leaves its range, however large b and c are."""
+    problem = make_problem(5, 1023, 24, dtypes, scale=8.0)
+    targets = torch.stack([problem.targets, torch.tensor([-1, 0, 255, 256, 1022])])
+    inputs = problem.x, problem.w, targets, problem.scale
+    rng = torch.Generator().manual_seed(1)
+    g_lse, *g_pairs = torch.randn(5, 5, generator=rng, dtype=torch.float64)
+    g_cos, g_moments = torch.stack(g_pairs).view(2, 2, 5)
+    # N' has no step at the threshold, on whose other side a kept cosine may be
+    exact = Options(
+        moments=True, g_moments=64 * g_moments, thresholds=torch.full((5,), 0.2, dtype=torch.float64),
+        negatives=torch.tensor([1.0, 0.6, 0.04], dtype=torch.float64),
+    )  # fmt: skip
+    options = replace(exact, cache_bytes=bytes_, g_moments=exact.g_moments.to(dtypes.compute))
+    double = [t.double() if t.is_floating_point() else t for t in inputs]
+    eps = torch.finfo(dtypes.compute).eps
+    allowed = 4 * HOST.rounding(dtypes) + 16 * eps + (1e-3 if bytes_ and dtypes != F64 else 0.0)
+    for chunk in ("1", "100000"):  # that of 256 classes is for one block a row, that of all for three
+        monkeypatch.setenv(CHUNK, chunk)
+        _, top, log_sum, target_cos, _, cache, moments = cuda_host.forward(*inputs, 0.35, options)
+        _, *rows, want_cos, _ = reference.forward(*double, 0.35, exact)
+        want = reference.moments(*double, *rows, exact)
+        assert relative_error(target_cos, want_cos) <= 16 * eps
+        assert torch.equal(moments[3].double(), want[3])
+        for got, row in zip(moments[:3], want[:3], strict=True):
+            assert relative_error(got, row) <= 64 * eps
+        upstream = top, log_sum, g_lse.to(top), g_cos.to(top)
+        gradients = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
+        want = reference.backward(*double, *rows, *(g.double() for g in upstream[2:]), options=exact)
+        for got, gradient in zip(gradients, want, strict=True):
+            assert relative_error(got, gradient) <= allowed
+
+
+def test_moments_with_a_large_gradient_of_a_second_target_stay_in_the_range_of_float16():
+    problem = make_problem(3, 40, 24, F16)
+    targets, options = torch.stack([torch.full((3,), -1), problem.targets]), Options(moments=True)
+    inputs = problem.x, problem.w, targets, problem.scale
+    _, top, log_sum, *_, cache, _ = cuda_host.forward(*inputs, 0.0, options)
+    upstream = top, log_sum, torch.zeros(3), torch.tensor([[0.0], [1000.0]]).expand(2, 3)
+    dx, dw, _ = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
+    double = (t.double() if t.is_floating_point() else t for t in (*inputs, *upstream))
+    for got, want in zip((dx, dw), reference.backward(*double, options=options), strict=False):
+        assert relative_error(got, want) <= 4 * HOST.rounding(F16)
+
+
+def test_moments_take_no_launch_more():
+    problem = make_problem(5, 1023, 24)
+    _, *plain, _ = _both_passes(problem, Options())
+    _, *asked, _ = _both_passes(problem, Options(moments=True, g_moments=torch.ones(2, 5)))
+    for mine, calls in zip(asked, plain, strict=True):
+        assert (mine.launches, mine.products) == (calls.launches, calls.products)
 
 
 def test_a_cache_too_small_for_its_norms_is_refused():
