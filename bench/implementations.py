@@ -246,6 +246,7 @@ IMPLEMENTATIONS = {
     "class-margin": _of_family("ClassMargin"),
     "adam-softmax": _of_family("AdaMSoftmaxMargin"),
     "curricularface": _of_family("CurricularFaceMargin"),
+    "circle-loss": _of_family("CircleLossMargin"),
     "npcface": _of_family("NPCFaceMargin"),
     "mv-softmax": _of_family("MVSoftmaxMargin"),
     "combined-filter": _of_family("CombinedMargin"),

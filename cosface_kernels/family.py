@@ -20,6 +20,7 @@ from cosface_kernels.margins import (
     AdaMSoftmaxMargin,
     AnnealedSphereFaceMargin,
     ArcFaceMargin,
+    CircleLossMargin,
     CombinedMargin,
     CurricularFaceMargin,
     ElasticFaceMargin,
@@ -254,6 +255,23 @@ class FusedNPCFaceLoss(FusedMarginLoss):
     ) -> None:
         psi = NPCFaceMargin(margin, t=t, a=a, target_margins=target_margins)
         super().__init__(num_classes, embedding_size, psi, scale, **options)
+
+
+class FusedCircleLoss(FusedMarginLoss):
+    """CircleLoss over classes; see `CircleLossMargin`.
+
+    Source: JDAI-CV/FaceX-Zoo (head/CircleLoss.py), m = 0.25, gamma = 256, which is the scale.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = defaults.CIRCLE_LOSS_MARGIN,
+        scale: float | Tensor = defaults.CIRCLE_LOSS_SCALE,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, CircleLossMargin(margin), scale, **options)
 
 
 class FusedAdaFaceLoss(FusedMarginLoss):

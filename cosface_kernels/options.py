@@ -50,7 +50,9 @@ class Options:
             are the same to rounding. On a CPU, where a tile fits the processor's cache, it means nothing.
         thresholds: (N,) tau_i, in the dtype of the results, or None. A hard negative, j != y_i with
             cos_ij > tau_i, enters the softmax as N(cos_ij) = (q cos_ij + a) cos_ij + b. Without a gradient.
-        negatives: (3,) q, a and b, where there are thresholds. Without a gradient.
+        negatives: (3,) q, a and b, where there are thresholds; or (6,), with r, u and v too: any other negative
+            enters as r cos_ij, and backward takes the slopes u cos_ij + v and r, which need not be N's own.
+            Without a gradient.
         moments: forward also returns the moments of every sample's negatives, (4, N), as `reference.moments`
             defines them, and takes (2, N) targets: a sample may then have two, of which neither is a negative.
         g_moments: (2, N), of backward alone: b_i and c_i of `reference.backward`.
@@ -72,6 +74,14 @@ class Options:
     def flat(self) -> tuple[Any, ...]:
         """The arguments of an op for it, `ARGUMENTS`."""
         return _values(self)
+
+    def coefficients(self, dtype: torch.dtype) -> Tensor:
+        """(6,) of negatives: r = 1, u = 2 q and v = a where only q, a and b are given."""
+        assert self.negatives is not None
+        given = self.negatives.to(dtype)
+        if given.shape[0] == 6:
+            return given
+        return torch.cat([given, torch.ones_like(given[:1]), 2 * given[:1], given[1:2]])
 
     def count(self, w: Tensor) -> int:
         """How many classes take part."""

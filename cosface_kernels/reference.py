@@ -157,12 +157,12 @@ def _cosines(x: Tensor, w: Tensor, options: Options) -> Tensor:
 
 
 def _reshape(cos: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """N(cos) and N'(cos), (N, C): the polynomial (q c + a) c + b where c > tau_i, else c."""
-    if options.thresholds is None or options.negatives is None:
+    """N(cos) and N'(cos), (N, C): (q c + a) c + b and u c + v where c > tau_i, else r c and r."""
+    if options.thresholds is None:
         return cos, torch.ones_like(cos)
-    q, a, b = options.negatives.to(cos.dtype)
+    q, a, b, r, u, v = options.coefficients(cos.dtype)
     hard = cos > options.thresholds[:, None]
-    return torch.where(hard, (q * cos + a) * cos + b, cos), torch.where(hard, 2 * q * cos + a, 1)
+    return torch.where(hard, (q * cos + a) * cos + b, r * cos), torch.where(hard, u * cos + v, r)
 
 
 def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:

@@ -20,6 +20,7 @@ LOSSES: Mapping[str, type[FusedMarginLoss]] = {
     "magface": family.FusedMagFaceLoss,
     "curricularface": family.FusedCurricularFaceLoss,
     "mv-softmax": family.FusedMVSoftmaxLoss,
+    "circle-loss": family.FusedCircleLoss,
     "npcface": family.FusedNPCFaceLoss,
     "elasticface": family.FusedElasticFaceLoss,
     "adam-softmax": family.FusedAdaMSoftmaxLoss,

@@ -79,7 +79,8 @@ struct Options {
 // The arguments of one call in the compute dtype T. Rows of w that are not adjacent elements are copied.
 template <typename T>
 struct Arguments {
-  Tensor x, w, y, s, tau, polynomial;  // tau (N) and (q, a, b) are undefined where there are no thresholds
+  Tensor x, w, y, s, tau,
+      coefficients;  // tau (N) and coefficients (6) are undefined where there are no thresholds
   bool bfloat16;
 
   explicit Arguments(const cosface::Inputs& given)
@@ -88,15 +89,17 @@ struct Arguments {
         y(given.y.contiguous()),
         s(in_t(given.s)),
         bfloat16(given.x.scalar_type() == at::kBFloat16) {
-    if (given.thresholds) tau = in_t(*given.thresholds), polynomial = in_t(*given.negatives);
+    if (!given.thresholds) return;
+    tau = in_t(*given.thresholds);
+    coefficients = cosface::coefficients_of(*given.negatives, c10::CppTypeToScalarType<T>::value);
   }
 
   static Tensor in_t(const Tensor& tensor) { return tensor.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
   cosface::Batch<T> batch() const {
     cosface::Negatives<T> negatives;
     if (tau.defined()) {
-      const T* coefficients = polynomial.const_data_ptr<T>();
-      negatives = {tau.const_data_ptr<T>(), coefficients[0], coefficients[1], coefficients[2]};
+      const T* c = coefficients.const_data_ptr<T>();
+      negatives = {tau.const_data_ptr<T>(), c[0], c[1], c[2], c[3], c[4], c[5]};
     }
     return {x.const_data_ptr<T>(),
             y.const_data_ptr<int64_t>(),

@@ -24,13 +24,14 @@ struct Runtime {
   int64_t tile_classes;
 };
 
-// How hard negatives enter the softmax: N(c) = (q c + a) c + b where c > tau_i, else c.
+// How negatives enter the softmax: N(c) = (q c + a) c + b where c > tau_i, else r c. Their slopes in backward are
+// u c + v and r; N's own are those with u = 2 q and v = a.
 template <typename T>
 struct Negatives {
   const T* tau = nullptr;  // (N), null where N(c) = c
-  T q = 0, a = 1, b = 0;
+  T q = 0, a = 1, b = 0, r = 1, u = 2 * q, v = a;
 
-  Negatives from(int64_t i) const { return {tau == nullptr ? nullptr : tau + i, q, a, b}; }
+  Negatives from(int64_t i) const { return {tau == nullptr ? nullptr : tau + i, q, a, b, r, u, v}; }
 };
 
 template <typename T>

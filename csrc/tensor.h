@@ -95,7 +95,10 @@ struct Inputs {
     fitting("scale", s, {n}, device);
     TORCH_CHECK_VALUE(thresholds.has_value() == negatives.has_value(),
                       "thresholds and negatives must be given together.");
-    if (thresholds) fitting("thresholds", *thresholds, {n}, device), fitting("negatives", *negatives, {3}, device);
+    if (thresholds) {
+      fitting("thresholds", *thresholds, {n}, device);
+      fitting("negatives", *negatives, {negatives->numel() == 6 ? 6 : 3}, device);
+    }
     if (classes) check_classes();
     return *this;
   }
@@ -127,6 +130,14 @@ inline std::vector<at::Tensor> upstream_of(const at::Tensor& x, const at::Tensor
   const int64_t n = x.size(0);
   return {rows("top", top, {n}), rows("log_sum", log_sum, {n}), rows("g_lse", g_lse, {n}),
           rows("g_cos", g_cos, y.sizes()), g_moments ? rows("g_moments", *g_moments, {2, n}) : at::Tensor()};
+}
+
+// (6) coefficients of negatives in a dtype, as cosface_kernels/options.py completes them.
+inline at::Tensor coefficients_of(const at::Tensor& negatives, at::ScalarType dtype) {
+  const at::Tensor given = negatives.to(dtype);
+  if (given.numel() == 6) return given.contiguous();
+  const at::Tensor q = given.narrow(0, 0, 1);
+  return at::cat({given, at::ones_like(q), 2 * q, given.narrow(0, 1, 1)});
 }
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {

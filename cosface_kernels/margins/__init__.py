@@ -20,6 +20,7 @@ from cosface_kernels.margins.classes import (
 )
 from cosface_kernels.margins.drawn import ElasticFaceMargin
 from cosface_kernels.margins.negatives import (
+    CircleLossMargin,
     CombinedMargin,
     CurricularFaceMargin,
     MVSoftmaxMargin,
@@ -49,6 +50,7 @@ __all__ = [
     "AdaMSoftmaxMargin",
     "AnnealedSphereFaceMargin",
     "ArcFaceMargin",
+    "CircleLossMargin",
     "ClassMargin",
     "CombinedMargin",
     "CosFaceMargin",

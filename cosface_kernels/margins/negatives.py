@@ -124,6 +124,41 @@ class NPCFaceMargin(Margin):
         return f"margin={self.margin}, t={self.t}, a={self.a}, target_margins={self.target_margins}"
 
 
+class CircleLossMargin(Margin):
+    """CircleLoss over classes: each cosine is weighted by how far it is from its optimum, without a gradient.
+
+        psi = [1 + m - c]_+ (c - (1 - m)), of slope [1 + m - c]_+
+        a negative c_j becomes [c_j + m]_+ (c_j - m), of slope [c_j + m]_+
+
+    Args:
+        margin: m in [0, 1).
+
+    Source: Sun et al., Circle Loss, arXiv:2002.10857, Eq. 5-8 with class centres for proxies; JDAI-CV/FaceX-Zoo
+    (head/CircleLoss.py).
+
+    >>> CircleLossMargin(0.25)(torch.tensor([0.75, 0.25]))
+    tensor([ 0.0000, -0.5000])
+    """
+
+    reshapes_negatives = True
+
+    def __init__(self, margin: float = defaults.CIRCLE_LOSS_MARGIN) -> None:
+        super().__init__()
+        check_interval("margin", margin, "[0, 1)", 0, 1)
+        self.margin = margin
+
+    def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        m = self.margin
+        return torch.full_like(cos, -m), _polynomial(cos, 1.0, 0.0, -(m**2), 0.0, 1.0, m)
+
+    def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
+        weight = (1 + self.margin - cos.detach()).clamp_min(0)  # (N,)
+        return weight * (cos - (1 - self.margin))
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
 class CombinedMargin(Margin):
     """psi = cos(m1 theta + m2) - m3: SphereFace's, ArcFace's and CosFace's margin at once.
 
@@ -180,5 +215,5 @@ class CombinedMargin(Margin):
 
 
 def _polynomial(cos: Tensor, *coefficients: float | Tensor) -> Tensor:
-    """q, a and b on the device of the cosines, without a copy from the host."""
+    """The coefficients on the device of the cosines, without a copy from the host."""
     return torch.stack([c.to(cos.dtype) if isinstance(c, Tensor) else cos.new_full((), c) for c in coefficients])

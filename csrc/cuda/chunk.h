@@ -61,15 +61,16 @@ __device__ Pack<T, kPack> recall_cosines(const Chunk<T>& chunk, int64_t row, int
 // N and N' of a row; where negatives are not reshaped, no cosine is above its threshold.
 template <typename T>
 struct Reshape {
-  T tau = kInfinity<T>, q = 0, a = 1, b = 0;
+  T tau = kInfinity<T>, q = 0, a = 1, b = 0, r = 1, u = 0, v = 1;
 
   __device__ Reshape(const Chunk<T>& chunk, int64_t row) {
     if (chunk.tau == nullptr) return;
     tau = chunk.tau[row];
-    q = chunk.polynomial[0], a = chunk.polynomial[1], b = chunk.polynomial[2];
+    q = chunk.coefficients[0], a = chunk.coefficients[1], b = chunk.coefficients[2];
+    r = chunk.coefficients[3], u = chunk.coefficients[4], v = chunk.coefficients[5];
   }
-  __device__ T value(T cos) const { return cos > tau ? (q * cos + a) * cos + b : cos; }
-  __device__ T slope(T cos) const { return cos > tau ? 2 * q * cos + a : 1; }
+  __device__ T value(T cos) const { return cos > tau ? (q * cos + a) * cos + b : r * cos; }
+  __device__ T slope(T cos) const { return cos > tau ? u * cos + v : r; }
 };
 
 // The place of a row's second target in the chunk; negative if it has none.

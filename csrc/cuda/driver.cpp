@@ -120,7 +120,7 @@ class Step {
         dot(pass == Pass::kForward || cache.kept < classes ? at::empty({n * chunk}, sums) : Tensor()),
         ones_(normalize_weight ? Tensor() : at::ones({chunk}, sums)),
         tau_(given.thresholds ? given.thresholds->to(sums.dtype()).contiguous() : Tensor()),
-        polynomial_(given.negatives ? given.negatives->to(sums.dtype()).contiguous() : Tensor()),
+        coefficients_(given.negatives ? coefficients_of(*given.negatives, sums.dtype().toScalarType()) : Tensor()),
         w_(with_adjacent_elements(given.w)),
         chosen_(given.classes ? given.classes->contiguous() : Tensor()),
         w_chosen_(chosen_.defined() ? at::empty({chunk, d}, w_.options()) : Tensor()),
@@ -140,7 +140,7 @@ class Step {
       if (pass == Pass::kForward && normalize_weight) row_norms<T>(rows_of(rows), w_inv_norm, device.stream);
       if (pass == Pass::kForward || !kept) multiply(beginning(dot, count), x, rows.t(), false);
       body(Chunk<T>{data<T>(dot), n, count, first, data<T>(cache.x_inv_norm), w_inv_norm, data<int64_t>(y),
-                    data<T>(s), segments, data<T>(tau_), data<T>(polynomial_),
+                    data<T>(s), segments, data<T>(tau_), data<T>(coefficients_),
                     kept ? cache.cosines + first : nullptr, cache.stride,
                     y.dim() == 2 ? data<int64_t>(y) + n : nullptr},
            rows);
@@ -181,11 +181,11 @@ class Step {
     return at::index_select_out(rows, w_, 0, chosen_.narrow(0, first, count));
   }
 
-  const Tensor ones_;              // (chunk), in place of norms if weights are not normalised
-  const Tensor tau_, polynomial_;  // (N) and q, a, b; undefined where negatives are not reshaped
-  const Tensor w_, chosen_;        // chosen_: (S), undefined where all rows take part
-  const Tensor w_chosen_;          // (chunk, D), if there are chosen classes
-  const Tensor w_operands_;        // (chunk, D), if w has another dtype
+  const Tensor ones_;                // (chunk), in place of norms if weights are not normalised
+  const Tensor tau_, coefficients_;  // (N) and (6); undefined where negatives are not reshaped
+  const Tensor w_, chosen_;          // chosen_: (S), undefined where all rows take part
+  const Tensor w_chosen_;            // (chunk, D), if there are chosen classes
+  const Tensor w_operands_;          // (chunk, D), if w has another dtype
 };
 
 template <typename T>

@@ -54,7 +54,7 @@ struct Chunk {
   const T* s;                        // (n)
   int64_t segments;                  // blocks that share a row
   // Negatives are reshaped to N(c) = (q c + a) c + b where c > tau_i: (n), and q, a, b; or null for N(c) = c.
-  const T *tau = nullptr, *polynomial = nullptr;
+  const T *tau = nullptr, *coefficients = nullptr;
   // Where cos_ij is kept, at i kept_stride + j: class_statistics writes it, and logit_gradients reads it in
   // place of dot, which may then be null. Or null.
   Kept<T>* kept = nullptr;

@@ -156,7 +156,7 @@ template <typename T>
 struct Logits {
   int64_t n, classes, chunk;
   std::vector<double> dot;  // (n, classes)
-  Exact<T> x_inv_norm, w_inv_norm, s, tau, polynomial;
+  Exact<T> x_inv_norm, w_inv_norm, s, tau, coefficients;
   Exact<int64_t> y, second;
   bool reshaped, two;  // two: targets, of most samples
 
@@ -169,12 +169,13 @@ struct Logits {
         w_inv_norm(classes),
         s(n),
         tau(n),
-        polynomial(3),
+        coefficients(6),
         y(n),
         second(n, -1),
         reshaped(reshaped),
         two(two) {
-    polynomial[0] = T(0.7), polynomial[1] = T(-0.4), polynomial[2] = T(0.1);
+    const double values[] = {0.7, -0.4, 0.1, 0.9, 1.3, -0.2};
+    for (int64_t k = 0; k < 6; ++k) coefficients[k] = static_cast<T>(values[k]);
     for (int64_t i = 0; i < n; ++i) tau[i] = static_cast<T>(0.3 * i - 0.5);
     for (int64_t i = 0; i < n; ++i) x_inv_norm[i] = static_cast<T>(std::ldexp(1 + 0.3 * normal(), -1));
     for (T& v : w_inv_norm) v = static_cast<T>(1 + std::fabs(normal()));
@@ -202,10 +203,10 @@ struct Logits {
   }
   double shaped(int64_t i, int64_t j) const {
     const double c = cos(i, j);
-    return hard(i, j) ? (polynomial[0] * c + polynomial[1]) * c + polynomial[2] : c;
+    return hard(i, j) ? (coefficients[0] * c + coefficients[1]) * c + coefficients[2] : coefficients[3] * c;
   }
   double slope(int64_t i, int64_t j) const {
-    return hard(i, j) ? 2 * polynomial[0] * cos(i, j) + polynomial[1] : 1;
+    return hard(i, j) ? coefficients[4] * cos(i, j) + coefficients[5] : coefficients[3];
   }
 
   // Calls body(a chunk whose dot is this memory).
@@ -219,7 +220,7 @@ struct Logits {
       }
       std::copy_n(w_inv_norm + first, width, inv_norm.begin());
       body(cuda::Chunk<T>{part, n, width, first, x_inv_norm, inv_norm, y, s, segments,
-                          reshaped ? static_cast<const T*>(tau) : nullptr, polynomial, nullptr, 0,
+                          reshaped ? static_cast<const T*>(tau) : nullptr, coefficients, nullptr, 0,
                           two ? second.begin() : nullptr});
     }
   }

@@ -14,7 +14,7 @@ from cosface_kernels.options import Options
 
 pytestmark = pytest.mark.option("moments")
 
-POLYNOMIALS = {"zero": (0.0, 0.0, 0.0), "linear": (0.0, 1.2, 0.2), "quadratic": (1.0, 0.3, 0.0)}
+POLYNOMIALS = {"zero": (0.0, 0.0, 0.0), "linear": (0.0, 1.2, 0.2), "slopes": (1.0, 0.1, -0.06, 0.2, 0.7, 0.25)}
 
 
 class Rows(NamedTuple):
@@ -58,9 +58,11 @@ def _explicit(x, w, targets, scale, *, normalize_weight=True, thresholds=None, n
         others[one >= 0, one[one >= 0]] = False
     shaped, hard = cos, torch.zeros_like(others)
     if thresholds is not None:
-        q, a, b = negatives
-        hard = (cos > thresholds[:, None]) & others
-        shaped = torch.where(hard, q * cos.square() + a * cos + b, cos)
+        q, a, b, r, u, v = negatives if len(negatives) == 6 else (*negatives, 1, 2 * negatives[0], negatives[1])
+        above = cos > thresholds[:, None]
+        hard = above & others
+        value = torch.where(above, q * cos.square() + a * cos + b, r * cos).detach()
+        shaped = value + torch.where(above, u * cos + v, r).detach() * (cos - cos.detach())
     z = torch.where(others, scale[:, None] * shaped, -torch.inf)
     p = torch.where(others, z.softmax(1).nan_to_num(), 0)
     rows = [torch.where(one >= 0, cos.gather(1, one.clamp_min(0)[:, None])[:, 0], 0) for one in each]
@@ -145,7 +147,7 @@ def test_half_precision(backend):
 def test_each_gradient_alone(backend, used):
     problem = backend.problem(9, 60, 16, scale=12.0)
     for targets in (problem.targets, _two(problem)):
-        _check(backend, problem, targets, _options(problem, "quadratic"), used)
+        _check(backend, problem, targets, _options(problem, "slopes"), used)
 
 
 def test_a_large_scale(backend):

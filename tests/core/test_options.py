@@ -28,6 +28,7 @@ POLYNOMIALS = {
     "linear": (0.0, 1.2, 0.2),  # MV-Softmax
     "quadratic": (1.0, 0.3, 0.0),  # CurricularFace
     "all": (0.7, -0.4, 0.1),
+    "slopes": (1.0, 0.1, -0.06, 0.2, 0.7, 0.25),  # not N's own, as in CircleLoss
 }
 
 
@@ -51,9 +52,11 @@ def _explicit(x, w, targets, scale, margin, *, normalize_weight=True, thresholds
     others[targets >= 0, targets[targets >= 0]] = False
     shaped = product
     if thresholds is not None:
-        q, a, b = negatives
+        q, a, b, r, u, v = negatives if len(negatives) == 6 else (*negatives, 1, 2 * negatives[0], negatives[1])
         hard = product > thresholds[:, None]
-        shaped = torch.where(hard, q * product.square() + a * product + b, product)
+        value = torch.where(hard, q * product.square() + a * product + b, r * product).detach()
+        slope = torch.where(hard, u * product + v, r).detach()
+        shaped = value + slope * (product - product.detach())
     lse = torch.where(others, scale[:, None] * shaped, -torch.inf).logsumexp(1)
     target_cos = torch.where(others, 0, product).sum(1)
     loss = F.softplus(lse - scale * (target_cos - margin), threshold=1e9) * (targets >= 0)

@@ -12,6 +12,7 @@ from cosface_kernels import (
     FusedAdaMSoftmaxLoss,
     FusedArcFaceLoss,
     FusedASoftmaxLoss,
+    FusedCircleLoss,
     FusedCombinedMarginLoss,
     FusedCosFaceLoss,
     FusedCurricularFaceLoss,
@@ -119,6 +120,14 @@ def _npcface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     psi = torch.where(target > 0, (target.acos() + 0.4 + 0.2 * mean.detach()).cos(), target)
     logits = torch.where(hard, 1.1 * cos + 0.2, cos).scatter(1, labels[:, None], psi)
     return F.cross_entropy(64 * logits, labels, reduction="none")
+
+
+def _circle_loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    cos = F.normalize(x) @ F.normalize(w).T  # (N, C)
+    is_target = F.one_hot(labels, len(w)).bool()
+    of_target = (1.25 - cos.detach()).clamp_min(0) * (cos - 0.75)
+    of_others = (cos.detach() + 0.25).clamp_min(0) * (cos - 0.25)
+    return F.cross_entropy(256 * torch.where(is_target, of_target, of_others), labels, reduction="none")
 
 
 def _sv_softmax(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
@@ -284,6 +293,7 @@ LOSSES = {
     "curricularface": (FusedCurricularFaceLoss, _curricularface),
     "mv_softmax": (FusedMVSoftmaxLoss, _mv_softmax),
     "npcface": (FusedNPCFaceLoss, _npcface),
+    "circle_loss": (FusedCircleLoss, _circle_loss),
     "mv_arc_softmax": (
         lambda *args, **options: FusedMVSoftmaxLoss(*args, 0.5, arc=True, **options),
         _mv_arc_softmax,

@@ -20,12 +20,13 @@ void targets_in_tile(const int64_t* y, int64_t n, int64_t first_class, int64_t c
 template <bool kReshaped, typename T>
 inline T reshape(const Negatives<T>& by, int64_t i, T cos) {
   if constexpr (!kReshaped) return cos;
-  return cos > by.tau[i] ? (by.q * cos + by.a) * cos + by.b : cos;
+  const T low = cos > T(-__builtin_inf()) ? by.r * cos : cos;  // of a target, which is to stay out, also by r = 0
+  return cos > by.tau[i] ? (by.q * cos + by.a) * cos + by.b : low;
 }
 template <bool kReshaped, typename T>
 inline T slope(const Negatives<T>& by, int64_t i, T cos) {
   if constexpr (!kReshaped) return 1;
-  return cos > by.tau[i] ? 2 * by.q * cos + by.a : T(1);
+  return cos > by.tau[i] ? by.u * cos + by.v : by.r;
 }
 
 // Targets of the tile, whose cosines go to target_cos.
