@@ -145,13 +145,14 @@ def class_statistics(
                 hard_sum += tl.sum(tl.where(hard, cos, 0.0), 1)
                 hard_count += tl.sum(hard.to(tl.float32), 1)
             cos = shaped
+        if MOMENTS:
+            total += tl.sum(tl.where(is_negative, cos, 0.0), 1)
         new_max = tl.maximum(running_max, tl.max(cos, 1))
         base = _finite(new_max)
         terms = tl.exp2(factor[:, None] * (cos - base[:, None]))
         if MOMENTS:
-            from_top = tl.where(is_negative, base[:, None] - cos, 0.0)
-            below = _lower(below, running_sum, factor, running_max, base) + tl.sum(terms * from_top, 1)
-            total += tl.sum(tl.where(is_negative, cos, 0.0), 1)
+            lower = tl.where(terms > 0.0, terms * (base[:, None] - cos), 0.0)  # cos is -inf of what is no negative
+            below = _lower(below, running_sum, factor, running_max, base) + tl.sum(lower, 1)
         running_sum = running_sum * _shrink(factor, running_max, base) + tl.sum(terms, 1)
         running_max = new_max
 
