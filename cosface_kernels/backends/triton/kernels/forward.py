@@ -106,7 +106,7 @@ def class_statistics(
         below = tl.zeros((BLOCK_N,), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         hard_sum = tl.zeros((BLOCK_N,), tl.float32)
-        hard_count = tl.zeros((BLOCK_N,), tl.float32)
+        hard_count = tl.zeros((BLOCK_N,), tl.int32)
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(C, BLOCK_C))
     for tile in range(split * tiles_per_split, last_tile):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -143,7 +143,7 @@ def class_statistics(
             shaped, _, hard = _reshape(cos, thresholds, negatives, rows, is_row)
             if MOMENTS:
                 hard_sum += tl.sum(tl.where(hard, cos, 0.0), 1)
-                hard_count += tl.sum(hard.to(tl.float32), 1)
+                hard_count += tl.sum(hard.to(tl.int32), 1)
             cos = shaped
         if MOMENTS:
             total += tl.sum(tl.where(is_negative, cos, 0.0), 1)
@@ -166,7 +166,7 @@ def class_statistics(
         tl.store(moments + slots, below, mask=is_row)
         tl.store(moments + (slots + N), total, mask=is_row)
         tl.store(moments + (slots + N + N), hard_sum, mask=is_row)
-        tl.store(moments + (slots + N + N + N), hard_count, mask=is_row)
+        tl.store(moments + (slots + N + N + N), hard_count.to(tl.float32), mask=is_row)
 
 
 @triton.jit
