@@ -146,7 +146,8 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 if variant != "plain" and (x, w) in OTHER_DTYPES:
                     continue
                 plain = words.isdisjoint(REGISTERS)
-                key = Key(arch, dim, x, w, operand_dtype(x, w), bucket=0, plain=plain, described=x == w)
+                options = {"plain": plain, "described": x == w, "moments": "moments" in words}
+                key = Key(arch, dim, x, w, operand_dtype(x, w), bucket=0, **options)
                 tiles = (plainest(kernel, key),) if kernel == "sample_entries" else table(kernel, key)
                 if variant == "plain" and x == w and not tf32:  # the others are held against the plainest
                     tiles = dict.fromkeys((*tiles, RAGGED[kernel][-1], *specialized(kernel, key)))
@@ -168,20 +169,21 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
-# "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one. What is raw computes less, so
-# that nothing crosses it.
-EASIER = {"reshape", "raw", "kept", "some"}  # than chosen and reshaped, in the same tiles: for sm_90 alone
-REGISTERS = {"reshape", "raw", "kept"}  # which have tiles of their own
+# "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one; "moments" of the negatives.
+# What is raw computes less, so that nothing crosses it.
+EASIER = {"reshape", "raw", "kept", "some", "moments"}  # than what is crossed, in the same tiles: for sm_90 alone
+REGISTERS = {"reshape", "raw", "kept", "moments"}  # which have tiles of their own
+MOMENTS = ("moments", "chosen reshape moments", "kept moments")
 VARIANTS = {
     "row_norms": ("plain", "chosen"),
-    "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept"),
-    "merge_statistics": ("plain", "reshape", "raw", "chosen reshape"),
-    "normalize_embeddings": ("plain", "raw", "chosen"),
-    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept", "some"),
+    "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept", *MOMENTS),
+    "merge_statistics": ("plain", "reshape", "raw", "chosen reshape", "moments"),
+    "normalize_embeddings": ("plain", "raw", "chosen", "moments"),
+    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept", "some", *MOMENTS),
     "embedding_gradients": ("plain", "chosen", "some"),
     "weight_gradients": ("plain", "raw", "chosen moved", "some"),
     "project_weight_gradients": ("plain", "moved"),
-    "finish_embedding_gradients": ("plain", "reshape"),
+    "finish_embedding_gradients": ("plain", "reshape", "moments"),
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
     "keep_entries": ("plain", "raw", "chosen"),
@@ -283,6 +285,7 @@ def compile_case(case: Case):
         "NEED_DX": True,
         "NORMALIZE": not case.has("raw"),
         "RESHAPE": case.has("reshape"),
+        "MOMENTS": case.has("moments"),
         "CHOSEN": case.has("chosen"),
         "KEEP": case.has("kept"),
         "KEPT": case.has("kept"),
@@ -390,7 +393,7 @@ def _read_amd(compiled) -> dict:
 def _line(row: dict) -> str:
     tile = row["config"]
     return (
-        f"{row['arch']:7} {row['kernel']:27} {row['variant']:14} {row['dtype']:19} "
+        f"{row['arch']:7} {row['kernel']:27} {row['variant']:22} {row['dtype']:19} "
         f"D {row['dim']:3}  {tile['n']:3} x {tile['c']:3} x {tile['d']:3} "
         f"warps {tile['warps']} stages {tile['stages']}  registers {row['registers']:3}  "
         f"spills {row['spill_bytes']:4}  shared {row['shared_bytes']:6}  matrix {row['tensor_core_ops']:4}  "

@@ -10,6 +10,7 @@ from support import BF16, F16, F32, check_result, evaluate, random_upstream
 from support.gluon_host import TorchKernels
 
 from bench import launches
+from cosface_kernels import ops
 from cosface_kernels.backends.triton import choice, launch
 from cosface_kernels.backends.triton.choice import Trial, choose
 from cosface_kernels.backends.triton.tiles import (
@@ -284,6 +285,23 @@ def test_a_step_tries_each_candidate_and_computes_the_same(backend, dtypes, fres
     for (kernel, key), tile in choice._chosen.items():
         assert tile == several(kernel, key)[-1]
     assert all("(chosen)" in line or "ms" in line for line in choice.report())
+
+
+@pytest.mark.triton_only
+def test_a_step_with_moments_has_trials_of_its_own(backend, fresh, monkeypatch):
+    problem = backend.problem(20, 300, 24, F32)
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * problem.x.numel())
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: launch() or 1.0)
+    tiles = Tile(32, 64, 32, 4, 1), Tile(16, 64, 32, 4, 1)
+    monkeypatch.setattr(choice, "candidates", lambda kernel, key: tiles)
+    x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
+    for moments in (False, True):
+        results = ops.lmcl(x, w, problem.targets, problem.scale, 0.3, backend.name, moments=moments)
+        (results[6][:2] if moments else results[0]).sum().backward()
+    assert set(choice._complaints.values()) == {None}
+    assert {(kernel, key.moments) for kernel, key in choice._chosen} == {
+        (kernel, moments) for kernel in GEMM_KERNELS for moments in (False, True)
+    }
 
 
 @pytest.mark.triton_only

@@ -3,6 +3,7 @@
 Under TRITON_INTERPRET=1 they run on CPU tensors, slowly.
 """
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -35,6 +36,9 @@ __all__ = [
 
 MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory that a product still reads
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
+
+OPTIONS = {"cache_bytes", "classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds"}
+OPTIONS |= {"negatives", "moments", "g_moments"}
 
 sparse: Any = None  # for a gradient_tolerance; imports Triton
 
@@ -82,9 +86,9 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
     if options.gradient_tolerance and options.thresholds is not None:
         return "reshaped negatives with a gradient_tolerance are not on this backend yet."
-    return options.refusal(
-        {"cache_bytes", "classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds", "negatives"}
-    )
+    if options.gradient_tolerance and (options.moments or options.g_moments is not None):
+        return "moments with a gradient_tolerance are not on this backend yet."
+    return options.refusal(OPTIONS)
 
 
 def describe() -> str:
@@ -99,7 +103,8 @@ def forward(
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
-            return *forward_pass.five_rows(x), cache, scale.new_empty(0, len(x))
+            rows = forward_pass.five_rows(x, targets)
+            return *rows, cache, forward_pass.empty_moments(x, options)
         saved = saved_in(cache, x, w, options)
         forward_pass.fill_norms(x, w, options, saved)
         some_w, some_options = launch.sample(x, w, options)
@@ -110,13 +115,13 @@ def forward(
             def run() -> None:
                 results[:] = forward_pass.forward(x, some_w, saved, targets, scale, margin, some_options, tile)
 
-            return Trial(run, lambda: results)
+            return Trial(run, lambda: results if options.moments else results[:-1])
 
         tile = choice.choose("class_statistics", launch.key(x, w, options), prepare)
-        results = forward_pass.forward(x, w, saved, targets, scale, margin, options, tile)
+        *results, moments = forward_pass.forward(x, w, saved, targets, scale, margin, options, tile)
         if options.gradient_tolerance:
             sparse.keep(x, w, saved, targets, scale, results, options, cache)
-        return *results, cache, scale.new_empty(0, len(x))
+        return *results, cache, moments
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,6 +153,10 @@ def _tuned_backward(
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
         per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
         saved = saved_in(cache, x, w, options)
+        if options.g_moments is not None or per_row[0].dim() == 2:
+            per_row, options = backward_pass.with_moments(per_row, options)
+        else:  # nobody asks for gradients of the moments
+            options = dataclasses.replace(options, moments=False)
         key, (some_w, some_options) = launch.key(x, w, options), launch.sample(x, w, options)
         norms = saved.without_cosines()
         tiles = {kernel: candidates(kernel, key)[0] for kernel in GEMM_KERNELS[1:]}

@@ -1,8 +1,10 @@
 """Launches of backward, chunk by chunk of classes."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +48,14 @@ def backward_of_nothing(
     return torch.empty_like(x) if need_dx else x.new_empty(0), dw, x.new_empty(0, dtype=torch.float32)
 
 
+def with_moments(per_row: list[Tensor], options: Options) -> tuple[list[Tensor], Options]:
+    """As a `Backward` takes them with moments: targets, g_cos and g_moments (2, N) each."""
+    targets, *others, g_lse, g_cos = per_row
+    g_moments = g_lse.new_zeros(2, len(g_lse)) if options.g_moments is None else options.g_moments.contiguous()
+    per_row = [launch.pairs(targets, -1), *others, g_lse, launch.pairs(g_cos, 0)]
+    return per_row, replace(options, moments=True, g_moments=g_moments)
+
+
 def backward(
     x: Tensor,
     w: Tensor,
@@ -78,6 +88,7 @@ def backward(
 class Backward:
     """What the chunks of a backward share, and their kernels, each on the chunk that begins with class `first`.
 
+    per_row: targets, scale, top, log_sum, g_lse and g_cos, (N,) each; see also `with_moments`.
     tiles: by kernel. updates: whether rows move, by gradients in float32 that only one chunk has.
     active_rows: (1,) int32, how many rows have a gradient, the first ones; dx of the others may be anything, and
     dw is not written if there are none. None: it may be any of them.
@@ -114,7 +125,10 @@ class Backward:
             self.class_dot.zero_()  # where nothing writes it
         self.negative_dot, self.target_dot = self.float32(self.class_tiles, N).zero_(), self.float32(N)
         self.reshape, self.normalize = options.thresholds is not None, options.normalize_weight
-        self.scale_dot = torch.zeros_like(self.negative_dot) if self.reshape else self.negative_dot
+        self.moments = options.moments
+        apart = self.reshape or self.moments
+        self.scale_dot = torch.zeros_like(self.negative_dot) if apart else self.negative_dot
+        self.g_moments = options.g_moments if options.g_moments is not None else per_row[0]  # not read without
         half = operand_dtype(x.dtype, w.dtype)
         self.g, self.x_hat = x.new_empty(N, self.chunk, dtype=half), x.new_empty(N, D, dtype=half)
         # Products read G also where a ragged last chunk has no class. What they find must be a number, of a tile
@@ -138,12 +152,13 @@ class Backward:
     def _normalize_embeddings(self) -> None:
         x, w, (targets, scale, _, _, g_lse, g_cos) = self.x, self.w, self.per_row
         self.chosen, self.is_chosen = launch.chosen_rows(targets, self.options)
-        self.unit = _units(scale, g_lse, g_cos)  # (N,)
+        self.unit = _units(scale, g_lse, g_cos, self.options.g_moments)  # (N,)
         self.largest_unit = self.unit.amax()
         launch.kernels.normalize_embeddings[(cdiv(self.N, ROWS),)](
-            x, w, self.chosen, self.saved.x_norm, targets, g_lse, g_cos, self.unit, self.largest_unit, self.x_hat,
-            self.target_dot, self.N, self.C, *x.stride(), D=self.D, BLOCK_N=ROWS, BLOCK_D=COLUMNS,
-            OPERAND=launch.operand(x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+            x, w, self.chosen, self.saved.x_norm, targets, g_lse, g_cos, self.g_moments, self.unit,
+            self.largest_unit, self.x_hat, self.target_dot, self.N, self.C, *x.stride(), D=self.D, BLOCK_N=ROWS,
+            BLOCK_D=COLUMNS, OPERAND=launch.operand(x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+            MOMENTS=self.moments,
         )  # fmt: skip
 
     def logit_gradients(self, first: int) -> None:
@@ -164,12 +179,12 @@ class Backward:
             if first_tile == end:
                 continue
             launch.kernels.logit_gradients[(self.row_blocks * (end - first_tile),)](
-                x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
+                x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos, self.g_moments,
                 *launch.polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot,
                 self.scale_dot, self.class_dot, cosines, self.active_rows, self.N, self.C, kept, first, first_tile,
                 self.chunk, self.row_blocks, *x.stride(), **launch.blocks(self.of_g, x, w),
                 NORMALIZE=self.normalize, RESHAPE=self.reshape, CHOSEN=self.is_chosen, KEPT=is_kept,
-                SOME=self.some,
+                SOME=self.some, MOMENTS=self.moments,
             )  # fmt: skip
 
     @functools.cached_property
@@ -217,8 +232,9 @@ class Backward:
         columns = cdiv(self.D, COLUMNS) if self.need_dx else 1
         launch.kernels.finish_embedding_gradients[cdiv(self.N, ROWS), columns](
             self.dx_hat, self.negative_dot, self.scale_dot, self.target_dot, x, self.saved.x_norm, scale, g_lse,
-            g_cos, self.unit, dx, dscale, self.N, self.splits, self.class_tiles, *x.stride(), D=self.D,
-            NEED_DX=self.need_dx, RESHAPE=self.reshape, BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS,
+            g_cos, self.g_moments, self.unit, dx, dscale, self.N, self.splits, self.class_tiles, *x.stride(),
+            D=self.D, NEED_DX=self.need_dx, RESHAPE=self.reshape, MOMENTS=self.moments, BLOCK_N=ROWS,
+            BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS,
         )  # fmt: skip
         return dx, dscale
 
@@ -247,12 +263,18 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) ->
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor) -> Tensor:
+def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, g_moments: Tensor | None = None) -> Tensor:
     """(N,) powers of two that bound |G_ij| of each row, so that G / unit fits float16 whatever the loss's mean.
 
     One per row and not one for all: then no row of dx depends on the rest of the batch.
+    With moments, G_ij = s (g_lse - b u) p + b p + c with u = top - N(cos), and p <= e^{-s u}: so s u p <= 1 / e,
+    whatever the |w_j|.
     """
-    bound = torch.maximum((scale * g_lse).abs(), g_cos.abs())  # (N,)
+    bound = (scale * g_lse).abs()  # (N,)
+    if g_moments is not None:
+        b, c = g_moments.abs()
+        bound, g_cos = bound + (1 + 1 / math.e) * b + c, g_cos.abs().amax(0)
+    bound = torch.maximum(bound, g_cos.abs())  # (N,)
     bound = bound.where(bound < torch.inf, 0).clamp(SMALLEST_UNIT, LARGEST_UNIT)
     return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
 

@@ -33,18 +33,23 @@ def forward(
     options: Options,
     tile: Tile,
 ) -> tuple[Tensor, ...]:
+    """loss, top, log_sum, target_cos, max_neg and moments."""
     (N, D), C = x.shape, options.count(w)
     w_norm, x_norm, cosines = saved
-    scale, targets = scale.contiguous(), targets.contiguous()  # (N,)
+    scale, one_target = scale.contiguous(), targets.dim() == 1
+    targets = launch.pairs(targets, -1) if options.moments else targets.contiguous()  # (N,), with moments (2, N)
     row_blocks, tiles = cdiv(N, tile.n), cdiv(C, tile.c)
     programs = 1 if tile.specialized else launch.PROGRAMS_PER_PROCESSOR
     tiles_per_split = cdiv(tiles, launch.splits(row_blocks, x, programs))
     programs = cdiv(tiles, tiles_per_split)
     splits = programs * launch.hopper().GROUPS.value if tile.specialized else programs
     top, max_cos, sum_exp = (x.new_empty(splits, N, dtype=torch.float32) for _ in range(3))
+    parts, moments = scale, empty_moments(x, options)
+    if options.moments:
+        parts = x.new_empty(splits, 4, N, dtype=torch.float32)
     chosen, is_chosen = launch.chosen_rows(targets, options)
     reshape, normalize = options.thresholds is not None, options.normalize_weight
-    variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen}
+    variant = {"NORMALIZE": normalize, "RESHAPE": reshape, "CHOSEN": is_chosen, "MOMENTS": options.moments}
     if tile.specialized:
         launch.hopper().class_statistics[row_blocks, programs](
             *launch.described(x, w, tile), w_norm, x_norm, targets, scale, top, sum_exp, N, C, tiles_per_split,
@@ -53,16 +58,26 @@ def forward(
     else:
         launch.kernels.class_statistics[row_blocks, programs](
             x, w, chosen, w_norm, x_norm, targets, scale, *launch.polynomial(options, scale), top, max_cos,
-            sum_exp, cosines, N, C, cosines.shape[1], *x.stride(), tiles_per_split, **launch.blocks(tile, x, w),
-            **variant, KEEP=cosines.numel() > 0,
+            sum_exp, parts, cosines, N, C, cosines.shape[1], *x.stride(), tiles_per_split,
+            **launch.blocks(tile, x, w), **variant, KEEP=cosines.numel() > 0,
         )  # fmt: skip
-    results = five_rows(x)  # loss, top, log_sum, target_cos, max_neg
+    results = five_rows(x, targets)
     launch.kernels.merge_statistics[(cdiv(N, ROWS),)](
-        top, max_cos, sum_exp, x, w, chosen, x_norm, targets, scale, *results, N, C, splits, margin, *x.stride(),
-        BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D, OPERAND=launch.operand(x, w), **variant,
+        top, max_cos, sum_exp, parts, x, w, chosen, x_norm, targets, scale, *results, moments, N, C, splits,
+        margin, *x.stride(), BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D,
+        OPERAND=launch.operand(x, w), **variant,
     )  # fmt: skip
-    return results
+    if options.moments and one_target:
+        loss, row_top, log_sum, target_cos, max_neg = results
+        results = loss, row_top, log_sum, target_cos[0], max_neg
+    return *results, moments
 
 
-def five_rows(x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(5))  # an op's outputs share no storage
+def five_rows(x: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Of loss, top, log_sum, target_cos and max_neg; an op's outputs share no storage."""
+    N = len(x)
+    return tuple(x.new_empty(shape, dtype=torch.float32) for shape in (N, N, N, targets.shape, N))
+
+
+def empty_moments(x: Tensor, options: Options) -> Tensor:
+    return x.new_empty(4 if options.moments else 0, len(x), dtype=torch.float32)

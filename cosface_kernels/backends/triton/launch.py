@@ -34,7 +34,14 @@ def polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
     """Thresholds and coefficients as the kernels read them, or what stands in for them where none are read."""
     if options.thresholds is None or options.negatives is None:
         return unused, unused
-    return options.thresholds.float().contiguous(), options.negatives.float().contiguous()
+    return options.thresholds.float().contiguous(), options.coefficients(torch.float32).contiguous()
+
+
+def pairs(values: Tensor, none: int) -> Tensor:
+    """(2, N), of values for each target of a sample, (N,) where all have one."""
+    if values.dim() == 1:
+        values = torch.stack([values, torch.full_like(values, none)])
+    return values.contiguous()
 
 
 def sample(x: Tensor, w: Tensor, options: Options) -> tuple[Tensor, Options]:
@@ -82,14 +89,18 @@ def _device(device: torch.device) -> Any:
 def key(x: Tensor, w: Tensor, options: Options) -> Key:
     bucket = triton.next_power_of_2(len(x))
     keeps_cosines = options.cache_bytes and not options.gradient_tolerance
-    plain = options.normalize_weight and options.thresholds is None and not keeps_cosines
+    special = options.thresholds is not None or options.moments or keeps_cosines
+    plain = options.normalize_weight and not special
     # The library and the specialised kernels multiply all rows of x with neighbouring rows of w.
     whole = not INTERPRETED and x.dtype == w.dtype and options.classes is None and not options.gradient_tolerance
     library = whole and x.dtype == torch.bfloat16
     # On demand: where a barrier is wrong a kernel hangs, which no check of results would find.
     described = whole and os.environ.get("COSFACE_TRITON_SPECIALIZED") == "1" and can_describe(x, w)
     operand = operand_dtype(x.dtype, w.dtype)
-    return Key(architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library, described)
+    return Key(
+        architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library, described,
+        options.moments,
+    )  # fmt: skip
 
 
 def can_describe(*matrices: Tensor) -> bool:

@@ -56,7 +56,7 @@ def keep(
     saved: Saved,
     targets: Tensor,
     scale: Tensor,
-    results: tuple[Tensor, ...],
+    results: list[Tensor],
     options: Options,
     cache: Tensor,
 ) -> None:

@@ -43,7 +43,7 @@ class Key:
 
     `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates;
     `library`: whether torch could multiply the operands as they are; `described`: whether tensor descriptors could
-    load them.
+    load them; `moments`: of the negatives, forward their sums and backward their gradients, for two targets.
     """
 
     architecture: str
@@ -55,6 +55,7 @@ class Key:
     plain: bool = True
     library: bool = False
     described: bool = False
+    moments: bool = False
 
 
 CHUNK_STEP = 256  # a multiple of every tile's number of classes

@@ -11,10 +11,12 @@ from cosface_kernels.backends.triton.kernels.common import (
     X_LIFT,
     _dot_tile,
     _factor,
+    _has_more,
     _inverse_norm,
     _is_active,
     _offsets,
     _reshape,
+    _second,
     _target_cos,
     _weight_rows,
 )
@@ -29,6 +31,7 @@ def normalize_embeddings(
     targets,
     g_lse,
     g_cos,
+    g_moments,
     unit,
     largest_unit,
     x_hat,
@@ -43,22 +46,33 @@ def normalize_embeddings(
     OPERAND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """x_hat (N, D) = X_LIFT unit_i / max unit * x_i / |x_i|, the right-hand side of dw.
 
-    target_dot: (N,), g_cos cos_iy.
+    target_dot: (N,), g_cos cos_iy. With MOMENTS, of both targets; targets, g_cos and g_moments are (2, N) then.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < N
     row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
     row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
     active = is_row & _is_active(row_g_lse, row_g_cos)
+    if MOMENTS:
+        active |= is_row & _has_more(rows, is_row, g_cos, g_moments, N)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos = _target_cos(
         x, w, chosen, x_norm, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
         NORMALIZE, CHOSEN,
     )  # fmt: skip
-    tl.store(target_dot + rows, row_g_cos * cos, mask=is_row)
+    dot = row_g_cos * cos
+    if MOMENTS:
+        second = _second(targets, rows, is_row, N, -1)
+        cos = _target_cos(
+            x, w, chosen, x_norm, second, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
+            OPERAND, NORMALIZE, CHOSEN,
+        )  # fmt: skip
+        dot += _second(g_cos, rows, is_row, N, 0.0) * cos
+    tl.store(target_dot + rows, dot, mask=is_row)
     norm = tl.load(x_norm + rows, mask=active, other=1.0)
     factor = tl.load(unit + rows, mask=is_row, other=1.0) / tl.load(largest_unit) * X_LIFT / tl.maximum(norm, EPS)
     for first in range(0, D, BLOCK_D):
@@ -86,6 +100,7 @@ def logit_gradients(
     log_sum,
     g_lse,
     g_cos,
+    g_moments,
     thresholds,
     negatives,
     x_norm,
@@ -116,6 +131,7 @@ def logit_gradients(
     CHOSEN: tl.constexpr,
     KEPT: tl.constexpr,
     SOME: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
@@ -127,6 +143,9 @@ def logit_gradients(
     well, so that both products take rows of w as they are, unless its dtype is float16: no range for short rows.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
+    With MOMENTS, G_ij = (s t + b p + c) N'(cos) for j != y, where t = (g_lse + b (N(cos) - top)) p; both targets
+    are excluded, negative_dot sums G_ij cos_ij and scale_dot t N(cos); targets, g_cos and g_moments, b and c, are
+    (2, N).
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
     active_rows: (1,), with SOME how many rows have a gradient, the first ones; a block without any writes nothing.
     """
@@ -142,6 +161,8 @@ def logit_gradients(
     row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
     row_g_cos = tl.load(g_cos + rows, mask=is_row, other=0.0)
     active = is_row & _is_active(row_g_lse, row_g_cos)
+    if MOMENTS:
+        active |= is_row & _has_more(rows, is_row, g_cos, g_moments, N)
     if KEPT:
         in_steps = tl.load(cosines + _offsets(rows, classes, kept, 1), mask=active[:, None], other=0)
     else:
@@ -174,22 +195,43 @@ def logit_gradients(
     w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
     cos = in_steps.to(tl.float32) * COSINE_STEP if KEPT else dot * x_inverse[:, None] * w_inverse
     is_target = classes[None, :] == target[:, None]
+    if MOMENTS:
+        is_second = classes[None, :] == _second(targets, rows, is_row, N, -1).to(tl.int32)[:, None]
+        is_target |= is_second
     shaped = cos
     if RESHAPE:
-        shaped, slope = _reshape(cos, thresholds, negatives, rows, is_row)
+        shaped, slope, _ = _reshape(cos, thresholds, negatives, rows, is_row)
         shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
     # The difference from the largest is class_statistics' own, unless products of another tile round otherwise.
     below = tl.where(is_target, -float("inf"), shaped) - row_top[:, None]
     log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
     p = tl.exp2(tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
     slots = tile.to(tl.int64) * N + rows
-    if RESHAPE:
+    if MOMENTS:
+        row_b = tl.load(g_moments + rows, mask=is_row, other=0.0)
+        row_c = _second(g_moments, rows, is_row, N, 0.0)
+        # A cosine that is kept, or of no class, may be above the largest: G stays within its unit.
+        from_top = tl.where(is_target, 0.0, tl.minimum(below, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        t = (row_g_lse[:, None] + row_b[:, None] * from_top) * p
         scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
-        tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
-        p *= slope
-    so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
-    tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
-    gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
+        tl.store(scale_dot + slots, scale_so_far + tl.sum(t * shaped, 1), mask=is_row)
+        gradient = s[:, None] * t + row_b[:, None] * p + row_c[:, None]
+        if RESHAPE:
+            gradient *= slope
+        gradient = tl.where(is_target, 0.0, gradient)
+        so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
+        tl.store(negative_dot + slots, so_far + tl.sum(gradient * cos, 1), mask=is_row)
+        row_g_second = _second(g_cos, rows, is_row, N, 0.0)
+        of_targets = tl.where(is_second, row_g_second[:, None], row_g_cos[:, None])
+        gradient = tl.where(is_target, of_targets, gradient)
+    else:
+        if RESHAPE:
+            scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
+            tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
+            p *= slope
+        so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
+        tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
+        gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
 
     lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
     # Past the last class too: a mask of the classes would make a store of every number.
@@ -394,6 +436,7 @@ def finish_embedding_gradients(
     scale,
     g_lse,
     g_cos,
+    g_moments,
     unit,
     dx,
     dscale,
@@ -405,6 +448,7 @@ def finish_embedding_gradients(
     D: tl.constexpr,
     NEED_DX: tl.constexpr,
     RESHAPE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -422,10 +466,10 @@ def finish_embedding_gradients(
         slots = _offsets(tile, rows, N, 1)
         mask = (tile < tiles)[:, None] & is_row[None, :]
         from_negatives += tl.sum(tl.load(negative_dot + slots, mask=mask, other=0.0), 0)
-        if RESHAPE:
+        if RESHAPE or MOMENTS:
             from_scale += tl.sum(tl.load(scale_dot + slots, mask=mask, other=0.0), 0)
     if tl.program_id(1) == 0:
-        tl.store(dscale + rows, from_scale if RESHAPE else from_negatives, mask=is_row)
+        tl.store(dscale + rows, from_scale if RESHAPE or MOMENTS else from_negatives, mask=is_row)
     if NEED_DX:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = is_row[:, None] & (d < D)[None, :]
@@ -436,12 +480,16 @@ def finish_embedding_gradients(
             part += N * D
         row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
         active = _is_active(row_g_lse, tl.load(g_cos + rows, mask=is_row, other=0.0))
+        if MOMENTS:
+            active |= _has_more(rows, is_row, g_cos, g_moments, N)
         norm = tl.load(x_norm + rows, mask=is_row & active, other=1.0)
         inverse = 1 / tl.maximum(norm, EPS)
         x_tile = tl.load(
             x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask & active[:, None], other=0.0
         ).to(tl.float32)
-        dot = tl.load(scale + rows, mask=is_row, other=0.0) * from_negatives
+        dot = from_negatives
+        if not MOMENTS:
+            dot = tl.load(scale + rows, mask=is_row, other=0.0) * from_negatives
         dot += tl.load(target_dot + rows, mask=is_row, other=0.0)
         dot = tl.where(norm > EPS, dot, 0.0)  # no projection where the norm was clamped
         unlift = tl.load(unit + rows, mask=is_row, other=1.0) / G_LIFT

@@ -132,11 +132,12 @@ def _target_cos(
 
 @triton.jit
 def _reshape(cos, thresholds, negatives, rows, is_row):
-    """N(c) = (q c + a) c + b where c > tau_i, else c; and N'(c)."""
+    """N(c) = (q c + a) c + b where c > tau_i, else r c; its slopes in backward, u c + v and r; and which are hard."""
     tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
     q, a, b = tl.load(negatives), tl.load(negatives + 1), tl.load(negatives + 2)
+    r, u, v = tl.load(negatives + 3), tl.load(negatives + 4), tl.load(negatives + 5)
     hard = cos > tau[:, None]
-    return tl.where(hard, (q * cos + a) * cos + b, cos), tl.where(hard, 2 * q * cos + a, 1.0)
+    return tl.where(hard, (q * cos + a) * cos + b, r * cos), tl.where(hard, u * cos + v, r), hard
 
 
 @triton.jit
@@ -158,6 +159,27 @@ def _shrink(factor, old_max, new_max):
 
 
 @triton.jit
+def _lower(below, sum_exp, factor, old_max, new_max):
+    """A sum of 2^{factor (c - max)} (max - c), that of 2^{factor (c - max)} beside it, when the maximum grows."""
+    rise = tl.where(old_max == -float("inf"), 0.0, new_max - old_max)
+    return (below + sum_exp * rise) * _shrink(factor, old_max, new_max)
+
+
+@triton.jit
+def _second(values, rows, is_row, N, other):
+    """Of the second row of values, (2, N)."""
+    return tl.load(values + (rows.to(tl.int64) + N), mask=is_row, other=other)
+
+
+@triton.jit
 def _is_active(g_lse, g_cos):
     """Rows without gradient take no part, even if their embedding is not finite."""
     return (g_lse != 0.0) | (g_cos != 0.0)
+
+
+@triton.jit
+def _has_more(rows, is_row, g_cos, g_moments, N):
+    """Whether a row has a gradient of its second target's cosine or of its moments."""
+    row_b = tl.load(g_moments + rows, mask=is_row, other=0.0)
+    row_c = _second(g_moments, rows, is_row, N, 0.0)
+    return _is_active(row_b, row_c) | (_second(g_cos, rows, is_row, N, 0.0) != 0.0)

@@ -11,9 +11,11 @@ from cosface_kernels.backends.triton.kernels.common import (
     _factor,
     _finite,
     _inverse_norm,
+    _lower,
     _norms,
     _offsets,
     _reshape,
+    _second,
     _shrink,
     _target_cos,
     _weight_rows,
@@ -59,6 +61,7 @@ def class_statistics(
     top,
     max_cos,
     sum_exp,
+    moments,
     cosines,
     N,
     C,
@@ -76,6 +79,7 @@ def class_statistics(
     RESHAPE: tl.constexpr,
     CHOSEN: tl.constexpr,
     KEEP: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """Of one split of the classes, for each row: max N(cos) and sum e^{z - s max} over the negatives, and max cos.
 
@@ -83,17 +87,26 @@ def class_statistics(
     w_norm: (C,); not read without NORMALIZE.
     top, max_cos, sum_exp: (splits, N); without RESHAPE, N(c) = c, and max_cos is not written.
     cosines: (N, kept) int16, of the first classes, written with KEEP.
+    moments: (splits, 4, N), written with MOMENTS: sum e^{z - s max} (max - N(cos)), sum N(cos), sum cos over those
+    above tau, and their count. targets: (2, N) then, else (N,).
     """
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < N
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
+    if MOMENTS:
+        second = _second(targets, rows, is_row, N, -1).to(tl.int32)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
     factor = _factor(tl.load(scale + rows, mask=is_row, other=0.0))
 
     running_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
     running_cos = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    if MOMENTS:
+        below = tl.zeros((BLOCK_N,), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        hard_sum = tl.zeros((BLOCK_N,), tl.float32)
+        hard_count = tl.zeros((BLOCK_N,), tl.int32)
     last_tile = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(C, BLOCK_C))
     for tile in range(split * tiles_per_split, last_tile):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -116,6 +129,8 @@ def class_statistics(
         )
         w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
         is_negative = is_class[None, :] & (classes[None, :] != target[:, None])
+        if MOMENTS:
+            is_negative &= classes[None, :] != second[:, None]
         cos = dot * x_inverse[:, None] * w_inverse[None, :]
         if KEEP:
             in_steps = tl.floor(cos * (1 / COSINE_STEP) + 0.5).to(tl.int16)
@@ -125,10 +140,19 @@ def class_statistics(
         cos = tl.where(is_negative, cos, -float("inf"))
         if RESHAPE:
             running_cos = tl.maximum(running_cos, tl.max(cos, 1))
-            cos, _ = _reshape(cos, thresholds, negatives, rows, is_row)
+            shaped, _, hard = _reshape(cos, thresholds, negatives, rows, is_row)
+            if MOMENTS:
+                hard_sum += tl.sum(tl.where(hard, cos, 0.0), 1)
+                hard_count += tl.sum(hard.to(tl.int32), 1)
+            cos = tl.where(is_negative, shaped, -float("inf"))  # where r = 0, -inf has become nan
+        if MOMENTS:
+            total += tl.sum(tl.where(is_negative, cos, 0.0), 1)
         new_max = tl.maximum(running_max, tl.max(cos, 1))
         base = _finite(new_max)
         terms = tl.exp2(factor[:, None] * (cos - base[:, None]))
+        if MOMENTS:
+            lower = tl.where(terms > 0.0, terms * (base[:, None] - cos), 0.0)  # cos is -inf of what is no negative
+            below = _lower(below, running_sum, factor, running_max, base) + tl.sum(lower, 1)
         running_sum = running_sum * _shrink(factor, running_max, base) + tl.sum(terms, 1)
         running_max = new_max
 
@@ -137,6 +161,12 @@ def class_statistics(
     if RESHAPE:
         tl.store(max_cos + slots, running_cos, mask=is_row)
     tl.store(sum_exp + slots, running_sum, mask=is_row)
+    if MOMENTS:
+        slots += 3 * split.to(tl.int64) * N  # 4 rows of each split precede its own
+        tl.store(moments + slots, below, mask=is_row)
+        tl.store(moments + (slots + N), total, mask=is_row)
+        tl.store(moments + (slots + N + N), hard_sum, mask=is_row)
+        tl.store(moments + (slots + N + N + N), hard_count.to(tl.float32), mask=is_row)
 
 
 @triton.jit
@@ -151,6 +181,7 @@ def merge_statistics(
     top,
     max_cos,
     sum_exp,
+    parts,
     x,
     w,
     chosen,
@@ -162,6 +193,7 @@ def merge_statistics(
     log_sum,
     target_cos,
     max_neg,
+    moments,
     N,
     C,
     splits,
@@ -176,14 +208,23 @@ def merge_statistics(
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
     CHOSEN: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
-    """The splits' statistics in order, then LMCL: loss, row_top, log_sum, target_cos and max_neg, each (N,)."""
+    """The splits' statistics in order, then LMCL: loss, row_top, log_sum, target_cos and max_neg, each (N,).
+
+    With MOMENTS also moments, (4, N), of parts, (splits, 4, N); targets and target_cos are (2, N) then.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < N
     s = tl.load(scale + rows, mask=is_row, other=0.0)
     running_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
     running_cos = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    if MOMENTS:
+        below = tl.zeros((BLOCK_N,), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        hard_sum = tl.zeros((BLOCK_N,), tl.float32)
+        hard_count = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, splits, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
         slots = _offsets(split, rows, N, 1)
@@ -195,8 +236,16 @@ def merge_statistics(
         part_sum = tl.load(sum_exp + slots, mask=mask, other=0.0)
         new_max = tl.maximum(running_max, tl.max(part_max, 0))
         base = _finite(new_max)
-        parts = part_sum * _shrink((s * LOG2_E)[None, :], part_max, base[None, :])
-        running_sum = running_sum * _shrink(s * LOG2_E, running_max, base) + tl.sum(parts, 0)
+        shrunk = part_sum * _shrink((s * LOG2_E)[None, :], part_max, base[None, :])
+        if MOMENTS:
+            part_slots = parts + (slots + 3 * split.to(tl.int64)[:, None] * N)
+            lower = tl.load(part_slots, mask=mask, other=0.0)
+            lower = _lower(lower, part_sum, (s * LOG2_E)[None, :], part_max, base[None, :])
+            below = _lower(below, running_sum, s * LOG2_E, running_max, base) + tl.sum(lower, 0)
+            total += tl.sum(tl.load(part_slots + N, mask=mask, other=0.0), 0)
+            hard_sum += tl.sum(tl.load(part_slots + N + N, mask=mask, other=0.0), 0)
+            hard_count += tl.sum(tl.load(part_slots + N + N + N, mask=mask, other=0.0), 0)
+        running_sum = running_sum * _shrink(s * LOG2_E, running_max, base) + tl.sum(shrunk, 0)
         running_max = new_max
 
     is_empty = running_sum == 0.0  # no negatives: with one, the largest term is 1
@@ -213,3 +262,16 @@ def merge_statistics(
     tl.store(log_sum + rows, log_sum_row, mask=is_row)
     tl.store(target_cos + rows, cos, mask=is_row)
     tl.store(max_neg + rows, running_cos if RESHAPE else running_max, mask=is_row)
+    if MOMENTS:
+        place = rows.to(tl.int64)
+        below = tl.where(is_empty, 0.0, below / tl.where(is_empty, 1.0, running_sum))
+        tl.store(moments + place, below, mask=is_row)
+        tl.store(moments + (place + N), total, mask=is_row)
+        tl.store(moments + (place + N + N), hard_sum, mask=is_row)
+        tl.store(moments + (place + N + N + N), hard_count, mask=is_row)
+        second = _second(targets, rows, is_row, N, -1)
+        cos = _target_cos(
+            x, w, chosen, x_norm, second, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
+            OPERAND, NORMALIZE, CHOSEN,
+        )  # fmt: skip
+        tl.store(target_cos + (place + N), cos, mask=is_row)
