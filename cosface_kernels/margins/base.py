@@ -70,8 +70,8 @@ class Margin(nn.Module):
 
     One that `reshapes_negatives` also has `negatives(cos, rows)`, which is called first, without a graph. It
     returns (N,) thresholds, above which a negative's cosine c enters the softmax as (q c + a) c + b, and (3,) q, a
-    and b, or (6,) with slopes of their own, as `Options.negatives` of cosface_kernels/options.py says. Of these hard
-    negatives, one that `reads_hard_negatives` finds the mean in its rows.
+    and b, or (6,) with slopes of their own, as `Options.negatives` of cosface_kernels/options.py says. Of the hard
+    negatives, those above, one that `reads_hard_negatives` finds the mean in its rows.
 
     One that `reads_weight` has a gradient of the class centres besides that of their cosines. One whose loss is no
     cross-entropy has no `smooths_labels`.

@@ -132,7 +132,7 @@ def _target_cos(
 
 @triton.jit
 def _reshape(cos, thresholds, negatives, rows, is_row):
-    """N(c) = (q c + a) c + b where c > tau_i, else r c; its slopes in backward, u c + v and r; and which are hard."""
+    """N(c) = (q c + a) c + b where c > tau_i, else r c; the slopes u c + v and r; and where c > tau_i."""
     tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
     q, a, b = tl.load(negatives), tl.load(negatives + 1), tl.load(negatives + 2)
     r, u, v = tl.load(negatives + 3), tl.load(negatives + 4), tl.load(negatives + 5)
