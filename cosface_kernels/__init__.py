@@ -17,6 +17,7 @@ from cosface_kernels.family import (
     FusedNormalizedSoftmaxLoss,
     FusedSoftmaxLoss,
     FusedSphereFaceLoss,
+    FusedSubCenterArcFaceLoss,
     FusedX2SoftmaxLoss,
 )
 from cosface_kernels.functional import LossStats, Sparsity, cosface_loss, margin_softmax_loss
@@ -45,6 +46,7 @@ __all__ = [
     "FusedNormalizedSoftmaxLoss",
     "FusedSoftmaxLoss",
     "FusedSphereFaceLoss",
+    "FusedSubCenterArcFaceLoss",
     "FusedX2SoftmaxLoss",
     "LossStats",
     "NearestClasses",

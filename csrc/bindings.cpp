@@ -75,8 +75,8 @@ struct Options {
     TORCH_CHECK_VALUE(!moments || gradient_tolerance == 0, "moments cannot have a gradient_tolerance, got ",
                       gradient_tolerance, ".");
     TORCH_CHECK_VALUE(subcenters == 1 || gradient_tolerance == 0,
-                      "sub-centres cannot have a gradient_tolerance, got ", gradient_tolerance, " with subcenters ",
-                      subcenters, ".");
+                      "sub-centres cannot have a gradient_tolerance, got ", gradient_tolerance,
+                      " with subcenters ", subcenters, ".");
     return cosface::Inputs{x, w, y, s, classes, thresholds, negatives, moments, subcenters}.checked();
   }
 };

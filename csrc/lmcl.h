@@ -2,9 +2,9 @@
 //
 // Notation: x (N, D) embeddings, w (C, D) class weights, y (N) targets with -1 for "no target among these
 // classes", s (N) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. T is the dtype of all
-// arithmetic and of every result but dw: double if x or w is float64, else float. A sample may have a second target,
-// different from the first; "j != y_i" is then neither of them. With K sub-centres w is (C K, D), and cos_ij the
-// largest of those of the rows jK .. jK + K - 1, of equal ones the first, which alone has a gradient.
+// arithmetic and of every result but dw: double if x or w is float64, else float. A sample may have a second
+// target, different from the first; "j != y_i" is then neither of them. With K sub-centres w is (C K, D), and
+// cos_ij the largest of those of the rows jK .. jK + K - 1, of equal ones the first, which alone has a gradient.
 #pragma once
 
 #include <cstdint>

@@ -90,7 +90,8 @@ class TileGradients {
       const auto fill = [&](auto kernel, const auto&... moments) {
         kernel(g, classes, rows, stride, inv_norm, exact_.batch.y + i, first, exact_.s(i),
                exact_.batch.negatives.from(i), exact_.top(i), exact_.log_sum(i), exact_.upstream.g_lse + i,
-               exact_.upstream.g_cos + i, col_dot, sums_.row_dot_of(part, i), sums_.dscale_of(part, i), moments...);
+               exact_.upstream.g_cos + i, col_dot, sums_.row_dot_of(part, i), sums_.dscale_of(part, i),
+               moments...);
       };
       if (exact_.has_moments()) {
         fill(kernels<T>().backward_moments, exact_.moments(i));
