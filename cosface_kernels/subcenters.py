@@ -116,6 +116,8 @@ def dominant(
 
 def drop_(head: Any, embeddings: Tensor | None, labels: Tensor | None, optimizer: Optimizer | None) -> None:
     """Leaves the head and the optimizer's state the dominant row of each class; nothing changes if it raises."""
+    if head.subcenters == 1:
+        return
     weight, rows = head.weight, head.num_classes * head.subcenters
     if (embeddings is None) != (labels is None):
         raise ValueError("embeddings and labels must be given together, got one of them alone.")

@@ -16,6 +16,7 @@ from cosface_kernels import (
     FusedMarginLoss,
     FusedSoftmaxLoss,
     FusedSubCenterArcFaceLoss,
+    checkpoint,
     cosface_loss,
     margin_softmax_loss,
 )
@@ -217,6 +218,24 @@ def test_the_dominant_centre_of_each_class_stays(backend, optimizer):
     plain = backend.head(C, D)
     plain.load_state_dict(head.state_dict())
     head.resize_classes_(new=2, optimizer=fused)
+
+
+def test_a_plain_head_stays_as_it_is(backend):
+    head = backend.head(C, D)
+    before = head.weight.detach().clone()
+    head.drop_subcenters_(*_batch(backend))
+    assert torch.equal(head.weight, before)
+
+
+def test_a_checkpoint_holds_all_centres(backend, tmp_path):
+    head, twin = _head(backend), _head(backend)
+    x, labels = _batch(backend)
+    with DEFAULT_DEVICE:
+        checkpoint.save(tmp_path, 1, head=head)
+        checkpoint.load(tmp_path, head=twin)
+        with pytest.raises(ValueError, match=rf"{C * K}, {D}.* in the checkpoint, but .*{C}, {D}"):
+            checkpoint.load(tmp_path, head=backend.head(C, D))
+    assert torch.equal(head(x, labels), twin(x, labels))
 
 
 def test_without_samples_the_longest_stays(backend):
