@@ -115,13 +115,14 @@ def _build_fused(problem: Problem, backend: str | None = None) -> Step:
     return Step(lambda: cosface_loss(x, w, labels, backend=backend, **options), x, w)
 
 
-def _backend(x: Tensor, w: Tensor, name: str | None = None) -> str:
+def _backend(x: Tensor, w: Tensor, name: str | None = None, **options: Any) -> str:
     from cosface_kernels.backends import select
+    from cosface_kernels.options import Options
 
     # A backend by name, so that a missing one is reported and not replaced by the reference.
     backend = name or os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
     try:
-        select(backend, x, w)
+        select(backend, x, w, Options(**options))
     except RuntimeError as error:
         raise UnavailableError(f"fused needs its {error}") from error
     return backend
@@ -129,6 +130,8 @@ def _backend(x: Tensor, w: Tensor, name: str | None = None) -> str:
 
 def _of_family(name: str, **options: Any) -> Implementation:
     """A loss of the family with its own margin and the problem's scale, unless the options have one."""
+
+    subcenters = options.get("subcenters", 1)  # the problem's classes are their rows
 
     def margin(problem: Problem) -> Any:
         from cosface_kernels import margins
@@ -146,14 +149,15 @@ def _of_family(name: str, **options: Any) -> Implementation:
         from cosface_kernels import margin_softmax_loss
 
         x, w = _leaves(problem)
-        arguments = {"margin": margin(problem), "scale": problem.scale, "backend": _backend(x, w), **options}
-        return Step(lambda: margin_softmax_loss(x, w, problem.labels, **arguments), x, w)
+        backend, labels = _backend(x, w, subcenters=subcenters), problem.labels // subcenters
+        arguments = {"margin": margin(problem), "scale": problem.scale, "backend": backend, **options}
+        return Step(lambda: margin_softmax_loss(x, w, labels, **arguments), x, w)
 
     def definition(x: Tensor, w: Tensor, problem: Problem) -> Tensor:
         from cosface_kernels import margin_softmax_loss
 
         arguments = {"margin": margin(problem), "scale": problem.scale, "backend": "reference", **options}
-        return margin_softmax_loss(x, w, problem.labels, **arguments)
+        return margin_softmax_loss(x, w, problem.labels // subcenters, **arguments)
 
     return Implementation(build, 8, "cosface_kernels", definition=definition, note="its own margin")
 
@@ -234,6 +238,7 @@ IMPLEMENTATIONS = {
     # Its gradients are made in forward for the mean, so that no margin can be added after.
     "liger": Implementation(_build_liger, 6, "liger-kernel and triton", margin=False, note="margin 0"),
     "arcface": _of_family("ArcFaceMargin"),
+    "subcenter-arcface": _of_family("ArcFaceMargin", subcenters=4),  # of which the usual sizes are multiples
     "sphereface": _of_family("SphereFaceMargin"),
     "a-softmax": _of_family("AnnealedSphereFaceMargin", scale=1.0, normalize_embeddings=False),
     "l-softmax": _of_family("LSoftmaxMargin", scale=1.0, normalize_embeddings=False, normalize_weight=False),

@@ -19,6 +19,7 @@ from cosface_kernels.family import (
     FusedNPCFaceLoss,
     FusedSoftmaxLoss,
     FusedSphereFaceLoss,
+    FusedSubCenterArcFaceLoss,
     FusedX2SoftmaxLoss,
 )
 from cosface_kernels.functional import LossStats, Sparsity, cosface_loss, margin_softmax_loss
@@ -49,6 +50,7 @@ __all__ = [
     "FusedNormalizedSoftmaxLoss",
     "FusedSoftmaxLoss",
     "FusedSphereFaceLoss",
+    "FusedSubCenterArcFaceLoss",
     "FusedX2SoftmaxLoss",
     "LossStats",
     "NearestClasses",

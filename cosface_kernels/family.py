@@ -83,6 +83,30 @@ class FusedArcFaceLoss(FusedMarginLoss):
         super().__init__(num_classes, embedding_size, psi, scale, **options)
 
 
+class FusedSubCenterArcFaceLoss(FusedArcFaceLoss):
+    """Sub-centre ArcFace: `subcenters` centres of each class, of which the nearest to a sample counts.
+
+    Trained on noisy data, one centre of a class becomes dominant and the others gather what does not belong to it;
+    `drop_subcenters_` then leaves the dominant one. pytorch-metric-learning's has the same rows.
+
+    Source: Deng et al., Sub-center ArcFace, ECCV 2020, Eq. 2, with K = 3; insightface's subcenter_arcface.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = defaults.ARCFACE_MARGIN,
+        scale: float | Tensor = defaults.SCALE,
+        *,
+        subcenters: int = defaults.SUBCENTERS,
+        straight_through: bool = False,
+        **options: Any,
+    ) -> None:
+        options |= {"subcenters": subcenters, "straight_through": straight_through}
+        super().__init__(num_classes, embedding_size, margin, scale, **options)
+
+
 class FusedCombinedMarginLoss(FusedMarginLoss):
     """psi = cos(m1 theta + m2) - m3; `margin` is (m1, m2, m3); see `CombinedMargin`.
 

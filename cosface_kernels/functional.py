@@ -128,6 +128,7 @@ def margin_softmax_loss(
     cache_bytes: int | None = None,
     exact_cache: bool | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    subcenters: int = 1,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
 
@@ -150,6 +151,8 @@ def margin_softmax_loss(
         cache_bytes, exact_cache: memory for cosines that backward need not compute again, 128 MiB by default on a
             CPU, and whether they are kept as computed or in 16 bits; see `cosface_kernels.options`.
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
+        subcenters: K. The weight is then (C K, D), class j owns its rows jK .. jK + K - 1, and cos_ij is that of
+            the nearest of them, which alone has a gradient. On backends `cpu` and `reference`, and on one rank.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
 
@@ -163,7 +166,7 @@ def margin_softmax_loss(
     settings = stages.Settings(
         of_each_class(margin), reduction, ignore_index, validate_labels, backend, gradient_tolerance,
         normalize_embeddings, normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
-        label_smoothing, entropy,
+        label_smoothing, entropy, subcenters,
     )  # fmt: skip
     weights = sample_weight, class_weight, indices_tuple
     facts = partial(stages.facts, settings, weight, labels, scale, weights, return_stats)
@@ -171,7 +174,7 @@ def margin_softmax_loss(
         stages.check(settings, ranks, embeddings, weight, labels, scale)
         check_stats(return_stats, entropy)
         if class_weight is not None:
-            sample_weights.check_class_weight(class_weight, ranks.num_classes)
+            sample_weights.check_class_weight(class_weight, settings.classes_of(ranks.num_classes))
         sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
@@ -180,7 +183,7 @@ def margin_softmax_loss(
             loss = stages.in_one_call(settings, options, embeddings, weight, labels, scale, validate)
             if loss is not None:
                 return loss
-        targets = ops.targets(labels, weight.shape[0], int(ignore_index), validate)  # (N,)
+        targets = ops.targets(labels, settings.classes_of(weight.shape[0]), int(ignore_index), validate)  # (N,)
     batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight)
     part = stages.over_own_classes(settings, options, ranks, weight, batch, validate)
     loss, softmax = ranks.combine(part.scale, *part.results)  # (N,), or None, over all classes

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import Self, Unpack
 
-from cosface_kernels import optim, resizing, sample_weights, theory
+from cosface_kernels import loading, optim, resizing, sample_weights, theory
 from cosface_kernels.backends import check_name
 from cosface_kernels.distributed import (
     empty_weight,
@@ -29,6 +30,7 @@ from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
 from cosface_kernels.sampling import ClassSampler
+from cosface_kernels.subcenters import check_one_centre, check_subcenters, drop_, nearest_of_classes
 from cosface_kernels.validation import (
     check_cache,
     check_dtype,
@@ -64,6 +66,7 @@ class HeadOptions(TypedDict, total=False):
     cache_bytes: int | None
     exact_cache: bool | None
     workspace_bytes: int
+    subcenters: int
     device: torch.device | str | None
     dtype: torch.dtype | None
 
@@ -98,11 +101,13 @@ class FusedMarginLoss(nn.Module):
         cache_bytes, exact_cache: memory for cosines that backward need not compute again, 128 MiB by default on a
             CPU, and whether they are kept as computed or in 16 bits; see `cosface_kernels.options`.
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
+        subcenters: K centres of each class, of which the nearest to a sample counts, so that noisy labels and rare
+            looks gather at one that is not dominant; see `drop_subcenters_`. On backends `cpu` and `reference`.
         device, dtype: of the weight; float64, float32, bfloat16 or float16.
 
     Attributes:
         weight: Parameter (num_classes, embedding_size), one class centre per row, not normalised; a DTensor,
-            Shard(0), with a process group.
+            Shard(0), with a process group. With subcenters, (num_classes K, embedding_size), K rows of each class.
         margin: as given; a `Margin` with state keeps it in this module's state_dict.
 
     Raises:
@@ -144,6 +149,7 @@ class FusedMarginLoss(nn.Module):
         cache_bytes: int | None = None,
         exact_cache: bool | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
+        subcenters: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -165,6 +171,9 @@ class FusedMarginLoss(nn.Module):
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_tolerance(gradient_tolerance)
         check_smoothing(label_smoothing)
+        check_subcenters(
+            subcenters, sharded=process_group is not None, gradient_tolerance=gradient_tolerance, margin=margin
+        )
         check_interval("init_std", init_std, "(0, inf)", math.ulp(0.0), math.inf)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
@@ -178,11 +187,12 @@ class FusedMarginLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.cache_bytes, self.exact_cache = cache_bytes, exact_cache
         self.workspace_bytes = workspace_bytes
+        self.subcenters = int(subcenters)
         self.init_std = init_std
         self.register_buffer("class_weight", sample_weights.of_each_class(class_weight, num_classes))
         self._warn_of_theory()
         if process_group is None:
-            weight = torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+            weight = torch.empty(num_classes * self.subcenters, embedding_size, device=device, dtype=dtype)
         else:
             if isinstance(margin, Margin) and margin.reads_weight:
                 raise ValueError(
@@ -194,7 +204,9 @@ class FusedMarginLoss(nn.Module):
         self.sampler = None
         if sample_rate != 1:
             check_integer("sample_seed", sample_seed)
-            self.sampler = ClassSampler(len(own), sample_rate, sample_seed + own.start, device=device)
+            self.sampler = ClassSampler(
+                len(own) // self.subcenters, sample_rate, sample_seed + own.start, device=device
+            )
         self.to(weight.device)  # the margin's state and class_weight
         self.weight = nn.Parameter(weight)
         if process_group is not None:
@@ -258,6 +270,7 @@ class FusedMarginLoss(nn.Module):
         >>> head.resize_classes_(keep=range(10, 1000), new=20).weight.shape
         torch.Size([1010, 128])
         """
+        check_one_centre("resized", self.subcenters)
         learned = self.margin.parameters_of_each_class() if isinstance(self.margin, Margin) else []
         before = own_classes(self.weight)
         change, counts = resizing.resize_(
@@ -272,6 +285,26 @@ class FusedMarginLoss(nn.Module):
             self.class_weight = taken(self.class_weight, change, torch.ones_like(change))
         self.num_classes = len(change)
         self._warn_of_theory()
+        return self
+
+    @torch.no_grad()
+    def drop_subcenters_(
+        self, embeddings: Tensor | None = None, labels: Tensor | None = None, *, optimizer: Optimizer | None = None
+    ) -> Self:
+        """Leaves each class its dominant centre, so that the head is one without sub-centres, as it is then used.
+
+        The dominant centre is the nearest for most samples of its class; of a class without samples, the longest.
+        The paper then trains on, without samples that are more than 75 degrees away from it.
+
+        Args:
+            embeddings, labels: (M, D) and (M,) of training samples; the same on every process that holds the head.
+            optimizer, and what is raised: as of `resize_classes_`.
+
+        >>> head = FusedMarginLoss(num_classes=1000, embedding_size=128, margin=0.35, subcenters=3)
+        >>> head.drop_subcenters_().weight.shape
+        torch.Size([1000, 128])
+        """
+        drop_(self, embeddings, labels, optimizer)
         return self
 
     def forward(
@@ -334,31 +367,8 @@ class FusedMarginLoss(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        draws, weight, theirs = (f"{prefix}{name}" for name in ("sampler.draws", "weight", "W"))
-        if weight not in state_dict and theirs in state_dict:  # (D, C), of pytorch-metric-learning 2.x
-            state_dict[weight] = state_dict.pop(theirs).T.contiguous()
-        if self.sampler is None:  # the number of draws is nothing to a head that draws none
-            state_dict.pop(draws, None)
-        else:
-            state_dict.setdefault(draws, self.sampler.draws)
-        sharded = [isinstance(tensor, DTensor) for tensor in (state_dict.get(weight, self.weight), self.weight)]
-        restored = weight in state_dict and sharded[0] == sharded[1]
-        if sharded[0] != sharded[1] and not local_metadata.get("assign_to_params_buffers"):
-            there, here = ("sharded over ranks" if each else "whole" for each in sharded)
-            args[-1].append(  # torch's error_msgs
-                f"{weight} is {there} in the state and {here} in the head, and neither loads into the other. "
-                "cosface_kernels.checkpoint.save and checkpoint.load take a head from any number of ranks to any "
-                "other; cosface_kernels.convert.load_weight_(head.weight, path) fills either from a file of "
-                "convert.save_weight."
-            )
-            state_dict[weight] = self.weight
-        elif restored and len(state_dict[weight]) != self.num_classes:
-            count, restored = len(state_dict[weight]), False
-            args[-1].append(
-                f"{weight} is of {count} classes in the state and of {self.num_classes} in the head: load it into "
-                f"a head of {count}, then call its resize_classes_(keep=..., new=..., optimizer=...)."
-            )
-            state_dict[weight] = self.weight
+        assigns = bool(local_metadata.get("assign_to_params_buffers"))
+        restored = loading.fit_(state_dict, self, prefix, assigns, args[-1])  # the last are torch's error_msgs
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if restored:
             optim.note_loaded(self.weight)
@@ -400,18 +410,20 @@ class FusedMarginLoss(nn.Module):
             cache_bytes=self.cache_bytes,
             exact_cache=self.exact_cache,
             workspace_bytes=self.workspace_bytes,
+            subcenters=self.subcenters,
             **arguments,
         )
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(N, num_classes) logits s cos_ij without a margin; see `cosine_logits`."""
-        return cosine_logits(
+        logits = cosine_logits(
             embeddings,
             self.weight,
             scale=self.scale,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
         )
+        return logits if self.subcenters == 1 else logits.unflatten(1, (-1, self.subcenters)).max(2).values
 
     def topk(self, embeddings: Tensor, k: int) -> NearestClasses:
         """The k nearest classes of each embedding, without all logits; see `nearest_classes`.
@@ -423,14 +435,15 @@ class FusedMarginLoss(nn.Module):
         Returns:
             cosines and classes, (N, k) each; times the scale the cosines are logits without a margin.
         """
-        return nearest_classes(
+        find = partial(
+            nearest_classes,
             embeddings,
             self.weight,
-            k,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
             backend=self.backend,
         )
+        return find(k) if self.subcenters == 1 else nearest_of_classes(find, k, self.num_classes, self.subcenters)
 
     def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
         if getattr(self.weight, optim.MARK, False):
@@ -439,8 +452,9 @@ class FusedMarginLoss(nn.Module):
 
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f"margin={self.margin}, "
+        subcenters = f"subcenters={self.subcenters}, " if self.subcenters > 1 else ""
         return (
-            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, {margin}"
+            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, {subcenters}{margin}"
             f"scale={self.scale}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"backend={self.backend!r}"
         )

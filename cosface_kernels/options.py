@@ -14,6 +14,7 @@ from torch import Tensor
 
 KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
+MOST_SUBCENTERS = 64  # of a class
 LARGEST_TILE = 256  # classes by which the last tile of backend `cpu` may pass the end
 WORKSPACE_BYTES = 256 << 20
 CACHE_BYTES = 128 << 20  # by default, of backend `cpu`
@@ -30,7 +31,8 @@ class Options:
 
     Attributes:
         classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
-            are positions in it, and dw is (S, D). None: all rows.
+            are positions in it, and dw is (S, D). None: all rows. Of sub-centres these are all rows of each class
+            that takes part, and a target is the position of its class's first, over K.
         cache_bytes: memory that forward may fill for backward with cosines that backward would compute again.
             None: CACHE_BYTES on backend `cpu`, kept exactly, which changes no bit of a gradient; 0 elsewhere, and
             on `cpu` where it multiplies bfloat16, which makes a cosine faster than memory brings it back.
@@ -40,7 +42,8 @@ class Options:
             backend `cpu`. If not, they are in 16-bit fixed point (float64 where an input is), which is off by at
             most 2^-16: a probability p_ij, and what it adds to a gradient, by s 2^-16 relative to it, 1e-3 at
             s = 64. bfloat16 exponentials would be off by 2e-3. The loss does not change. A negative that is as
-            near to its threshold may be on its other side in backward. None: if cache_bytes is None.
+            near to its threshold may be on its other side in backward, and of sub-centres that are as near to each
+            other's cosines the other one may be the nearest. None: if cache_bytes is None.
         gradient_tolerance: softmax mass that backward may leave out of every sample; forward keeps the rest of the
             entries in the cache. 0: backward is exact, as it always is on `cpu` where AMX multiplies bfloat16,
             which is faster.
@@ -53,6 +56,8 @@ class Options:
         negatives: (3,) q, a and b, where there are thresholds; or (6,), with r, u and v too: any other negative
             enters as r cos_ij, and backward takes the slopes u cos_ij + v and r, which need not be N's own.
             Without a gradient.
+        subcenters: K, in [1, 64]. Class j owns the rows jK .. jK + K - 1 of the weight, or of those chosen, and
+            cos_ij is the largest of theirs; of equal ones the first, which alone has a gradient.
         moments: forward also returns the moments of every sample's negatives, (4, N), as `reference.moments`
             defines them, and takes (2, N) targets: a sample may then have two, of which neither is a negative.
         g_moments: (2, N), of backward alone: b_i and c_i of `reference.backward`.
@@ -67,6 +72,7 @@ class Options:
     exact_cache: bool | None = None
     thresholds: Tensor | None = None
     negatives: Tensor | None = None
+    subcenters: int = 1
     moments: bool = False
     g_moments: Tensor | None = None
     updates: bool = False
@@ -84,7 +90,7 @@ class Options:
         return torch.cat([given, torch.ones_like(given[:1]), 2 * given[:1], given[1:2]])
 
     def count(self, w: Tensor) -> int:
-        """How many classes take part."""
+        """How many rows take part: the classes, or their sub-centres."""
         return w.shape[0] if self.classes is None else self.classes.numel()
 
     @property

@@ -4,7 +4,9 @@ This is the specification that every backend is tested against. It materialises 
 
 Notation: x (N, D) embeddings, w (C, D) class weights, targets (N,) with -1 for "no target", or (2, N) of samples
 with two different ones, s (N,) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. Where
-there are two targets, "j != y_i" is neither of them, and loss_i is that of the first.
+there are two targets, "j != y_i" is neither of them, and loss_i is that of the first. With K sub-centres, which is
+options.subcenters, w is (C K, D), class j owns its rows jK .. jK + K - 1, and cos_ij is the largest of their
+cosines; of equal ones the first, which alone has a gradient.
 """
 
 import torch
@@ -55,7 +57,7 @@ def forward(
         target_cos in the shape of targets.
     """
     cos = _cosines(x, w, options)  # (N, C)
-    each_target = torch.atleast_2d(targets)[..., None] == torch.arange(len(w), device=w.device)  # (1 or 2, N, C)
+    each_target = _each_target(targets, cos)  # (1 or 2, N, C)
     target_cos = torch.where(each_target, cos, 0).sum(-1).view(targets.shape)  # (N,) or (2, N)
     is_target = each_target.any(0)  # (N, C)
     shaped, _ = _reshape(cos, options)  # (N, C)
@@ -81,7 +83,7 @@ def moments(
     Without negatives, all are 0. Differentiable by autograd with top, a constant, and log_sum of `forward`.
     """
     cos = _cosines(x, w, options)  # (N, C)
-    is_target = (torch.atleast_2d(targets)[..., None] == torch.arange(len(w), device=w.device)).any(0)  # (N, C)
+    is_target = _each_target(targets, cos).any(0)  # (N, C)
     shaped, _ = _reshape(cos, options)  # (N, C)
     below = top[:, None] - shaped  # (N, C)
     p = (-scale[:, None] * below - log_sum[:, None]).masked_fill(is_target, -torch.inf).exp()  # (N, C)
@@ -124,8 +126,9 @@ def backward(
     active = (torch.stack([g_lse, b, c, *g_cos]) != 0).any(0)  # (N,)
     x_hat, x_norm = _normalize(x.to(dtype).where(active[:, None], 0))
     w_hat, w_norm = _normalize(w.to(dtype)) if options.normalize_weight else (w.to(dtype), None)
-    cos = x_hat @ w_hat.T  # (N, C)
-    each_target = torch.atleast_2d(targets)[..., None] == torch.arange(len(w), device=w.device)  # (1 or 2, N, C)
+    row_cos = x_hat @ w_hat.T  # (N, C K)
+    cos, nearest = _of_classes(row_cos, options)  # (N, C) each
+    each_target = _each_target(targets, cos)  # (1 or 2, N, C)
     is_target = each_target.any(0)  # (N, C)
     shaped, slope = _reshape(cos, options)  # (N, C)
     from_top = shaped - top.where(active, 0)[:, None]  # (N, C)
@@ -134,8 +137,9 @@ def backward(
     t = t.masked_fill(is_target, 0)
     g_neg = (scale[:, None] * t + b[:, None] * p + c[:, None]) * slope  # (N, C)
     g = torch.where(is_target, torch.where(each_target, g_cos[..., None], 0).sum(0), g_neg)  # (N, C)
-    dx = _unnormalize(g @ w_hat, (g * cos).sum(1), x_hat, x_norm)
-    dw = g.T @ x_hat if w_norm is None else _unnormalize(g.T @ x_hat, (g * cos).sum(0), w_hat, w_norm)
+    g = _of_rows(g, nearest, options)  # (N, C K)
+    dx = _unnormalize(g @ w_hat, (g * row_cos).sum(1), x_hat, x_norm)
+    dw = g.T @ x_hat if w_norm is None else _unnormalize(g.T @ x_hat, (g * row_cos).sum(0), w_hat, w_norm)
     return dx.to(x.dtype), dw.to(w.dtype), (t * shaped).sum(1)
 
 
@@ -153,7 +157,28 @@ def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool = True) -> tupl
 def _cosines(x: Tensor, w: Tensor, options: Options) -> Tensor:
     dtype = compute_dtype(x, w)
     w_hat = F.normalize(w.to(dtype), eps=EPS) if options.normalize_weight else w.to(dtype)  # (C, D)
-    return F.normalize(x.to(dtype), eps=EPS) @ w_hat.T  # (N, C)
+    return _of_classes(F.normalize(x.to(dtype), eps=EPS) @ w_hat.T, options)[0]  # (N, C)
+
+
+def _each_target(targets: Tensor, cos: Tensor) -> Tensor:
+    """(1 or 2, N, C), where a class is the first or the second target."""
+    return torch.atleast_2d(targets)[..., None] == torch.arange(cos.shape[1], device=cos.device)
+
+
+def _of_classes(row_cos: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """From the cosines (N, C K) of rows to those of classes, and which of its K rows each is of, (N, C) each."""
+    if options.subcenters == 1:
+        return row_cos, torch.zeros_like(row_cos, dtype=torch.int64)
+    cos, nearest = row_cos.unflatten(1, (-1, options.subcenters)).max(2)
+    return cos, nearest
+
+
+def _of_rows(g: Tensor, nearest: Tensor, options: Options) -> Tensor:
+    """The gradient (N, C) of those cosines as that of the rows', (N, C K)."""
+    if options.subcenters == 1:
+        return g
+    rows = g.new_zeros(*g.shape, options.subcenters)
+    return rows.scatter_(2, nearest[..., None], g[..., None]).flatten(1)
 
 
 def _reshape(cos: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from cosface_kernels.reference import EPS, compute_dtype
 from cosface_kernels.sampling import ClassSampler
 from cosface_kernels.softmax import Softmax
 from cosface_kernels.stats import LossStats, Sparsity
+from cosface_kernels.subcenters import check_subcenters, first_of_each_class, rows_of
 from cosface_kernels.validation import (
     check_cache,
     check_flag,
@@ -58,11 +59,16 @@ class Settings(NamedTuple):
     workspace_bytes: int
     label_smoothing: float = 0.0
     entropy: bool = False
+    subcenters: int = 1
 
     @property
     def subtracted(self) -> float:
         """m of the op, which knows no other margin."""
         return 0.0 if callable(self.margin) else float(self.margin)
+
+    def classes_of(self, rows: int) -> int:
+        """How many classes have so many rows."""
+        return rows // self.subcenters
 
 
 class Batch(NamedTuple):
@@ -121,6 +127,7 @@ def facts(
         "gradient_tolerance": settings.gradient_tolerance,
         "label_smoothing": settings.label_smoothing,
         "entropy": settings.entropy,
+        "subcenters": settings.subcenters,
         "number of labels per sample": labels.dim(),
         "k of return_stats": None if isinstance(return_stats, bool) else return_stats,
     }
@@ -152,8 +159,19 @@ def check(
     if getattr(weight, optim.MARK, False):
         optim.note_use(weight)
     check_rows(embeddings, weight)
+    check_subcenters(
+        settings.subcenters,
+        sharded=isinstance(ranks, Exchange),
+        gradient_tolerance=settings.gradient_tolerance,
+        margin=settings.margin,
+    )
+    if weight.shape[0] % settings.subcenters:
+        raise ValueError(
+            f"the weight must have {settings.subcenters} rows of each class, its subcenters, got "
+            f"{weight.shape[0]} rows."
+        )
     if settings.sampler:
-        check_sampler(settings.sampler.num_classes, ranks.weight.shape[0])
+        check_sampler(settings.sampler.num_classes, settings.classes_of(ranks.weight.shape[0]))
     check_labels(labels, embeddings)
     check_reduction(settings.reduction)
     check_name(settings.backend)
@@ -164,7 +182,7 @@ def check(
     check_integer("workspace_bytes", settings.workspace_bytes, 0)
     check_tolerance(settings.gradient_tolerance)
     if isinstance(settings.margin, ClassMargin):
-        check_table(settings.margin.margins, ranks.num_classes)
+        check_table(settings.margin.margins, settings.classes_of(ranks.num_classes))
     elif not callable(settings.margin):
         check_margin(settings.margin)
     if isinstance(scale, Tensor) and scale.dim():
@@ -199,6 +217,7 @@ def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict
         "normalize_weight": settings.normalize_weight,
         "workspace_bytes": int(settings.workspace_bytes),
         "moments": _needs_moments(settings, labels),
+        "subcenters": int(settings.subcenters),
     }
     if differentiable:
         options["cache_bytes"] = None if settings.cache_bytes is None else int(settings.cache_bytes)
@@ -219,7 +238,7 @@ def in_one_call(
     validate: bool,
 ) -> Tensor | None:
     """The reduced loss of a plain CosFace from a backend that has a short way there, or None."""
-    special = callable(settings.margin) or settings.sampler or options["moments"]
+    special = callable(settings.margin) or settings.sampler or options["moments"] or settings.subcenters > 1
     if special or not settings.normalize_embeddings or getattr(weight, optim.MARK, False):
         return None
     if ops.dispatches(embeddings, weight, labels):
@@ -291,10 +310,13 @@ def over_own_classes(
     x, w, own_targets, s = ranks.enter(batch.embeddings, batch.targets, batch.scale, sampled=sampler is not None)
     classes, targets = sampler(own_targets) if sampler else (None, own_targets)
     if classes is not None and validate and classes.device.type != "cpu":  # on a CPU the op looks at them
-        check_classes(classes, w.shape[0])
+        check_classes(classes, settings.classes_of(w.shape[0]))
+    num_classes = settings.classes_of(w.shape[0]) if classes is None else classes.shape[0]
+    if classes is not None and settings.subcenters > 1:
+        classes = rows_of(classes, settings.subcenters)
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
-            target_cos = ranks.sum(_target_cosines(x, w, own_targets))  # (N,)
+            target_cos = ranks.sum(_target_cosines(x, w, own_targets, settings.subcenters))  # (N,)
             thresholds, negatives = margin.negatives(target_cos, Rows(batch.embeddings, batch.targets))
             options = {**options, "thresholds": thresholds, "negatives": negatives}
     lmcl: Any = ops.lmcl
@@ -303,16 +325,17 @@ def over_own_classes(
     *results, cache, moments = lmcl(
         x, w, targets, s, settings.subtracted, settings.backend, classes=classes, **options
     )
-    return Part((*results, moments), cache, s, targets, (w if classes is None else classes).shape[0])
+    return Part((*results, moments), cache, s, targets, num_classes)
 
 
-def _target_cosines(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+def _target_cosines(x: Tensor, w: Tensor, targets: Tensor, subcenters: int) -> Tensor:
     """(N,) cosines with the targets, 0 where there is none, ahead of the pass over all classes."""
     dtype, has_target = compute_dtype(x, w), targets >= 0  # (N,)
     if not len(w):  # a rank that owns no class
         return x.new_zeros(len(x), dtype=dtype)
-    x_hat, w_hat = (F.normalize(rows.to(dtype)) for rows in (x, w[targets.clamp_min(0)]))  # (N, D)
-    return torch.where(has_target, (x_hat * w_hat).sum(1), 0)
+    rows = w.unflatten(0, (-1, subcenters))[targets.clamp_min(0)]  # (N, K, D)
+    x_hat, w_hat = F.normalize(x.to(dtype))[:, None], F.normalize(rows.to(dtype), dim=2)
+    return torch.where(has_target, (x_hat * w_hat).sum(2).amax(1), 0)
 
 
 def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax: Softmax, batch: Batch) -> Labels:
@@ -333,7 +356,9 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
     smoothing = None
     if settings.label_smoothing:
         assert softmax.total is not None
-        classes = ranks.count(part.num_classes) if settings.sampler else ranks.num_classes
+        classes: int | Tensor = settings.classes_of(ranks.num_classes)
+        if settings.sampler:
+            classes = ranks.count(part.num_classes)
         smoothing = Smoothing(float(settings.label_smoothing), softmax.total, classes)
     hardness = None
     if softmax.hard_sum is not None and softmax.hard_count is not None:
@@ -399,10 +424,13 @@ def top_k_accuracy(settings: Settings, ranks: Local | Exchange, batch: Batch, la
 
     Those are among the k + 1 nearest, wherever ties put the label's own.
     """
-    most = min(k + 1, ranks.num_classes)
+    most = min(k + 1, settings.classes_of(ranks.num_classes))
+    rows = min(most * settings.subcenters, len(ranks.classes))
     cosines, classes = ops.nearest(
-        batch.embeddings, ranks.weight, min(most, len(ranks.classes)), settings.normalize_weight, settings.backend
+        batch.embeddings, ranks.weight, rows, settings.normalize_weight, settings.backend
     )
+    if settings.subcenters > 1:
+        cosines, classes = first_of_each_class(cosines, classes, settings.subcenters, most)
     cosines, classes = ranks.keep_nearest(cosines, classes, most)  # (N_r, most) each
     cosines, classes = cosines[:, None], classes[:, None]
     by_sample = (_by_sample(rows.view(batch.targets.shape), batch) for rows in (labels.rows.targets, labels.share))

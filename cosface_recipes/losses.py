@@ -16,6 +16,7 @@ from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, family
 LOSSES: Mapping[str, type[FusedMarginLoss]] = {
     "cosface": FusedCosFaceLoss,
     "arcface": family.FusedArcFaceLoss,
+    "subcenter-arcface": family.FusedSubCenterArcFaceLoss,
     "adaface": family.FusedAdaFaceLoss,
     "magface": family.FusedMagFaceLoss,
     "curricularface": family.FusedCurricularFaceLoss,

@@ -51,6 +51,7 @@ struct Options {
   std::optional<Tensor> thresholds, negatives;
   bool moments;
   std::optional<Tensor> g_moments;
+  int64_t subcenters;
 
   cosface::Options raw() const {
     cosface::Options options{.normalize_weight = normalize_weight, .gradient_tolerance = gradient_tolerance};
@@ -62,6 +63,7 @@ struct Options {
       options.cosine_bytes = cache.numel() - entry_bytes;
     }
     options.exact_cosines = exact_cosines;
+    options.subcenters = subcenters;
     return options;
   }
 
@@ -72,7 +74,10 @@ struct Options {
                       entry_bytes, ".");
     TORCH_CHECK_VALUE(!moments || gradient_tolerance == 0, "moments cannot have a gradient_tolerance, got ",
                       gradient_tolerance, ".");
-    return cosface::Inputs{x, w, y, s, classes, thresholds, negatives, moments}.checked();
+    TORCH_CHECK_VALUE(subcenters == 1 || gradient_tolerance == 0,
+                      "sub-centres cannot have a gradient_tolerance, got ", gradient_tolerance,
+                      " with subcenters ", subcenters, ".");
+    return cosface::Inputs{x, w, y, s, classes, thresholds, negatives, moments, subcenters}.checked();
   }
 };
 
@@ -313,7 +318,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Options>(m, "Options")
       .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache, int64_t entry_bytes,
                        bool exact_cosines, bool normalize_weight, std::optional<Tensor> thresholds,
-                       std::optional<Tensor> negatives, bool moments, std::optional<Tensor> g_moments) {
+                       std::optional<Tensor> negatives, bool moments, std::optional<Tensor> g_moments,
+                       int64_t subcenters) {
              return Options{cosface::contiguous(classes),
                             gradient_tolerance,
                             std::move(cache),
@@ -323,11 +329,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                             std::move(thresholds),
                             std::move(negatives),
                             moments,
-                            std::move(g_moments)};
+                            std::move(g_moments),
+                            subcenters};
            }),
            py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
            py::arg("entry_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"), py::arg("thresholds"),
-           py::arg("negatives"), py::arg("moments"), py::arg("g_moments"));
+           py::arg("negatives"), py::arg("moments"), py::arg("g_moments"), py::arg("subcenters"));
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,

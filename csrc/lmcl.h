@@ -3,7 +3,8 @@
 // Notation: x (N, D) embeddings, w (C, D) class weights, y (N) targets with -1 for "no target among these
 // classes", s (N) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. T is the dtype of all
 // arithmetic and of every result but dw: double if x or w is float64, else float. A sample may have a second
-// target, different from the first; "j != y_i" is then neither of them.
+// target, different from the first; "j != y_i" is then neither of them. With K sub-centres w is (C K, D), and
+// cos_ij the largest of those of the rows jK .. jK + K - 1, of equal ones the first, which alone has a gradient.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,8 @@ namespace cosface {
 enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 constexpr double kEps = 1e-12;  // smallest norm that is divided by, as in torch.nn.functional.normalize
+
+constexpr int64_t kMostSubcenters = 64;  // of a class, all of whose rows are in one tile
 
 // What the driver borrows from its host.
 struct Runtime {
@@ -56,6 +59,7 @@ struct Weight {
 struct Options {
   const int64_t* classes = nullptr;  // (S) ascending: class j is row classes[j] of the weight; null: all rows
   int64_t count = 0;                 // S
+  int64_t subcenters = 1;            // K, of which the rows, chosen or all, are a multiple
   bool normalize_weight = true;      // if not, <x_i, w_j> / |x_i| takes the place of cos_ij
   double gradient_tolerance = 0;     // mass of the softmax that backward may leave out of every sample
   // What forward leaves for backward, aligned to 64 bytes: with a tolerance the entries that matter, or nothing if

@@ -79,6 +79,7 @@ struct Inputs {
   const at::Tensor &x, &w, &y, &s;
   const std::optional<at::Tensor>&classes, &thresholds, &negatives;
   bool moments = false;  // whether targets may be (2, N)
+  int64_t subcenters = 1;
 
   const Inputs& checked() const {
     for (const auto& [name, rows] : {std::pair{"x", &x}, std::pair{"w", &w}}) {
@@ -100,6 +101,11 @@ struct Inputs {
       fitting("negatives", *negatives, {negatives->numel() == 6 ? 6 : 3}, device);
     }
     if (classes) check_classes();
+    TORCH_CHECK_VALUE(subcenters >= 1 && subcenters <= kMostSubcenters, "subcenters must be in [1, ",
+                      kMostSubcenters, "], got ", subcenters, ".");
+    const int64_t rows = classes ? classes->numel() : w.size(0);
+    TORCH_CHECK_VALUE(rows % subcenters == 0, "the rows of w that take part must be a multiple of subcenters ",
+                      subcenters, ", got ", rows, ".");
     return *this;
   }
 

@@ -18,20 +18,35 @@ FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 WITHOUT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 CPU_ALONE = ("exact_cache",)
 DENSE_ALONE = ("gradient_tolerance",)
+OF_THE_CPU = ("subcenters",)  # and of the reference
 # All of these must run here: none is skipped, so a backend that was not built fails. Under TRITON_INTERPRET=1, for
 # which `make test` has a run of its own, only the Triton kernels are under test, on CPU tensors.
 BACKENDS = (
-    (Backend("triton", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, interpreted=True, lacks=CPU_ALONE),)
+    (
+        Backend(
+            "triton",
+            dtypes=WITHOUT_FLOAT64,
+            contiguous_weight=True,
+            interpreted=True,
+            lacks=(*CPU_ALONE, *OF_THE_CPU),
+        ),
+    )
     if INTERPRETED
     else (
         Backend("cpu"),
         Backend("reference", lacks=("cache_bytes", *CPU_ALONE, *DENSE_ALONE)),
-        Backend("cuda_host", interpreted=True, lacks=(*CPU_ALONE, *DENSE_ALONE)),
+        Backend("cuda_host", interpreted=True, lacks=(*CPU_ALONE, *DENSE_ALONE, *OF_THE_CPU)),
     )
 )
 GPU_BACKENDS = (
-    Backend("triton", device="cuda", dtypes=WITHOUT_FLOAT64, contiguous_weight=True, lacks=CPU_ALONE),
-    Backend("cuda", device="cuda", lacks=(*CPU_ALONE, *DENSE_ALONE)),
+    Backend(
+        "triton",
+        device="cuda",
+        dtypes=WITHOUT_FLOAT64,
+        contiguous_weight=True,
+        lacks=(*CPU_ALONE, *OF_THE_CPU),
+    ),
+    Backend("cuda", device="cuda", lacks=(*CPU_ALONE, *DENSE_ALONE, *OF_THE_CPU)),
 )
 cosface_kernels.backends.BACKENDS["cuda_host"] = cuda_host
 

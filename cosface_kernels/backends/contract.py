@@ -6,7 +6,7 @@ A kernel sees pointers alone: of a tensor that is too small it would read, or wr
 import torch
 from torch import Tensor
 
-from cosface_kernels.options import Options, Update
+from cosface_kernels.options import MOST_SUBCENTERS, Options, Update
 from cosface_kernels.reference import compute_dtype
 
 
@@ -48,6 +48,17 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
         _check_one("classes", options.classes, (options.classes.numel(),), x.device, torch.int64)
         if x.device.type == "cpu":
             check_classes(options.classes, len(w))
+    check_subcenters(options.subcenters, options.count(w))
+
+
+def check_subcenters(subcenters: int, rows: int) -> None:
+    """That so many rows are of whole classes; raises ValueError."""
+    if not 1 <= subcenters <= MOST_SUBCENTERS:
+        raise ValueError(f"subcenters must be in [1, {MOST_SUBCENTERS}], got {subcenters}.")
+    if rows % subcenters:
+        raise ValueError(
+            f"the rows of w that take part must be a multiple of subcenters {subcenters}, got {rows}."
+        )
 
 
 def check_classes(classes: Tensor, num_classes: int) -> None:

@@ -11,7 +11,7 @@ from cosface_kernels.options import CACHE_BYTES, Options, Update
 from cosface_kernels.reference import operand_dtype
 
 OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
-OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance"}
+OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance", "subcenters"}
 
 
 def unavailable() -> str | None:
@@ -125,6 +125,7 @@ def _kernel_options(options: Options, x: Tensor, w: Tensor, cache: Tensor) -> An
         negatives=options.negatives,
         moments=options.moments,
         g_moments=options.g_moments,
+        subcenters=options.subcenters,
     )
 
 

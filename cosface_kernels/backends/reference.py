@@ -14,7 +14,7 @@ def unavailable() -> str | None:
 
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     return options.refusal(
-        {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
+        {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments", "subcenters"}
     )
 
 

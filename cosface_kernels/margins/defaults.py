@@ -9,6 +9,7 @@ RATE = 0.01  # of averages over batches
 COSFACE_MARGIN = 0.35
 
 ARCFACE_MARGIN = 0.5
+SUBCENTERS = 3
 
 COMBINED_MARGINS = (1.0, ARCFACE_MARGIN, 0.0)  # m1, m2, m3
 

@@ -6,6 +6,7 @@
 #include "cosines.h"
 #include "gradients.h"
 #include "row_update.h"
+#include "subcenters.h"
 
 namespace cosface {
 namespace {
@@ -30,6 +31,7 @@ struct TileWorker {
   GradientRows<T> dw;
   std::optional<RowUpdate<T>> update;
   Buffer<T> col_dot;  // (classes), sum_i G_ij cos_ij
+  Subcenters<T> subcenters;
 };
 
 // The dense part of a backward pass, one tile of classes at a time.
@@ -57,7 +59,8 @@ class TileGradients {
     Worker worker{{weight_, options_, x_, partition_.tile, packs},
                   {gradients_, weight_.dtype, x_.d, x_.width, rows},
                   std::nullopt,
-                  Buffer<T>(partition_.tile)};
+                  Buffer<T>(partition_.tile),
+                  {options_.subcenters, partition_.tile, x_.tile_stride()}};
     if (gradients_.update != nullptr) worker.update.emplace(*gradients_.update, weight_, options_, x_.d);
     return worker;
   }
@@ -83,17 +86,20 @@ class TileGradients {
     } else {
       worker.w.dot(x_, i, classes, g, {});
     }
-    const auto fill = [&](auto kernel, const auto&... moments) {
-      kernel(g, classes, rows, stride, worker.w.inv_norm, exact_.batch.y + i, first, exact_.s(i),
-             exact_.batch.negatives.from(i), exact_.top(i), exact_.log_sum(i), exact_.upstream.g_lse + i,
-             exact_.upstream.g_cos + i, worker.col_dot, sums_.row_dot_of(part, i), sums_.dscale_of(part, i),
-             moments...);
+    const auto epilogue = [&](int64_t classes, int64_t first, const T* inv_norm, T* col_dot) {
+      const auto fill = [&](auto kernel, const auto&... moments) {
+        kernel(g, classes, rows, stride, inv_norm, exact_.batch.y + i, first, exact_.s(i),
+               exact_.batch.negatives.from(i), exact_.top(i), exact_.log_sum(i), exact_.upstream.g_lse + i,
+               exact_.upstream.g_cos + i, col_dot, sums_.row_dot_of(part, i), sums_.dscale_of(part, i),
+               moments...);
+      };
+      if (exact_.has_moments()) {
+        fill(kernels<T>().backward_moments, exact_.moments(i));
+      } else {
+        fill(kernels<T>().backward_tile);
+      }
     };
-    if (exact_.has_moments()) {
-      fill(kernels<T>().backward_moments, exact_.moments(i));
-    } else {
-      fill(kernels<T>().backward_tile);
-    }
+    worker.subcenters.backward(g, first, classes, rows, stride, worker.w.inv_norm, worker.col_dot, epilogue);
     block.tile.load(g, classes, rows, stride, x_.remainder + i);
     if (gradients_.dx == nullptr) return;
     table().matmul(block.tile.by_sample(), worker.w.right(classes), sums_.dx_hat_of(part, i), sums_.stride, rows,
@@ -234,7 +240,7 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
         walk.emplace(*gradient, part, sparse_x->rows, x.width, sparse_sums->dx_hat_of(part, 0),
                      sparse_sums->row_dot_of(part, 0), sparse_sums->dscale_of(part, 0));
       }
-      auto& [w, dw, update, col_dot] = worker;
+      auto& [w, dw, update, col_dot, subcenters] = worker;
       partition.each_tile(part, [&](int64_t first, int64_t classes) {
         dense.begin(worker, first, classes);
         x.each_block([&](int64_t i, int64_t rows) {

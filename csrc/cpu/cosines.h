@@ -28,9 +28,10 @@ class CosineCache {
     *reinterpret_cast<int64_t*>(header) = partition.tile;
   }
   static Partition partition(const Options& options, int64_t classes, const Runtime& runtime, TileSize size) {
-    if (!wanted(options)) return {classes, runtime, size};
+    if (!wanted(options)) return {classes, runtime, size, INT64_MAX, options.subcenters};
     const int64_t tile = *static_cast<const int64_t*>(options.cosines);
-    if (tile < 1 || tile > std::max(size.classes, runtime.tile_classes)) {
+    const int64_t most = std::max({size.classes, runtime.tile_classes, options.subcenters});
+    if (tile < 1 || tile > most || tile % options.subcenters != 0) {
       throw std::invalid_argument(kForeignCache);
     }
     return {classes, tile, std::min<int64_t>(runtime.threads, divide_up(classes, tile))};

@@ -7,6 +7,7 @@
 #include "cosines.h"
 #include "operands.h"
 #include "sparse.h"
+#include "subcenters.h"
 
 namespace cosface {
 namespace {
@@ -37,7 +38,7 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
   // one entry at a time is slower than products of bfloat16
   const bool keeps = options.gradient_tolerance > 0 && Embeddings<T, Operand>::kNormalized;
   const Partition partition(classes, runtime, kTileOf<T, Operand>,
-                            keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max());
+                            keeps ? kPlaceClasses : std::numeric_limits<int64_t>::max(), options.subcenters);
   const EntryCache<T> cache(options, n, classes);
   CosineCache<T>::begin(options, partition, n);
   const Embeddings<T, Operand> x(batch, runtime, Embeddings<T, Operand>::kColumns, [](int64_t) { return true; });
@@ -62,6 +63,7 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
 
   runtime.parallel(partition.parts, [&](int64_t part) {
     ClassRows<T, Operand> w(weight, options, x, partition.tile, false);
+    const Subcenters<T> subcenters(options.subcenters, partition.tile, 0);
     Buffer<T> z(partition.tile * x.tile_stride());
     partition.each_tile(part, [&](int64_t first, int64_t classes) {
       w.load(first, classes);
@@ -74,15 +76,18 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
         }
         const int64_t at = part * n + i;
         T* const max_cos_at = max_cos.empty() ? nullptr : &max_cos[at];
-        if (results.moments) {
-          kernels<T>().forward_moments(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
-                                       batch.negatives.from(i), &row_max[at], max_cos_at, &row_sum[at],
-                                       results.target_cos + i, moment_sums(batch, results, sums, at, i));
-          return;
-        }
-        kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), w.inv_norm, batch.y + i, first, &s[i],
-                                  batch.negatives.from(i), &row_max[at], max_cos_at, &row_sum[at],
-                                  results.target_cos + i);
+        const auto epilogue = [&](int64_t classes, int64_t first, const T* inv_norm) {
+          if (results.moments) {
+            kernels<T>().forward_moments(z, classes, rows, x.tile_stride(), inv_norm, batch.y + i, first, &s[i],
+                                         batch.negatives.from(i), &row_max[at], max_cos_at, &row_sum[at],
+                                         results.target_cos + i, moment_sums(batch, results, sums, at, i));
+            return;
+          }
+          kernels<T>().forward_tile(z, classes, rows, x.tile_stride(), inv_norm, batch.y + i, first, &s[i],
+                                    batch.negatives.from(i), &row_max[at], max_cos_at, &row_sum[at],
+                                    results.target_cos + i);
+        };
+        subcenters.forward(z, first, classes, rows, x.tile_stride(), w.inv_norm, epilogue);
       });
     });
   });

@@ -191,6 +191,15 @@ struct Kernels {
                            const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
                            double* dscale, const MomentGradients<T>& moments);
 
+  // From z (rows, n) of a tile of whole classes, K rows each, their cosines (rows / K, n) in place, and which of
+  // the K rows each is of: the first of equal ones, or of those that are nan.
+  void (*fold)(T* z, int64_t rows, int64_t n, int64_t stride, const T* inv_norm, int64_t subcenters,
+               uint8_t* winner);
+  // From G (rows / K, n) of these cosines to G_ij / |w_j| of all rows, in place. Adds sum_i G_ij cos_ij to
+  // col_dot_j.
+  void (*unfold)(T* g, int64_t rows, int64_t n, int64_t stride, const T* inv_norm, int64_t subcenters,
+                 const uint8_t* winner, const T* cos, T* col_dot);
+
   // Cosines <w_j, x_hat_i> / |w_j| of one tile to a cache, class by class, in fixed point of 16 bits for float;
   // and back to z (classes, n), as forward_tile takes it.
   void (*keep_cosines)(const T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, void* kept);

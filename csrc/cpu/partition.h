@@ -61,11 +61,14 @@ struct Partition {
   Partition(int64_t classes, int64_t tile, int64_t parts)
       : classes(classes), tile(tile), tiles(divide_up(classes, tile)), parts(parts) {}
 
-  Partition(int64_t classes, const Runtime& runtime, TileSize size, int64_t most = INT64_MAX) : classes(classes) {
+  // Tiles are multiples of `whole`, of which the classes are one too.
+  Partition(int64_t classes, const Runtime& runtime, TileSize size, int64_t most = INT64_MAX, int64_t whole = 1)
+      : classes(classes) {
     const int64_t fair = divide_up(std::max<int64_t>(classes, 1), runtime.threads);  // classes of a thread
     const int64_t each = divide_up(fair, size.classes);                              // its tiles
     tile = runtime.tile_classes > 0 ? runtime.tile_classes : round_up(divide_up(fair, each), size.step);
     tile = std::min({tile, most, std::max<int64_t>(classes, 1)});  // buffers are as large as a tile
+    tile = std::max<int64_t>(tile / whole, 1) * whole;
     tiles = divide_up(classes, tile);
     parts = std::min<int64_t>(runtime.threads, tiles);
   }

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +28,7 @@ from cosface_kernels import (
     FusedNPCFaceLoss,
     FusedSoftmaxLoss,
     FusedSphereFaceLoss,
+    FusedSubCenterArcFaceLoss,
     FusedX2SoftmaxLoss,
 )
 from cosface_kernels.margins import ClassMargin
@@ -219,6 +221,14 @@ def _gbcosface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return (to_target + to_others) / 2
 
 
+def _sub_center_arcface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    cos = (F.normalize(x) @ F.normalize(w).T).view(len(x), NUM_CLASSES, 3).max(2).values
+    rows = torch.arange(len(x), device=x.device)
+    logits = cos.clone()
+    logits[rows, labels] = _arcface(cos[rows, labels].acos(), None, labels)
+    return F.cross_entropy(64 * logits, labels, reduction="none")
+
+
 def _adacos(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     cos = F.normalize(x) @ F.normalize(w).T
     with torch.no_grad():
@@ -276,6 +286,7 @@ LOSSES = {
     "nsl": (FusedNormalizedSoftmaxLoss, Formula(lambda theta, *_: theta.cos())),
     "cosface": (FusedCosFaceLoss, Formula(lambda theta, *_: theta.cos() - 0.35)),
     "arcface": (FusedArcFaceLoss, Formula(_arcface)),
+    "sub_center_arcface": (FusedSubCenterArcFaceLoss, _sub_center_arcface),
     "combined": (
         lambda *args, **options: FusedCombinedMarginLoss(*args, (1.2, 0.3, 0.1), **options),
         Formula(_combined),
@@ -306,7 +317,8 @@ LOSSES = {
 }
 
 
-NAMES = list(LOSSES)
+OPTIONS = {"sub_center_arcface": ("subcenters",)}  # of the op, which not every backend takes
+NAMES = [pytest.param(name, marks=pytest.mark.option(*OPTIONS.get(name, ()))) for name in LOSSES]
 
 
 def formula_problem(regime: str, num_samples: int = 9, seed: int = 0, device: str | None = None):
@@ -324,5 +336,5 @@ def make_head(name: str, w: Tensor, **options) -> FusedMarginLoss:
     with w.device:  # for the margin's state
         head = LOSSES[name][0](*w.shape, dtype=w.dtype, **options)
     with torch.no_grad():
-        head.weight.copy_(w)
+        head.weight.copy_(torch.stack([w.roll(k, 1) for k in range(head.subcenters)], 1).flatten(0, 1))
     return head
