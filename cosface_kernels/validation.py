@@ -76,9 +76,9 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
 
 
-def check_margin(margin: float) -> None:
+def check_margin(margin: float, name: str = "margin") -> None:
     if not isinstance(margin, numbers.Real) or not -math.inf < margin < math.inf:
-        raise ValueError(f"margin must be a finite number, got {margin!r}.")
+        raise ValueError(f"{name} must be a finite number, got {margin!r}.")
 
 
 def check_table(margins: Tensor, num_classes: int) -> None:

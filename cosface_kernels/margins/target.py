@@ -184,8 +184,8 @@ class X2SoftmaxMargin(Margin):
     ) -> None:
         super().__init__(straight_through=straight_through)
         check_interval("a", a, "(-inf, 0)", -math.inf, 0)
-        check_margin(h)
-        check_margin(k)
+        check_margin(h, "h")
+        check_margin(k, "k")
         self.a, self.h, self.k = a, h, k
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
