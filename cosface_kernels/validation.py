@@ -76,9 +76,9 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
 
 
-def check_margin(margin: float, name: str = "margin") -> None:
+def check_margin(margin: float) -> None:
     if not isinstance(margin, numbers.Real) or not -math.inf < margin < math.inf:
-        raise ValueError(f"{name} must be a finite number, got {margin!r}.")
+        raise ValueError(f"margin must be a finite number, got {margin!r}.")
 
 
 def check_table(margins: Tensor, num_classes: int) -> None:
@@ -92,6 +92,10 @@ def check_interval(name: str, value: float, interval: str, low: float, high: flo
         degrees = "radians" in interval and isinstance(value, numbers.Real) and high <= value <= 180
         hint = f"; if these are degrees, give {math.radians(value):.4g}" if degrees else ""
         raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}.")
+
+
+def check_finite(name: str, value: float) -> None:
+    check_interval(name, value, "(-inf, inf)", -sys.float_info.max, math.inf)
 
 
 def check_smoothing(label_smoothing: float) -> None:
