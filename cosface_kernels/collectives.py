@@ -71,7 +71,7 @@ class _Combine(torch.autograd.Function):
         g_log_sum, g_summed, g_means = g.tensor_split((1, 1 + len(g_summed)))
         # no gradient stays none where log_sum is nan or has no terms
         share = torch.where(l_r.isneginf(), 0, (l_r - log_sum).exp())  # (N,)
-        through = torch.cat([g_log_sum, g_means * (averaged - means)])  # (1 + L, N)
+        through = torch.cat([g_log_sum, torch.where(g_means != 0, g_means * (averaged - means), 0)])  # (1 + L, N)
         g_l = torch.where(through != 0, through * share, 0).sum(0)  # (N,)
         g_averaged = torch.where(g_means != 0, g_means * share, 0)  # (L, N)
         return g_l, g_summed, g_averaged, None

@@ -58,8 +58,8 @@ def cosface_loss(
         ignore_index: label of samples that have no loss and no gradient.
         validate_labels: raise for a label out of range, which waits for the device. None: on the CPU alone. If not
             validated, the loss of such a sample is nan, and it has no gradient.
-        sample_weight: (N,) factor a_i of each sample's loss; or (N, 2), of that of each label, whose sum is the
-            sample's loss.
+        sample_weight: (N,) factor a_i of each sample's loss; or (N, 2), of the loss of each label: their sum is
+            the sample's loss, and the mean divides by the sum of both.
         backend: name of a backend, or None for the first that takes these tensors.
         gradient_tolerance: eps in [0, 1). 0: exact gradients. Else backward may leave out of every sample
             negatives that hold at most eps of the softmax over its negatives, and takes time in proportion to what
@@ -141,6 +141,7 @@ def margin_softmax_loss(
             numbers, one of each class, differentiable, all of them on every rank; or one of
             `cosface_kernels.margins`, which may also look at the embeddings' norms, replace the loss or reshape
             the negatives. Samples that are ignored pass through psi with cosine 0 and their result is dropped.
+            Of samples with two labels psi sees (2 N,), all the first labels before all the second.
         class_weight: (C,) factor of the loss of each class's samples, all of them on every rank.
         indices_tuple: pairs or triplets of positions in the batch, as a miner of pytorch-metric-learning gives
             them, (M,) each. Each sample is weighted by how often it occurs, over the largest of these counts.
@@ -171,8 +172,8 @@ def margin_softmax_loss(
     weights = sample_weight, class_weight, indices_tuple
     facts = partial(stages.facts, settings, weight, labels, scale, weights, return_stats)
     with ranks.agreement(facts, embeddings, sample_weight):
-        stages.check(settings, ranks, embeddings, weight, labels, scale)
         check_stats(return_stats, entropy)
+        stages.check(settings, ranks, embeddings, weight, labels, scale)
         if class_weight is not None:
             sample_weights.check_class_weight(class_weight, settings.classes_of(ranks.num_classes))
         sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)

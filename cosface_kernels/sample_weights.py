@@ -22,12 +22,11 @@ def combined(
             f"labels of shape {tuple(labels.shape)} must have a sample_weight of that shape, by which the two of "
             "a sample share its loss; got None."
         )
-    factors = []
+    factors = []  # not of 16 bits: the sum of many, by which the mean divides, would be coarse or overflow
     if sample_weight is not None:
         check_per_sample("sample_weight", sample_weight, labels)
-        factors.append(sample_weight)
+        factors.append(sample_weight.to(torch.promote_types(sample_weight.dtype, dtype)))
     if class_weight is not None:
-        # of a shorter format the sum of many, by which the mean divides, would be coarse or overflow
         factors.append(class_weight.to(dtype)[labels.long().clamp(0, len(class_weight) - 1)])
     if indices_tuple is not None:
         counts = of_tuples(indices_tuple, labels.view(len(labels), -1)[:, 0], dtype)  # (N,)

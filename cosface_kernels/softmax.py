@@ -25,6 +25,10 @@ class Softmax(NamedTuple):
     def of(cls, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor, moments: Tensor) -> "Softmax":
         return cls(top, log_sum, target_cos, max_neg, *moments)
 
+    def only(self, there: Tensor) -> "Softmax":
+        """0 for the samples that are not `there`, (N,) bool, so that no nan of theirs reaches a gradient."""
+        return Softmax(*(None if rows is None else torch.where(there, rows, 0) for rows in self))  # type: ignore[arg-type]
+
     def including(self, cos: Tensor, scale: Tensor, there: Tensor) -> "Softmax":
         """With one more class among the negatives, where it is `there`, (N,) bool, at (N,) cosines.
 
@@ -33,7 +37,8 @@ class Softmax(NamedTuple):
         """
         assert self.below is not None
         assert self.total is not None
-        top = torch.maximum(self.top, cos.detach())  # (N,)
+        largest = self.top.masked_fill(self.log_sum.isneginf(), -torch.inf)  # (N,)
+        top = torch.maximum(largest, cos.detach())  # (N,)
         others, own = self.log_sum + scale * (self.top - top), scale * (cos - top)  # (N,) each
         log_sum = torch.logaddexp(others, own)  # (N,)
         share, own_share = (others - log_sum).exp(), (own - log_sum).exp()  # (N,) each

@@ -279,11 +279,17 @@ def gather(
         (first, second), (weight_of_first, weight_of_second) = targets.T, sample_weight.T  # (N,) each
         same = first == second
         targets = torch.stack([first, second.masked_fill(same, ops.IGNORED)])  # (2, N)
+        # a sample whose loss is nan has no gradient
+        targets = targets.masked_fill((targets == ops.INVALID).any(0), ops.INVALID)
         weight_of_first = torch.where(same, weight_of_first + weight_of_second, weight_of_first)
         sample_weight = torch.stack([weight_of_first, weight_of_second])  # (2, N)
+    any_target = torch.atleast_2d(targets).amax(0)  # (N,)
+    if isinstance(scale, Tensor) and scale.dim():  # a nan in an ignored sample must not reach a gradient
+        s = torch.where((any_target >= 0) | s.isfinite(), s, 1)
     if not settings.normalize_embeddings:
         # no kernel: s x = (s |x|) x / |x|; clamped as the kernels clamp, so that x = 0 has its gradient
-        any_target = torch.atleast_2d(targets).amax(0)  # (N,)
+        if settings.entropy:  # which ignored samples have too
+            any_target = torch.where(embeddings.isfinite().all(1), 0, any_target)
         s = s * Rows(embeddings, any_target).norms().clamp_min(EPS)  # (N,)
     return Batch(embeddings, targets, s, sample_weight)
 
@@ -341,6 +347,8 @@ def _target_cosines(x: Tensor, w: Tensor, targets: Tensor, subcenters: int) -> T
 def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax: Softmax, batch: Batch) -> Labels:
     """Of two labels of a sample each has the other among its negatives, as if they were two samples."""
     embeddings, targets, scale, sample_weight = batch
+    if softmax.below is not None:
+        softmax = softmax.only(torch.atleast_2d(targets).amax(0) >= 0)
     share = targets != ops.IGNORED
     if targets.dim() == 2:
         assert sample_weight is not None
@@ -412,10 +420,14 @@ def statistics(
 
 
 def entropy(ranks: Local | Exchange, softmax: Softmax, batch: Batch) -> Tensor:
-    """(N_r,) of the softmax over all classes, without a margin."""
+    """(N_r,) of the softmax over all classes, without a margin; a constant nan for a broken, ignored sample."""
+    assert softmax.below is not None
+    ignored = torch.atleast_2d(batch.targets).amax(0) < 0  # (N,)
+    broken = ignored & (softmax.log_sum + softmax.below).isnan()  # (N,)
+    softmax = softmax.only(~broken)
     for cos, targets in zip(torch.atleast_2d(softmax.target_cos), torch.atleast_2d(batch.targets), strict=True):
         softmax = softmax.including(cos, batch.scale, targets >= 0)
-    return ranks.keep_own(softmax.entropy(batch.scale))
+    return ranks.keep_own(softmax.entropy(batch.scale).masked_fill(broken, torch.nan))
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class LossStats(NamedTuple):
     Attributes:
         lse: (N,) log sum_{j != y} e^{s cos_ij}, over the negative classes alone.
         target_cos: (N,) cosine between each embedding and its class centre, (N, 2) where samples have two labels;
-            0 for an ignored one.
+            0 for an ignored one, and for the second of two equal ones.
         max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
         accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin;
             where samples have two labels, of these by their sample_weight.

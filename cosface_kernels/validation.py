@@ -94,6 +94,10 @@ def check_interval(name: str, value: float, interval: str, low: float, high: flo
         raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}.")
 
 
+def check_finite(name: str, value: float) -> None:
+    check_interval(name, value, "(-inf, inf)", -sys.float_info.max, math.inf)
+
+
 def check_smoothing(label_smoothing: float) -> None:
     check_interval("label_smoothing", label_smoothing, "[0, 1]", 0, math.nextafter(1, 2))
 

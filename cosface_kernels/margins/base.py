@@ -29,6 +29,8 @@ class Smoothing:
 class Rows:
     """The samples of a batch, for the margins that look at more than their target's cosine.
 
+    A sample with two labels is two of them; of equal ones, the second has no loss.
+
     Attributes:
         embeddings: (N, D), as given to the loss.
         targets: (N,) int64 classes, negative for a sample that has no loss.

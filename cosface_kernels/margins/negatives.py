@@ -10,7 +10,7 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos
 from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, update_average
 from cosface_kernels.margins.target import ArcFaceMargin
-from cosface_kernels.validation import check_interval, check_margin, check_numbers
+from cosface_kernels.validation import check_finite, check_interval, check_numbers
 
 
 class CurricularFaceMargin(ArcFaceMargin):
@@ -108,9 +108,11 @@ class NPCFaceMargin(Margin):
         super().__init__()
         check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
         check_interval("t", t, "[0, inf)", 0, math.inf)
-        check_margin(a)
+        check_finite("a", a)
         self.margin, self.t, self.a = margin, t, a
         self.target_margins = check_numbers("target_margins", target_margins, 2)
+        for m in self.target_margins:
+            check_finite("each of target_margins", m)
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         return cos_of_sum(cos, self.margin), _polynomial(cos, 0.0, self.t, self.a)
@@ -192,7 +194,7 @@ class CombinedMargin(Margin):
             raise ValueError(f"margins must be three numbers (m1, m2, m3), got {margins!r}.")
         check_interval("m1", margins[0], "[1, inf)", 1, math.inf)
         check_interval("m2", margins[1], "[0, pi) radians", 0, math.pi)
-        check_margin(margins[2])
+        check_finite("m3", margins[2])
         if filter_above is not None:
             check_interval("filter_above", filter_above, "[0, 1]", 0, math.nextafter(1, 2))
         self.margins, self.filter_above = tuple(margins), filter_above or None

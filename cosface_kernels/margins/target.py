@@ -10,7 +10,7 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos
 from cosface_kernels.margins.base import Margin, Rows
 from cosface_kernels.reference import EPS
-from cosface_kernels.validation import check_interval, check_margin, check_numbers
+from cosface_kernels.validation import check_finite, check_interval, check_margin, check_numbers
 
 
 class CosFaceMargin(Margin):
@@ -184,8 +184,8 @@ class X2SoftmaxMargin(Margin):
     ) -> None:
         super().__init__(straight_through=straight_through)
         check_interval("a", a, "(-inf, 0)", -math.inf, 0)
-        check_margin(h)
-        check_margin(k)
+        check_finite("h", h)
+        check_finite("k", k)
         self.a, self.h, self.k = a, h, k
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:

@@ -13,7 +13,14 @@ from cosface_kernels import (
     FusedMagFaceLoss,
     margin_softmax_loss,
 )
-from cosface_kernels.margins import ArcFaceMargin, CurricularFaceMargin, GBCosFaceMargin, MVSoftmaxMargin
+from cosface_kernels.margins import (
+    ArcFaceMargin,
+    CurricularFaceMargin,
+    GBCosFaceMargin,
+    MVSoftmaxMargin,
+    NPCFaceMargin,
+    X2SoftmaxMargin,
+)
 from cosface_kernels.optim import FusedSGD
 
 N, C, D, S = 11, 37, 12, 9.0
@@ -287,6 +294,7 @@ def test_what_does_not_go_together_is_refused(backend):
         ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
         ({"entropy": True}, "return_stats must be True or k, got False"),
         ({"entropy": 1, "return_stats": True}, "entropy must be True or False, got 1"),
+        ({"entropy": labels, "return_stats": True}, "entropy must be True or False, got tensor"),
         ({"label_smoothing": 0.1, "gradient_tolerance": 0.01}, "gradient_tolerance must be 0, got 0.01"),
     ]
     for changes, message in cases:
@@ -306,6 +314,105 @@ def test_a_label_out_of_range(backend):
         x, w, two, margin=0.2, sample_weight=weights, validate_labels=False, reduction="none", backend=backend.name
     )
     assert loss.isnan().nonzero().flatten().tolist() == [3]
+
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert (gradient == 0).all(1).nonzero().flatten().tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize(
+    "margin", [0.2, ArcFaceMargin(0.4), NPCFaceMargin()], ids=["cosface", "arcface", "npcface"]
+)
+@pytest.mark.parametrize("two", [False, True], ids=["one", "two"])
+def test_a_broken_sample_that_is_ignored_reaches_no_gradient(backend, two, margin, value):
+    if two and isinstance(margin, NPCFaceMargin):
+        return  # which takes one label
+    x, w, labels = _inputs(backend)
+    options = {}
+    if two:
+        labels, options["sample_weight"] = _two(labels)
+        labels[4] = -100
+    scale, others = torch.tensor(S, device=x.device, requires_grad=True), torch.arange(N, device=x.device) != 4
+    got = []
+    for broken in (0.0, value):
+        x.data[4] = broken
+        loss, stats = margin_softmax_loss(
+            x, w, labels, margin=margin, scale=scale, label_smoothing=0.1, return_stats=True, entropy=True,
+            backend=backend.name, **options,
+        )  # fmt: skip
+        got.append(torch.autograd.grad(loss + stats.entropy[others].sum(), [x, w, scale]))
+    assert stats.entropy[4].isnan()
+    for clean, other in zip(*got, strict=True):
+        torch.testing.assert_close(other, clean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.2, ArcFaceMargin(0.4)], ids=["cosface", "arcface"])
+def test_a_broken_scale_of_an_ignored_sample_reaches_no_gradient(backend, margin):
+    x, w, labels = _inputs(backend)
+    scale = torch.full((N,), S, device=x.device)
+    scale[4] = torch.nan
+    scale.requires_grad_()
+    loss = margin_softmax_loss(x, w, labels, margin=margin, scale=scale, backend=backend.name)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [x, w, scale]))
+
+
+def test_entropy_of_an_ignored_sample_with_the_scale_of_its_norm(backend):
+    """Samples without a label may be those whose entropy is wanted."""
+    x, w, labels = _inputs(backend)
+    _, stats = margin_softmax_loss(
+        x, w, torch.full_like(labels, -100), margin=0.0, scale=1.0, normalize_embeddings=False, return_stats=True,
+        entropy=True, backend=backend.name,
+    )  # fmt: skip
+    log_p = (x.double() @ F.normalize(w.double()).T).log_softmax(1)
+    _compare(stats.entropy, -(log_p.exp() * log_p).sum(1), [x, w])
+
+
+def test_two_classes_that_are_both_labels_and_both_far(backend):
+    """In float32, where s cos of either would be a rounding above what is left of their difference."""
+    w = F.normalize(torch.tensor([[-0.3, 1.0], [-0.34, 1.0]], device=backend.device))
+    x, labels = torch.tensor([[1.0, 0.0]], device=w.device), torch.tensor([[0, 1]], device=w.device)
+    weights = torch.tensor([[1.0, 0.0]], device=w.device)
+    loss, stats = margin_softmax_loss(
+        x, w, labels, margin=0.0, scale=800.0, sample_weight=weights, return_stats=True, entropy=True,
+        backend=backend.name,
+    )  # fmt: skip
+    log_p = (800 * x.double() @ w.double().T).log_softmax(1)
+    torch.testing.assert_close(loss.double(), -log_p[0, 0], rtol=5e-5, atol=0.0)
+    torch.testing.assert_close(stats.entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=5e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_16_bits_have_an_exact_sum(backend, dtype):
+    x, w, labels = _inputs(backend)
+    labels, weights = _two(labels)
+    weights = (1e4 * weights).to(dtype)  # whose sum float16 does not hold
+    got = [
+        margin_softmax_loss(
+            x, w, labels, margin=0.2, scale=S, sample_weight=a, return_stats=3, backend=backend.name
+        )
+        for a in (weights, weights.float())
+    ]
+    for loss, stats in got:
+        torch.testing.assert_close(loss, got[1][0])
+        torch.testing.assert_close(stats.accuracy, got[1][1].accuracy)
+        torch.testing.assert_close(stats.top_k_accuracy, got[1][1].top_k_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NPCFaceMargin(a=torch.inf), r"^a must be in \(-inf, inf\), got inf"),
+        (
+            lambda: NPCFaceMargin(target_margins=(0.4, torch.nan)),
+            r"each of target_margins must be in \(-inf, inf\), got nan",
+        ),
+        (lambda: X2SoftmaxMargin(h=torch.nan), r"^h must be in \(-inf, inf\), got nan"),
+        (lambda: X2SoftmaxMargin(k=torch.nan), r"^k must be in \(-inf, inf\), got nan"),
+    ],
+)
+def test_a_message_names_the_number_that_is_not_finite(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_the_head_shows_what_it_smooths():

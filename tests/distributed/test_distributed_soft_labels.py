@@ -21,6 +21,8 @@ class Case(NamedTuple):
     smoothing: float = 0.1
     classes: int = 23
     reshapes: bool = False
+    broken: bool = False
+    backend: str | None = None
 
 
 class Result(NamedTuple):
@@ -41,10 +43,13 @@ def batch(world: int, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     w = torch.randn(case.classes, DIM, generator=rng, dtype=torch.float64)
     labels = torch.randint(case.classes, (n,), generator=rng)
     labels[1] = -100
+    if case.broken:
+        x[1] = torch.nan
     if not case.two:
         return x, w, labels, None
     second = torch.randint(case.classes, (n,), generator=rng)
     second[0], second[2] = labels[0], -100
+    second[1] = -100 if case.broken else second[1]
     share = torch.rand(n, generator=rng, dtype=torch.float64)
     return x, w, torch.stack([labels, second], 1), torch.stack([share, 1 - share], 1)
 
@@ -63,8 +68,9 @@ def evaluate(
         sample_weight=share,
         return_stats=3,
         entropy=True,
+        backend=case.backend,
     )
-    (loss + entropies * stats.entropy.sum()).backward()
+    (loss + entropies * stats.entropy.nansum()).backward()
     dw = weight.grad.to_local() if isinstance(weight, DTensor) else weight.grad
     return Result(
         loss.detach(), stats.entropy.detach(), stats.accuracy, stats.top_k_accuracy, x.grad, scale.grad, dw
@@ -87,6 +93,8 @@ CASES = [
     Case(classes=2),
     Case(classes=3),
     Case(two=False, reshapes=True),
+    Case(broken=True),
+    Case(two=False, broken=True, backend="reference"),  # which has a nan among the moments too
 ]
 
 
@@ -102,7 +110,7 @@ def test_ranks_compute_what_one_process_does(ranks, world, case):
             torch.testing.assert_close(getattr(result, name), getattr(want, name), rtol=1e-12, atol=1e-12)
     for name, factor in (("entropy", 1), ("dx", world), ("dw", 1)):
         got = torch.cat([getattr(result, name) for result in results]) / factor
-        torch.testing.assert_close(got, getattr(want, name), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(got, getattr(want, name), rtol=1e-10, atol=1e-12, equal_nan=name == "entropy")
 
 
 def sampled(rank: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
