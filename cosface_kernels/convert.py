@@ -100,8 +100,8 @@ def from_pytorch_metric_learning(state: Mapping[str, Tensor], num_classes: int |
     weight = (matrix.T if entry == "W" else matrix).contiguous()
     if num_classes not in (None, len(weight)):
         raise ValueError(
-            f"{entry} should have a centre for each of {num_classes} classes, got {len(weight)} centres. The "
-            "several of a class in SubCenterArcFaceLoss have no place in a head of one each."
+            f"{entry} should have a centre for each of {num_classes} classes, got {len(weight)} centres. "
+            "Several of a class, as SubCenterArcFaceLoss has them, are for FusedSubCenterArcFaceLoss."
         )
     return weight
 

@@ -125,6 +125,7 @@ class FusedMarginLoss(nn.Module):
     """
 
     normalize_embeddings = normalize_weight = True
+    label_smoothing, subcenters = 0.0, 1  # of a head that was pickled before it could have others
     scale: float | Tensor
     class_weight: Tensor | None
 
@@ -331,7 +332,7 @@ class FusedMarginLoss(nn.Module):
             ref_emb, ref_labels: None, or the embeddings and labels themselves; others are refused, as by the
                 classification losses of pytorch-metric-learning, in whose call they have these places.
             sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's; (N, 2) for two
-                labels of a sample, which need it.
+                labels of a sample, which need it; the mean is then over the sum of both.
             return_stats: also return `LossStats`, which costs no further pass over the weight; k for its
                 accuracy among the k nearest classes too, which costs one.
             entropy: with return_stats, its entropy too, which is differentiable.
@@ -452,9 +453,10 @@ class FusedMarginLoss(nn.Module):
 
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f"margin={self.margin}, "
-        subcenters = f"subcenters={self.subcenters}, " if self.subcenters > 1 else ""
+        own = f"subcenters={self.subcenters}, " if self.subcenters > 1 else ""
+        own += f"label_smoothing={self.label_smoothing}, " if self.label_smoothing else ""
         return (
-            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, {subcenters}{margin}"
+            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, {own}{margin}"
             f"scale={self.scale}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"backend={self.backend!r}"
         )

@@ -38,7 +38,14 @@ from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 
-__all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss"]
+__all__ = [
+    "ArcFaceLoss",
+    "CosFaceLoss",
+    "LargeMarginSoftmaxLoss",
+    "NormalizedSoftmaxLoss",
+    "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
+]
 
 
 class _Fused:
@@ -50,6 +57,7 @@ class _Fused:
 
     psi: Callable[[Any], Any]  # from their margin to that of `margin_softmax_loss`
     normalize_embeddings = normalize_weight = True
+    sub_centers = 1
     W: torch.nn.Parameter
     distance: Any
 
@@ -84,12 +92,14 @@ class _Fused:
             cast(Tensor, labels),
             reduction="none",
             normalize_weight=self.normalize_weight,
+            subcenters=self.sub_centers,
             **self.options(),
         )
         if not torch.is_autocast_enabled(embeddings.device.type):  # which has a cross-entropy in float32
             each = each.to(embeddings.dtype)
         if theirs.collect_stats and hasattr(self, "get_angles"):
-            theirs.get_angles(F.cosine_similarity(embeddings.detach(), weight.detach()[labels]))
+            own = weight.detach().unflatten(0, (-1, self.sub_centers))[labels]  # (N, sub_centers, D)
+            theirs.get_angles(F.cosine_similarity(embeddings.detach()[:, None], own, dim=2).amax(1))
         loss = {
             "losses": each * lmu.convert_to_weights(indices_tuple, labels, dtype=embeddings.dtype),
             "indices": c_f.torch_arange_from_size(embeddings),
@@ -123,6 +133,12 @@ class ArcFaceLoss(_Fused, losses.ArcFaceLoss):  # type: ignore[misc]
     """psi = cos(theta + m) with `margin` in degrees, [0, 180); cos - m sin(m) beyond theta + m = pi."""
 
     psi = staticmethod(lambda margin: ArcFaceMargin(float(margin)))  # numpy's, in radians
+
+
+class SubCenterArcFaceLoss(_Fused, losses.SubCenterArcFaceLoss):  # type: ignore[misc]
+    """ArcFace's psi of the nearest of `sub_centers` columns of W that each class has; sizes are keyword arguments."""
+
+    psi = staticmethod(lambda margin: ArcFaceMargin(float(margin)))
 
 
 class SphereFaceLoss(_Fused, losses.SphereFaceLoss):  # type: ignore[misc]

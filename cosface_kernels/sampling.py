@@ -77,7 +77,7 @@ class ClassSampler(nn.Module):
         """The classes of the next step.
 
         Args:
-            targets: (N,) int64 class numbers; negative ones are no class.
+            targets: (N,) or (2, N) int64 class numbers; negative ones are no class.
 
         Returns:
             classes (S,) int64, ascending, and targets as positions in it; negative ones stay.

@@ -12,7 +12,7 @@ from cosface_kernels.validation import check_flag, check_integer, check_interval
 
 
 class ElasticFaceMargin(Margin):
-    """psi = c - m_i, or cos(theta + m_i), with m_i from N(m, std^2), drawn for every sample of a training batch.
+    """psi = c - m_i, or cos(theta + m_i), with m_i from N(m, std^2), drawn for every label of a training batch.
 
     With `plus`, the drawn margins of a batch are shared out by its cosines: the smaller c, the larger m_i. The
     authors' code indexes the sorted margins by the order of the cosines where the paper's rule takes the ranks,

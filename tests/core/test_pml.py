@@ -37,6 +37,8 @@ CASES = {
     "cosface, m and s": ("CosFaceLoss", {"margin": 0.2, "scale": 10}),
     "arcface": ("ArcFaceLoss", {}),
     "arcface, beyond pi": ("ArcFaceLoss", {"margin": 120, "scale": 7}),
+    "sub-centres": ("SubCenterArcFaceLoss", {}),
+    "5 sub-centres": ("SubCenterArcFaceLoss", {"margin": 40, "scale": 9, "sub_centers": 5}),
     "sphereface": ("SphereFaceLoss", {}),
     "sphereface, m = 3": ("SphereFaceLoss", {"margin": 3, "scale": 0.7}),
     "l-softmax": ("LargeMarginSoftmaxLoss", {"margin": 2}),
@@ -127,12 +129,12 @@ def test_module(name):
     x, labels = _batch("random", want.W)
     assert isinstance(loss, getattr(theirs, name))
     assert list(loss.state_dict()) == list(want.state_dict()) == ["W"]
-    assert loss.state_dict()["W"].shape == (D, C)
+    assert loss.state_dict()["W"].shape == (D, C * loss.sub_centers)
     value = loss(x, labels)
     for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert torch.equal(again(x, labels), value)
         assert again.W.T.is_contiguous()  # or every batch would copy it
-    fresh = getattr(ours, name)(C, D)
+    fresh = getattr(ours, name)(num_classes=C, embedding_size=D)
     fresh.load_state_dict(want.state_dict())
     torch.testing.assert_close(fresh(x, labels), value)
     value.backward()
