@@ -136,7 +136,7 @@ class ArcFaceLoss(_Fused, losses.ArcFaceLoss):  # type: ignore[misc]
 
 
 class SubCenterArcFaceLoss(_Fused, losses.SubCenterArcFaceLoss):  # type: ignore[misc]
-    """ArcFace's psi of the nearest of `sub_centers` columns of W that each class has; sizes are keyword arguments."""
+    """ArcFace's psi of the nearest of the `sub_centers` columns of W of each class; num_classes is a keyword."""
 
     psi = staticmethod(lambda margin: ArcFaceMargin(float(margin)))
 
