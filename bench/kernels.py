@@ -169,17 +169,20 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
-# "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one; "moments" of the negatives.
+# "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one; "moments" of the negatives,
+# and "slopes" that are not those of their shape.
 # What is raw computes less, so that nothing crosses it.
-EASIER = {"reshape", "raw", "kept", "some", "moments"}  # than what is crossed, in the same tiles: for sm_90 alone
+# Easier than what is crossed, in the same tiles: for sm_90 alone.
+EASIER = {"reshape", "reshape slopes", "raw", "kept", "some", "moments"}
 REGISTERS = {"reshape", "raw", "kept", "moments"}  # which have tiles of their own
+RESHAPED = ("reshape", "reshape slopes")
 MOMENTS = ("moments", "chosen reshape moments", "kept moments")
 VARIANTS = {
     "row_norms": ("plain", "chosen"),
-    "class_statistics": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept", *MOMENTS),
+    "class_statistics": ("plain", *RESHAPED, "raw", "chosen", "chosen reshape", "kept", *MOMENTS),
     "merge_statistics": ("plain", "reshape", "raw", "chosen reshape", "moments"),
     "normalize_embeddings": ("plain", "raw", "chosen", "moments"),
-    "logit_gradients": ("plain", "reshape", "raw", "chosen", "chosen reshape", "kept", "some", *MOMENTS),
+    "logit_gradients": ("plain", *RESHAPED, "raw", "chosen", "chosen reshape", "kept", "some", *MOMENTS),
     "embedding_gradients": ("plain", "chosen", "some"),
     "weight_gradients": ("plain", "raw", "chosen moved", "some"),
     "project_weight_gradients": ("plain", "moved"),
@@ -285,6 +288,7 @@ def compile_case(case: Case):
         "NEED_DX": True,
         "NORMALIZE": not case.has("raw"),
         "RESHAPE": case.has("reshape"),
+        "SLOPES": case.has("slopes"),
         "MOMENTS": case.has("moments"),
         "CHOSEN": case.has("chosen"),
         "KEEP": case.has("kept"),

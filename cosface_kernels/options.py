@@ -81,6 +81,10 @@ class Options:
         """The arguments of an op for it, `ARGUMENTS`."""
         return _values(self)
 
+    @property
+    def own_slopes(self) -> bool:
+        return self.negatives is not None and self.negatives.shape[0] == 6
+
     def coefficients(self, dtype: torch.dtype) -> Tensor:
         """(6,) of negatives: r = 1, u = 2 q and v = a where only q, a and b are given."""
         assert self.negatives is not None

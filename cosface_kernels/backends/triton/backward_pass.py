@@ -183,7 +183,8 @@ class Backward:
                 *launch.polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot,
                 self.scale_dot, self.class_dot, cosines, self.active_rows, self.N, self.C, kept, first, first_tile,
                 self.chunk, self.row_blocks, *x.stride(), **launch.blocks(self.of_g, x, w),
-                NORMALIZE=self.normalize, RESHAPE=self.reshape, CHOSEN=self.is_chosen, KEPT=is_kept,
+                NORMALIZE=self.normalize, RESHAPE=self.reshape, SLOPES=self.options.own_slopes,
+                CHOSEN=self.is_chosen, KEPT=is_kept,
                 SOME=self.some, MOMENTS=self.moments,
             )  # fmt: skip
 

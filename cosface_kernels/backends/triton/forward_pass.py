@@ -60,6 +60,7 @@ def forward(
             x, w, chosen, w_norm, x_norm, targets, scale, *launch.polynomial(options, scale), top, max_cos,
             sum_exp, parts, cosines, N, C, cosines.shape[1], *x.stride(), tiles_per_split,
             **launch.blocks(tile, x, w), **variant, KEEP=cosines.numel() > 0,
+            SLOPES=options.own_slopes,
         )  # fmt: skip
     results = five_rows(x, targets)
     launch.kernels.merge_statistics[(cdiv(N, ROWS),)](

@@ -34,7 +34,7 @@ def polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
     """Thresholds and coefficients as the kernels read them, or what stands in for them where none are read."""
     if options.thresholds is None or options.negatives is None:
         return unused, unused
-    return options.thresholds.float().contiguous(), options.coefficients(torch.float32).contiguous()
+    return options.thresholds.float().contiguous(), options.negatives.float().contiguous()
 
 
 def pairs(values: Tensor, none: int) -> Tensor:

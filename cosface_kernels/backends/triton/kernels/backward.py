@@ -128,6 +128,7 @@ def logit_gradients(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
+    SLOPES: tl.constexpr,
     CHOSEN: tl.constexpr,
     KEPT: tl.constexpr,
     SOME: tl.constexpr,
@@ -200,7 +201,7 @@ def logit_gradients(
         is_target |= is_second
     shaped = cos
     if RESHAPE:
-        shaped, slope, _ = _reshape(cos, thresholds, negatives, rows, is_row)
+        shaped, slope, _ = _reshape(cos, thresholds, negatives, rows, is_row, SLOPES)
         shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
     # The difference from the largest is class_statistics' own, unless products of another tile round otherwise.
     below = tl.where(is_target, -float("inf"), shaped) - row_top[:, None]

@@ -131,13 +131,19 @@ def _target_cos(
 
 
 @triton.jit
-def _reshape(cos, thresholds, negatives, rows, is_row):
-    """N(c) = (q c + a) c + b where c > tau_i, else r c; the slopes u c + v and r; and where c > tau_i."""
+def _reshape(cos, thresholds, negatives, rows, is_row, SLOPES: tl.constexpr):
+    """N(c) = (q c + a) c + b where c > tau_i, else c; N'(c); and where c > tau_i.
+
+    With SLOPES r c is in the place of c, and u c + v and r in that of N'(c). Three numbers more are live with SLOPES: enough to spill where tiles are large.
+    """
     tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
     q, a, b = tl.load(negatives), tl.load(negatives + 1), tl.load(negatives + 2)
-    r, u, v = tl.load(negatives + 3), tl.load(negatives + 4), tl.load(negatives + 5)
     hard = cos > tau[:, None]
-    return tl.where(hard, (q * cos + a) * cos + b, r * cos), tl.where(hard, u * cos + v, r), hard
+    value = (q * cos + a) * cos + b
+    if SLOPES:
+        r, u, v = tl.load(negatives + 3), tl.load(negatives + 4), tl.load(negatives + 5)
+        return tl.where(hard, value, r * cos), tl.where(hard, u * cos + v, r), hard
+    return tl.where(hard, value, cos), tl.where(hard, 2 * q * cos + a, 1.0), hard
 
 
 @triton.jit

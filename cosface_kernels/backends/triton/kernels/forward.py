@@ -77,6 +77,7 @@ def class_statistics(
     PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RESHAPE: tl.constexpr,
+    SLOPES: tl.constexpr,
     CHOSEN: tl.constexpr,
     KEEP: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -140,11 +141,13 @@ def class_statistics(
         cos = tl.where(is_negative, cos, -float("inf"))
         if RESHAPE:
             running_cos = tl.maximum(running_cos, tl.max(cos, 1))
-            shaped, _, hard = _reshape(cos, thresholds, negatives, rows, is_row)
+            shaped, _, hard = _reshape(cos, thresholds, negatives, rows, is_row, SLOPES)
             if MOMENTS:
                 hard_sum += tl.sum(tl.where(hard, cos, 0.0), 1)
                 hard_count += tl.sum(hard.to(tl.int32), 1)
-            cos = tl.where(is_negative, shaped, -float("inf"))  # where r = 0, -inf has become nan
+            cos = shaped
+            if SLOPES:  # by r = 0, -inf has become nan
+                cos = tl.where(is_negative, shaped, -float("inf"))
         if MOMENTS:
             total += tl.sum(tl.where(is_negative, cos, 0.0), 1)
         new_max = tl.maximum(running_max, tl.max(cos, 1))
