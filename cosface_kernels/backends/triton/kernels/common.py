@@ -134,7 +134,8 @@ def _target_cos(
 def _reshape(cos, thresholds, negatives, rows, is_row, SLOPES: tl.constexpr):
     """N(c) = (q c + a) c + b where c > tau_i, else c; N'(c); and where c > tau_i.
 
-    With SLOPES r c is in the place of c, and u c + v and r in that of N'(c). Three numbers more are live with SLOPES: enough to spill where tiles are large.
+    With SLOPES r c is in the place of c, and u c + v and r in that of N'(c). Three numbers more are live then, enough
+    to spill where tiles are large.
     """
     tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
     q, a, b = tl.load(negatives), tl.load(negatives + 1), tl.load(negatives + 2)
