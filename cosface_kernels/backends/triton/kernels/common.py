@@ -132,19 +132,20 @@ def _target_cos(
 
 @triton.jit
 def _reshape(cos, thresholds, negatives, rows, is_row, SLOPES: tl.constexpr):
-    """N(c) = (q c + a) c + b where c > tau_i, else c; N'(c); and where c > tau_i.
-
-    With SLOPES r c is in the place of c, and u c + v and r in that of N'(c). Three numbers more are live then, enough
-    to spill where tiles are large.
-    """
+    """N(c) = (q c + a) c + b where c > tau_i, else c, or r c with SLOPES; N'(c) without; and where c > tau_i."""
     tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
     q, a, b = tl.load(negatives), tl.load(negatives + 1), tl.load(negatives + 2)
     hard = cos > tau[:, None]
-    value = (q * cos + a) * cos + b
-    if SLOPES:
-        r, u, v = tl.load(negatives + 3), tl.load(negatives + 4), tl.load(negatives + 5)
-        return tl.where(hard, value, r * cos), tl.where(hard, u * cos + v, r), hard
-    return tl.where(hard, value, cos), tl.where(hard, 2 * q * cos + a, 1.0), hard
+    low = tl.load(negatives + 3) * cos if SLOPES else cos
+    return tl.where(hard, (q * cos + a) * cos + b, low), tl.where(hard, 2 * q * cos + a, 1.0), hard
+
+
+@triton.jit
+def _slopes(cos, thresholds, negatives, rows, is_row):
+    """u c + v where c > tau_i, else r. To be called where they are used: fewer registers wait."""
+    tau = tl.load(thresholds + rows, mask=is_row, other=float("inf"))
+    r, u, v = tl.load(negatives + 3), tl.load(negatives + 4), tl.load(negatives + 5)
+    return tl.where(cos > tau[:, None], u * cos + v, r)
 
 
 @triton.jit
