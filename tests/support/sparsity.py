@@ -31,16 +31,16 @@ class Negatives(NamedTuple):
     """What reshapes them, as the op takes it."""
 
     thresholds: Tensor  # (N,)
-    polynomial: Tensor  # (3,)
+    polynomial: Tensor  # (3,) or (6,)
 
     def double(self) -> Negatives:
         return Negatives(*(t.double() for t in self))
 
     def of(self, cos: Tensor) -> tuple[Tensor, Tensor]:
         """N(cos) and N'(cos), (N, C)."""
-        q, a, b = self.polynomial
+        q, a, b, r, u, v = options_of(self).coefficients(self.polynomial.dtype)
         hard = cos > self.thresholds[:, None]
-        return torch.where(hard, (q * cos + a) * cos + b, cos), torch.where(hard, 2 * q * cos + a, 1)
+        return torch.where(hard, (q * cos + a) * cos + b, r * cos), torch.where(hard, u * cos + v, r)
 
 
 class Gradients(NamedTuple):
