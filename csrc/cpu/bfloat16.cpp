@@ -166,8 +166,7 @@ inline void block(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_
   __m512 sum[kRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = accumulate ? _mm512_loadu_ps(c + r * c_stride) : _mm512_setzero_ps();
-    sum[r][1] = accumulate ? _mm512_loadu_ps(c + r * c_stride + 16) : _mm512_setzero_ps();
+    sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   }
   for (int64_t k = 0; k < depth; k += 2, b += 2 * kPanel) {
     if (k / 2 % kPairsPerLine == 0) {
@@ -185,8 +184,10 @@ inline void block(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     for (int half = 0; half < 2; ++half) {
-      const __m512 scaled = factor ? sum[r][half] * _mm512_loadu_ps(factor + 16 * half) : sum[r][half];
-      _mm512_storeu_ps(c + r * c_stride + 16 * half, scaled);
+      float* const out = c + r * c_stride + 16 * half;
+      // Added at the end: of millions of products each would be rounded as coarsely as what c has become.
+      const __m512 all = accumulate ? _mm512_loadu_ps(out) + sum[r][half] : sum[r][half];
+      _mm512_storeu_ps(out, factor ? all * _mm512_loadu_ps(factor + 16 * half) : all);
     }
   }
 }
@@ -208,7 +209,11 @@ inline void block(const BFloat16* a, int64_t, const BFloat16* b, int64_t depth, 
                   const float* factor, uintptr_t) {
   static_assert(kRows == 1);
   float sum[kPanel];
+#if defined(COSFACE_EMULATES_AMX)
   for (int64_t l = 0; l < kPanel; ++l) sum[l] = accumulate ? flushed(c[l]) : 0.0f;
+#else
+  for (int64_t l = 0; l < kPanel; ++l) sum[l] = 0.0f;
+#endif
   for (int64_t step = 0; step < depth; step += kDepthStep) {
 #if defined(COSFACE_EMULATES_AMX)
     float lows[kPanel] = {}, highs[kPanel] = {};  // of a tile, whose sum is added
@@ -230,7 +235,12 @@ inline void block(const BFloat16* a, int64_t, const BFloat16* b, int64_t depth, 
     for (int64_t l = 0; l < kPanel; ++l) sum[l] = flushed(sum[l] + flushed(lows[l] + highs[l]));
 #endif
   }
-  for (int64_t l = 0; l < kPanel; ++l) c[l] = factor ? sum[l] * factor[l] : sum[l];
+  for (int64_t l = 0; l < kPanel; ++l) {
+#if !defined(COSFACE_EMULATES_AMX)
+    if (accumulate) sum[l] += c[l];
+#endif
+    c[l] = factor ? sum[l] * factor[l] : sum[l];
+  }
 }
 
 #endif

@@ -106,6 +106,21 @@ void test_matmul_isolates() {
   }
 }
 
+// A sum of a million alike: its rounding goes one way each time, so that how often it is rounded counts. Once a
+// product; AMX, once an instruction.
+void test_matmul_adds_at_the_end() {
+  const int64_t depth = 256, products = 4096;
+  const int roundings = std::string(instruction_set()).find("amx") == std::string::npos ? 1 : depth / kDepthStep;
+  const double term = value(rounded(0.7)) * value(rounded(0.9));
+  Exact<BFloat16> a(depth, rounded(0.7)), b(depth * kPanel, rounded(0.9));
+  Exact<float> c(kPanel, 0.0f);
+  for (int64_t k = 0; k < products; ++k) {
+    unit().products.matmul({a, depth, 1}, {b, depth * kPanel, kPanel}, c, kPanel, 1, kPanel, depth, true, {});
+  }
+  const double want = term * static_cast<double>(products * depth);
+  CHECK(close(c[0], want, want * kUlp<float> * (products * roundings / 2 + depth)), c[0], want);
+}
+
 void test_pack() {
   for (int64_t rows : {0, 1, 2, 31, 32, 33, 70}) {
     for (int64_t panels : {1, 3}) {
@@ -211,6 +226,7 @@ void tests() {
   CHECK(unit().products.panel == kPanel && unit().products.depth_step == kDepthStep);
   test_matmul();
   test_matmul_isolates();
+  test_matmul_adds_at_the_end();
   test_pack();
   test_pack_transposed();
   test_scale();
