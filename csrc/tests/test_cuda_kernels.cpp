@@ -203,9 +203,11 @@ struct Logits {
   }
   double shaped(int64_t i, int64_t j) const {
     const double c = cos(i, j);
+    if (!reshaped) return c;
     return hard(i, j) ? (coefficients[0] * c + coefficients[1]) * c + coefficients[2] : coefficients[3] * c;
   }
   double slope(int64_t i, int64_t j) const {
+    if (!reshaped) return 1;
     return hard(i, j) ? coefficients[4] * cos(i, j) + coefficients[5] : coefficients[3];
   }
 

@@ -109,7 +109,8 @@ void check(const Moments<T>& p, const Run<T>& got) {
       if (p.hard(i, cos[j])) hard_sum += cos[j], hard_count += 1;
     }
     const double log_sum = std::log(sum), size = tolerance * static_cast<double>(classes + 1);
-    CHECK(close(got.moments[i], sum > 0 ? below / sum : 0, size), n, classes, i, got.moments[i], below / sum);
+    const double mean_below = sum > 0 ? below / sum : 0;
+    CHECK(close(got.moments[i], mean_below, size), n, classes, i, got.moments[i], mean_below);
     CHECK(close(got.moments[n + i], all, size), n, classes, i, got.moments[n + i], all);
     CHECK(close(got.moments[2 * n + i], hard_sum, size), n, classes, i, got.moments[2 * n + i], hard_sum);
     CHECK(close(got.moments[3 * n + i], hard_count, 0), n, classes, i, got.moments[3 * n + i], hard_count);
