@@ -301,7 +301,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.options = [None if isinstance(option, Tensor) else option for option in options]
     _, top, log_sum, target_cos, max_neg, cache, moments = output
     ctx.set_materialize_grads(False)  # that of a cache would be as large
-    ctx.mark_non_differentiable(top, max_neg, cache)
+    ctx.mark_non_differentiable(top, max_neg, cache, *([] if len(moments) else [moments]))
     tensors = [option if isinstance(option, Tensor) else None for option in options]
     ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache, moments, *tensors)
 
@@ -333,14 +333,16 @@ def fold(
     of_loss, of_log_sum, of_cos, of_moments = upstream
     g_loss, g_lse = (torch.zeros_like(log_sum) if g is None else g for g in (of_loss, of_log_sum))  # (N,) each
     g_cos = torch.zeros_like(target_cos) if of_cos is None else of_cos
-    psi = torch.atleast_2d(target_cos)[0] - margin  # (N,)
-    flows = (torch.atleast_2d(targets)[0] >= 0) & (g_loss != 0)  # (N,)
+    two = targets.dim() == 2
+    first, first_cos = (targets[0], target_cos[0]) if two else (targets, target_cos)  # (N,) each
+    psi = first_cos - margin  # (N,)
+    flows = (first >= 0) & (g_loss != 0)  # (N,)
     g_z = torch.where(flows, g_loss * torch.sigmoid(excess(scale, top, log_sum, psi)), 0)  # (N,)
-    g_psi = -scale * g_z  # (N,)
-    g_cos = g_cos + (g_psi if g_cos.dim() == 1 else torch.stack([g_psi, torch.zeros_like(g_psi)]))
+    less = scale * g_z  # (N,)
+    g_cos = g_cos - (torch.stack([less, torch.zeros_like(less)]) if two else less)
     dscale = -g_lse * top - g_z * psi  # (N,)
     g_lse = g_lse + g_z
-    if of_moments is None or not len(of_moments):  # under torch.compile there are gradients of what is empty
+    if of_moments is None:
         return Folded(g_lse, g_cos, None, dscale)
     g_mean = -of_moments[0]  # (N,)
     of_mean = torch.where(g_mean != 0, g_mean * moments[0], 0)  # (N,)

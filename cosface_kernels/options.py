@@ -83,13 +83,14 @@ class Options:
 
     @property
     def own_slopes(self) -> bool:
-        return self.negatives is not None and self.negatives.shape[0] == 6
+        """Whether the slopes of negatives are not those of their shape."""
+        return self.negatives is not None and self.negatives.shape == (6,)
 
     def coefficients(self, dtype: torch.dtype) -> Tensor:
         """(6,) of negatives: r = 1, u = 2 q and v = a where only q, a and b are given."""
         assert self.negatives is not None
         given = self.negatives.to(dtype)
-        if given.shape[0] == 6:
+        if self.own_slopes:
             return given
         return torch.cat([given, torch.ones_like(given[:1]), 2 * given[:1], given[1:2]])
 

@@ -19,6 +19,7 @@ from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, Local
 from cosface_kernels.margins import ClassMargin, Margin, Rows, Smoothing
+from cosface_kernels.margins.base import check_smoothing
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS, compute_dtype
 from cosface_kernels.sampling import ClassSampler
@@ -36,7 +37,6 @@ from cosface_kernels.validation import (
     check_rows,
     check_sampler,
     check_scale,
-    check_smoothing,
     check_table,
     check_tolerance,
 )
@@ -87,11 +87,8 @@ class Labels(NamedTuple):
     scale: Tensor  # (M,)
     sample_weight: Tensor | None  # (M,)
     softmax: Softmax
+    valid: Tensor  # (M,), not ignored
     share: Tensor  # (M,), what a label counts in an accuracy
-
-    @property
-    def valid(self) -> Tensor:
-        return self.rows.targets != ops.IGNORED  # (M,)
 
 
 class Part(NamedTuple):
@@ -187,42 +184,38 @@ def check(
         check_margin(settings.margin)
     if isinstance(scale, Tensor) and scale.dim():
         check_per_sample("scale", scale, labels if labels.dim() == 1 else labels[:, 0])
-    check_smoothing(settings.label_smoothing)
     margin = settings.margin
-    if settings.label_smoothing and isinstance(margin, Margin) and not margin.smooths_labels:
-        raise ValueError(
-            f"{type(margin).__name__} is no cross-entropy, whose labels could be smoothed: label_smoothing must "
-            f"be 0, got {settings.label_smoothing!r}."
-        )
+    check_smoothing(settings.label_smoothing, margin)
     if labels.dim() == 2 and isinstance(margin, Margin) and margin.reshapes_negatives:
         raise ValueError(
             f"{type(margin).__name__} reshapes the negatives of a sample by its label: labels must have shape "
             f"(N,), got shape {tuple(labels.shape)}."
         )
-    if _needs_moments(settings, labels) and settings.gradient_tolerance:
-        raise ValueError(
-            "label_smoothing, two labels of a sample, entropy and NPCFaceMargin sum up all classes: "
-            f"gradient_tolerance must be 0, got {settings.gradient_tolerance!r}."
-        )
-
-
-def _needs_moments(settings: Settings, labels: Tensor) -> bool:
-    reads = isinstance(settings.margin, Margin) and settings.margin.reads_hard_negatives
-    return bool(settings.label_smoothing or settings.entropy or labels.dim() == 2 or reads)
 
 
 def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:
-    """Fields of `Options`: what is for backward only where there may be one."""
+    """Fields of `Options`: what is for backward only where there may be one.
+
+    Raises:
+        ValueError: a tolerance meets what sums up all classes.
+    """
+    reads = isinstance(settings.margin, Margin) and settings.margin.reads_hard_negatives
+    moments = bool(settings.label_smoothing or settings.entropy or labels.dim() == 2 or reads)
     options: dict[str, Any] = {
         "normalize_weight": settings.normalize_weight,
         "workspace_bytes": int(settings.workspace_bytes),
-        "moments": _needs_moments(settings, labels),
+        "moments": moments,
         "subcenters": int(settings.subcenters),
     }
     if differentiable:
         options["cache_bytes"] = None if settings.cache_bytes is None else int(settings.cache_bytes)
         options["exact_cache"] = settings.exact_cache
         options["gradient_tolerance"] = float(settings.gradient_tolerance)
+        if moments and settings.gradient_tolerance:
+            raise ValueError(
+                "label_smoothing, two labels of a sample, entropy and NPCFaceMargin sum up all classes: "
+                f"gradient_tolerance must be 0, got {settings.gradient_tolerance!r}."
+            )
     else:
         options["cache_bytes"] = 0
     return options
@@ -283,7 +276,7 @@ def gather(
         targets = targets.masked_fill((targets == ops.INVALID).any(0), ops.INVALID)
         weight_of_first = torch.where(same, weight_of_first + weight_of_second, weight_of_first)
         sample_weight = torch.stack([weight_of_first, weight_of_second])  # (2, N)
-    any_target = torch.atleast_2d(targets).amax(0)  # (N,)
+    any_target = targets if targets.dim() == 1 else targets.amax(0)  # (N,)
     if isinstance(scale, Tensor) and scale.dim():  # a nan in an ignored sample must not reach a gradient
         s = torch.where((any_target >= 0) | s.isfinite(), s, 1)
     if not settings.normalize_embeddings:
@@ -349,7 +342,7 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
     embeddings, targets, scale, sample_weight = batch
     if softmax.below is not None:
         softmax = softmax.only(torch.atleast_2d(targets).amax(0) >= 0)
-    share = targets != ops.IGNORED
+    valid = share = targets != ops.IGNORED
     if targets.dim() == 2:
         assert sample_weight is not None
         cosines = softmax.target_cos
@@ -359,7 +352,7 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
         ]
         softmax = Softmax(*(torch.cat(each) for each in zip(*both, strict=True)))  # (M,) each
         embeddings, scale = torch.cat([embeddings] * 2), torch.cat([scale] * 2)
-        share = torch.where(share, sample_weight, 0).flatten().detach()
+        valid, share = valid.flatten(), torch.where(valid, sample_weight, 0).flatten().detach()
         targets, sample_weight = targets.flatten(), sample_weight.flatten()
     smoothing = None
     if settings.label_smoothing:
@@ -372,7 +365,7 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
     if softmax.hard_sum is not None and softmax.hard_count is not None:
         hardness = (softmax.hard_sum / softmax.hard_count.clamp_min(1)).detach()  # (M,)
     rows = Rows(embeddings, targets, ranks.whole, ranks.share, smoothing, hardness)
-    return Labels(rows, scale, sample_weight, softmax, share)
+    return Labels(rows, scale, sample_weight, softmax, valid, share)
 
 
 def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tensor:
@@ -382,12 +375,13 @@ def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tens
     if isinstance(margin, Margin):
         # masked before and after: a nan in an ignored sample must not reach a gradient
         loss = margin.loss(torch.where(valid, top, 0), torch.where(valid, log_sum, 0), target_cos, s, rows)  # (M,)
-        return torch.where(valid, loss, 0)
-    if loss is not None and loss.shape == valid.shape and not callable(margin) and rows.smoothing is None:
+    elif loss is not None and loss.shape == valid.shape and not callable(margin) and rows.smoothing is None:
         return loss
-    psi = margin(target_cos) if callable(margin) else target_cos - settings.subtracted  # (M,)
-    check_per_sample("the margin's result", psi, rows.targets)
-    return rows.cross_entropy(top, log_sum, psi, s)
+    else:
+        psi = margin(target_cos) if callable(margin) else target_cos - settings.subtracted  # (M,)
+        check_per_sample("the margin's result", psi, rows.targets)
+        loss = rows.cross_entropy(top, log_sum, psi, s)  # (M,)
+    return torch.where(valid, loss, 0)
 
 
 def reduce(ranks: Local | Exchange, loss: Tensor, batch: Batch, labels: Labels, reduction: str) -> Tensor:

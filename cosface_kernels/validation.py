@@ -98,10 +98,6 @@ def check_finite(name: str, value: float) -> None:
     check_interval(name, value, "(-inf, inf)", -sys.float_info.max, math.inf)
 
 
-def check_smoothing(label_smoothing: float) -> None:
-    check_interval("label_smoothing", label_smoothing, "[0, 1]", 0, math.nextafter(1, 2))
-
-
 def check_tolerance(tolerance: float) -> None:
     if not isinstance(tolerance, numbers.Real) or not 0 <= tolerance < 1:
         raise ValueError(f"gradient_tolerance must be in [0, 1), got {tolerance!r}.")

@@ -85,7 +85,7 @@ struct Options {
 template <typename T>
 struct Arguments {
   Tensor x, w, y, s, tau,
-      coefficients;  // tau (N) and coefficients (6) are undefined where there are no thresholds
+      coefficients;  // tau (N) and coefficients (3) or (6) are undefined where there are no thresholds
   bool bfloat16;
 
   explicit Arguments(const cosface::Inputs& given)
@@ -96,7 +96,7 @@ struct Arguments {
         bfloat16(given.x.scalar_type() == at::kBFloat16) {
     if (!given.thresholds) return;
     tau = in_t(*given.thresholds);
-    coefficients = cosface::coefficients_of(*given.negatives, c10::CppTypeToScalarType<T>::value);
+    coefficients = in_t(*given.negatives);
   }
 
   static Tensor in_t(const Tensor& tensor) { return tensor.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
@@ -104,7 +104,8 @@ struct Arguments {
     cosface::Negatives<T> negatives;
     if (tau.defined()) {
       const T* c = coefficients.const_data_ptr<T>();
-      negatives = {tau.const_data_ptr<T>(), c[0], c[1], c[2], c[3], c[4], c[5]};
+      negatives = {tau.const_data_ptr<T>(), c[0], c[1], c[2]};
+      if (coefficients.numel() == 6) negatives.r = c[3], negatives.u = c[4], negatives.v = c[5];
     }
     return {x.const_data_ptr<T>(),
             y.const_data_ptr<int64_t>(),

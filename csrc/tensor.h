@@ -138,14 +138,6 @@ inline std::vector<at::Tensor> upstream_of(const at::Tensor& x, const at::Tensor
           rows("g_cos", g_cos, y.sizes()), g_moments ? rows("g_moments", *g_moments, {2, n}) : at::Tensor()};
 }
 
-// (6) coefficients of negatives in a dtype, as cosface_kernels/options.py completes them.
-inline at::Tensor coefficients_of(const at::Tensor& negatives, at::ScalarType dtype) {
-  const at::Tensor given = negatives.to(dtype);
-  if (given.numel() == 6) return given.contiguous();
-  const at::Tensor q = given.narrow(0, 0, 1);
-  return at::cat({given, at::ones_like(q), 2 * q, given.narrow(0, 1, 1)});
-}
-
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
 }

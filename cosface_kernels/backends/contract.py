@@ -40,8 +40,7 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     if options.thresholds is not None:
         _check_one("thresholds", options.thresholds, (N,), x.device)
     if options.negatives is not None:
-        six = options.negatives.shape == (6,)
-        _check_one("negatives", options.negatives, (6,) if six else (3,), x.device)
+        _check_one("negatives", options.negatives, (6,) if options.own_slopes else (3,), x.device)
     if (options.thresholds is None) != (options.negatives is None):
         raise ValueError("thresholds and negatives must be given together.")
     if options.classes is not None:

@@ -58,13 +58,12 @@ class Rows:
         return torch.linalg.vector_norm(self.embeddings.where(self.valid[:, None], 0), dim=1, dtype=dtype)
 
     def cross_entropy(self, top: Tensor, log_sum: Tensor, psi: Tensor, scale: Tensor) -> Tensor:
-        """(N,) softplus(lse - s psi), with smoothed labels if they are; 0 for a sample that has no loss."""
+        """(N,) softplus(lse - s psi), with smoothed labels if they are; anything for a sample that has no loss."""
         loss = softplus(torch.where(self.valid, excess(scale, top, log_sum, psi), 0))  # (N,)
-        if self.smoothing is not None:
-            epsilon, total, classes = self.smoothing.epsilon, self.smoothing.total, self.smoothing.classes
-            to_all = epsilon * scale * (psi - (psi + total) / classes)  # (N,)
-            loss = loss + to_all
-        return torch.where(self.valid, loss, 0)
+        if self.smoothing is None:
+            return loss
+        epsilon, total, classes = self.smoothing.epsilon, self.smoothing.total, self.smoothing.classes
+        return loss + epsilon * scale * (psi - (psi + total) / classes)
 
 
 class Margin(nn.Module):
@@ -150,6 +149,15 @@ def mean_and_std(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 def update_average(average: Tensor, value: Tensor, rate: float) -> None:
     """average += rate (value - average), in place; a value that is not finite changes nothing."""
     average.copy_(torch.where(value.isfinite(), average.lerp(value.to(average.dtype), rate), average))
+
+
+def check_smoothing(label_smoothing: float, margin: float | Callable[..., Tensor]) -> None:
+    check_interval("label_smoothing", label_smoothing, "[0, 1]", 0, math.nextafter(1, 2))
+    if label_smoothing and isinstance(margin, Margin) and not margin.smooths_labels:
+        raise ValueError(
+            f"{type(margin).__name__} is no cross-entropy, whose labels could be smoothed: label_smoothing must "
+            f"be 0, got {label_smoothing!r}."
+        )
 
 
 def check_rate(rate: float) -> None:

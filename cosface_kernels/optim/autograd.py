@@ -56,7 +56,7 @@ class _MovesRows(torch.autograd.Function):
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
         _, top, log_sum, target_cos, max_neg, cache, moments = outputs
         ctx.set_materialize_grads(False)  # that of a cache would be as large
-        ctx.mark_non_differentiable(top, max_neg, cache)
+        ctx.mark_non_differentiable(top, max_neg, cache, *([] if len(moments) else [moments]))
         ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache, moments)
         return outputs
 

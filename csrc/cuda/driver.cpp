@@ -94,6 +94,14 @@ struct Cache {
   }
 };
 
+// (6) coefficients of negatives in a dtype, as cosface_kernels/options.py completes them.
+Tensor coefficients_of(const Tensor& negatives, at::ScalarType dtype) {
+  const Tensor given = negatives.to(dtype);
+  if (given.numel() == 6) return given.contiguous();
+  const Tensor q = given.narrow(0, 0, 1);
+  return at::cat({given, at::ones_like(q), 2 * q, given.narrow(0, 1, 1)});
+}
+
 enum class Pass { kForward, kBackward };
 
 // One call's inputs, and a workspace that all chunks share.

@@ -2,11 +2,11 @@
 
 import functools
 import json
-import pathlib
 
 import pytest
 import torch
 from support import run_python
+from support.memory import FORGET, raised_by
 
 from cosface_kernels import FusedCosFaceLoss, cosface_loss
 from cosface_kernels.options import CACHE_BYTES
@@ -17,16 +17,7 @@ FEW, MANY = 160_000, 320_000  # their logits take 156 and 312 MiB
 SLACK_MIB = 8  # tiles of every thread, partial sums, allocator; with the cache, less than the logits of FEW
 MODES = ("both", "dx", "dw", "none")  # which gradients are wanted
 
-pytestmark = pytest.mark.skipif(
-    not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
-)
-
-
-def _status(field: str) -> int:
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+pytestmark = pytest.mark.skipif(not FORGET.exists(), reason="peak memory is read from Linux's /proc")
 
 
 def _peak_beyond_inputs(backend: str, mode: str, num_classes: int, dtype: torch.dtype) -> int:
@@ -35,12 +26,13 @@ def _peak_beyond_inputs(backend: str, mode: str, num_classes: int, dtype: torch.
     x, labels = torch.randn(NUM_SAMPLES, DIM), torch.randint(num_classes, (NUM_SAMPLES,))
     x.requires_grad_(mode in ("both", "dx"))
     w.requires_grad_(mode in ("both", "dw"))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = _status("VmRSS")
-    loss = cosface_loss(x, w, labels, backend=backend)
-    if loss.requires_grad:
-        loss.backward()
-    return _status("VmHWM") - before
+
+    def step() -> None:
+        loss = cosface_loss(x, w, labels, backend=backend)
+        if loss.requires_grad:
+            loss.backward()
+
+    return raised_by(step)
 
 
 def main(backend: str, *modes: str) -> None:
@@ -92,10 +84,7 @@ def peak_of_many_threads() -> None:
     w, x = torch.randn(1000, 512, requires_grad=True), torch.randn(4096, 512, requires_grad=True)
     labels = torch.randint(1000, (4096,))
     cosface_loss(x[:512], w, labels[:512], backend="cpu").backward()  # threads take their memory once
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    cosface_loss(x, w, labels, backend="cpu").backward()
-    print((_status("VmHWM") - before) / MIB)
+    print(raised_by(lambda: cosface_loss(x, w, labels, backend="cpu").backward()) / MIB)
 
 
 def test_threads_share_sums_of_samples():

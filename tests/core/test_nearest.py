@@ -1,7 +1,6 @@
 """The nearest classes: those of float64, in one order, whatever the sizes, dtypes, tiles and threads."""
 
 import json
-import pathlib
 import re
 
 import hypothesis
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from support import BF16, F16, F32, F64, MIXED_DTYPES, SAME_DTYPES, relative_error, run_python
+from support.memory import FORGET
 from torch import Tensor
 
 from cosface_kernels import (
@@ -203,24 +203,19 @@ def test_refuses_tensors_that_do_not_fit():
 
 
 PEAK = """
-import json, pathlib, sys, torch
+import json, sys, torch
+from support.memory import raised_by
 from cosface_kernels import nearest_classes
-def status(field):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 torch.set_num_threads(2)
 peaks = {}
 for classes in (2000, 50_000, 200_000):
     x, w = torch.randn(256, 16), torch.randn(classes, 16)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    nearest_classes(x, w, 10, backend=sys.argv[1])
-    peaks[classes] = status("VmHWM") - before
+    peaks[classes] = raised_by(lambda: nearest_classes(x, w, 10, backend=sys.argv[1]))
 print(json.dumps(peaks))
 """
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads peaks from Linux's /proc")
+@pytest.mark.skipif(not FORGET.exists(), reason="reads peaks from Linux's /proc")
 def test_memory_does_not_grow_with_classes():
     peaks = {}
     for backend in ("cpu", "reference"):

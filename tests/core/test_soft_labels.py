@@ -10,6 +10,7 @@ from cosface_kernels import (
     FusedArcFaceLoss,
     FusedCosFaceLoss,
     FusedCurricularFaceLoss,
+    FusedGBCosFaceLoss,
     FusedMagFaceLoss,
     margin_softmax_loss,
 )
@@ -301,6 +302,22 @@ def test_what_does_not_go_together_is_refused(backend):
         arguments = {"labels": labels, "margin": 0.2, **changes}
         with pytest.raises(ValueError, match=message):
             margin_softmax_loss(x, w, arguments.pop("labels"), backend=backend.name, **arguments)
+
+
+def test_a_tolerance_is_of_backward_alone():
+    """Where there will be none, it meets nothing."""
+    x, w, labels = torch.randn(4, D), torch.randn(C, D), torch.arange(4)
+    head = FusedCosFaceLoss(C, D, gradient_tolerance=0.1, label_smoothing=0.1)
+    with torch.no_grad():
+        assert head(x, labels, return_stats=True, entropy=True)[1].entropy.shape == (4,)
+    assert margin_softmax_loss(x, w, labels, margin=0.2, gradient_tolerance=0.1, label_smoothing=0.1).isfinite()
+    with pytest.raises(ValueError, match=r"gradient_tolerance must be 0, got 0\.1"):
+        head(x, labels)
+
+
+def test_a_head_refuses_to_smooth_what_has_no_labels_to_smooth():
+    with pytest.raises(ValueError, match=r"GBCosFaceMargin is no cross-entropy.* got 0\.1"):
+        FusedGBCosFaceLoss(C, D, label_smoothing=0.1)
 
 
 def test_a_label_out_of_range(backend):

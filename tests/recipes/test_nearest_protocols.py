@@ -1,7 +1,6 @@
 """Identification by the nearest images equals identification by all similarities, and takes less memory."""
 
 import json
-import pathlib
 
 import hypothesis
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from support import run_python
+from support.memory import FORGET
 from torch import Tensor
 
 from cosface_recipes.evaluation import search as module
@@ -128,25 +128,20 @@ def test_what_is_no_number_is_refused(part):
 
 
 PEAK = """
-import json, pathlib, torch
+import json, torch
+from support.memory import raised_by
 from cosface_recipes.evaluation.search import search
-def status(field):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 torch.set_num_threads(2)
 peaks = {}
 for images in (1, 4):
     probes, gallery = torch.randn(1000, 16), torch.randn(50_000, 16)
     labels, known = torch.randint(15_000, (1000,)), torch.arange(50_000) // images
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    search(probes, labels, gallery, known, 20)
-    peaks[images] = status("VmHWM") - before
+    peaks[images] = raised_by(lambda: search(probes, labels, gallery, known, 20))
 print(json.dumps(peaks))
 """
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads peaks from Linux's /proc")
+@pytest.mark.skipif(not FORGET.exists(), reason="reads peaks from Linux's /proc")
 def test_memory_is_not_that_of_the_similarities():
     """Which are 191 MiB; the gallery is 3, and normalised in float64."""
     done = run_python(PEAK, MALLOC_MMAP_THRESHOLD_="65536")

@@ -171,12 +171,23 @@ int64_t exceeding(const T* z, int64_t n, T inv_norm, const T* limit, uint8_t* wh
   return count;
 }
 
-template <typename T, bool kReshaped>
-void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                      int64_t first_class, const T* s, Negatives<T> negatives, const T* top, const T* log_sum,
-                      const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
-  T target[kTileRows], dot[kTileRows] = {}, ds[kTileRows] = {};
+// With kMoments, as Kernels::backward_moments; without, nothing of `moments` is read.
+template <typename T, bool kReshaped, bool kMoments>
+void backward_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                 int64_t first_class, const T* s, Negatives<T> negatives, const T* top, const T* log_sum,
+                 const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale,
+                 const MomentGradients<T>& moments) {
+  T target[kTileRows], second[kTileRows], g_second[kTileRows], dot[kTileRows] = {}, ds[kTileRows] = {};
+  const T *b = moments.b, *c = moments.c;
   targets_in_tile(y, n, first_class, classes, target);
+  if constexpr (kMoments) {
+    const bool some = moments.second != nullptr;
+    if (some) targets_in_tile(moments.second, n, first_class, classes, second);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!some) second[i] = T(-1);
+      g_second[i] = some ? moments.g_second_cos[i] : T(0);
+    }
+  }
   for (int64_t j = 0; j < classes; ++j) {
     T* row = z + j * stride;
     const T inv = inv_norm[j], here = static_cast<T>(j);
@@ -185,51 +196,20 @@ void backward_tile_of(T* z, int64_t classes, int64_t n, int64_t stride, const T*
     for (int64_t i = 0; i < n; ++i) {
       const bool is_target = target[i] == here;
       const T cos = row[i] * inv;  // rounded as in forward: other uses than the difference keep it out of an fma
-      const T shaped = reshape<kReshaped>(negatives, i, cos);
-      const T g_neg = g_lse[i] * exp(s[i] * (shaped - top[i]) - log_sum[i]);
-      const T p = is_target ? T(0) : g_neg;
-      const T g = is_target ? g_cos[i] : s[i] * p * slope<kReshaped>(negatives, i, cos);
-      ds[i] += p * shaped;
-      dot[i] += g * cos;
-      col += g * cos;
-      row[i] = g * inv;
-    }
-    col_dot[j] += col;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    row_dot[i] += dot[i];
-    dscale[i] += ds[i];
-  }
-}
-
-template <typename T, bool kReshaped>
-void backward_moments_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
-                         int64_t first_class, const T* s, Negatives<T> negatives, const T* top, const T* log_sum,
-                         const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale,
-                         const MomentGradients<T>& moments) {
-  T target[kTileRows], second[kTileRows], g_second[kTileRows] = {}, dot[kTileRows] = {}, ds[kTileRows] = {};
-  const T *b = moments.b, *c = moments.c;
-  targets_in_tile(y, n, first_class, classes, target);
-  for (int64_t i = 0; i < n; ++i) second[i] = T(-1);
-  if (moments.second != nullptr) {
-    targets_in_tile(moments.second, n, first_class, classes, second);
-    for (int64_t i = 0; i < n; ++i) g_second[i] = moments.g_second_cos[i];
-  }
-  for (int64_t j = 0; j < classes; ++j) {
-    T* row = z + j * stride;
-    const T inv = inv_norm[j], here = static_cast<T>(j);
-    T col = 0;
-#pragma omp simd reduction(+ : col)
-    for (int64_t i = 0; i < n; ++i) {
-      const bool is_target = target[i] == here, is_second = second[i] == here;
-      const T cos = row[i] * inv;
-      const T shaped = reshape<kReshaped>(negatives, i, cos), from_top = shaped - top[i];
-      const T p = exp(s[i] * from_top - log_sum[i]);
-      const T t_neg = (g_lse[i] + b[i] * from_top) * p;
-      const T t = is_target | is_second ? T(0) : t_neg;
-      const T g_neg = (s[i] * t_neg + b[i] * p + c[i]) * slope<kReshaped>(negatives, i, cos);
-      const T g_other = is_second ? g_second[i] : g_neg;
-      const T g = is_target ? g_cos[i] : g_other;
+      const T shaped = reshape<kReshaped>(negatives, i, cos), steep = slope<kReshaped>(negatives, i, cos);
+      T t, g;  // what dscale has as a factor, and G
+      if constexpr (kMoments) {
+        const bool is_second = second[i] == here;
+        const T from_top = shaped - top[i], p = exp(s[i] * from_top - log_sum[i]);
+        const T t_neg = (g_lse[i] + b[i] * from_top) * p;
+        const T g_neg = (s[i] * t_neg + b[i] * p + c[i]) * steep, g_other = is_second ? g_second[i] : g_neg;
+        t = is_target | is_second ? T(0) : t_neg;
+        g = is_target ? g_cos[i] : g_other;
+      } else {
+        const T g_neg = g_lse[i] * exp(s[i] * (shaped - top[i]) - log_sum[i]);
+        t = is_target ? T(0) : g_neg;
+        g = is_target ? g_cos[i] : s[i] * t * steep;
+      }
       ds[i] += t * shaped;
       dot[i] += g * cos;
       col += g * cos;
@@ -248,7 +228,7 @@ void backward_moments(T* z, int64_t classes, int64_t n, int64_t stride, const T*
                       int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top,
                       const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
                       double* dscale, const MomentGradients<T>& moments) {
-  const auto run = negatives.tau ? backward_moments_of<T, true> : backward_moments_of<T, false>;
+  const auto run = negatives.tau ? backward_of<T, true, true> : backward_of<T, false, true>;
   run(z, classes, n, stride, inv_norm, y, first_class, s, negatives, top, log_sum, g_lse, g_cos, col_dot, row_dot,
       dscale, moments);
 }
@@ -303,9 +283,9 @@ template <typename T>
 void backward_tile(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
                    int64_t first_class, const T* s, const Negatives<T>& negatives, const T* top, const T* log_sum,
                    const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale) {
-  (negatives.tau ? backward_tile_of<T, true> : backward_tile_of<T, false>)(z, classes, n, stride, inv_norm, y,
-                                                                           first_class, s, negatives, top, log_sum,
-                                                                           g_lse, g_cos, col_dot, row_dot, dscale);
+  const auto run = negatives.tau ? backward_of<T, true, false> : backward_of<T, false, false>;
+  run(z, classes, n, stride, inv_norm, y, first_class, s, negatives, top, log_sum, g_lse, g_cos, col_dot, row_dot,
+      dscale, {});
 }
 
 }  // namespace

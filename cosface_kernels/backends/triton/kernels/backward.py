@@ -219,9 +219,7 @@ def logit_gradients(
         tl.store(scale_dot + slots, scale_so_far + tl.sum(t * shaped, 1), mask=is_row)
         gradient = s[:, None] * t + row_b[:, None] * p + row_c[:, None]
         if RESHAPE:
-            if SLOPES:
-                slope = _slopes(cos, thresholds, negatives, rows, is_row)
-            gradient *= slope
+            gradient *= _slopes(cos, thresholds, negatives, rows, is_row) if SLOPES else slope
         gradient = tl.where(is_target, 0.0, gradient)
         so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
         tl.store(negative_dot + slots, so_far + tl.sum(gradient * cos, 1), mask=is_row)
@@ -232,9 +230,7 @@ def logit_gradients(
         if RESHAPE:
             scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
             tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
-            if SLOPES:
-                slope = _slopes(cos, thresholds, negatives, rows, is_row)
-            p *= slope
+            p *= _slopes(cos, thresholds, negatives, rows, is_row) if SLOPES else slope
         so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
         tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
         gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
