@@ -126,6 +126,8 @@ def lmcl(
     The sixth result, uint8, is lmcl_backward's cache, and the last one `reference.moments`, (4, N), or (0, N).
     """
     refuse_forward_mode()
+    if options.sigmoid:
+        raise ValueError(f"lmcl is a softmax: sigmoid must be None, got {options.sigmoid!r}.")
     if not w.shape[0]:  # a rank that owns no class
         fills = (0, 0, -torch.inf, 0, -torch.inf)
         loss, top, log_sum, target_cos, max_neg = (
@@ -202,6 +204,45 @@ def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw,
     rows = w.shape[0] if options.classes is None else options.classes.shape[0]
     dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
     return dx, dw, log_sum.new_empty(log_sum.shape)
+
+
+@Op
+@takes_options()
+def sigmoid(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    g: Tensor,
+    g_cos: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    backend: str | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.sigmoid_sums`, (2, N), and in the same pass dx (N, D), dw (C, D) and dscale (N,).
+
+    g, (N,), is the gradient of the first sum and g_cos, (N,), that of the target's cosine; a row of which both are
+    0 has none, and sums of 0. The other gradients are as lmcl_backward returns them, that of bias is g times the
+    second sum.
+    """
+    refuse_forward_mode()
+    if not w.shape[0]:
+        dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
+        return g.new_zeros(2, x.shape[0]), dx, dw, torch.zeros_like(g)
+    return select(backend, x, w, options).sigmoid(
+        x, w, targets, scale, bias, g, g_cos, options=options, need_dx=need_dx, need_dw=need_dw
+    )
+
+
+@sigmoid.registered.register_fake
+@takes_options()
+def _(x, w, targets, scale, bias, g, g_cos, need_dx, need_dw, backend, options):  # type: ignore[no-untyped-def]
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    rows = w.shape[0] if options.classes is None else options.classes.shape[0]
+    dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
+    return g.new_empty(2, x.shape[0]), dx, dw, g.new_empty(g.shape)
 
 
 @torch.library.custom_op("cosface::lmcl_backward_update_", mutates_args=("w", "state"))

@@ -15,6 +15,7 @@ from torch import Tensor
 KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
 MOST_SUBCENTERS = 64  # of a class
+SIGMOIDS = ("cross_entropy", "angle")
 LARGEST_TILE = 256  # classes by which the last tile of backend `cpu` may pass the end
 WORKSPACE_BYTES = 256 << 20
 CACHE_BYTES = 128 << 20  # by default, of backend `cpu`
@@ -61,6 +62,12 @@ class Options:
         moments: forward also returns the moments of every sample's negatives, (4, N), as `reference.moments`
             defines them, and takes (2, N) targets: a sample may then have two, of which neither is a negative.
         g_moments: (2, N), of backward alone: b_i and c_i of `reference.backward`.
+        sigmoid: None for a softmax. Else each class counts on its own, without a forward and its cache: backward
+            then has p_ij = 1 / (1 + e^-z_ij) with z_ij = s_i N(cos_ij) - log_sum_i, and leaves top alone.
+            "cross_entropy": a negative adds log(1 + e^z_ij), and N is the first of the polynomials. "angle":
+            N(cos) = -arccos(cos), and a negative adds p_ij cos_ij, of which p_ij is a constant.
+        polynomials: (2, 5), of "cross_entropy" alone: coefficients of 1, c, c^2, c^3 and c^4 in N(c), and in the
+            slope that backward takes for it, which need not be N's own. Without a gradient.
         updates: backward moves the rows of the weight by an `Update` and returns no dw.
     """
 
@@ -73,6 +80,8 @@ class Options:
     thresholds: Tensor | None = None
     negatives: Tensor | None = None
     subcenters: int = 1
+    sigmoid: str | None = None
+    polynomials: Tensor | None = None
     moments: bool = False
     g_moments: Tensor | None = None
     updates: bool = False
@@ -121,6 +130,8 @@ class Options:
 
     def cosine_bytes(self, x: Tensor, w: Tensor, by_default: int = 0) -> int:
         """Of cosines: cache_bytes, or fewer if that is more than all."""
+        if self.sigmoid:
+            return 0
         entries_alone = self.gradient_tolerance and self.cache_bytes is not None
         most = 0 if entries_alone else by_default if self.cache_bytes is None else self.cache_bytes
         if most < CACHE_HEADER:

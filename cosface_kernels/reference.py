@@ -117,6 +117,10 @@ def backward(
     t_ij = (g_lse_i + b_i (N(cos_ij) - top_i)) p_ij, and dscale_i = sum_{j != y_i} t_ij N(cos_ij). This adds the
     gradients of `moments`: of sum_i, times c_i, and of below_i, times -b_i, if b_i below_i is in g_lse_i already.
 
+    With options.sigmoid, g_lse is the gradient of the first row of `sigmoid_sums`, log_sum_i = -bias_i, and t_ij =
+    g_lse_i p_ij with the p_ij there. Of "cross_entropy", G_ij = s_i t_ij N'(cos_ij) and dscale_i as above, with N'
+    the second of the polynomials; of "angle", G_ij = t_ij and dscale_i = 0.
+
     Returns:
         dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.
     """
@@ -130,17 +134,42 @@ def backward(
     cos, nearest = _of_classes(row_cos, options)  # (N, C) each
     each_target = _each_target(targets, cos)  # (1 or 2, N, C)
     is_target = each_target.any(0)  # (N, C)
-    shaped, slope = _reshape(cos, options)  # (N, C)
-    from_top = shaped - top.where(active, 0)[:, None]  # (N, C)
-    p = (scale[:, None] * from_top - log_sum.where(active, torch.inf)[:, None]).exp()  # (N, C)
-    t = (g_lse[:, None] + b[:, None] * from_top) * p  # (N, C)
-    t = t.masked_fill(is_target, 0)
-    g_neg = (scale[:, None] * t + b[:, None] * p + c[:, None]) * slope  # (N, C)
+    if options.sigmoid:
+        shaped, p = _sigmoids(cos, scale, -log_sum.where(active, torch.inf), options)  # (N, C) each
+        t = (g_lse[:, None] * p).masked_fill(is_target, 0)  # (N, C)
+        g_neg = t
+        if options.polynomials is not None:
+            g_neg = scale[:, None] * t * _polynomial(options.polynomials[1], cos)  # (N, C)
+    else:
+        shaped, slope = _reshape(cos, options)  # (N, C)
+        from_top = shaped - top.where(active, 0)[:, None]  # (N, C)
+        p = (scale[:, None] * from_top - log_sum.where(active, torch.inf)[:, None]).exp()  # (N, C)
+        t = (g_lse[:, None] + b[:, None] * from_top) * p  # (N, C)
+        t = t.masked_fill(is_target, 0)
+        g_neg = (scale[:, None] * t + b[:, None] * p + c[:, None]) * slope  # (N, C)
     g = torch.where(is_target, torch.where(each_target, g_cos[..., None], 0).sum(0), g_neg)  # (N, C)
     g = _of_rows(g, nearest, options)  # (N, C K)
     dx = _unnormalize(g @ w_hat, (g * row_cos).sum(1), x_hat, x_norm)
     dw = g.T @ x_hat if w_norm is None else _unnormalize(g.T @ x_hat, (g * row_cos).sum(0), w_hat, w_norm)
-    return dx.to(x.dtype), dw.to(w.dtype), (t * shaped).sum(1)
+    dscale = torch.zeros_like(log_sum) if options.sigmoid == "angle" else (t * shaped).sum(1)  # (N,)
+    return dx.to(x.dtype), dw.to(w.dtype), dscale
+
+
+def sigmoid_sums(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, bias: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """What the negatives of a sample add, each on its own, and the sum of their p_ij, (N,) each.
+
+    p_ij = 1 / (1 + e^-z_ij) with z_ij = s_i N(cos_ij) + bias_i. Of options.sigmoid "cross_entropy" a negative adds
+    log(1 + e^z_ij), with N the first of the polynomials; of "angle" p_ij cos_ij, with N(cos) = -arccos(cos).
+    """
+    cos = _cosines(x, w, options)  # (N, C)
+    is_target = _each_target(targets, cos).any(0)  # (N, C)
+    shaped, p = _sigmoids(cos, scale, bias, options)  # (N, C) each
+    added = p * cos
+    if options.polynomials is not None:
+        added = softplus(scale[:, None] * shaped + bias[:, None])
+    return added.masked_fill(is_target, 0).sum(1), p.masked_fill(is_target, 0).sum(1)
 
 
 def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool = True) -> tuple[Tensor, Tensor]:
@@ -188,6 +217,20 @@ def _reshape(cos: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     q, a, b, r, u, v = options.coefficients(cos.dtype)
     hard = cos > options.thresholds[:, None]
     return torch.where(hard, (q * cos + a) * cos + b, r * cos), torch.where(hard, u * cos + v, r)
+
+
+def _sigmoids(cos: Tensor, scale: Tensor, bias: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """N(cos) and p of `sigmoid_sums`, (N, C) each."""
+    polynomials = options.polynomials
+    shaped = -cos.clamp(-1, 1).acos() if polynomials is None else _polynomial(polynomials[0], cos)
+    return shaped, torch.sigmoid(scale[:, None] * shaped + bias[:, None])
+
+
+def _polynomial(coefficients: Tensor, c: Tensor) -> Tensor:
+    value = torch.zeros_like(c)
+    for k in coefficients.to(c.dtype).flip(0):
+        value = value * c + k
+    return value
 
 
 def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:

@@ -52,6 +52,7 @@ struct Options {
   bool moments;
   std::optional<Tensor> g_moments;
   int64_t subcenters;
+  cosface::Sigmoids sigmoid;
 
   cosface::Options raw() const {
     cosface::Options options{.normalize_weight = normalize_weight, .gradient_tolerance = gradient_tolerance};
@@ -77,6 +78,7 @@ struct Options {
     TORCH_CHECK_VALUE(subcenters == 1 || gradient_tolerance == 0,
                       "sub-centres cannot have a gradient_tolerance, got ", gradient_tolerance,
                       " with subcenters ", subcenters, ".");
+    sigmoid.check(x.device(), thresholds || moments || g_moments || gradient_tolerance != 0);
     return cosface::Inputs{x, w, y, s, classes, thresholds, negatives, moments, subcenters}.checked();
   }
 };
@@ -87,13 +89,15 @@ struct Arguments {
   Tensor x, w, y, s, tau,
       coefficients;  // tau (N) and coefficients (3) or (6) are undefined where there are no thresholds
   bool bfloat16;
+  std::optional<cosface::Sigmoid<T>> sigmoid;
 
-  explicit Arguments(const cosface::Inputs& given)
+  explicit Arguments(const cosface::Inputs& given, const cosface::Sigmoids& sigmoids = {})
       : x(in_t(given.x)),
         w(cosface::with_adjacent_elements(given.w)),
         y(given.y.contiguous()),
         s(in_t(given.s)),
-        bfloat16(given.x.scalar_type() == at::kBFloat16) {
+        bfloat16(given.x.scalar_type() == at::kBFloat16),
+        sigmoid(sigmoids.in<T>()) {
     if (!given.thresholds) return;
     tau = in_t(*given.thresholds);
     coefficients = in_t(*given.negatives);
@@ -114,7 +118,8 @@ struct Arguments {
             x.size(1),
             negatives,
             bfloat16,
-            y.dim() == 2 ? y.const_data_ptr<int64_t>() + x.size(0) : nullptr};
+            y.dim() == 2 ? y.const_data_ptr<int64_t>() + x.size(0) : nullptr,
+            sigmoid};
   }
   cosface::Weight weight() const { return cosface::weight_of(w); }
 };
@@ -155,17 +160,31 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
                                             const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
                                             const Tensor& g_cos, const Options& options, bool need_dx,
-                                            bool need_dw) {
-  const Arguments<T> arguments(options.checked(x, w, y, s));
+                                            bool need_dw, const Tensor& sums) {
+  const Arguments<T> arguments(options.checked(x, w, y, s), options.sigmoid);
   const std::vector<Tensor> up = cosface::upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
                       : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
-  cosface::lmcl_backward<T>(arguments.batch(), arguments.weight(), upstream<T>(up), options.raw(), runtime(),
-                            {need_dx ? dx.mutable_data_ptr<T>() : nullptr,
-                             need_dw ? dw.mutable_data_ptr() : nullptr, dscale.mutable_data_ptr<T>()});
+  cosface::lmcl_backward<T>(
+      arguments.batch(), arguments.weight(), upstream<T>(up), options.raw(), runtime(),
+      {need_dx ? dx.mutable_data_ptr<T>() : nullptr, need_dw ? dw.mutable_data_ptr() : nullptr,
+       dscale.mutable_data_ptr<T>(), nullptr, sums.defined() ? sums.mutable_data_ptr<T>() : nullptr});
   return {dx.to(x.scalar_type()), dw, dscale};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                   const Tensor& s, const Tensor& bias, const Tensor& g,
+                                                   const Tensor& g_cos, const Options& options, bool need_dx,
+                                                   bool need_dw) {
+  TORCH_CHECK_VALUE(options.sigmoid.name.has_value(), "sigmoid must be one of cross_entropy, angle, got None.");
+  const Tensor log_sum = -cosface::fitting("bias", bias, {x.size(0)}, x.device());
+  const Tensor sums = at::empty({2, x.size(0)}, log_sum.options());
+  const auto [dx, dw, dscale] =
+      backward<T>(x, w, y, s, at::zeros_like(log_sum), log_sum, g, g_cos, options, need_dx, need_dw, sums);
+  return {sums, dx, dw, dscale};
 }
 
 // Plain LMCL from labels to the reduced loss, and back: what cosface_kernels/stages.py and ops.fold_loss
@@ -246,7 +265,7 @@ std::array<Tensor, 2> loss_backward(const Tensor& x, const Tensor& w, const Tens
     g_coses[i] = -scale * g_lses[i];
   }
   const auto [dx, dw, dscale] =
-      backward<T>(x, w, targets, s, top, log_sum, g_lse, g_cos, options, need_dx, need_dw);
+      backward<T>(x, w, targets, s, top, log_sum, g_lse, g_cos, options, need_dx, need_dw, {});
   return {dx, dw};
 }
 
@@ -269,7 +288,7 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
                                            const Tensor& g_cos, const Options& options,
                                            const cosface::Update& numbers, const std::vector<Tensor>& state,
                                            bool need_dx) {
-  const Arguments<T> arguments(options.checked(x, w, y, s));
+  const Arguments<T> arguments(options.checked(x, w, y, s), options.sigmoid);
   const std::vector<Tensor> up = cosface::upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
   Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
   Tensor dscale = at::empty_like(up[0]);
@@ -320,7 +339,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache, int64_t entry_bytes,
                        bool exact_cosines, bool normalize_weight, std::optional<Tensor> thresholds,
                        std::optional<Tensor> negatives, bool moments, std::optional<Tensor> g_moments,
-                       int64_t subcenters) {
+                       int64_t subcenters, std::optional<std::string> sigmoid, std::optional<Tensor> polynomials) {
              return Options{cosface::contiguous(classes),
                             gradient_tolerance,
                             std::move(cache),
@@ -331,11 +350,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                             std::move(negatives),
                             moments,
                             std::move(g_moments),
-                            subcenters};
+                            subcenters,
+                            {std::move(sigmoid), std::move(polynomials)}};
            }),
            py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
            py::arg("entry_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"), py::arg("thresholds"),
-           py::arg("negatives"), py::arg("moments"), py::arg("g_moments"), py::arg("subcenters"));
+           py::arg("negatives"), py::arg("moments"), py::arg("g_moments"), py::arg("subcenters"),
+           py::arg("sigmoid"), py::arg("polynomials"));
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
@@ -349,7 +370,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          const Tensor& log_sum, const Tensor& g_lse, const Tensor& g_cos, const Options& options, bool need_dx,
          bool need_dw) {
         return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, top, log_sum, g_lse,
-                                                                               g_cos, options, need_dx, need_dw);
+                                                                               g_cos, options, need_dx, need_dw,
+                                                                               {});
+      },
+      no_gil);
+  m.def(
+      "sigmoid",
+      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& bias, const Tensor& g,
+         const Tensor& g_cos, const Options& options, bool need_dx, bool need_dw) {
+        return (cosface::in_double(x, w) ? sigmoid<double> : sigmoid<float>)(x, w, y, s, bias, g, g_cos, options,
+                                                                             need_dx, need_dw);
       },
       no_gil);
   m.def(

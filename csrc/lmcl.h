@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 
 namespace cosface {
 
@@ -37,6 +38,15 @@ struct Negatives {
   Negatives from(int64_t i) const { return {tau == nullptr ? nullptr : tau + i, q, a, b, r, u, v}; }
 };
 
+// In place of a softmax, each class on its own: p_ij = 1 / (1 + e^-z_ij) with z_ij = s_i N(cos_ij) + bias_i.
+// A negative adds log(1 + e^z_ij), where N and the slope that backward takes for it are polynomials; or, by
+// angles, p_ij cos_ij, where N(cos) = -arccos(cos) and p_ij is a constant.
+template <typename T>
+struct Sigmoid {
+  bool by_angle = false;
+  T value[5] = {}, slope[5] = {};  // coefficients of 1, c, c^2, c^3 and c^4
+};
+
 template <typename T>
 struct Batch {
   const T* x;        // (N, D) contiguous
@@ -44,8 +54,9 @@ struct Batch {
   const T* s;        // (N)
   int64_t n, d;
   Negatives<T> negatives = {};
-  bool bfloat16 = false;            // x was given in it, so that products may multiply it as it is
-  const int64_t* second = nullptr;  // (N) second targets, or null
+  bool bfloat16 = false;                   // x was given in it, so that products may multiply it as it is
+  const int64_t* second = nullptr;         // (N) second targets, or null
+  std::optional<Sigmoid<T>> sigmoid = {};  // of backward alone, which nothing precedes then
 };
 
 struct Weight {
@@ -91,6 +102,7 @@ struct Upstream {
   // (N) each, g_cos (2, N) where there are second targets; a row whose gradients are all 0 has none, whatever x
   // holds
   const T *top, *log_sum, *g_lse, *g_cos;
+  // With a sigmoid g_lse is the gradient of what the negatives add, and log_sum is -bias; top is not looked at.
   const T* g_moments = nullptr;  // (2, N), b and c of cosface_kernels/reference.py, or null
 };
 
@@ -123,6 +135,7 @@ struct Gradients {
   void* dw;   // (C, D), or (S, D) of the chosen classes, contiguous in the weight's dtype, or null if not wanted
   T* dscale;  // (N), the part that flows through lse
   const Update* update = nullptr;  // moves the rows of the weight tile by tile; dw is null then and never exists
+  T* sums = nullptr;  // (2, N), with a sigmoid: what the negatives add, and their p_ij; or null if not wanted
 };
 
 template <typename T>

@@ -4,7 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "lmcl.h"
@@ -73,6 +75,37 @@ inline void check_cache(const at::Tensor& cache, at::Device device) {
   TORCH_CHECK_VALUE(cache.is_contiguous() && reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 64 == 0,
                     "cache must be contiguous and aligned to 64 bytes, as lmcl returns it.");
 }
+
+// cosface_kernels/options.py's sigmoid and polynomials.
+struct Sigmoids {
+  std::optional<std::string> name;
+  std::optional<at::Tensor> polynomials;  // (2, 5)
+
+  void check(at::Device device, bool softmax) const {
+    TORCH_CHECK_VALUE(!name || *name == "cross_entropy" || *name == "angle",
+                      "sigmoid must be None or one of cross_entropy, angle, got '", name.value_or(""), "'.");
+    TORCH_CHECK_VALUE((name == "cross_entropy") == polynomials.has_value(),
+                      "polynomials must be given with sigmoid 'cross_entropy' and with no other.");
+    TORCH_CHECK_VALUE(!name || !softmax,
+                      "moments, thresholds and a gradient_tolerance belong to a softmax, got "
+                      "them with sigmoid '",
+                      name.value_or(""), "'.");
+    if (polynomials) fitting("polynomials", *polynomials, {2, 5}, device);
+  }
+
+  // With coefficients in the memory of a CPU.
+  template <typename T>
+  std::optional<Sigmoid<T>> in() const {
+    if (!name) return std::nullopt;
+    Sigmoid<T> sigmoid{*name == "angle"};
+    if (polynomials) {
+      const at::Tensor k = polynomials->to(c10::CppTypeToScalarType<T>::value).contiguous();
+      std::copy_n(k.const_data_ptr<T>(), 5, sigmoid.value);
+      std::copy_n(k.const_data_ptr<T>() + 5, 5, sigmoid.slope);
+    }
+    return sigmoid;
+  }
+};
 
 // What every call of the op is given.
 struct Inputs {

@@ -11,6 +11,10 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
         -> loss, top, log_sum, target_cos, max_neg, each (N,), and cache, uint8
     backward(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, options=..., need_dx=..., need_dw=...)
         -> dx (N, D), dw (C, D), dscale (N,); what is not needed comes back empty
+    sigmoid(x, w, targets, scale, bias, g, g_cos, options=..., need_dx=..., need_dw=...)
+        -> `reference.sigmoid_sums`, (2, N), and backward's dx, dw and dscale by the gradients g of its first row
+        and g_cos of the targets' cosines, in one pass; zeros for a row whose gradients are 0. Only where
+        `unsupported` takes options.sigmoid, with which backward and backward_update_ take an empty cache
     nearest(x, w, k, normalize_weight)
         -> cosines and classes, (N, k) each, as `reference.nearest` defines them
     backward_update_(..., state=..., finite=..., update=..., options=..., need_dx=...), the same tensors
@@ -48,6 +52,10 @@ class Backend(Protocol):
     def backward(
         self, *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def sigmoid(
+        self, *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
     def nearest(self, x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]: ...
 

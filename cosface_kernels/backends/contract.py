@@ -6,7 +6,7 @@ A kernel sees pointers alone: of a tensor that is too small it would read, or wr
 import torch
 from torch import Tensor
 
-from cosface_kernels.options import MOST_SUBCENTERS, Options, Update
+from cosface_kernels.options import MOST_SUBCENTERS, SIGMOIDS, Options, Update
 from cosface_kernels.reference import compute_dtype
 
 
@@ -43,11 +43,35 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
         _check_one("negatives", options.negatives, (6,) if options.own_slopes else (3,), x.device)
     if (options.thresholds is None) != (options.negatives is None):
         raise ValueError("thresholds and negatives must be given together.")
+    check_sigmoid(options)
+    if options.polynomials is not None:
+        _check_one("polynomials", options.polynomials, (2, 5), x.device)
     if options.classes is not None:
         _check_one("classes", options.classes, (options.classes.numel(),), x.device, torch.int64)
         if x.device.type == "cpu":
             check_classes(options.classes, len(w))
     check_subcenters(options.subcenters, options.count(w))
+
+
+def check_sigmoid(options: Options) -> None:
+    """That what a sigmoid asks for goes together; raises ValueError."""
+    if options.sigmoid not in (None, *SIGMOIDS):
+        raise ValueError(f"sigmoid must be None or one of {', '.join(SIGMOIDS)}, got {options.sigmoid!r}.")
+    if (options.sigmoid == "cross_entropy") != (options.polynomials is not None):
+        raise ValueError(
+            f"polynomials must be given with sigmoid 'cross_entropy' and with no other, got "
+            f"{'none' if options.polynomials is None else 'some'} with {options.sigmoid!r}."
+        )
+    softmax = [
+        name for name in ("thresholds", "g_moments", "moments", "gradient_tolerance") if _asked(options, name)
+    ]
+    if options.sigmoid and softmax:
+        raise ValueError(f"{softmax[0]} belongs to a softmax, got it with sigmoid {options.sigmoid!r}.")
+
+
+def _asked(options: Options, name: str) -> bool:
+    value = getattr(options, name)
+    return isinstance(value, Tensor) or bool(value)
 
 
 def check_subcenters(subcenters: int, rows: int) -> None:

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
-from cosface_kernels.options import CACHE_BYTES, Options, Update
+from cosface_kernels.options import CACHE_BYTES, Options, Update, empty_cache
 from cosface_kernels.reference import operand_dtype
 
 OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
-OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance", "subcenters"}
+OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance", "subcenters", "sigmoid", "polynomials"}
 
 
 def unavailable() -> str | None:
@@ -53,6 +53,13 @@ def forward(
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, w, *_, cache = tensors
     return _C.lmcl_backward(*tensors[:-1], _kernel_options(options, x, w, cache), need_dx, need_dw)
+
+
+def sigmoid(
+    *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, w, *_ = tensors
+    return _C.sigmoid(*tensors, _kernel_options(options, x, w, empty_cache(x)), need_dx, need_dw)
 
 
 def backward_update_(
@@ -126,6 +133,8 @@ def _kernel_options(options: Options, x: Tensor, w: Tensor, cache: Tensor) -> An
         moments=options.moments,
         g_moments=options.g_moments,
         subcenters=options.subcenters,
+        sigmoid=options.sigmoid,
+        polynomials=options.polynomials,
     )
 
 

@@ -7,15 +7,16 @@ from cosface_kernels import reference
 from cosface_kernels.backends import contract
 from cosface_kernels.options import Options, Update, empty_cache
 
+OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
+OPTIONS |= {"subcenters", "sigmoid", "polynomials"}
+
 
 def unavailable() -> str | None:
     return None
 
 
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
-    return options.refusal(
-        {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments", "subcenters"}
-    )
+    return options.refusal(OPTIONS)
 
 
 def describe() -> str:
@@ -46,6 +47,17 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
     with torch.autocast(x.device.type, enabled=False):
         dx, dw, dscale = reference.backward(x, _rows(w, options), *per_row, options=options)
     return dx if need_dx else dx.new_empty(0), dw if need_dw else dw.new_empty(0), dscale
+
+
+def sigmoid(
+    *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, w, targets, scale, bias, g, g_cos = tensors
+    per_row = targets, scale, torch.zeros_like(bias), -bias, g, g_cos
+    gradients = backward(x, w, *per_row, empty_cache(x), options=options, need_dx=need_dx, need_dw=need_dw)
+    with torch.autocast(x.device.type, enabled=False):
+        sums = reference.sigmoid_sums(x, _rows(w, options), targets, scale, bias, options)
+    return torch.stack(sums).where((g != 0) | (g_cos != 0), 0), *gradients
 
 
 def backward_update_(

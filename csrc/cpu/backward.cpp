@@ -93,7 +93,12 @@ class TileGradients {
                exact_.upstream.g_cos + i, col_dot, sums_.row_dot_of(part, i), sums_.dscale_of(part, i),
                moments...);
       };
-      if (exact_.has_moments()) {
+      if (const auto& sigmoid = exact_.batch.sigmoid) {
+        kernels<T>().sigmoid_tile(g, classes, rows, stride, inv_norm, exact_.batch.y + i, first, exact_.s(i),
+                                  *sigmoid, exact_.log_sum(i), exact_.upstream.g_lse + i,
+                                  exact_.upstream.g_cos + i, col_dot, sums_.row_dot_of(part, i),
+                                  sums_.dscale_of(part, i), sums_.added_of(part, i), sums_.mass_of(part, i));
+      } else if (exact_.has_moments()) {
         fill(kernels<T>().backward_moments, exact_.moments(i));
       } else {
         fill(kernels<T>().backward_tile);
@@ -216,7 +221,7 @@ void backward(const Batch<T>& batch, const Weight& weight, const Upstream<T>& up
   const int layouts =
       (cosines.holds_all() ? 0 : X::kColumns) | (gradients.dw || gradients.update ? X::kPanels : 0);
   const X x(exact.batch, runtime, layouts, [&](int64_t i) { return exact.active(i); });
-  Sums<T> sums(x.n, odd_lines<T>(x.width), partition.parts, gradients.dx != nullptr);
+  Sums<T> sums(x.n, odd_lines<T>(x.width), partition.parts, gradients.dx != nullptr, batch.sigmoid.has_value());
   const TileGradients<T, Operand> dense(x, exact, cosines, weight, options, gradients, partition, sums);
   std::optional<SparseGradient<T>> gradient;
   std::optional<Embeddings<T, T>> sparse_x;

@@ -162,17 +162,20 @@ class ExactSamples {
 template <typename T>
 class Sums {
  public:
-  Sums(int64_t n, int64_t stride, int64_t parts, bool need_dx)
+  Sums(int64_t n, int64_t stride, int64_t parts, bool need_dx, bool of_sigmoids = false)
       : stride(stride),
         n_(n),
         parts_(parts),
         dx_hat_(need_dx ? std::max<int64_t>(parts, 1) * n_ * stride : 0),
         row_dot_(parts * n_),
-        dscale_(parts * n_) {}
+        dscale_(parts * n_),
+        added_(of_sigmoids ? 2 * parts * n_ : 0) {}
 
   T* dx_hat_of(int64_t part, int64_t i) { return dx_hat_.empty() ? nullptr : &dx_hat_[(part * n_ + i) * stride]; }
   double* row_dot_of(int64_t part, int64_t i) { return row_dot_.data() + part * n_ + i; }
   double* dscale_of(int64_t part, int64_t i) { return dscale_.data() + part * n_ + i; }
+  double* added_of(int64_t part, int64_t i) { return added_.data() + part * n_ + i; }
+  double* mass_of(int64_t part, int64_t i) { return added_of(parts_ + part, i); }
 
   // Writes the gradients of sample i, whose place among all samples is `to`; none if it is not active.
   template <typename Operand>
@@ -184,6 +187,11 @@ class Sums {
       ds += dscale_[part * n_ + i];
     }
     gradients.dscale[to] = static_cast<T>(ds);
+    if (gradients.sums != nullptr) {
+      double sums[2] = {};
+      for (int64_t k = 0; active && k < 2 * parts_; ++k) sums[k / parts_] += added_[k * n_ + i];
+      gradients.sums[to] = static_cast<T>(sums[0]), gradients.sums[n_ + to] = static_cast<T>(sums[1]);
+    }
     if (gradients.dx == nullptr) return;
     if (!active) {
       std::fill_n(gradients.dx + to * x.d, x.d, T(0));
@@ -199,6 +207,7 @@ class Sums {
   const int64_t n_, parts_;
   std::vector<T> dx_hat_;                 // (parts, N, stride)
   std::vector<double> row_dot_, dscale_;  // (parts, N)
+  std::vector<double> added_;             // (2, parts, N), with a sigmoid
 };
 
 }  // namespace cosface

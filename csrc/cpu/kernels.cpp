@@ -9,6 +9,7 @@
 #include "inner/products.h"
 #include "inner/random.h"
 #include "inner/rows.h"
+#include "inner/sigmoids.h"
 #include "inner/subcenters.h"
 #include "inner/tiles.h"
 
@@ -30,6 +31,7 @@ constexpr Kernels<T> kTable{{kPanel<T>, 1, matmul<T>, pack_transposed<T>, pack<T
                             backward_tile<T>,
                             forward_moments<T>,
                             backward_moments<T>,
+                            sigmoid_tile<T>,
                             fold<T>,
                             unfold<T>,
                             keep_cosines<T>,

@@ -191,6 +191,14 @@ struct Kernels {
                            const T* log_sum, const T* g_lse, const T* g_cos, T* col_dot, double* row_dot,
                            double* dscale, const MomentGradients<T>& moments);
 
+  // backward_tile with a sigmoid, and log_sum = -bias: p_ij = 1 / (1 + e^-(s_i N(cos_ij) - log_sum_i)), t_ij =
+  // g_lse_i p_ij, and for j != y_i G_ij = s_i t_ij N'(cos_ij); by angles t_ij, which dscale_i has no part of. Adds
+  // what the negatives add to added_i, and their p_ij to mass_i.
+  void (*sigmoid_tile)(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_norm, const int64_t* y,
+                       int64_t first_class, const T* s, const Sigmoid<T>& sigmoid, const T* log_sum,
+                       const T* g_lse, const T* g_cos, T* col_dot, double* row_dot, double* dscale, double* added,
+                       double* mass);
+
   // From z (rows, n) of a tile of whole classes, K rows each, their cosines (rows / K, n) in place, and which of
   // the K rows each is of: the first of equal ones, or of those that are nan.
   void (*fold)(T* z, int64_t rows, int64_t n, int64_t stride, const T* inv_norm, int64_t subcenters,

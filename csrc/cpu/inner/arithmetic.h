@@ -41,5 +41,39 @@ inline float exp(float x) {
 }
 inline double exp(double x) { return __builtin_exp(x > 0 ? 0 : x); }
 
+// log(1 + e) for e in [0, 1]: 2 artanh(t) with t = e / (2 + e) <= 1/3, whose series is cut off at 1e-8 of it.
+inline float log1p(float e) {
+  const float t = e / (2.0f + e), t2 = t * t;
+  float q = 1.0f / 13;
+  q = q * t2 + 1.0f / 11;
+  q = q * t2 + 1.0f / 9;
+  q = q * t2 + 1.0f / 7;
+  q = q * t2 + 1.0f / 5;
+  q = q * t2 + 1.0f / 3;
+  q = q * t2 + 1.0f;
+  return 2.0f * t * q;
+}
+inline double log1p(double e) { return __builtin_log1p(e); }
+
+// arccos c, of c beyond 1 and -1 that of these. arcsin r = r + r^3 q(r^2) for r <= 1/2, with the coefficients of
+// Cephes' asinf; beyond, arccos |c| = 2 arcsin sqrt((1 - |c|) / 2).
+inline float arccos(float c) {
+  constexpr float kPi = 3.14159265f, kHalfPi = 1.57079633f;
+  const float clamped = c > 1.0f ? 1.0f : (c < -1.0f ? -1.0f : c);
+  const float size = clamped < 0.0f ? -clamped : clamped;
+  const bool near = size > 0.5f;
+  const float square = near ? 0.5f * (1.0f - size) : size * size;
+  const float root = near ? sqrt(square) : size;
+  float q = 4.2163199048e-2f;
+  q = q * square + 2.4181311049e-2f;
+  q = q * square + 4.5470025998e-2f;
+  q = q * square + 7.4953002686e-2f;
+  q = q * square + 1.6666752422e-1f;
+  const float arcsin = root + root * square * q;
+  const float of_size = near ? 2.0f * arcsin : kHalfPi - arcsin;
+  return clamped < 0.0f ? kPi - of_size : of_size;
+}
+inline double arccos(double c) { return __builtin_acos(c > 1 ? 1 : (c < -1 ? -1 : c)); }
+
 }  // namespace
 }  // namespace cosface::COSFACE_ISA
