@@ -86,10 +86,31 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        grad = grad.contiguous().clone()
-        with naming("averaging the ranks' gradients", ctx.group):
-            dist.all_reduce(grad, group=ctx.group)
-        return grad / dist.get_world_size(ctx.group), None
+        return _mean(grad, ctx.group), None
+
+
+class _Add(torch.autograd.Function):
+    """The sum over the ranks; backward averages the ranks' gradients of it."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        rows = rows.clone()
+        with naming("combining the shards", group):
+            dist.all_reduce(rows, group=group)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return _mean(grad, ctx.group), None
+
+
+def _mean(grad: Tensor, group: ProcessGroup) -> Tensor:
+    grad = grad.contiguous().clone()
+    with naming("averaging the ranks' gradients", group):
+        dist.all_reduce(grad, group=group)
+    return grad / dist.get_world_size(group)
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -118,6 +139,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 gather: Callable[..., Tensor] = _Gather.apply
+add: Callable[..., Tensor] = _Add.apply
 combine: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Combine.apply
 replicate: Callable[..., Tensor] = _Replicate.apply
 dense_gradient: Callable[..., Tensor] = _DenseGradient.apply

@@ -277,6 +277,12 @@ class Local:
     def sum(self, rows: Tensor) -> Tensor:
         return rows
 
+    def add(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def of_own_classes(self, rows: Tensor) -> Tensor:
+        return rows
+
 
 class Exchange:
     """What one batch takes to and from the other ranks that share a weight.
@@ -368,8 +374,11 @@ class Exchange:
         """
         inside = (targets >= self.classes.start) & (targets < self.classes.stop)  # (N,)
         targets = torch.where(inside, targets - self.classes.start, ops.IGNORED)
-        x, scale = (collectives.scale_gradient(t, self.world_size) for t in (x, scale))
-        return x, self.weight, targets, scale
+        return self.of_own_classes(x), self.weight, targets, self.of_own_classes(scale)
+
+    def of_own_classes(self, rows: Tensor) -> Tensor:
+        """What every rank has alike, on its way into a sum over this rank's classes; see `enter`."""
+        return collectives.scale_gradient(rows, self.world_size)
 
     def combine(
         self,
@@ -443,3 +452,7 @@ class Exchange:
         with naming("combining the shards", self.group):
             dist.all_reduce(rows, group=self.group)
         return rows
+
+    def add(self, rows: Tensor) -> Tensor:
+        """The sum over the ranks, whose gradient is that of the mean over the ranks' losses."""
+        return collectives.add(rows, self.group)

@@ -34,6 +34,9 @@ from cosface_kernels.margins import (
     X2SoftmaxMargin,
     defaults,
 )
+from cosface_kernels.sigmoid_heads import FusedSFaceLoss as FusedSFaceLoss
+from cosface_kernels.sigmoid_heads import FusedSphereFace2Loss as FusedSphereFace2Loss
+from cosface_kernels.sigmoid_heads import FusedUniFaceLoss as FusedUniFaceLoss
 from cosface_kernels.validation import check_numbers, check_positive, check_scale
 
 

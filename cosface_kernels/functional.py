@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels import ops, optim, sample_weights, stages
-from cosface_kernels.distributed import placement
-from cosface_kernels.margins import defaults, of_each_class
+from cosface_kernels import ops, optim, sample_weights, sigmoid, stages
+from cosface_kernels.distributed import Exchange, Local, placement
+from cosface_kernels.margins import SigmoidMargin, defaults, of_each_class
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import compute_dtype
 from cosface_kernels.sampling import ClassSampler
+from cosface_kernels.softmax import Softmax
 from cosface_kernels.stats import LossStats as LossStats
 from cosface_kernels.stats import Sparsity as Sparsity
 from cosface_kernels.validation import (
@@ -139,9 +140,10 @@ def margin_softmax_loss(
     Args:
         margin: psi, from the (N,) target cosines to as many margined ones; or a number m for cos - m; or (C,)
             numbers, one of each class, differentiable, all of them on every rank; or one of
-            `cosface_kernels.margins`, which may also look at the embeddings' norms, replace the loss or reshape
-            the negatives. Samples that are ignored pass through psi with cosine 0 and their result is dropped.
-            Of samples with two labels psi sees (2 N,), all the first labels before all the second.
+            `cosface_kernels.margins`, which may also look at the embeddings' norms, replace the loss, reshape the
+            negatives, or be a `SigmoidMargin`, for which each class counts on its own. Samples that are ignored
+            pass through psi with cosine 0 and their result is dropped. Of samples with two labels psi sees (2 N,),
+            all the first labels before all the second.
         class_weight: (C,) factor of the loss of each class's samples, all of them on every rank.
         indices_tuple: pairs or triplets of positions in the batch, as a miner of pytorch-metric-learning gives
             them, (M,) each. Each sample is weighted by how often it occurs, over the largest of these counts.
@@ -186,25 +188,47 @@ def margin_softmax_loss(
                 return loss
         targets = ops.targets(labels, settings.classes_of(weight.shape[0]), int(ignore_index), validate)  # (N,)
     batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight)
-    part = stages.over_own_classes(settings, options, ranks, weight, batch, validate)
+    own = stages.own_classes(settings, ranks, batch, validate)
+    if isinstance(settings.margin, SigmoidMargin):
+        reduced = sigmoid.loss(settings, options, ranks, weight, batch, own, validate)
+        if not return_stats:
+            return reduced
+        with torch.no_grad():
+            part = stages.over_own_classes(settings, {**options, "cache_bytes": 0}, ranks, weight, batch, own)
+            _, softmax = ranks.combine(part.scale, *part.results)
+            each_label = stages.each_label(settings, ranks, part, softmax, batch)
+            return reduced, _stats(settings, ranks, softmax, batch, each_label, None, return_stats)
+    part = stages.over_own_classes(settings, options, ranks, weight, batch, own)
     loss, softmax = ranks.combine(part.scale, *part.results)  # (N,), or None, over all classes
     each_label = stages.each_label(settings, ranks, part, softmax, batch)
     loss = stages.with_margin(settings, loss, each_label)  # (M,)
     if not validate:
         loss = loss.masked_fill(each_label.rows.targets == ops.INVALID, torch.nan)  # (M,)
-    reduced = stages.reduce(ranks, loss, batch, each_label, reduction)
+    reduced = stages.reduce(ranks, loss, batch, each_label.valid, each_label.sample_weight, reduction)
     sparsity = None
     if options.get("gradient_tolerance") and ranks.takes_part(bool(return_stats)):
         sparsity = stages.sparsity(ranks, part)
     if not return_stats:
         return reduced
-    stats = stages.statistics(ranks, softmax, batch, each_label, sparsity)
-    if not isinstance(return_stats, bool):
-        top_k = stages.top_k_accuracy(settings, ranks, batch, each_label, int(return_stats))
-        stats = stats._replace(top_k_accuracy=top_k)
+    stats = _stats(settings, ranks, softmax, batch, each_label, sparsity, return_stats)
     if entropy:
         stats = stats._replace(entropy=stages.entropy(ranks, softmax, batch))
     return reduced, stats
+
+
+def _stats(
+    settings: stages.Settings,
+    ranks: Local | Exchange,
+    softmax: Softmax,
+    batch: stages.Batch,
+    labels: stages.Labels,
+    sparsity: Sparsity | None,
+    return_stats: bool | int,
+) -> LossStats:
+    stats = stages.statistics(ranks, softmax, batch, labels, sparsity)
+    if isinstance(return_stats, bool):
+        return stats
+    return stats._replace(top_k_accuracy=stages.top_k_accuracy(settings, ranks, batch, labels, int(return_stats)))
 
 
 def cosine_logits(

@@ -390,12 +390,12 @@ def fold(
     return Folded(g_lse + of_mean, g_cos, torch.stack([g_mean, of_moments[1]]), dscale)
 
 
-def of_all_classes(dw: Tensor, classes: Tensor | None, w: Tensor) -> Tensor:
-    """dw in the shape of w: sparse where it is of chosen classes."""
+def of_all_classes(dw: Tensor, classes: Tensor | None, shape: torch.Size) -> Tensor:
+    """dw in the shape of the weight: sparse where it is of chosen classes."""
     if classes is None or not dw.numel():
         return dw
     return torch.sparse_coo_tensor(
-        classes[None], dw, w.shape, device=dw.device, is_coalesced=True, check_invariants=False
+        classes[None], dw, shape, device=dw.device, is_coalesced=True, check_invariants=False
     )
 
 
@@ -408,7 +408,7 @@ def _backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ig
         x, w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache, need_dx, need_dw, ctx.backend,
         *options[:-1], g.g_moments,
     )  # fmt: skip
-    dw = of_all_classes(dw, options[0], w)
+    dw = of_all_classes(dw, options[0], w.shape)
     none = (None,) * (len(ctx.needs_input_grad) - 4)
     return (
         dx if need_dx else None, dw if need_dw else None, None, dscale + g.dscale if need_dscale else None, *none

@@ -18,7 +18,7 @@ from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, Local
-from cosface_kernels.margins import ClassMargin, Margin, Rows, Smoothing
+from cosface_kernels.margins import ClassMargin, Margin, Rows, SigmoidMargin, Smoothing
 from cosface_kernels.margins.base import check_smoothing
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS, compute_dtype
@@ -91,6 +91,18 @@ class Labels(NamedTuple):
     share: Tensor  # (M,), what a label counts in an accuracy
 
 
+class OwnClasses(NamedTuple):
+    """This rank's classes, those of them that take part, and the batch as their op takes it."""
+
+    x: Tensor  # (N, D)
+    w: Tensor  # (C, D)
+    targets: Tensor  # as the batch's, among the classes that take part
+    scale: Tensor  # (N,)
+    chosen: Tensor | None  # the rows of w that take part; all of them if None
+    targets_of_all: Tensor  # as the batch's, among all of w's classes
+    num_classes: int  # that take part
+
+
 class Part(NamedTuple):
     """What the op finds among those of this rank's classes that take part."""
 
@@ -126,6 +138,7 @@ def facts(
         "entropy": settings.entropy,
         "subcenters": settings.subcenters,
         "number of labels per sample": labels.dim(),
+        "presence of return_stats": isinstance(settings.margin, SigmoidMargin) and bool(return_stats),
         "k of return_stats": None if isinstance(return_stats, bool) else return_stats,
     }
     if getattr(weight, optim.MARK, False):
@@ -186,6 +199,8 @@ def check(
         check_per_sample("scale", scale, labels if labels.dim() == 1 else labels[:, 0])
     margin = settings.margin
     check_smoothing(settings.label_smoothing, margin)
+    if isinstance(margin, SigmoidMargin):
+        margin.check_use(labels.dim(), settings.gradient_tolerance, settings.entropy)
     if labels.dim() == 2 and isinstance(margin, Margin) and margin.reshapes_negatives:
         raise ValueError(
             f"{type(margin).__name__} reshapes the negatives of a sample by its label: labels must have shape "
@@ -295,16 +310,9 @@ def _row_scale(scale: float | Tensor, embeddings: Tensor, weight: Tensor) -> Ten
     return embeddings.new_full((rows,), scale, dtype=dtype)
 
 
-def over_own_classes(
-    settings: Settings,
-    options: dict[str, Any],
-    ranks: Local | Exchange,
-    weight: Tensor,
-    batch: Batch,
-    validate: bool,
-) -> Part:
-    """The op, with a sample of the classes and reshaped negatives where they are asked for."""
-    sampler, margin = settings.sampler, settings.margin
+def own_classes(settings: Settings, ranks: Local | Exchange, batch: Batch, validate: bool) -> OwnClasses:
+    """With a sample of them where it is asked for."""
+    sampler = settings.sampler
     # x (N, D), w (C, D), and of the classes of w: targets (N,), which take part (S,), targets among those (N,)
     x, w, own_targets, s = ranks.enter(batch.embeddings, batch.targets, batch.scale, sampled=sampler is not None)
     classes, targets = sampler(own_targets) if sampler else (None, own_targets)
@@ -313,22 +321,36 @@ def over_own_classes(
     num_classes = settings.classes_of(w.shape[0]) if classes is None else classes.shape[0]
     if classes is not None and settings.subcenters > 1:
         classes = rows_of(classes, settings.subcenters)
+    return OwnClasses(x, w, targets, s, classes, own_targets, num_classes)
+
+
+def over_own_classes(
+    settings: Settings,
+    options: dict[str, Any],
+    ranks: Local | Exchange,
+    weight: Tensor,
+    batch: Batch,
+    own: OwnClasses,
+) -> Part:
+    """The op, with reshaped negatives where they are asked for."""
+    margin = settings.margin
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
-            target_cos = ranks.sum(_target_cosines(x, w, own_targets, settings.subcenters))  # (N,)
+            target_cos = ranks.sum(target_cosines(own, settings.subcenters))  # (N,)
             thresholds, negatives = margin.negatives(target_cos, Rows(batch.embeddings, batch.targets))
             options = {**options, "thresholds": thresholds, "negatives": negatives}
     lmcl: Any = ops.lmcl
     if getattr(weight, optim.MARK, False):
         lmcl = partial(optim.lmcl, weight, whole_gradient=isinstance(margin, Margin) and margin.reads_weight)
     *results, cache, moments = lmcl(
-        x, w, targets, s, settings.subtracted, settings.backend, classes=classes, **options
+        own.x, own.w, own.targets, own.scale, settings.subtracted, settings.backend, classes=own.chosen, **options
     )
-    return Part((*results, moments), cache, s, targets, num_classes)
+    return Part((*results, moments), cache, own.scale, own.targets, own.num_classes)
 
 
-def _target_cosines(x: Tensor, w: Tensor, targets: Tensor, subcenters: int) -> Tensor:
+def target_cosines(own: OwnClasses, subcenters: int) -> Tensor:
     """(N,) cosines with the targets, 0 where there is none, ahead of the pass over all classes."""
+    x, w, targets = own.x, own.w, own.targets_of_all
     dtype, has_target = compute_dtype(x, w), targets >= 0  # (N,)
     if not len(w):  # a rank that owns no class
         return x.new_zeros(len(x), dtype=dtype)
@@ -384,12 +406,19 @@ def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tens
     return torch.where(valid, loss, 0)
 
 
-def reduce(ranks: Local | Exchange, loss: Tensor, batch: Batch, labels: Labels, reduction: str) -> Tensor:
-    """0-d, or the losses of this rank's samples."""
-    count = labels.valid
-    if labels.sample_weight is not None:
-        count = torch.where(labels.valid, labels.sample_weight, 0)
-        loss = torch.where(labels.valid, loss * labels.sample_weight, 0)
+def reduce(
+    ranks: Local | Exchange,
+    loss: Tensor,
+    batch: Batch,
+    valid: Tensor,
+    sample_weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """0-d, or the losses of this rank's samples, from (M,) losses, which of them count, and their weights."""
+    count = valid
+    if sample_weight is not None:
+        count = torch.where(valid, sample_weight, 0)
+        loss = torch.where(valid, loss * sample_weight, 0)
     if reduction == "none":
         return ranks.keep_own(loss if batch.targets.dim() == 1 else loss.view(batch.targets.shape).sum(0))
     return loss.sum() if reduction == "sum" else loss.sum() / count.sum()

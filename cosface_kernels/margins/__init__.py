@@ -26,6 +26,7 @@ from cosface_kernels.margins.negatives import (
     MVSoftmaxMargin,
     NPCFaceMargin,
 )
+from cosface_kernels.margins.sigmoid import SFaceMargin, SigmoidMargin, SphereFace2Margin, UniFaceMargin
 from cosface_kernels.margins.state import (
     UNIT_NORM,
     AdaCosMargin,
@@ -64,8 +65,12 @@ __all__ = [
     "Margin",
     "NPCFaceMargin",
     "Rows",
+    "SFaceMargin",
+    "SigmoidMargin",
     "Smoothing",
+    "SphereFace2Margin",
     "SphereFaceMargin",
+    "UniFaceMargin",
     "X2SoftmaxMargin",
     "dynamic_margins",
     "ldam_margins",

@@ -23,7 +23,7 @@ Of a weight that is sharded over ranks, each moves its own rows; the state is sh
 raises on every rank if a step has ended on some of them alone.
 """
 
-from cosface_kernels.optim.autograd import lmcl
+from cosface_kernels.optim.autograd import lmcl, sigmoid
 from cosface_kernels.optim.checks import MOVABLE
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient
 from cosface_kernels.optim.ownership import (
@@ -73,4 +73,5 @@ __all__ = [
     "ownership_of",
     "progress",
     "restoring",
+    "sigmoid",
 ]

@@ -13,7 +13,7 @@ from cosface_kernels.backends import select
 from cosface_kernels.distributed import shard_like
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient
 from cosface_kernels.optim.ownership import IDLE, SKIPPED, owner_of
-from cosface_kernels.options import Options
+from cosface_kernels.options import Options, empty_cache
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -45,14 +45,38 @@ def lmcl(
     return ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def sigmoid(
+    weight: Tensor,
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    target_cos: Tensor,
+    backend: str | None,
+    **fields: Any,
+) -> tuple[Tensor, Tensor] | None:
+    """What `cosface_kernels.sigmoid` computes in two passes, whose backward moves w as that of `lmcl` does.
+
+    None if no optimizer of this module owns the weight.
+    """
+    owner, options = owner_of(weight), Options(**fields)
+    if owner is not None and torch.is_grad_enabled() and weight.requires_grad:
+        owner._check_movable(weight)
+        select(backend, x, w, replace(options, updates=True))
+        inputs = x, w.detach(), targets, scale, bias, target_cos
+        return _MovesRowsBySigmoids.apply(*inputs, backend, options, owner, weight)  # type: ignore[no-untyped-call]
+    return None
+
+
 class _MovesRows(torch.autograd.Function):
     """ops.lmcl whose backward moves the weight, unless its gradient is needed as a whole."""
 
     @staticmethod
     def forward(ctx, x, w, targets, scale, margin, backend, options, owner, weight):  # type: ignore[no-untyped-def]
-        ctx.margin, ctx.backend, ctx.options, ctx.owner, ctx.weight = margin, backend, options, owner, weight
-        ctx.whole_gradient = False
-        owner._ownership(weight).nodes.add(ctx)
+        ctx.margin = margin
+        _enter(ctx, backend, options, owner, weight)
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
         _, top, log_sum, target_cos, max_neg, cache, moments = outputs
         ctx.set_materialize_grads(False)  # that of a cache would be as large
@@ -62,10 +86,7 @@ class _MovesRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ignore[no-untyped-def]
-        weight, backend = ctx.weight, ctx.backend
         adds, whole = _wanted(ctx)
-        if adds and not whole:
-            ctx.owner._check_ready(weight)
         x, w, targets, scale, top, log_sum, target_cos, cache, moments = ctx.saved_tensors
         need_dx, _, _, need_dscale, *_ = ctx.needs_input_grad
         g = ops.fold(
@@ -73,16 +94,59 @@ class _MovesRows(torch.autograd.Function):
         )
         tensors = (x, w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache)
         options = replace(ctx.options, g_moments=g.g_moments)
-        dw = None
-        if adds and not whole:
-            dx, dscale = ctx.owner._move(weight, tensors, need_dx, backend, options)
-        else:
-            dx, dw, dscale = ops.lmcl_backward(*tensors, need_dx, whole, backend, *options.flat())
-            dw = ops.of_all_classes(dw, options.classes, w) if whole else None
-            if dw is not None and isinstance(weight, DTensor):
-                dw = shard_like(weight, dw.to_dense() if dw.is_sparse else dw)
-        dscale = dscale + g.dscale if need_dscale else None
-        return dx if need_dx else None, None, None, dscale, None, None, None, None, dw
+        dx, dw, dscale = _gradients(ctx, tensors, options, adds, whole)
+        of_scale = dscale + g.dscale if need_dscale else None
+        return dx if need_dx else None, None, None, of_scale, None, None, None, None, dw
+
+
+class _MovesRowsBySigmoids(torch.autograd.Function):
+    """`sigmoid` whose backward moves the weight, unless its gradient is needed as a whole."""
+
+    @staticmethod
+    def forward(ctx, x, w, targets, scale, bias, target_cos, backend, options, owner, weight):  # type: ignore[no-untyped-def]
+        _enter(ctx, backend, options, owner, weight)
+        one = torch.ones_like(bias)
+        (added, mass), *_ = ops.sigmoid(
+            x, w, targets, scale, bias, one, one, False, False, backend, *options.flat()
+        )
+        ctx.save_for_backward(x, w, targets, scale, bias, mass)
+        return added.clone(), target_cos.clone()
+
+    @staticmethod
+    def backward(ctx, g, g_cos):  # type: ignore[no-untyped-def]
+        adds, whole = _wanted(ctx)
+        x, w, targets, scale, bias, mass = ctx.saved_tensors
+        tensors = (x, w, targets, scale, torch.zeros_like(bias), -bias, g, g_cos, empty_cache(x))
+        dx, dw, dscale = _gradients(ctx, tensors, ctx.options, adds, whole)
+        need_dx, _, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
+        rows = dscale if need_dscale else None, g * mass if need_dbias else None
+        return dx if need_dx else None, None, None, *rows, None, None, None, None, dw
+
+
+def _enter(node: Any, backend: str | None, options: Options, owner: Any, weight: Tensor) -> None:
+    node.backend, node.options, node.owner, node.weight = backend, options, owner, weight
+    node.whole_gradient = False
+    owner._ownership(weight).nodes.add(node)
+
+
+def _gradients(
+    node: Any, tensors: tuple[Tensor, ...], options: Options, adds: bool, whole: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """dx, dw where it is needed as a whole, and dscale; otherwise the weight moves, if this backward adds to it.
+
+    tensors: those of ops.lmcl_backward.
+    """
+    weight, need_dx = node.weight, node.needs_input_grad[0]
+    if adds and not whole:
+        dx, dscale = node.owner._move(weight, tensors, need_dx, node.backend, options)
+        return dx, None, dscale
+    dx, dw, dscale = ops.lmcl_backward(*tensors, need_dx, whole, node.backend, *options.flat())
+    if not whole:
+        return dx, None, dscale
+    dw = ops.of_all_classes(dw, options.classes, tensors[1].shape)
+    if isinstance(weight, DTensor):
+        dw = shard_like(weight, dw.to_dense() if dw.is_sparse else dw)
+    return dx, dw, dscale
 
 
 def _wanted(node: Any) -> tuple[bool, bool]:
@@ -103,4 +167,7 @@ def _wanted(node: Any) -> tuple[bool, bool]:
                 node.whole_gradient = other.whole_gradient = True
         earlier = weight.grad is not None and not isinstance(weight.grad, ConsumedGradient)
         node.whole_gradient |= earlier
-    return adds, adds and node.whole_gradient
+    whole = adds and node.whole_gradient
+    if adds and not whole:
+        node.owner._check_ready(weight)
+    return adds, whole

@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import relative_error
-from support.formulas import CLASS_COUNTS, DIM, LOSSES, NAMES, NUM_CLASSES, as_leaves, formula_problem, make_head
+from support.formulas import (
+    CLASS_COUNTS,
+    DIM,
+    LOSSES,
+    NAMES,
+    NUM_CLASSES,
+    SIGMOIDS,
+    as_leaves,
+    formula_problem,
+    make_head,
+)
 
 import cosface_kernels
 from cosface_kernels import (
@@ -43,7 +53,8 @@ STATEFUL = (
     "elastic_cos",
     "elastic_arc_plus",
 )
-TABLES = ("kappaface", "class_margin", "class_margin_arc", "adam_softmax")  # of which a batch changes nothing
+# of which a batch changes nothing
+TABLES = ("kappaface", "class_margin", "class_margin_arc", "adam_softmax", *SIGMOIDS[:-1])
 
 
 @pytest.mark.parametrize("name", NAMES)

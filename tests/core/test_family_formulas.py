@@ -18,7 +18,16 @@ from cosface_kernels import (
     FusedSoftmaxLoss,
 )
 
-STRAIGHT_THROUGH = ("arcface", "combined", "sphereface", "adaface", "x2_softmax")
+STRAIGHT_THROUGH = (
+    "arcface",
+    "combined",
+    "sphereface",
+    "adaface",
+    "x2_softmax",
+    "sphereface2",
+    "sphereface2_a",
+    "sphereface2_m",
+)
 
 
 def _check_against_formula(head: FusedMarginLoss, formula, x: Tensor, labels: Tensor) -> None:

@@ -26,9 +26,12 @@ from cosface_kernels import (
     FusedMVSoftmaxLoss,
     FusedNormalizedSoftmaxLoss,
     FusedNPCFaceLoss,
+    FusedSFaceLoss,
     FusedSoftmaxLoss,
+    FusedSphereFace2Loss,
     FusedSphereFaceLoss,
     FusedSubCenterArcFaceLoss,
+    FusedUniFaceLoss,
     FusedX2SoftmaxLoss,
 )
 from cosface_kernels.margins import ClassMargin
@@ -239,6 +242,52 @@ def _adacos(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(scale * cos, labels, reduction="none")
 
 
+def _sphereface2(kind: str, margin: float):
+    def formula(x: Tensor, w: Tensor, labels: Tensor, straight_through: bool = False) -> Tensor:
+        """As its code has it, with the bias at which it starts."""
+        s, lam, t, lw = 40.0, 0.7, 3.0, 50.0
+        cos = F.normalize(x) @ F.normalize(w).T
+        one_hot = F.one_hot(labels, len(w)).double()
+        g = lambda c: 2 * ((c + 1) / 2) ** t - 1  # noqa: E731
+        theta = cos.acos()
+        if kind == "C":
+            shaped = g(cos) - margin * (2 * one_hot - 1)
+        elif kind == "A":
+            shaped = g((theta + margin * one_hot).clamp_max(math.pi).cos())
+        else:
+            shaped = g(torch.where(one_hot > 0, margin * theta, theta).clamp_max(math.pi).cos())
+        if straight_through:
+            shaped = shaped.detach() + cos - cos.detach()
+        at_right_angles = {"C": math.pi / 2, "A": math.pi / 2 + margin, "M": margin * math.pi / 2}[kind]
+        a_y = s * (g(math.cos(at_right_angles)) - (margin if kind == "C" else 0))
+        a_i = s * (g(0) + (margin if kind == "C" else 0))
+        z = lam / ((1 - lam) * (len(w) - 1))
+        root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(a_y - a_i))
+        b = math.log(2 * z) - a_i - math.log(1 - z + root)
+        weight = lw / s * (lam * one_hot + (1 - lam) * (1 - one_hot))
+        return F.binary_cross_entropy_with_logits(s * shaped + b, one_hot, weight=weight, reduction="none").sum(1)
+
+    return formula
+
+
+def _uniface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """Without the clamp of its code, which no logit here reaches from above."""
+    s, m, b = 64, 0.4, math.log(10 * len(w))
+    cos = F.normalize(x) @ F.normalize(w).T
+    one_hot = F.one_hot(labels, len(w)).bool()
+    p = F.softplus(b - s * (cos - m), threshold=200)
+    n = F.softplus(s * cos - b, threshold=200)
+    return torch.where(one_hot, p, 0.5 * n).sum(1)
+
+
+def _sface(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    cos = F.normalize(x) @ F.normalize(w).T
+    one_hot = F.one_hot(labels, len(w)).bool()
+    theta = cos.detach().clamp(-1, 1).acos()
+    pull, push = torch.sigmoid(80 * (theta - 0.80)), torch.sigmoid(-80 * (theta - 1.23))
+    return torch.where(one_hot, -64 * pull * cos, 64 * push * cos).sum(1)
+
+
 def _combined(theta, *_):
     angle = 1.2 * theta + 0.3
     return torch.where(angle <= math.pi, angle.cos(), -angle.cos() - 2) - 0.1
@@ -305,6 +354,17 @@ LOSSES = {
     "mv_softmax": (FusedMVSoftmaxLoss, _mv_softmax),
     "npcface": (FusedNPCFaceLoss, _npcface),
     "circle_loss": (FusedCircleLoss, _circle_loss),
+    "sphereface2": (FusedSphereFace2Loss, _sphereface2("C", 0.4)),
+    "sphereface2_a": (
+        lambda *args, **options: FusedSphereFace2Loss(*args, 0.3, kind="A", **options),
+        _sphereface2("A", 0.3),
+    ),
+    "sphereface2_m": (
+        lambda *args, **options: FusedSphereFace2Loss(*args, 1.5, kind="M", **options),
+        _sphereface2("M", 1.5),
+    ),
+    "uniface": (lambda *args, **options: FusedUniFaceLoss(*args, balance=0.5, **options), _uniface),
+    "sface": (FusedSFaceLoss, _sface),
     "mv_arc_softmax": (
         lambda *args, **options: FusedMVSoftmaxLoss(*args, 0.5, arc=True, **options),
         _mv_arc_softmax,
@@ -317,7 +377,9 @@ LOSSES = {
 }
 
 
-OPTIONS = {"sub_center_arcface": ("subcenters",)}  # of the op, which not every backend takes
+SIGMOIDS = ("sphereface2", "sphereface2_a", "sphereface2_m", "uniface", "sface")
+# of the op, which not every backend takes
+OPTIONS = {"sub_center_arcface": ("subcenters",), **{name: ("sigmoid",) for name in SIGMOIDS}}
 NAMES = [pytest.param(name, marks=pytest.mark.option(*OPTIONS.get(name, ()))) for name in LOSSES]
 
 

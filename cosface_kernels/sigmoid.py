@@ -1,0 +1,134 @@
+"""The losses in which each class counts on its own, from a batch to its loss.
+
+    loss_i = positive_i(c_iy) + factor_i sum_{j != y_i} f(c_ij)
+
+No gradient of f waits for a sum over all classes. So where the batch's loss is one number, and each sample's share
+in it known, forward makes the gradients as well, in one pass over the weight (6 N C D), and backward multiplies
+them by its own upstream gradient. Else there are two, as for a softmax (8 N C D): with reduction="none", with rows
+that move in backward, under torch.compile, and for float16, whose range a gradient may need a loss scale to stay
+within.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cosface_kernels import ops, optim
+from cosface_kernels.distributed import Exchange, Local
+from cosface_kernels.margins import Rows, SigmoidMargin
+from cosface_kernels.options import ARGUMENTS
+from cosface_kernels.stages import Batch, OwnClasses, Settings, reduce, target_cosines
+
+OP_DEFAULTS = [(field.name, field.default) for field in ARGUMENTS]
+
+
+class _OnePass(torch.autograd.Function):
+    """sum_i factor_i sum_{j != y_i} f(c_ij), whose gradients of x and w have those of the targets' cosines too."""
+
+    @staticmethod
+    def forward(ctx: Any, x, w, targets, scale, bias, factor, g_cos, backend, classes, *options):  # type: ignore[no-untyped-def]
+        need_dx, need_dw, *_ = ctx.needs_input_grad
+        sums, dx, dw, dscale = ops.sigmoid(
+            x, w, targets, scale, bias, factor, g_cos, need_dx, need_dw, backend, classes, *options
+        )
+        added, mass = sums
+        ctx.save_for_backward(dx, dw, dscale, factor * mass, added, classes)
+        ctx.shape = w.shape
+        return (factor * added).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, classes = ctx.saved_tensors
+        need_dx, need_dw, _, *of_rows = ctx.needs_input_grad[:6]
+        needed = need_dx, need_dw, *of_rows
+        unchanged = g.device.type == "cpu" and g == 1
+        dx, dw, *rows = (
+            (each if unchanged else each * g.to(each.dtype)) if wanted else None
+            for each, wanted in zip(gradients, needed, strict=True)
+        )
+        dw = None if dw is None else ops.of_all_classes(dw, classes, ctx.shape)
+        return dx, dw, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 6)
+
+
+class _TwoPasses(torch.autograd.Function):
+    """sum_{j != y_i} f(c_ij), and the targets' cosines, which are given; (N,) each."""
+
+    @staticmethod
+    def forward(ctx: Any, x, w, targets, scale, bias, target_cos, backend, classes, *options):  # type: ignore[no-untyped-def]
+        one = torch.ones_like(bias)
+        (added, mass), *_ = ops.sigmoid(
+            x, w, targets, scale, bias, one, one, False, False, backend, classes, *options
+        )
+        ctx.backend = backend
+        ctx.options = [None if isinstance(option, Tensor) else option for option in options]
+        tensors = [option if isinstance(option, Tensor) else None for option in options]
+        ctx.save_for_backward(x, w, targets, scale, bias, mass, classes, *tensors)
+        return added, target_cos.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, g_cos: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, targets, scale, bias, mass, classes, *tensors = ctx.saved_tensors
+        options = [each if tensor is None else tensor for each, tensor in zip(ctx.options, tensors, strict=True)]
+        need_dx, need_dw, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
+        _, dx, dw, dscale = ops.sigmoid(
+            x, w, targets, scale, bias, g, g_cos, need_dx, need_dw, ctx.backend, classes, *options
+        )
+        dw = ops.of_all_classes(dw, classes, w.shape) if need_dw else None
+        rows = dscale if need_dscale else None, g * mass if need_dbias else None
+        return dx if need_dx else None, dw, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 5)
+
+
+def loss(
+    settings: Settings,
+    options: dict[str, Any],
+    ranks: Local | Exchange,
+    weight: Tensor,
+    batch: Batch,
+    own: OwnClasses,
+    validate: bool,
+) -> Tensor:
+    """The reduced loss, 0-d, or those of this rank's samples."""
+    margin, targets = settings.margin, batch.targets
+    assert isinstance(margin, SigmoidMargin)
+    valid, has_loss = targets != ops.IGNORED, targets >= 0  # (N,) each
+    rows = Rows(batch.embeddings, targets, ranks.whole, ranks.share)
+    terms = margin.terms(torch.where(has_loss, batch.scale, 1), rows)
+    scale, bias = ranks.of_own_classes(torch.stack([terms.scale, terms.bias]))  # (N,) each
+    fields = {**options, "classes": own.chosen, "sigmoid": margin.form, "polynomials": margin.polynomials}
+    flat = tuple(fields.get(name, default) for name, default in OP_DEFAULTS)
+    with torch.no_grad():
+        cos = target_cosines(own, settings.subcenters)  # (N,)
+    inputs = own.x, own.w, own.targets, scale, bias
+    moves = bool(getattr(weight, optim.MARK, False))
+    if settings.reduction != "none" and not moves and _makes_gradients(own):
+        weights = torch.where(valid, 1.0 if batch.sample_weight is None else batch.sample_weight, 0).to(cos.dtype)
+        total = weights.sum()
+        share = weights if settings.reduction == "sum" else weights / total  # (N,), of a sample in the loss
+        share = torch.where(has_loss, share, 0)  # (N,)
+        cos = ranks.sum(cos).requires_grad_()  # (N,)
+        positive = torch.where(has_loss, terms.positive(cos), 0)  # (N,)
+        (g_cos,) = torch.autograd.grad(positive, cos, share.detach(), retain_graph=True)
+        factor = ranks.of_own_classes(torch.where(has_loss, share * terms.factor, 0))  # (N,)
+        negative = _OnePass.apply(*inputs, factor, g_cos, settings.backend, *flat)  # type: ignore[no-untyped-call]
+        reduced = (share * positive).sum() + ranks.add(negative)
+        if settings.reduction == "mean":
+            reduced = torch.where(total == 0, torch.nan, reduced)
+        return reduced if validate else torch.where((targets == ops.INVALID).any(), torch.nan, reduced)
+    results = optim.sigmoid(weight, *inputs, cos, settings.backend, **fields) if moves else None
+    if results is None:
+        results = _TwoPasses.apply(*inputs, cos, settings.backend, *flat)  # type: ignore[no-untyped-call]
+    added, cos = (ranks.add(each) for each in results)  # (N,) each
+    losses = torch.where(has_loss, terms.positive(cos) + terms.factor * added, 0)  # (N,)
+    if not validate:
+        losses = losses.masked_fill(targets == ops.INVALID, torch.nan)
+    return reduce(ranks, losses, batch, valid, batch.sample_weight, settings.reduction)
+
+
+def _makes_gradients(own: OwnClasses) -> bool:
+    """Whether forward can make what backward is asked for."""
+    asked = torch.is_grad_enabled() and (own.x.requires_grad or own.w.requires_grad)
+    return asked and not torch.compiler.is_compiling() and torch.float16 not in (own.x.dtype, own.w.dtype)
