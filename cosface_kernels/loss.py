@@ -25,7 +25,7 @@ from cosface_kernels.distributed import (
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
 from cosface_kernels.margins import ClassMargin, Margin, defaults, of_each_class
-from cosface_kernels.margins.base import check_smoothing, taken
+from cosface_kernels.margins.base import check_use, taken
 from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
@@ -42,7 +42,6 @@ from cosface_kernels.validation import (
     check_reduction,
     check_scale,
     check_table,
-    check_tolerance,
 )
 
 INIT_STD = 0.01  # as in insightface's partial_fc; the loss does not depend on it, the effective learning rate does
@@ -169,8 +168,7 @@ class FusedMarginLoss(nn.Module):
         check_dtype(dtype)
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
-        check_tolerance(gradient_tolerance)
-        check_smoothing(label_smoothing, margin)
+        check_use(margin, label_smoothing, gradient_tolerance)
         check_subcenters(
             subcenters, sharded=process_group is not None, gradient_tolerance=gradient_tolerance, margin=margin
         )

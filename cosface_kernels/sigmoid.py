@@ -117,7 +117,9 @@ def loss(
         reduced = (share * positive).sum() + ranks.add(negative)
         if settings.reduction == "mean":
             reduced = torch.where(total == 0, torch.nan, reduced)
-        return reduced if validate else torch.where((targets == ops.INVALID).any(), torch.nan, reduced)
+        if not validate:  # added, so that the others keep their gradient
+            reduced = reduced + torch.where((targets == ops.INVALID).any(), torch.nan, 0)
+        return reduced
     results = optim.sigmoid(weight, *inputs, cos, settings.backend, **fields) if moves else None
     if results is None:
         results = _TwoPasses.apply(*inputs, cos, settings.backend, *flat)  # type: ignore[no-untyped-call]

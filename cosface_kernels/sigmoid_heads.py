@@ -38,7 +38,7 @@ class FusedSphereFace2Loss(FusedMarginLoss):
         check_scale(scale)
         psi = SphereFace2Margin(
             margin,
-            scale=float(scale),
+            scale=float(scale.detach() if isinstance(scale, Tensor) else scale),
             num_classes=num_classes,
             kind=kind,
             weighting=weighting,

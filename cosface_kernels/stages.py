@@ -19,7 +19,7 @@ from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, Local
 from cosface_kernels.margins import ClassMargin, Margin, Rows, SigmoidMargin, Smoothing
-from cosface_kernels.margins.base import check_smoothing
+from cosface_kernels.margins.base import check_use
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS, compute_dtype
 from cosface_kernels.sampling import ClassSampler
@@ -38,7 +38,6 @@ from cosface_kernels.validation import (
     check_sampler,
     check_scale,
     check_table,
-    check_tolerance,
 )
 
 
@@ -190,7 +189,6 @@ def check(
     check_flag("validate_labels", settings.validate_labels)
     check_cache(settings.cache_bytes, settings.exact_cache)
     check_integer("workspace_bytes", settings.workspace_bytes, 0)
-    check_tolerance(settings.gradient_tolerance)
     if isinstance(settings.margin, ClassMargin):
         check_table(settings.margin.margins, settings.classes_of(ranks.num_classes))
     elif not callable(settings.margin):
@@ -198,14 +196,7 @@ def check(
     if isinstance(scale, Tensor) and scale.dim():
         check_per_sample("scale", scale, labels if labels.dim() == 1 else labels[:, 0])
     margin = settings.margin
-    check_smoothing(settings.label_smoothing, margin)
-    if isinstance(margin, SigmoidMargin):
-        margin.check_use(labels.dim(), settings.gradient_tolerance, settings.entropy)
-    if labels.dim() == 2 and isinstance(margin, Margin) and margin.reshapes_negatives:
-        raise ValueError(
-            f"{type(margin).__name__} reshapes the negatives of a sample by its label: labels must have shape "
-            f"(N,), got shape {tuple(labels.shape)}."
-        )
+    check_use(margin, settings.label_smoothing, settings.gradient_tolerance, labels.dim(), settings.entropy)
 
 
 def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cosface_kernels.reference import excess, softplus
-from cosface_kernels.validation import check_interval
+from cosface_kernels.validation import check_interval, check_tolerance
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,21 @@ class Margin(nn.Module):
         """What a batch may change; a state of each class is changed between batches."""
         return [state for state in map(self.get_buffer, self._initial) if not state.dim()]
 
+    def check_use(
+        self, label_smoothing: float, gradient_tolerance: float, labels_per_sample: int, entropy: bool
+    ) -> None:
+        """Raises ValueError for what the loss does not have."""
+        if label_smoothing and not self.smooths_labels:
+            raise ValueError(
+                f"{type(self).__name__} is no cross-entropy, whose labels could be smoothed: label_smoothing must "
+                f"be 0, got {label_smoothing!r}."
+            )
+        if labels_per_sample > 1 and self.reshapes_negatives:
+            raise ValueError(
+                f"{type(self).__name__} reshapes the negatives of a sample by its label: labels must have shape "
+                f"(N,), got shape (N, {labels_per_sample})."
+            )
+
     def _register_state(self, name: str, initial: float, *shape: int) -> None:
         self._initial[name] = initial
         self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
@@ -151,13 +166,18 @@ def update_average(average: Tensor, value: Tensor, rate: float) -> None:
     average.copy_(torch.where(value.isfinite(), average.lerp(value.to(average.dtype), rate), average))
 
 
-def check_smoothing(label_smoothing: float, margin: float | Callable[..., Tensor]) -> None:
+def check_use(
+    margin: float | Callable[..., Tensor],
+    label_smoothing: float,
+    gradient_tolerance: float,
+    labels_per_sample: int = 1,
+    entropy: bool = False,
+) -> None:
+    """Raises ValueError for a number out of its range, or what the margin's loss does not have."""
+    check_tolerance(gradient_tolerance)
     check_interval("label_smoothing", label_smoothing, "[0, 1]", 0, math.nextafter(1, 2))
-    if label_smoothing and isinstance(margin, Margin) and not margin.smooths_labels:
-        raise ValueError(
-            f"{type(margin).__name__} is no cross-entropy, whose labels could be smoothed: label_smoothing must "
-            f"be 0, got {label_smoothing!r}."
-        )
+    if isinstance(margin, Margin):
+        margin.check_use(label_smoothing, gradient_tolerance, labels_per_sample, entropy)
 
 
 def check_rate(rate: float) -> None:

@@ -41,8 +41,10 @@ class SigmoidMargin(Margin):
     def terms(self, scale: Tensor, rows: Rows) -> Terms:
         raise NotImplementedError
 
-    def check_use(self, labels_per_sample: int, gradient_tolerance: float, entropy: bool = False) -> None:
-        """Raises ValueError for what only a softmax has."""
+    def check_use(
+        self, label_smoothing: float, gradient_tolerance: float, labels_per_sample: int, entropy: bool
+    ) -> None:
+        super().check_use(label_smoothing, gradient_tolerance, labels_per_sample, entropy)
         for name, value, wanted in (
             ("gradient_tolerance", gradient_tolerance, 0),
             ("entropy", entropy, False),
@@ -157,7 +159,11 @@ class SphereFace2Margin(BiasedMargin):
         a_j = scale * float(self._g(right) + self._added)
         ratio = self.weighting / ((1 - self.weighting) * max(num_classes - 1, 1))
         root = math.hypot(1 - ratio, 2 * math.sqrt(ratio) * math.exp((a_y - a_j) / 2))
-        return math.log(2 * ratio) - a_j - math.log(1 - ratio + root)
+        if ratio < 1:
+            return math.log(2 * ratio) - a_j - math.log(1 - ratio + root)
+        if ratio == 1:
+            return -(a_y + a_j) / 2
+        return math.log((root + ratio - 1) / 2) - a_y  # the same, where 1 - ratio + root would cancel
 
     def terms(self, scale: Tensor, rows: Rows) -> Terms:
         bias = self._bias_of(scale, rows)  # (N,)

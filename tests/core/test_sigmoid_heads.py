@@ -1,0 +1,325 @@
+"""Heads whose classes count each on its own: loss and gradients in one pass, and in two where one cannot."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import relative_error
+from support.memory import raised_by
+from torch import Tensor, nn
+
+from cosface_kernels import (
+    FusedSFaceLoss,
+    FusedSphereFace2Loss,
+    FusedUniFaceLoss,
+    margin_softmax_loss,
+    ops,
+    sigmoid,
+)
+from cosface_kernels.margins import SFaceMargin, SphereFace2Margin, UniFaceMargin
+from cosface_kernels.optim import FusedAdamW, FusedSGD
+
+C, D, N = 211, 24, 17
+HEADS = [FusedSphereFace2Loss, FusedUniFaceLoss, FusedSFaceLoss]
+each_head = pytest.mark.parametrize("kind", HEADS, ids=lambda kind: kind.__name__)
+
+
+def _batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    labels = torch.randint(C, (N,))
+    labels[4] = -100
+    return torch.randn(N, D, dtype=dtype).requires_grad_(), labels
+
+
+def _gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+
+
+def _losses(head, x, labels, **options) -> Tensor:
+    """(N,), of which the reduced loss is to be the mean or the sum."""
+    reduction, head.reduction = head.reduction, "none"
+    losses = head(x, labels, **options)
+    head.reduction = reduction
+    return losses
+
+
+@each_head
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_pass_is_two(kind, reduction, weighted):
+    """Also for what learns beside: the scale, the bias, the weights of the samples."""
+    scale = nn.Parameter(torch.tensor(17.0, dtype=torch.float64))
+    head = kind(C, D, scale=scale, reduction=reduction, dtype=torch.float64, class_weight=torch.linspace(0, 2, C))
+    x, labels = _batch()
+    a = torch.rand(N, dtype=torch.float64).requires_grad_() if weighted else None
+    inputs = [x, *head.parameters(), *([a] if weighted else [])]
+    losses = _losses(head, x, labels, sample_weight=a)
+    weights = head.class_weight.double()[labels.clamp_min(0)] * (labels >= 0) * (a if weighted else 1)
+    want = losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
+    got = head(x, labels, sample_weight=a)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    for ours, theirs in zip(_gradients(1.7 * got, *inputs), _gradients(1.7 * want, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@each_head
+def test_how_often_the_weight_is_read(kind, monkeypatch):
+    """By the op that makes all gradients: once, unless samples have gradients of their own."""
+    needed = []
+
+    def spy(*arguments, **options):
+        needed.append(tuple(arguments[7:9]))
+        return op(*arguments, **options)
+
+    op = ops.sigmoid
+    monkeypatch.setattr(sigmoid.ops, "sigmoid", spy)
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    head(x, labels).backward()
+    assert needed == [(True, True)]
+    needed.clear()
+    head(x.detach(), labels).backward()
+    assert needed == [(False, True)]
+    needed.clear()
+    _losses(head, x, labels).sum().backward()
+    assert needed == [(False, False), (True, True)]
+    needed.clear()
+    with torch.no_grad():
+        head(x, labels)
+    assert needed == [(False, False)]
+
+
+@each_head
+def test_backward_hands_over_what_forward_made(kind):
+    """Not a copy, of gigabytes; and can run again where the graph is retained."""
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    loss = head(x, labels)
+    loss.backward(retain_graph=True)
+    once = head.weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(head.weight.grad, 2 * once, rtol=0, atol=0)
+
+    step = lambda: head(x, labels).backward()  # noqa: E731
+    head.weight.grad = None
+    gradient = []
+    head.weight.register_post_accumulate_grad_hook(lambda weight: gradient.append(weight.grad.data_ptr()))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        step()
+    assert gradient[0] in saved
+
+
+@each_head
+def test_memory(kind):
+    """No (N, C), and of (C, D) the gradient alone."""
+    classes, samples, size = 60_000, 256, 8
+    head = kind(classes, size)
+    x, labels = torch.randn(samples, size), torch.randint(classes, (samples,))
+
+    def step() -> None:
+        head.weight.grad = None
+        head(x, labels).backward()
+
+    logits = samples * classes * 4
+    assert raised_by(step) < logits / 3
+
+
+@each_head
+def test_float16_keeps_its_loss_scale(kind):
+    """Of a mean over many samples, a gradient made before it is scaled would be 0 in float16."""
+    head = kind(C, D, dtype=torch.float16)
+    x = torch.randn(N, D, dtype=torch.float16).requires_grad_()
+    labels = torch.randint(C, (N,))
+    tiny = 2.0**-20
+    (tiny * head(x, labels) * 2.0**16).backward()
+    twin = kind(C, D, dtype=torch.float64)
+    twin.weight.data = head.weight.detach().double()
+    ours = x.detach().double().requires_grad_()
+    (tiny * twin(ours, labels) * 2.0**16).backward()
+    assert relative_error(x.grad, ours.grad) < 5e-3
+    assert relative_error(head.weight.grad, twin.weight.grad) < 5e-3
+
+
+@each_head
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(kind, dtype):
+    head, (x, labels) = kind(C, D, dtype=dtype), _batch(dtype)
+    twin = kind(C, D, dtype=torch.float64)
+    twin.weight.data = head.weight.detach().double()
+    ours = x.detach().double().requires_grad_()
+    got, want = head(x, labels), twin(ours, labels)
+    got.backward()
+    want.backward()
+    eps = torch.finfo(dtype).eps
+    assert got.dtype == torch.float32
+    assert relative_error(got, want) < 1e-5
+    assert relative_error(x.grad, ours.grad) < 1e-4 + 4 * eps
+    assert relative_error(head.weight.grad, twin.weight.grad) < 1e-4 + 4 * eps
+
+
+@each_head
+def test_sampled_classes(kind):
+    head, (x, labels) = kind(C, D, dtype=torch.float64, sample_rate=0.3), _batch()
+    got = head(x, labels)
+    dx, dw = _gradients(got, x, head.weight)
+    assert dw.is_sparse
+    chosen = dw.coalesce().indices()[0]
+    place = torch.searchsorted(chosen, labels.clamp_min(0)).where(labels >= 0, -100)
+    rows = head.weight.detach()[chosen].requires_grad_()
+    want = margin_softmax_loss(x, rows, place, margin=head.margin, scale=head.scale)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    want_dx, want_dw = _gradients(want, x, rows)
+    torch.testing.assert_close(dx, want_dx, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dw.coalesce().values(), want_dw, rtol=1e-10, atol=1e-12)
+
+
+@each_head
+@pytest.mark.parametrize("sample_rate", [1.0, 0.4])
+def test_rows_move_in_backward(kind, sample_rate):
+    head = kind(C, D, dtype=torch.float64, sample_rate=sample_rate)
+    twin = kind(C, D, dtype=torch.float64, sample_rate=sample_rate)
+    twin.load_state_dict(head.state_dict())
+    ours = FusedSGD(head.parameters(), lr=0.1)
+    theirs = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for _ in range(3):
+        x, labels = _batch()
+        for model, optimizer in ((head, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            model(x, labels).backward()
+            optimizer.step()
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-9, atol=1e-12)
+
+
+def test_rows_move_by_adamw_and_two_losses_of_one_weight():
+    head, (x, labels) = FusedUniFaceLoss(C, D, dtype=torch.float64), _batch()
+    before = head.weight.detach().clone()
+    optimizer = FusedAdamW(head.parameters(), lr=0.1)
+    (head(x, labels) + head(2 * x + 1, labels)).backward()  # whose sum no row may move by halves
+    assert torch.equal(head.weight, before)
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
+@each_head
+def test_statistics(kind):
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    loss, stats = head(x, labels, return_stats=3)
+    torch.testing.assert_close(loss, head(x, labels), rtol=0, atol=0)
+    cos = F.normalize(x.detach()) @ F.normalize(head.weight.detach()).T
+    valid = labels >= 0
+    target = cos[valid].gather(1, labels[valid][:, None])[:, 0]
+    torch.testing.assert_close(stats.target_cos[valid], target)
+    assert stats.accuracy == (cos[valid].argmax(1) == labels[valid]).double().mean()
+    assert stats.top_k_accuracy == (cos[valid].topk(3).indices == labels[valid][:, None]).any(1).double().mean()
+    assert stats.entropy is None
+
+
+@each_head
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_labels_that_are_no_class(kind, reduction):
+    """The mean over none is nan; of a label that is out of range the loss is, and others keep their gradient."""
+    head = kind(C, D, dtype=torch.float64, validate_labels=False, reduction=reduction)
+    x, labels = _batch()
+    empty = head(x, torch.full_like(labels, -100))
+    assert bool(empty.isnan().all()) if reduction == "mean" else not empty.any()
+    labels[2] = C
+    loss = head(x, labels)
+    assert bool(loss.isnan()) if reduction == "mean" else loss.isnan().nonzero().flatten().tolist() == [2]
+    dx, dw = _gradients(loss.nan_to_num().sum() if reduction == "none" else loss, x, head.weight)
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
+    assert not dx[2].any()
+    assert dx[0].any()
+
+
+@each_head
+def test_a_zero_weight_is_no_sample(kind):
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    weights = torch.ones(N, dtype=torch.float64)
+    weights[1] = 0
+    others = torch.arange(N) != 1
+    got, want = head(x, labels, sample_weight=weights), head(x[others], labels[others])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    for ours, theirs in zip(_gradients(got, x, head.weight), _gradients(want, x, head.weight), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"return_stats": True, "entropy": True}, "entropy must be False, got True"),
+        ({"labels": torch.zeros(N, 2, dtype=torch.int64), "sample_weight": torch.ones(N, 2)}, "must be 1, got 2"),
+    ],
+)
+def test_what_only_a_softmax_has(arguments, message):
+    head = FusedUniFaceLoss(C, D)
+    arguments = {"labels": torch.zeros(N, dtype=torch.int64), **arguments}
+    with pytest.raises(ValueError, match=message):
+        head(torch.randn(N, D), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FusedUniFaceLoss(C, D, gradient_tolerance=0.1), "gradient_tolerance must be 0, got 0.1"),
+        (lambda: FusedUniFaceLoss(C, D, label_smoothing=0.1), "label_smoothing must be 0, got 0.1"),
+        (lambda: FusedSFaceLoss(C, D, 0.35), "margin must be 0, because SFace has none, got 0.35"),
+        (lambda: SphereFace2Margin(num_classes=C, t=5), "t must be an integer from 1 to 4, got 5"),
+        (lambda: SphereFace2Margin(num_classes=C, kind="B"), "kind must be 'C', 'A' or 'M', got 'B'"),
+        (lambda: SphereFace2Margin(num_classes=C, weighting=1.0), "weighting must be in .0, 1., got 1.0"),
+        (lambda: SphereFace2Margin(num_classes=C, weight=0), "weight must be in"),
+        (lambda: UniFaceMargin(bias=math.inf), "bias must be in"),
+        (lambda: UniFaceMargin(bias=0.0, balance=0.0), "balance must be in"),
+        (lambda: SFaceMargin(k=-1.0), "k must be in"),
+        (lambda: SFaceMargin(a=math.nan), "a must be in"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 4])
+@pytest.mark.parametrize("classes", [1, 2, 10_000_000])
+@pytest.mark.parametrize("scale", [1.0, 40.0, 2000.0])
+def test_the_first_bias_balances(t, classes, scale):
+    """Where all cosines are 0, the target pulls as hard as all others push, as far as float64 can tell."""
+    margin = SphereFace2Margin(num_classes=classes, t=t, scale=scale)
+    b, g = margin.initial, 2 * 0.5**t - 1
+    assert math.isfinite(b)
+    pull = margin.weighting * torch.sigmoid(torch.tensor(-(scale * (g - 0.4) + b), dtype=torch.float64))
+    push = (1 - margin.weighting) * (classes - 1) * torch.sigmoid(torch.tensor(scale * (g + 0.4) + b).double())
+    if classes > 1 and scale <= 40:
+        assert float(pull) == pytest.approx(float(push), rel=1e-6)
+
+
+def test_sample_to_sample():
+    """UniTSFace's: the classes are features, of which each has a gradient as well."""
+    x, other = (torch.randn(N, D, dtype=torch.float64).requires_grad_() for _ in range(2))
+    labels = torch.arange(N)
+    margin = UniFaceMargin(0.1, bias=4.0)
+    got = margin_softmax_loss(x, other, labels, margin=margin, scale=16.0)
+    cos = F.normalize(x) @ F.normalize(other).T
+    eye = torch.eye(N, dtype=torch.bool)
+    want = torch.where(eye, F.softplus(4 - 16 * (cos - 0.1)), F.softplus(16 * cos - 4)).sum(1).mean()
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(_gradients(got, x, other), _gradients(want, x, other), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_each_epoch_it_learns():
+    """The bias too, which begins where the negatives of many classes weigh as much as one target."""
+    torch.manual_seed(0)
+    centres = F.normalize(torch.randn(20, 16))
+    labels = torch.randint(20, (400,))
+    x = centres[labels] + 0.1 * torch.randn(400, 16)
+    for kind in HEADS:
+        head = kind(20, 16)
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+        for _ in range(60):
+            loss = head(x, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        _, stats = head(x, labels, return_stats=True)
+        assert stats.accuracy > 0.95, kind.__name__
