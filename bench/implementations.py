@@ -128,7 +128,7 @@ def _backend(x: Tensor, w: Tensor, name: str | None = None, **options: Any) -> s
     return backend
 
 
-def _of_family(name: str, **options: Any) -> Implementation:
+def _of_family(name: str, flops: int = 8, **options: Any) -> Implementation:
     """A loss of the family with its own margin and the problem's scale, unless the options have one."""
 
     subcenters = options.get("subcenters", 1)  # the problem's classes are their rows
@@ -141,6 +141,10 @@ def _of_family(name: str, **options: Any) -> Implementation:
             return margins.KappaFaceMargin(torch.arange(1, 1 + classes))
         if name == "ClassMargin":
             return margins.ClassMargin(torch.linspace(0.1, 0.5, classes, device=problem.weight.device))
+        if name == "SphereFace2Margin":
+            return margins.SphereFace2Margin(num_classes=classes, scale=problem.scale).to(problem.weight.device)
+        if name == "UniFaceMargin":
+            return margins.UniFaceMargin(bias=math.log(10 * classes)).to(problem.weight.device)
         if name == "AdaMSoftmaxMargin":
             return margins.AdaMSoftmaxMargin(classes).to(problem.weight.device)
         return getattr(margins, name)(**({"filter_above": 0.1} if name == "CombinedMargin" else {}))
@@ -159,7 +163,7 @@ def _of_family(name: str, **options: Any) -> Implementation:
         arguments = {"margin": margin(problem), "scale": problem.scale, "backend": "reference", **options}
         return margin_softmax_loss(x, w, problem.labels // subcenters, **arguments)
 
-    return Implementation(build, 8, "cosface_kernels", definition=definition, note="its own margin")
+    return Implementation(build, flops, "cosface_kernels", definition=definition, note="its own margin")
 
 
 def _build_eager(problem: Problem) -> Step:
@@ -255,6 +259,9 @@ IMPLEMENTATIONS = {
     "circle-loss": _of_family("CircleLossMargin"),
     "npcface": _of_family("NPCFaceMargin"),
     "mv-softmax": _of_family("MVSoftmaxMargin"),
+    "sphereface2": _of_family("SphereFace2Margin", 6),
+    "uniface": _of_family("UniFaceMargin", 6),
+    "sface": _of_family("SFaceMargin", 6),
     "combined-filter": _of_family("CombinedMargin"),
 }
 
