@@ -12,11 +12,11 @@ from torch import Tensor
 
 from cosface_kernels.backends.chunks import nearest as nearest
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
-from cosface_kernels.options import Options, Update
+from cosface_kernels.options import Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype
 
 OPTIONS = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
-OPTIONS |= {"moments", "g_moments"}
+OPTIONS |= {"moments", "g_moments", "sigmoid", "polynomials"}
 
 
 def unavailable() -> str | None:
@@ -44,7 +44,12 @@ def describe() -> str:
 
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
-    """Of the norms that forward leaves for backward, and of cosines; csrc/cuda/driver.cpp has the same rule."""
+    """Of the norms that forward leaves for backward, and of cosines; csrc/cuda/driver.cpp has the same rule.
+
+    0 with a sigmoid, which no forward precedes.
+    """
+    if options.sigmoid:
+        return 0
     norms = x.shape[0] + (options.count(w) if options.normalize_weight else 0)
     return compute_dtype(x, w).itemsize * norms + options.cosine_bytes(x, w)
 
@@ -59,6 +64,12 @@ def forward(
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _C.cuda_backward(*tensors[:-1], _kernel_options(options, tensors[-1]), need_dx, need_dw)
+
+
+def sigmoid(
+    *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _C.cuda_sigmoid(*tensors, _kernel_options(options, empty_cache(tensors[0])), need_dx, need_dw)
 
 
 def backward_update_(
@@ -82,4 +93,6 @@ def _kernel_options(options: Options, cache: Tensor) -> Any:
         workspace_bytes=options.workspace_bytes,
         moments=options.moments,
         g_moments=options.g_moments,
+        sigmoid=options.sigmoid,
+        polynomials=options.polynomials,
     )

@@ -81,6 +81,63 @@ __global__ void logit_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, con
   if (threadIdx.x == 0) negative_dot[blockIdx.y * chunk.n + row] += kMoments ? negative : g_lse * negative;
 }
 
+// The (5) coefficients are those of 1, c, c^2, c^3 and c^4.
+template <typename T>
+__device__ T polynomial(const T* k, T c) {
+  return (((k[4] * c + k[3]) * c + k[2]) * c + k[1]) * c + k[0];
+}
+
+template <typename T, typename G, int kThreads, int kPack, bool kByAngle>
+__global__ void sigmoid_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, const T* polynomials, const T* unit,
+                                         G* g, double* sums) {
+  const int64_t row = this_row();
+  if (row >= chunk.n) return;
+  int64_t begin, end;
+  this_segment<kPack>(chunk.classes, &begin, &end);
+  g += row * chunk.classes;
+  const T x_inv_norm = chunk.x_inv_norm[row], s = chunk.s[row], log_sum = upstream.log_sum[row];
+  const T g_lse = upstream.g_lse[row], g_cos = upstream.g_cos[row];
+  const T lift = static_cast<T>(kGradientLift) / unit[row];
+  const int64_t target = chunk.y[row] - chunk.first_class;
+  const bool active = g_lse != 0 || g_cos != 0;
+  T value[5] = {}, slope[5] = {};
+  for (int k = 0; !kByAngle && k < 5; ++k) value[k] = polynomials[k], slope[k] = polynomials[5 + k];
+
+  T negative = 0, added = 0, mass = 0;
+  for (int64_t j = begin + threadIdx.x * kPack; j < end; j += kThreads * kPack) {
+    const auto w_inv_norms = load<kPack>(chunk.w_inv_norm + j);
+    const auto cosines = compute_cosines(chunk, row, x_inv_norm, j, w_inv_norms);
+    Pack<G, kPack> gradients;
+    for (int l = 0; l < kPack; ++l) {
+      T gradient = 0;
+      if (active && j + l == target) {
+        gradient = g_cos;
+      } else if (active) {
+        const T cos = cosines.values[l];
+        const T shaped = kByAngle ? -std::acos(cos > 1 ? 1 : cos < -1 ? -1 : cos) : polynomial(value, cos);
+        const T logit = s * shaped - log_sum, e = std::exp(-std::fabs(logit));
+        const T p = (logit > 0 ? 1 : e) / (1 + e);
+        mass += p;
+        if constexpr (kByAngle) {
+          added += p * cos;
+          gradient = g_lse * p;
+        } else {
+          added += (logit > 0 ? logit : 0) + std::log1p(e);
+          negative += p * shaped;
+          gradient = s * g_lse * p * polynomial(slope, cos);
+        }
+      }
+      if constexpr (!std::is_same_v<G, __half>) gradient *= w_inv_norms.values[l];
+      gradients.values[l] = convert<G>(gradient * lift);
+    }
+    store(g + j, gradients);
+  }
+  const T all[] = {g_lse * reduce<kThreads>(negative, Sum()), reduce<kThreads>(added, Sum()),
+                   reduce<kThreads>(mass, Sum())};
+  if (threadIdx.x != 0) return;
+  for (int k = 0; k < 3; ++k) sums[(k * gridDim.y + blockIdx.y) * chunk.n + row] += all[k];
+}
+
 template <typename T, typename V, typename Out, int kThreads, int kPack>
 __global__ void project_rows_kernel(const T* g, bool divided, const V* v, int64_t n, int64_t columns,
                                     int64_t stride, const T* inv_norm, const T* factor, int64_t factor_step,
@@ -144,6 +201,21 @@ void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T
 }
 
 template <typename T>
+void sigmoid_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* polynomials, const T* unit,
+                       void* g, DType dtype, double* sums, Stream stream) {
+  with_operand<T>(dtype, [&](auto type) {
+    using G = typename decltype(type)::type;
+    with_chunk_shape(chunk, [&](auto shape) {
+      using S = decltype(shape);
+      const auto kernel = polynomials == nullptr ? sigmoid_gradients_kernel<T, G, S::kThreads, S::kPack, true>
+                                                 : sigmoid_gradients_kernel<T, G, S::kThreads, S::kPack, false>;
+      launch("sigmoid_gradients", kernel, S::grid(chunk.n, chunk.segments), S::block(), stream, chunk, upstream,
+             polynomials, unit, static_cast<G*>(g), sums);
+    });
+  });
+}
+
+template <typename T>
 void project_rows(const T* g, bool divided, const Rows& v, const T* inv_norm, const T* factor, int64_t factor_step,
                   void* out, DType out_dtype, Stream stream) {
   with_operand<T>(v.dtype, [&](auto type) {
@@ -161,9 +233,11 @@ void project_rows(const T* g, bool divided, const Rows& v, const T* inv_norm, co
   });
 }
 
-#define COSFACE_INSTANTIATE(T)                                                                                 \
-  template void normalize_rows(const Rows&, const T*, const T*, void*, Stream);                                \
-  template void logit_gradients(const Chunk<T>&, const Upstream<T>&, const T*, void*, DType, double*, Stream); \
+#define COSFACE_INSTANTIATE(T)                                                                                    \
+  template void normalize_rows(const Rows&, const T*, const T*, void*, Stream);                                   \
+  template void logit_gradients(const Chunk<T>&, const Upstream<T>&, const T*, void*, DType, double*, Stream);    \
+  template void sigmoid_gradients(const Chunk<T>&, const Upstream<T>&, const T*, const T*, void*, DType, double*, \
+                                  Stream);                                                                        \
   template void project_rows(const T*, bool, const Rows&, const T*, const T*, int64_t, void*, DType, Stream);
 
 COSFACE_INSTANTIATE(float)

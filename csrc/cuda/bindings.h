@@ -3,6 +3,8 @@
 
 #include <torch/extension.h>
 
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "cuda/driver.h"
@@ -18,12 +20,21 @@ void define(py::module_& m, WithDevice with_device) {
   py::class_<Options>(m, "CudaOptions", py::module_local())
       .def(py::init([](std::optional<Tensor> classes, Tensor cache, bool normalize_weight,
                        std::optional<Tensor> thresholds, std::optional<Tensor> negatives, int64_t workspace_bytes,
-                       bool moments, std::optional<Tensor> g_moments) {
-             return Options{std::move(classes),   std::move(cache), normalize_weight, std::move(thresholds),
-                            std::move(negatives), workspace_bytes,  moments,          std::move(g_moments)};
+                       bool moments, std::optional<Tensor> g_moments, std::optional<std::string> sigmoid,
+                       std::optional<Tensor> polynomials) {
+             return Options{std::move(classes),
+                            std::move(cache),
+                            normalize_weight,
+                            std::move(thresholds),
+                            std::move(negatives),
+                            workspace_bytes,
+                            moments,
+                            std::move(g_moments),
+                            {std::move(sigmoid), std::move(polynomials)}};
            }),
            py::kw_only(), py::arg("classes"), py::arg("cache"), py::arg("normalize_weight"), py::arg("thresholds"),
-           py::arg("negatives"), py::arg("workspace_bytes"), py::arg("moments"), py::arg("g_moments"));
+           py::arg("negatives"), py::arg("workspace_bytes"), py::arg("moments"), py::arg("g_moments"),
+           py::arg("sigmoid"), py::arg("polynomials"));
   m.def(
       "cuda_forward",
       [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
@@ -38,6 +49,15 @@ void define(py::module_& m, WithDevice with_device) {
           bool need_dw) {
         return with_device(x, [&](const Device& device) {
           return backward(x, w, y, s, top, log_sum, g_lse, g_cos, options, need_dx, need_dw, device);
+        });
+      },
+      no_gil);
+  m.def(
+      "cuda_sigmoid",
+      [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& bias, const Tensor& g,
+          const Tensor& g_cos, const Options& options, bool need_dx, bool need_dw) {
+        return with_device(x, [&](const Device& device) {
+          return sigmoid(x, w, y, s, bias, g, g_cos, options, need_dx, need_dw, device);
         });
       },
       no_gil);

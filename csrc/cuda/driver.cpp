@@ -68,6 +68,7 @@ void* any_data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_
 
 Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options) {
   check_cache(options.cache, x.device());
+  options.sigmoid.check(x.device(), options.thresholds || options.moments || options.g_moments);
   return Inputs{x, w, y, s, options.classes, options.thresholds, options.negatives, options.moments}.checked();
 }
 
@@ -102,7 +103,7 @@ Tensor coefficients_of(const Tensor& negatives, at::ScalarType dtype) {
   return at::cat({given, at::ones_like(q), 2 * q, given.narrow(0, 1, 1)});
 }
 
-enum class Pass { kForward, kBackward };
+enum class Pass { kForward, kBackward, kAlone };  // kAlone: backward that no forward precedes
 
 // One call's inputs, and a workspace that all chunks share.
 template <typename T>
@@ -124,7 +125,7 @@ class Step {
                             std::min(options.workspace_bytes, device.largest_workspace))),
         segments(std::clamp<int64_t>(kBlocksPerProcessor * device.processors / std::max<int64_t>(n, 1), 1,
                                      chunk / kChunkStep)),
-        cache(options.cache, n, classes, normalize_weight),
+        cache(pass == Pass::kAlone ? norms_alone() : options.cache, n, classes, normalize_weight),
         dot(pass == Pass::kForward || cache.kept < classes ? at::empty({n * chunk}, sums) : Tensor()),
         ones_(normalize_weight ? Tensor() : at::ones({chunk}, sums)),
         tau_(given.thresholds ? given.thresholds->to(sums.dtype()).contiguous() : Tensor()),
@@ -135,8 +136,8 @@ class Step {
         w_operands_(w_.scalar_type() == operand ? Tensor() : at::empty({chunk, d}, x.options())) {}
 
   // Calls body(chunk, its (classes, D) rows of w as operands) for the chunks in order, each of classes that are
-  // all in the cache or none. Forward fills the cache's norms of a chunk before; backward makes products only
-  // where there are no cosines.
+  // all in the cache or none. The first pass fills the cache's norms of a chunk before; backward makes products
+  // only where there are no cosines.
   template <typename Body>
   void each_chunk(Body body) const {
     for (int64_t first = 0, count; first < classes; first += count) {
@@ -145,7 +146,7 @@ class Step {
       const Tensor raw = raw_rows(first, count);
       const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, count).copy_(raw) : raw;
       T* w_inv_norm = normalize_weight ? data<T>(cache.w_inv_norm) + first : data<T>(ones_);
-      if (pass == Pass::kForward && normalize_weight) row_norms<T>(rows_of(rows), w_inv_norm, device.stream);
+      if (pass != Pass::kBackward && normalize_weight) row_norms<T>(rows_of(rows), w_inv_norm, device.stream);
       if (pass == Pass::kForward || !kept) multiply(beginning(dot, count), x, rows.t(), false);
       body(Chunk<T>{data<T>(dot), n, count, first, data<T>(cache.x_inv_norm), w_inv_norm, data<int64_t>(y),
                     data<T>(s), segments, data<T>(tau_), data<T>(coefficients_),
@@ -181,6 +182,12 @@ class Step {
   int64_t class_bytes(const Inputs& given) const {
     const int64_t operand_bytes = x.element_size(), w_bytes = given.w.element_size();
     return n * (sizeof(T) + operand_bytes) + d * (sizeof(T) + operand_bytes + (given.classes ? w_bytes : 0));
+  }
+
+  // Memory for the norms alone, where none was left.
+  Tensor norms_alone() const {
+    const int64_t norms = n + (normalize_weight ? classes : 0);
+    return at::empty({norms * static_cast<int64_t>(sizeof(T))}, sums.dtype(at::kByte));
   }
 
   Tensor raw_rows(int64_t first, int64_t count) const {
@@ -231,9 +238,10 @@ Tensor any_of(std::initializer_list<Tensor> gradients) {
 }
 
 // (N) powers of two that bound |G_ij| of each row. One per row: then no row of dx depends on the rest of the
-// batch. What b_i adds, b_i p_ij (1 - s_i (top_i - N(cos_ij))), is at most |b_i|: |1 - v| e^-v <= 1.
-Tensor units(const Tensor& s, const Tensor& g_lse, const Tensor& g_cos, const Tensor& g_moments) {
-  Tensor of_negatives = (s * g_lse).abs(), of_targets = g_cos.abs();
+// batch. of_lse: what p_ij multiplies at most. What b_i adds, b_i p_ij (1 - s_i (top_i - N(cos_ij))), is at most
+// |b_i|: |1 - v| e^-v <= 1.
+Tensor units(const Tensor& of_lse, const Tensor& g_cos, const Tensor& g_moments) {
+  Tensor of_negatives = of_lse.abs(), of_targets = g_cos.abs();
   if (g_moments.defined()) of_negatives = of_negatives + g_moments.abs().sum(0);
   if (of_targets.dim() == 2) of_targets = of_targets.amax(0);
   const Tensor bound = at::maximum(of_negatives, of_targets);
@@ -254,13 +262,16 @@ void project(const Tensor& g, bool divided, const Tensor& v, const T* inv_norm, 
   if (!direct) out.copy_(result);
 }
 
-// dx, dw and dscale; with an update the rows of w move by dw, of which no more than a chunk exists.
+// dx, dw, dscale and, with a sigmoid, its sums, (2, N); with an update the rows of w move by dw, of which no more
+// than a chunk exists.
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                               const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
-                                               const Tensor& g_cos, const Options& options, bool need_dx,
-                                               bool need_dw, const Update* update, const Device& device) {
-  const Step<T> step(checked(x, w, y, s, options), options, device, Pass::kBackward);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                       const Tensor& s, const Tensor& top, const Tensor& log_sum,
+                                                       const Tensor& g_lse, const Tensor& g_cos,
+                                                       const Options& options, bool need_dx, bool need_dw,
+                                                       const Update* update, const Device& device) {
+  const bool sigmoid = options.sigmoid.name.has_value();
+  const Step<T> step(checked(x, w, y, s, options), options, device, sigmoid ? Pass::kAlone : Pass::kBackward);
   const std::vector<Tensor> up = upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
   const Upstream<T> upstream{data<T>(up[0]), data<T>(up[1]), data<T>(up[2]), data<T>(up[3]), data<T>(up[4])};
   const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
@@ -269,8 +280,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
   const Tensor& x_inv_norm = step.cache.x_inv_norm;
   const bool divided = is_divided(dtype_of(step.x)), needs_w_hat = step.normalize_weight && !divided;
 
+  const auto& given = options.sigmoid.polynomials;
+  const Tensor polynomials = given ? given->to(step.sums.dtype()).contiguous() : Tensor();
+  Tensor of_lse = sigmoid && !given ? up[2] : step.s * up[2];
+  if (given) of_lse = of_lse * polynomials[1].abs().sum();  // of the slope, where |cos_ij| <= 1
+
   // Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
-  const Tensor active = any_of({up[2], up[3], up[4]}), unit = units(step.s, up[2], up[3], up[4]);
+  const Tensor active = any_of({up[2], up[3], up[4]}), unit = units(of_lse, up[3], up[4]);
   const Tensor largest_unit = step.n > 0 ? unit.amax() : at::ones({}, step.sums);
   const Tensor to_x_hat = unit / largest_unit * kEmbeddingLift * active,
                from_dx_hat = unit / kGradientLift * active;
@@ -282,13 +298,19 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
   const Tensor g_memory = over_dot ? step.dot : at::empty({step.n * step.chunk}, operands);
   const Tensor dx_hat = need_dx ? at::zeros({step.n, step.d}, step.sums) : Tensor();
   const Tensor dw_hat = need_dw || update ? at::empty({step.chunk, step.d}, step.sums) : Tensor();
-  const Tensor negative_dot = at::zeros({step.segments, step.n}, step.sums.dtype(at::kDouble));
+  const Tensor of_rows = at::zeros({sigmoid ? 3 : 1, step.segments, step.n}, step.sums.dtype(at::kDouble));
+  if (sigmoid) row_norms<T>(rows_of(step.x), data<T>(x_inv_norm), device.stream);
   normalize_rows<T>(rows_of(step.x), data<T>(x_inv_norm), data<T>(to_x_hat), any_data(x_hat), device.stream);
   step.each_chunk([&](const Chunk<T>& chunk, const Tensor& rows) {
     const int64_t first = chunk.first_class, count = chunk.classes;
     const Tensor g = step.beginning(g_memory, count);
-    logit_gradients(chunk, upstream, data<T>(unit), any_data(g), dtype_of(g), data<double>(negative_dot),
-                    device.stream);
+    if (sigmoid) {
+      sigmoid_gradients<T>(chunk, upstream, data<T>(polynomials), data<T>(unit), any_data(g), dtype_of(g),
+                           data<double>(of_rows), device.stream);
+    } else {
+      logit_gradients(chunk, upstream, data<T>(unit), any_data(g), dtype_of(g), data<double>(of_rows),
+                      device.stream);
+    }
     if (w_hat.defined()) {
       normalize_rows<T>(rows_of(rows), chunk.w_inv_norm, nullptr, any_data(w_hat), device.stream);
     }
@@ -307,7 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Tensor& w,
     }
   });
   if (need_dx) project(dx_hat, false, step.x, data<T>(x_inv_norm), from_dx_hat, dx, device.stream);
-  return {dx, dw, negative_dot.sum(0).to(step.sums.dtype())};
+  const Tensor sums = sigmoid ? of_rows.narrow(0, 1, 2).sum(1).to(step.sums.dtype()) : Tensor();
+  return {dx, dw, of_rows[0].sum(0).to(step.sums.dtype()), sums};
 }
 
 template <typename T>
@@ -334,8 +357,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
                                             const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
                                             const Tensor& g_cos, const Options& options, bool need_dx,
                                             bool need_dw, const Device& device) {
-  return (in_double(x, w) ? backward_in<double> : backward_in<float>)(x, w, y, s, top, log_sum, g_lse, g_cos,
-                                                                      options, need_dx, need_dw, nullptr, device);
+  const auto run = in_double(x, w) ? backward_in<double> : backward_in<float>;
+  const auto [dx, dw, dscale, sums] =
+      run(x, w, y, s, top, log_sum, g_lse, g_cos, options, need_dx, need_dw, nullptr, device);
+  return {dx, dw, dscale};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid(const Tensor& x, const Tensor& w, const Tensor& y,
+                                                   const Tensor& s, const Tensor& bias, const Tensor& g,
+                                                   const Tensor& g_cos, const Options& options, bool need_dx,
+                                                   bool need_dw, const Device& device) {
+  TORCH_CHECK_VALUE(options.sigmoid.name.has_value(), "sigmoid must be one of cross_entropy, angle, got None.");
+  const Tensor log_sum = -fitting("bias", bias, {x.size(0)}, x.device());
+  const auto run = in_double(x, w) ? backward_in<double> : backward_in<float>;
+  const auto [dx, dw, dscale, sums] =
+      run(x, w, y, s, at::zeros_like(log_sum), log_sum, g, g_cos, options, need_dx, need_dw, nullptr, device);
+  return {sums, dx, dw, dscale};
 }
 
 std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
@@ -346,7 +383,7 @@ std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, con
   Update update = bound(numbers, w, state);
   if (finite) update.finite = fitting("finite", *finite, {}, w.device(), at::kBool).const_data_ptr<bool>();
   const auto run = in_double(x, w) ? backward_in<double> : backward_in<float>;
-  const auto [dx, dw, dscale] =
+  const auto [dx, dw, dscale, sums] =
       run(x, w, y, s, top, log_sum, g_lse, g_cos, options, need_dx, false, &update, device);
   return {dx, dscale};
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "tensor.h"
 
 namespace cosface::cuda {
 
@@ -30,6 +31,7 @@ struct Options {
   int64_t workspace_bytes = 256 << 20;
   bool moments = false;
   std::optional<at::Tensor> g_moments;
+  Sigmoids sigmoid = {};  // with one nothing is read from the cache
 };
 
 // As in cosface_kernels.reference: loss, top, log_sum, target_cos, max_neg, and the moments, empty if not wanted.
@@ -44,6 +46,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& x, con
                                                         const at::Tensor& g_lse, const at::Tensor& g_cos,
                                                         const Options& options, bool need_dx, bool need_dw,
                                                         const Device& device);
+
+// cosface_kernels.reference's sigmoid_sums, (2, N), with backward's dx, dw and dscale in the same pass.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid(const at::Tensor& x, const at::Tensor& w,
+                                                                   const at::Tensor& y, const at::Tensor& s,
+                                                                   const at::Tensor& bias, const at::Tensor& g,
+                                                                   const at::Tensor& g_cos, const Options& options,
+                                                                   bool need_dx, bool need_dw,
+                                                                   const Device& device);
 
 // dx and dscale; the rows of w that take part move, chunk by chunk, and so does their state, unless `finite`, 0-d,
 // is there and false. No dw exists. `numbers`: as cosface_kernels/options.py's Update has them.

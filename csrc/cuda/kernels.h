@@ -90,6 +90,15 @@ template <typename T>
 void logit_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* unit, void* g, DType dtype,
                      double* negative_dot, Stream stream);
 
+// logit_gradients of classes that count each on its own, as lmcl.h's Sigmoid defines them: p_ij = 1 / (1 +
+// e^-z_ij) with z_ij = s_i N(cos_ij) - log_sum_i. polynomials: (2, 5), N and the slope for it, of which g_ij for j
+// != y_i is s_i g_lse_i p_ij times that slope; or null for N(cos) = -arccos(cos), where it is g_lse_i p_ij. sums:
+// (3, segments, n), += over j != y_i what negative_dot is, by angles 0; what the negatives add; and p_ij. A row
+// whose gradients are 0 adds nothing.
+template <typename T>
+void sigmoid_gradients(const Chunk<T>& chunk, const Upstream<T>& upstream, const T* polynomials, const T* unit,
+                       void* g, DType dtype, double* sums, Stream stream);
+
 // The gradient of v from that of v_hat = v / max(|v|, eps), which may be divided by |v_i| already:
 //   out_i = factor_i (g_i - <g_i, v_hat_i> v_hat_i) / |v_i|,
 // without the projection for a row whose norm was clamped, and 0 where the factor is; nan where |v_i| is infinite.

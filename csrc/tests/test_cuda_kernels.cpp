@@ -439,6 +439,80 @@ void logit_gradients(DType dtype, bool reshaped, bool cached, bool with_moments)
   });
 }
 
+// Biases at which p_ij is near 0, near 1 and between; cosines beyond 1 and -1; samples without gradients, and some
+// with one alone.
+template <typename T>
+void sigmoid_gradients(DType dtype, bool by_angle) {
+  each_logits([=](int64_t n, int64_t classes, int64_t chunk, int64_t segments) {
+    Logits<T> logits(n, classes, chunk, 8, false, false);
+    const double coefficients[] = {0.1, 0.5, 0.3, -0.2, 0.4, 0.6, -0.7, 0.8, 1.1, -0.9};
+    Exact<T> polynomials(10), log_sum(n), g_added(n), g_cos(n), unit(n, T(128));
+    for (int64_t k = 0; k < 10; ++k) polynomials[k] = static_cast<T>(coefficients[k]);
+    const auto polynomial = [&](int64_t from, double c) {
+      double value = 0;
+      for (int64_t k = 5; k-- > 0;) value = value * c + polynomials[from + k];
+      return value;
+    };
+    for (int64_t i = 0; i < n; ++i) {
+      const double edges[] = {1.25, -1.25}, biases[] = {-40, -2, 30, 3};
+      for (int64_t j = 0; j < std::min<int64_t>(classes, 2); ++j) {
+        const double dot = edges[j] / logits.x_inv_norm[i] / logits.w_inv_norm[j];
+        logits.dot[i * classes + j] = static_cast<T>(dot);
+      }
+      const bool active = i % 3 != 1;
+      g_added[i] = static_cast<T>(active && i != 2 ? normal() : 0);
+      g_cos[i] = static_cast<T>(active && i != 3 ? 16 * normal() : 0);
+      log_sum[i] = active ? static_cast<T>(-biases[i % 4]) : std::numeric_limits<T>::quiet_NaN();
+    }
+    const Upstream<T> upstream{nullptr, log_sum, g_added, g_cos};
+    Exact<double> sums(3 * segments * n, 0.0);
+    std::vector<double> want_sums(3 * n), sizes(3 * n);
+    const double ulps = 100 * rounding(kDTypeOf<T>);
+    logits.each_chunk(segments, [&](const cuda::Chunk<T>& part) {
+      Exact<char> apart(n * part.classes * size_of(dtype));
+      char* g = dtype == kDTypeOf<T> ? reinterpret_cast<char*>(part.dot) : apart;
+      cuda::sigmoid_gradients<T>(part, upstream, by_angle ? nullptr : polynomials.begin(), unit, g, dtype, sums,
+                                 nullptr);
+      for (int64_t i = 0; i < n; ++i) {
+        const bool active = g_added[i] != 0 || g_cos[i] != 0;
+        for (int64_t j = 0; j < part.classes; ++j) {
+          const int64_t global = part.first_class + j;
+          const bool is_target = global == logits.y[i];
+          const double c = logits.cos(i, global), inside = std::clamp(c, -1.0, 1.0);
+          const double shaped = by_angle ? -std::acos(inside) : polynomial(0, c);
+          const double z = logits.s[i] * shaped - log_sum[i], e = std::exp(-std::fabs(z));
+          const double p = (z > 0 ? 1 : e) / (1 + e), adds = by_angle ? p * c : std::max(z, 0.0) + std::log1p(e);
+          const double of_negative = g_added[i] * p * (by_angle ? 1 : logits.s[i] * polynomial(5, c));
+          const double gradient = !active ? 0 : is_target ? double{g_cos[i]} : of_negative;
+          const double by =
+              (cuda::is_divided(dtype) ? logits.w_inv_norm[global] : 1) * cuda::kGradientLift / unit[i];
+          const double got = get(g, dtype, i * part.classes + j), want = gradient * by;
+          // the slope of z, by angles that of arccos
+          const double steep = 1 + logits.s[i] * (by_angle ? 1 / std::sqrt(1e-3 + 1 - inside * inside) : 4);
+          const double of_slope = by_angle ? 1 : 4 * logits.s[i];
+          const double size = active && !is_target ? std::fabs(g_added[i]) * p * of_slope * by * steep : 0;
+          CHECK(close(got, want, rounding(dtype) * std::fabs(want) + ulps * (size + std::fabs(want)) + 1e-7), i,
+                global, classes, segments, by_angle, got, want);
+          if (!active || is_target) continue;
+          const double terms[] = {by_angle ? 0 : g_added[i] * p * shaped, adds, p};
+          for (int64_t k = 0; k < 3; ++k) {
+            want_sums[k * n + i] += terms[k];
+            sizes[k * n + i] += (std::fabs(terms[k]) + p * std::max(1.0, std::fabs(double{g_added[i]}))) * steep;
+          }
+        }
+      }
+    });
+    for (int64_t k = 0; k < 3 * n; ++k) {
+      double got = 0;
+      for (int64_t segment = 0; segment < segments; ++segment)
+        got += sums[(k / n * segments + segment) * n + k % n];
+      const double of_want = static_cast<double>(classes) * rounding(DType::kFloat64);  // its terms may be equal
+      CHECK(close(got, want_sums[k], (ulps + of_want) * sizes[k]), k, n, classes, segments, by_angle, got,
+            want_sums[k]);
+    }
+  });
+}
+
 // One number as torch.optim.SGD and AdamW move it, in double; `state` holds what there is of it.
 double moved(const Update& u, double g, double w, std::vector<double>& state) {
   if (u.rule == Update::Rule::kSgd) {
@@ -653,6 +727,7 @@ void all() {
   for (DType dtype : operands<T>()) {
     normalize_rows<T>(dtype);
     project_rows<T>(dtype);
+    for (bool by_angle : {false, true}) sigmoid_gradients<T>(dtype, by_angle);
     for (bool reshaped : {false, true}) {
       for (bool cached : {false, true}) {
         for (bool with_moments : {false, true}) logit_gradients<T>(dtype, reshaped, cached, with_moments);

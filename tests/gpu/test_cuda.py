@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import cuda_kernels
 from bench.__main__ import main
 from cosface_kernels import cosface_loss, ops, reference
-from cosface_kernels.backends import cuda
+from cosface_kernels.backends import BACKENDS, cuda
 from cosface_kernels.options import Options, Update
 
 HOST = Backend("cuda_host", interpreted=True)
@@ -292,6 +292,72 @@ def test_moments_take_no_launch_more():
     _, *asked, _ = _both_passes(problem, Options(moments=True, g_moments=torch.ones(2, 5)))
     for mine, calls in zip(asked, plain, strict=True):
         assert (mine.launches, mine.products) == (calls.launches, calls.products)
+
+
+STEEP = torch.tensor([[0.1, 0.4, 0.3, 0.1, 0.1], [1.0, 2.0, -3.0, 4.0, 5.0]], dtype=torch.float64)
+SIGMOIDS = {
+    "cross_entropy": Options(sigmoid="cross_entropy", polynomials=STEEP),
+    "angle": Options(sigmoid="angle"),
+}
+
+
+def _sigmoids(problem, options, g, g_cos):
+    """The inputs, and the sums, dx, dw and dscale of `cuda_host` and of the reference."""
+    bias = problem.scale * (1.4 if options.polynomials is None else -0.2)  # p is neither 0 nor 1
+    inputs = problem.x, problem.w, problem.targets, problem.scale, bias, g.to(bias), g_cos.to(bias)
+    seen = HOST.seen(problem)
+    double = (t.double() if t.is_floating_point() else t for t in (seen.x, seen.w, *inputs[2:]))
+    got = cuda_host.sigmoid(*inputs, options=options, need_dx=True, need_dw=True)
+    want = BACKENDS["reference"].sigmoid(*double, options=options, need_dx=True, need_dw=True)
+    return inputs, got, want
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("form", SIGMOIDS)
+@pytest.mark.parametrize("dtypes", [F32, F64, BF16, F16, Dtypes(torch.bfloat16, torch.float32)], ids=str)
+def test_sigmoids_of_any_number_of_chunks(dtypes, form, some, monkeypatch):
+    """Norms are made in their pass, and rows that move are read before."""
+    problem = make_problem(6, 1023, 24, dtypes, scale=8.0)
+    chosen = torch.arange(0, 1023, 2) if some else None
+    problem.targets[:] = torch.tensor([-1, 0, 255, 256, 511, 300])
+    options = replace(SIGMOIDS[form], classes=chosen)
+    g, g_cos = torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    g[3] = g_cos[3] = 0
+    eps = torch.finfo(dtypes.compute).eps
+    for chunk, chunks in (("1", 2 if some else 4), ("100000", 1)):
+        monkeypatch.setenv(CHUNK, chunk)
+        with _Calls() as calls:
+            inputs, got, want = _sigmoids(problem, options, g, g_cos)
+        of_w_hat = chunks if dtypes == F16 else 0
+        assert calls.launches == {
+            "row_norms": 1 + chunks, "normalize_rows": 1 + of_w_hat, "sigmoid_gradients": chunks,
+            "project_rows": 1 + chunks,
+        }  # fmt: skip
+        for k, (mine, gradient) in enumerate(zip(got, want, strict=True)):
+            rounding = 4 * HOST.rounding(dtypes) if k in (1, 2) else 0
+            assert float((mine - gradient).norm()) <= (rounding + 128 * eps) * (float(gradient.norm()) + eps)
+        assert not got[0][:, 3].any()
+        if dtypes.w == torch.float16:  # its rows do not move
+            continue
+        x, w, targets, scale, bias, *upstream = inputs
+        per_row = targets, scale, torch.zeros_like(bias), -bias, *upstream
+        of_update = {"state": [], "finite": None, "update": replace(SGD, momentum=0.0), "options": options}
+        cache = torch.empty(cuda_host.cache_size(x, w, options), dtype=torch.uint8)
+        dx, dscale = cuda_host.backward_update_(x, w.clone(), *per_row, cache, need_dx=True, **of_update)
+        assert torch.equal(dx, got[1])
+        assert torch.equal(dscale, got[3])
+
+
+@pytest.mark.parametrize("form", SIGMOIDS)
+@pytest.mark.parametrize("of_target", [0.0, 1000.0])
+def test_sigmoids_of_large_gradients_stay_in_the_range_of_float16(form, of_target):
+    """Of a negative whose cosine is near 1, where the slope is far above it."""
+    problem, options = make_problem(3, 40, 24, F16, regime="wrong"), SIGMOIDS[form]
+    if options.polynomials is not None:
+        options = replace(options, polynomials=8 * options.polynomials)
+    _, (_, *got, _), (_, *want, _) = _sigmoids(problem, options, torch.ones(3), torch.full((3,), of_target))
+    for mine, gradient in zip(got, want, strict=True):
+        assert relative_error(mine, gradient) <= 4 * HOST.rounding(F16)
 
 
 def test_a_cache_too_small_for_its_norms_is_refused():

@@ -30,7 +30,8 @@ def _backend():
 
 
 _cuda = _backend()
-cache_size, forward, backward = _cuda.cache_size, _cuda.forward, _cuda.backward
+cache_size, forward = _cuda.cache_size, _cuda.forward
+backward, sigmoid = _cuda.backward, _cuda.sigmoid
 backward_update_, apply_update_, nearest = _cuda.backward_update_, _cuda.apply_update_, _cuda.nearest
 module, kernel_options = _cuda._C, _cuda._kernel_options
 take_launches = module.take_launches  # how often each kernel was launched since the last call
