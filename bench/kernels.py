@@ -170,23 +170,24 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
 # "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one; "moments" of the negatives,
-# and "slopes" that are not those of their shape.
+# and "slopes" that are not those of their shape; "sigmoid", where each class counts on its own, and its "angle".
 # What is raw computes less, so that nothing crosses it.
 # Easier than what is crossed, in the same tiles: for sm_90 alone.
 EASIER = {"reshape", "reshape slopes", "raw", "kept", "some", "moments"}
-REGISTERS = {"reshape", "raw", "kept", "moments"}  # which have tiles of their own
+REGISTERS = {"reshape", "raw", "kept", "moments", "sigmoid"}  # which have tiles of their own
 RESHAPED = ("reshape", "reshape slopes")
 MOMENTS = ("moments", "chosen reshape moments", "kept moments")
+SIGMOID = ("sigmoid", "sigmoid angle")
 VARIANTS = {
     "row_norms": ("plain", "chosen"),
     "class_statistics": ("plain", *RESHAPED, "raw", "chosen", "chosen reshape", "kept", *MOMENTS),
     "merge_statistics": ("plain", "reshape", "raw", "chosen reshape", "moments"),
     "normalize_embeddings": ("plain", "raw", "chosen", "moments"),
-    "logit_gradients": ("plain", *RESHAPED, "raw", "chosen", "chosen reshape", "kept", "some", *MOMENTS),
+    "logit_gradients": ("plain", *RESHAPED, "raw", "chosen", "chosen reshape", "kept", "some", *MOMENTS, *SIGMOID),
     "embedding_gradients": ("plain", "chosen", "some"),
     "weight_gradients": ("plain", "raw", "chosen moved", "some"),
     "project_weight_gradients": ("plain", "moved"),
-    "finish_embedding_gradients": ("plain", "reshape", "moments"),
+    "finish_embedding_gradients": ("plain", "reshape", "moments", "sigmoid"),
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
     "keep_entries": ("plain", "raw", "chosen"),
@@ -290,6 +291,8 @@ def compile_case(case: Case):
         "RESHAPE": case.has("reshape"),
         "SLOPES": case.has("slopes"),
         "MOMENTS": case.has("moments"),
+        "SIGMOID": case.has("sigmoid"),
+        "ANGLE": case.has("angle"),
         "CHOSEN": case.has("chosen"),
         "KEEP": case.has("kept"),
         "KEPT": case.has("kept"),

@@ -28,7 +28,7 @@ BACKENDS = (
             dtypes=WITHOUT_FLOAT64,
             contiguous_weight=True,
             interpreted=True,
-            lacks=(*CPU_ALONE, *OF_THE_CPU, "sigmoid"),
+            lacks=(*CPU_ALONE, *OF_THE_CPU),
         ),
     )
     if INTERPRETED
@@ -44,7 +44,7 @@ GPU_BACKENDS = (
         device="cuda",
         dtypes=WITHOUT_FLOAT64,
         contiguous_weight=True,
-        lacks=(*CPU_ALONE, *OF_THE_CPU, "sigmoid"),
+        lacks=(*CPU_ALONE, *OF_THE_CPU),
     ),
     Backend("cuda", device="cuda", lacks=(*CPU_ALONE, *DENSE_ALONE, *OF_THE_CPU)),
 )

@@ -16,11 +16,11 @@ from cosface_kernels.backends import contract
 from cosface_kernels.backends.chunks import nearest
 from cosface_kernels.backends.triton import backward_pass, choice, forward_pass, launch
 from cosface_kernels.backends.triton.backward_pass import Move
-from cosface_kernels.backends.triton.cache import Saved, cache_size, saved_in
+from cosface_kernels.backends.triton.cache import Saved, cache_size, nothing_saved, saved_in
 from cosface_kernels.backends.triton.choice import Trial
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile, candidates
 from cosface_kernels.backends.triton.update import move_rows
-from cosface_kernels.options import PLAIN, Options, Update
+from cosface_kernels.options import PLAIN, SIGMOIDS, Options, Update, empty_cache
 
 __all__ = [
     "apply_update_",
@@ -30,6 +30,7 @@ __all__ = [
     "describe",
     "forward",
     "nearest",
+    "sigmoid",
     "unavailable",
     "unsupported",
 ]
@@ -38,7 +39,7 @@ MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory th
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
 
 OPTIONS = {"cache_bytes", "classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds"}
-OPTIONS |= {"negatives", "moments", "g_moments"}
+OPTIONS |= {"negatives", "moments", "g_moments", "sigmoid", "polynomials"}
 
 sparse: Any = None  # for a gradient_tolerance; imports Triton
 
@@ -125,7 +126,19 @@ def forward(
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _tuned_backward(tensors, options, need_dx, need_dw)
+    dx, dw, dscale, *_ = _tuned_backward(tensors, options, need_dx, need_dw)
+    return dx, dw, dscale
+
+
+def sigmoid(
+    *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if options.sigmoid is None:
+        raise ValueError(f"sigmoid must be one of {', '.join(SIGMOIDS)}, got None.")
+    x, w, targets, scale, bias, g, g_cos = tensors
+    per_row = targets, scale, bias, -bias, g, g_cos  # as backward takes them; there is no top to read
+    dx, dw, dscale, sums = _tuned_backward((x, w, *per_row, empty_cache(x)), options, need_dx, need_dw)
+    return sums, dx, dw, dscale
 
 
 def backward_update_(
@@ -133,7 +146,7 @@ def backward_update_(
 ) -> tuple[Tensor, Tensor]:
     contract.check_state(tensors[1], state, update, finite=finite)
     move = functools.partial(move_rows, tensors[1], state, finite, update, options)
-    dx, _, dscale = _tuned_backward(tensors, options, need_dx, True, move)
+    dx, _, dscale, *_ = _tuned_backward(tensors, options, need_dx, True, move)
     return dx, dscale
 
 
@@ -145,14 +158,19 @@ def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) ->
 
 def _tuned_backward(
     tensors: tuple[Tensor, ...], options: Options, need_dx: bool, need_dw: bool, move: Move | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """dx, dw, dscale and, with a sigmoid, its sums, (2, N)."""
     x, w, *per_row, cache = tensors
     contract.check(x, w, options, *per_row)
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
         per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
-        saved = saved_in(cache, x, w, options)
+        if options.sigmoid:
+            saved = nothing_saved(x, w, options)
+            forward_pass.fill_norms(x, w, options, saved)
+        else:
+            saved = saved_in(cache, x, w, options)
         if options.g_moments is not None or per_row[0].dim() == 2:
             per_row, options = backward_pass.with_moments(per_row, options)
         else:  # nobody asks for gradients of the moments

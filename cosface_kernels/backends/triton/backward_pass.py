@@ -24,7 +24,7 @@ from cosface_kernels.backends.triton.tiles import (
     chunk_classes,
     row_block,
 )
-from cosface_kernels.options import Options
+from cosface_kernels.options import PLAIN, Options
 from cosface_kernels.reference import operand_dtype
 
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
@@ -35,7 +35,7 @@ Move = Callable[[int, Tensor], None]  # by the number of the first class and the
 
 def backward_of_nothing(
     x: Tensor, w: Tensor, options: Options, need_dx: bool, need_dw: bool, move: Move | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Without samples the gradient is zero; momentum and weight decay still move the rows."""
     C, dw = options.count(w), w.new_empty(0)
     if move:
@@ -45,7 +45,8 @@ def backward_of_nothing(
             move(first, zeros)
     elif need_dw:
         dw = w.new_zeros(C, w.shape[1])
-    return torch.empty_like(x) if need_dx else x.new_empty(0), dw, x.new_empty(0, dtype=torch.float32)
+    dscale, sums = (x.new_empty(shape, dtype=torch.float32) for shape in (0, (2, 0)))
+    return torch.empty_like(x) if need_dx else x.new_empty(0), dw, dscale, sums
 
 
 def with_moments(per_row: list[Tensor], options: Options) -> tuple[list[Tensor], Options]:
@@ -66,9 +67,10 @@ def backward(
     need_dw: bool,
     tiles: dict[str, Tile],
     move: Move | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Chunk by chunk of classes: G, then what it adds to dx, then dw of these classes, which `move` may consume.
 
+    Returns dx, dw, dscale and, with a sigmoid, its sums, (2, N).
     Rows move when nothing reads them any more: the targets' cosines are taken before the first chunk, and whatever
     else reads a row belongs to its own chunk.
     """
@@ -82,7 +84,7 @@ def backward(
             if move:
                 move(first, step.rows(first))
     dx, dscale = step.finish()
-    return dx, step.dw, dscale
+    return (dx, step.dw, dscale, step.sums.sum(0)) if step.sigmoid else (dx, step.dw, dscale)
 
 
 class Backward:
@@ -125,9 +127,10 @@ class Backward:
             self.class_dot.zero_()  # where nothing writes it
         self.negative_dot, self.target_dot = self.float32(self.class_tiles, N).zero_(), self.float32(N)
         self.reshape, self.normalize = options.thresholds is not None, options.normalize_weight
-        self.moments = options.moments
-        apart = self.reshape or self.moments
+        self.moments, self.sigmoid = options.moments, options.sigmoid is not None
+        apart = self.reshape or self.moments or self.sigmoid
         self.scale_dot = torch.zeros_like(self.negative_dot) if apart else self.negative_dot
+        self.sums = self.float32(self.class_tiles, 2, N).zero_() if self.sigmoid else self.negative_dot
         self.g_moments = options.g_moments if options.g_moments is not None else per_row[0]  # not read without
         half = operand_dtype(x.dtype, w.dtype)
         self.g, self.x_hat = x.new_empty(N, self.chunk, dtype=half), x.new_empty(N, D, dtype=half)
@@ -152,7 +155,7 @@ class Backward:
     def _normalize_embeddings(self) -> None:
         x, w, (targets, scale, _, _, g_lse, g_cos) = self.x, self.w, self.per_row
         self.chosen, self.is_chosen = launch.chosen_rows(targets, self.options)
-        self.unit = _units(scale, g_lse, g_cos, self.options.g_moments)  # (N,)
+        self.unit = _units(scale, g_lse, g_cos, self.options)  # (N,)
         self.largest_unit = self.unit.amax()
         launch.kernels.normalize_embeddings[(cdiv(self.N, ROWS),)](
             x, w, self.chosen, self.saved.x_norm, targets, g_lse, g_cos, self.g_moments, self.unit,
@@ -181,11 +184,11 @@ class Backward:
             launch.kernels.logit_gradients[(self.row_blocks * (end - first_tile),)](
                 x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos, self.g_moments,
                 *launch.polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot,
-                self.scale_dot, self.class_dot, cosines, self.active_rows, self.N, self.C, kept, first, first_tile,
-                self.chunk, self.row_blocks, *x.stride(), **launch.blocks(self.of_g, x, w),
+                self.scale_dot, self.sums, self.class_dot, cosines, self.active_rows, self.N, self.C, kept, first,
+                first_tile, self.chunk, self.row_blocks, *x.stride(), **launch.blocks(self.of_g, x, w),
                 NORMALIZE=self.normalize, RESHAPE=self.reshape, SLOPES=self.options.own_slopes,
-                CHOSEN=self.is_chosen, KEPT=is_kept,
-                SOME=self.some, MOMENTS=self.moments,
+                CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some, MOMENTS=self.moments, SIGMOID=self.sigmoid,
+                ANGLE=self.options.sigmoid == "angle",
             )  # fmt: skip
 
     @functools.cached_property
@@ -234,8 +237,8 @@ class Backward:
         launch.kernels.finish_embedding_gradients[cdiv(self.N, ROWS), columns](
             self.dx_hat, self.negative_dot, self.scale_dot, self.target_dot, x, self.saved.x_norm, scale, g_lse,
             g_cos, self.g_moments, self.unit, dx, dscale, self.N, self.splits, self.class_tiles, *x.stride(),
-            D=self.D, NEED_DX=self.need_dx, RESHAPE=self.reshape, MOMENTS=self.moments, BLOCK_N=ROWS,
-            BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS,
+            D=self.D, NEED_DX=self.need_dx, RESHAPE=self.reshape, MOMENTS=self.moments, SIGMOID=self.sigmoid,
+            BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS,
         )  # fmt: skip
         return dx, dscale
 
@@ -246,8 +249,8 @@ class Backward:
     def sums_of_logit_gradients(self) -> list[Tensor]:
         """G and the sums that its kernel leaves, of the first chunk, as no block size changes them."""
         classes = self.classes(0)
-        sums = [self.class_dot[:, :classes].sum(0), self.negative_dot.sum(0), self.scale_dot.sum(0)]
-        return [self.g[:, :classes], *sums]
+        slots = self.class_dot[:, :classes], self.negative_dot, self.scale_dot, self.sums
+        return [self.g[:, :classes], *(each.sum(0) for each in slots)]
 
     def classes(self, first: int) -> int:
         """Of the chunk."""
@@ -264,16 +267,21 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) ->
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, g_moments: Tensor | None = None) -> Tensor:
+def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, options: Options = PLAIN) -> Tensor:
     """(N,) powers of two that bound |G_ij| of each row, so that G / unit fits float16 whatever the loss's mean.
 
     One per row and not one for all: then no row of dx depends on the rest of the batch.
     With moments, G_ij = s (g_lse - b u) p + b p + c with u = top - N(cos), and p <= e^{-s u}: so s u p <= 1 / e,
-    whatever the |w_j|.
+    whatever the |w_j|. Slopes of a sigmoid's polynomial are bounded where |cos| <= 1: beyond, of a weight that is
+    not normalised, they have float16's room above G_LIFT, 16 times as much.
     """
     bound = (scale * g_lse).abs()  # (N,)
-    if g_moments is not None:
-        b, c = g_moments.abs()
+    if options.polynomials is not None:
+        bound = bound * options.polynomials[1].abs().sum()
+    elif options.sigmoid:
+        bound = g_lse.abs()
+    if options.g_moments is not None:
+        b, c = options.g_moments.abs()
         bound, g_cos = bound + (1 + 1 / math.e) * b + c, g_cos.abs().amax(0)
     bound = torch.maximum(bound, g_cos.abs())  # (N,)
     bound = bound.where(bound < torch.inf, 0).clamp(SMALLEST_UNIT, LARGEST_UNIT)

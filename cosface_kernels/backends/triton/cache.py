@@ -17,6 +17,8 @@ KEPT_CLASSES, KEPT_LEAST = 256, 256
 
 def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
     """Of the norms, and of the cosines that fit into cache_bytes, or of the entries that a tolerance leaves."""
+    if options.sigmoid:
+        return 0
     norms = 4 * _norm_slots(x, w, options)
     if options.gradient_tolerance:
         return 16 * x.shape[0] + norms + 8 * x.shape[0] * entry_slots(x, w, options)
@@ -59,7 +61,7 @@ def _aligned(numbers: int) -> int:
 def _kept_classes(x: Tensor, w: Tensor, options: Options) -> int:
     """Those whose cosines the cache holds, in whole tiles, so that it may pass the last class."""
     step = CHUNK_STEP
-    if options.gradient_tolerance:
+    if options.gradient_tolerance or options.sigmoid:
         return 0
     fitting = (options.cache_bytes or 0) // (2 * step * torch.sym_max(x.shape[0], 1))
     return step * torch.sym_min(fitting, -(-options.count(w) // step))
@@ -73,3 +75,8 @@ def saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
     norms = cache[:slots].view(torch.float32)
     cosines = cache[slots : slots + 2 * len(x) * kept].view(torch.int16)
     return Saved(norms[:classes], norms[classes:], cosines.view(len(x), kept))
+
+
+def nothing_saved(x: Tensor, w: Tensor, options: Options) -> Saved:
+    """Room for the norms where no forward precedes backward."""
+    return saved_in(x.new_empty(4 * _norm_slots(x, w, options), dtype=torch.uint8), x, w, options)

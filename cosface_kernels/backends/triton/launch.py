@@ -31,7 +31,12 @@ def chosen_rows(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
 
 
 def polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds and coefficients as the kernels read them, or what stands in for them where none are read."""
+    """Thresholds and coefficients as the kernels read them, or what stands in for them where none are read.
+
+    Of a sigmoid the coefficients are its polynomials'.
+    """
+    if options.polynomials is not None:
+        return unused, options.polynomials.float().contiguous()
     if options.thresholds is None or options.negatives is None:
         return unused, unused
     return options.thresholds.float().contiguous(), options.negatives.float().contiguous()
@@ -89,7 +94,7 @@ def _device(device: torch.device) -> Any:
 def key(x: Tensor, w: Tensor, options: Options) -> Key:
     bucket = triton.next_power_of_2(len(x))
     keeps_cosines = options.cache_bytes and not options.gradient_tolerance
-    special = options.thresholds is not None or options.moments or keeps_cosines
+    special = options.thresholds is not None or options.moments or options.sigmoid or keeps_cosines
     plain = options.normalize_weight and not special
     # The library and the specialised kernels multiply all rows of x with neighbouring rows of w.
     whole = not INTERPRETED and x.dtype == w.dtype and options.classes is None and not options.gradient_tolerance
@@ -99,7 +104,7 @@ def key(x: Tensor, w: Tensor, options: Options) -> Key:
     operand = operand_dtype(x.dtype, w.dtype)
     return Key(
         architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library, described,
-        options.moments,
+        options.moments, options.sigmoid,
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ class Key:
 
     `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates;
     `library`: whether torch could multiply the operands as they are; `described`: whether tensor descriptors could
-    load them; `moments`: of the negatives, forward their sums and backward their gradients, for two targets.
+    load them; `moments`: of the negatives, forward their sums and backward their gradients, for two targets;
+    `sigmoid`: where each class counts on its own, the name of its form.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class Key:
     library: bool = False
     described: bool = False
     moments: bool = False
+    sigmoid: str | None = None
 
 
 CHUNK_STEP = 256  # a multiple of every tile's number of classes

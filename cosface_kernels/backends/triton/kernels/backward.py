@@ -21,6 +21,7 @@ from cosface_kernels.backends.triton.kernels.common import (
     _target_cos,
     _weight_rows,
 )
+from cosface_kernels.backends.triton.kernels.sigmoid import _sigmoid_gradients
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -109,6 +110,7 @@ def logit_gradients(
     g,
     negative_dot,
     scale_dot,
+    sums,
     class_dot,
     cosines,
     active_rows,
@@ -134,6 +136,8 @@ def logit_gradients(
     KEPT: tl.constexpr,
     SOME: tl.constexpr,
     MOMENTS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    ANGLE: tl.constexpr,
 ):
     """G_ij = dL/dcos_ij of one chunk of classes, from the recomputed tile: s g_lse p for j != y, g_cos for j = y.
 
@@ -147,7 +151,7 @@ def logit_gradients(
     not written without RESHAPE, where N(c) = c.
     With MOMENTS, G_ij = (s t + b p + c) N'(cos) for j != y, where t = (g_lse + b (N(cos) - top)) p; both targets
     are excluded, negative_dot sums G_ij cos_ij and scale_dot t N(cos); targets, g_cos and g_moments, b and c, are
-    (2, N).
+    (2, N). With SIGMOID as `_sigmoid_gradients` has it; negatives are its polynomials then, and sums are written.
     class_dot: (row blocks, chunk), sum_i G_ij cos_ij of the block.
     active_rows: (1,), with SOME how many rows have a gradient, the first ones; a block without any writes nothing.
     """
@@ -168,22 +172,11 @@ def logit_gradients(
     if KEPT:
         in_steps = tl.load(cosines + _offsets(rows, classes, kept, 1), mask=active[:, None], other=0)
     else:
+        w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         dot = _dot_tile(
-            x,
-            w,
-            rows,
-            _weight_rows(chosen, classes, is_class, CHOSEN),
-            active,
-            is_class,
-            x_row_stride,
-            x_column_stride,
-            D,
-            BLOCK_N,
-            BLOCK_C,
-            BLOCK_D,
-            OPERAND,
-            PRECISION,
-        )
+            x, w, rows, w_rows, active, is_class, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_C, BLOCK_D,
+            OPERAND, PRECISION,
+        )  # fmt: skip
     # Loads after the product, and each sum before what follows from its terms: 188 registers for 128 x 128
     # on sm_90, where the other order takes 255 and spills.
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
@@ -192,7 +185,8 @@ def logit_gradients(
     # without negatives, at 0.
     row_top = tl.load(top + rows, mask=active, other=0.0)
     row_log_sum = tl.load(log_sum + rows, mask=active, other=float("inf"))
-    row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
+    if not SIGMOID:
+        row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
     w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
     cos = in_steps.to(tl.float32) * COSINE_STEP if KEPT else dot * x_inverse[:, None] * w_inverse
@@ -200,40 +194,46 @@ def logit_gradients(
     if MOMENTS:
         is_second = classes[None, :] == _second(targets, rows, is_row, N, -1).to(tl.int32)[:, None]
         is_target |= is_second
-    shaped = cos
-    if RESHAPE:
-        shaped, slope, _ = _reshape(cos, thresholds, negatives, rows, is_row, SLOPES)
-        shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
-    # The difference from the largest is class_statistics' own, unless products of another tile round otherwise.
-    below = tl.where(is_target, -float("inf"), shaped) - row_top[:, None]
-    log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
-    p = tl.exp2(tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    slots = tile.to(tl.int64) * N + rows
-    if MOMENTS:
-        row_b = tl.load(g_moments + rows, mask=is_row, other=0.0)
-        row_c = _second(g_moments, rows, is_row, N, 0.0)
-        # A cosine that is kept, or of no class, may be above the largest: G stays within its unit.
-        from_top = tl.where(is_target, 0.0, tl.minimum(below, 0.0, propagate_nan=tl.PropagateNan.ALL))
-        t = (row_g_lse[:, None] + row_b[:, None] * from_top) * p
-        scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
-        tl.store(scale_dot + slots, scale_so_far + tl.sum(t * shaped, 1), mask=is_row)
-        gradient = s[:, None] * t + row_b[:, None] * p + row_c[:, None]
-        if RESHAPE:
-            gradient *= _slopes(cos, thresholds, negatives, rows, is_row) if SLOPES else slope
-        gradient = tl.where(is_target, 0.0, gradient)
-        so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
-        tl.store(negative_dot + slots, so_far + tl.sum(gradient * cos, 1), mask=is_row)
-        row_g_second = _second(g_cos, rows, is_row, N, 0.0)
-        of_targets = tl.where(is_second, row_g_second[:, None], row_g_cos[:, None])
-        gradient = tl.where(is_target, of_targets, gradient)
+    if SIGMOID:
+        gradient = _sigmoid_gradients(
+            cos, is_class[None, :] & ~is_target, s, row_log_sum, row_g_lse, negatives, negative_dot, scale_dot,
+            sums, rows, is_row, tile, N, ANGLE,
+        )  # fmt: skip
+        gradient = tl.where(is_target, row_g_cos[:, None], gradient)
     else:
+        shaped = cos
         if RESHAPE:
+            shaped, slope, _ = _reshape(cos, thresholds, negatives, rows, is_row, SLOPES)
+            shaped = tl.where(is_class[None, :], shaped, 0.0)  # N(0) need not be 0
+        # The difference from the largest is class_statistics' own, unless another tile's products round otherwise.
+        below = tl.where(is_target, -float("inf"), shaped) - row_top[:, None]
+        log_p = _factor(s)[:, None] * below - (row_log_sum * LOG2_E)[:, None]
+        p = tl.exp2(tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        slots = tile.to(tl.int64) * N + rows
+        if MOMENTS:
+            row_b = tl.load(g_moments + rows, mask=is_row, other=0.0)
+            row_c = _second(g_moments, rows, is_row, N, 0.0)
+            # A cosine that is kept, or of no class, may be above the largest: G stays within its unit.
+            from_top = tl.where(is_target, 0.0, tl.minimum(below, 0.0, propagate_nan=tl.PropagateNan.ALL))
+            t = (row_g_lse[:, None] + row_b[:, None] * from_top) * p
             scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
-            tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
-            p *= _slopes(cos, thresholds, negatives, rows, is_row) if SLOPES else slope
-        so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
-        tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
-        gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
+            tl.store(scale_dot + slots, scale_so_far + tl.sum(t * shaped, 1), mask=is_row)
+            gradient = s[:, None] * t + row_b[:, None] * p + row_c[:, None]
+            if RESHAPE:
+                gradient *= _slopes(cos, thresholds, negatives, rows, is_row) if SLOPES else slope
+            gradient = tl.where(is_target, 0.0, gradient)
+            so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
+            tl.store(negative_dot + slots, so_far + tl.sum(gradient * cos, 1), mask=is_row)
+            of_targets = tl.where(is_second, _second(g_cos, rows, is_row, N, 0.0)[:, None], row_g_cos[:, None])
+            gradient = tl.where(is_target, of_targets, gradient)
+        else:
+            if RESHAPE:
+                scale_so_far = tl.load(scale_dot + slots, mask=is_row, other=0.0)
+                tl.store(scale_dot + slots, scale_so_far + row_g_lse * tl.sum(p * shaped, 1), mask=is_row)
+                p *= _slopes(cos, thresholds, negatives, rows, is_row) if SLOPES else slope
+            so_far = tl.load(negative_dot + slots, mask=is_row, other=0.0)
+            tl.store(negative_dot + slots, so_far + row_g_lse * tl.sum(p * cos, 1), mask=is_row)
+            gradient = tl.where(is_target, row_g_cos[:, None], (s * row_g_lse)[:, None] * p)
 
     lift = G_LIFT / tl.load(unit + rows, mask=is_row, other=1.0)  # here, so that few registers wait
     # Past the last class too: a mask of the classes would make a store of every number.
@@ -451,6 +451,7 @@ def finish_embedding_gradients(
     NEED_DX: tl.constexpr,
     RESHAPE: tl.constexpr,
     MOMENTS: tl.constexpr,
+    SIGMOID: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -468,10 +469,10 @@ def finish_embedding_gradients(
         slots = _offsets(tile, rows, N, 1)
         mask = (tile < tiles)[:, None] & is_row[None, :]
         from_negatives += tl.sum(tl.load(negative_dot + slots, mask=mask, other=0.0), 0)
-        if RESHAPE or MOMENTS:
+        if RESHAPE or MOMENTS or SIGMOID:
             from_scale += tl.sum(tl.load(scale_dot + slots, mask=mask, other=0.0), 0)
     if tl.program_id(1) == 0:
-        tl.store(dscale + rows, from_scale if RESHAPE or MOMENTS else from_negatives, mask=is_row)
+        tl.store(dscale + rows, from_scale if RESHAPE or MOMENTS or SIGMOID else from_negatives, mask=is_row)
     if NEED_DX:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = is_row[:, None] & (d < D)[None, :]
@@ -490,7 +491,7 @@ def finish_embedding_gradients(
             x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask & active[:, None], other=0.0
         ).to(tl.float32)
         dot = from_negatives
-        if not MOMENTS:
+        if not (MOMENTS or SIGMOID):
             dot = tl.load(scale + rows, mask=is_row, other=0.0) * from_negatives
         dot += tl.load(target_dot + rows, mask=is_row, other=0.0)
         dot = tl.where(norm > EPS, dot, 0.0)  # no projection where the norm was clamped
