@@ -305,6 +305,22 @@ def test_a_step_with_moments_has_trials_of_its_own(backend, fresh, monkeypatch):
 
 
 @pytest.mark.triton_only
+def test_a_sigmoid_has_trials_of_its_own(backend, fresh, monkeypatch):
+    problem = backend.problem(20, 300, 24, F32)
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * problem.x.numel())
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: launch() or 1.0)
+    tiles = Tile(32, 64, 32, 4, 1), Tile(16, 64, 32, 4, 1)
+    monkeypatch.setattr(choice, "candidates", lambda kernel, key: tiles)
+    ones = torch.ones_like(problem.scale)
+    inputs = problem.x, problem.w, problem.targets, problem.scale, ones, ones, ones
+    ops.sigmoid(*inputs, True, True, backend.name, sigmoid="angle")
+    assert set(choice._complaints.values()) == {None}
+    assert {(kernel, key.sigmoid) for kernel, key in choice._chosen} == {
+        (kernel, "angle") for kernel in GEMM_KERNELS[1:]
+    }
+
+
+@pytest.mark.triton_only
 def test_launches_with_the_library_are_counted_by_kernel(backend):
     """It needs one more pass over dw, and none over G."""
     problem, names = backend.problem(24, 300, 32, BF16), []
