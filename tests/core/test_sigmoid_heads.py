@@ -156,6 +156,30 @@ def test_lower_precision(kind, dtype):
     assert relative_error(head.weight.grad, twin.weight.grad) < 1e-4 + 4 * eps
 
 
+@pytest.mark.option("sigmoid")
+@each_head
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_backend(backend, kind, reduction):
+    """Statistics too, which are a softmax's."""
+    head = backend.head(C, D, kind=kind, reduction=reduction)
+    twin = kind(C, D, reduction=reduction, backend="reference", dtype=torch.float64, device=backend.device)
+    with torch.no_grad():
+        twin.weight.copy_(head.weight)
+    problem = backend.problem(N, C, D)
+    x, ours = problem.x.requires_grad_(), problem.x.detach().double().requires_grad_()
+    found = [model(rows, problem.targets, return_stats=2) for model, rows in ((head, x), (twin, ours))]
+    (got, got_stats), (want, want_stats) = found
+    upstream = torch.linspace(0.5, 2, N, device=backend.device) if reduction == "none" else torch.ones_like(got)
+    got.backward(upstream)
+    want.backward(upstream.double())
+    for a, b in zip((got, x.grad, head.weight.grad), (want, ours.grad, twin.weight.grad), strict=True):
+        assert relative_error(a, b) < 2e-5
+    if kind is not FusedSFaceLoss:
+        assert relative_error(head.margin.bias.grad, twin.margin.bias.grad) < 2e-5
+    assert relative_error(got_stats.lse, want_stats.lse) < 1e-5
+    assert got_stats.top_k_accuracy == want_stats.top_k_accuracy
+
+
 @each_head
 def test_sampled_classes(kind):
     head, (x, labels) = kind(C, D, dtype=torch.float64, sample_rate=0.3), _batch()
