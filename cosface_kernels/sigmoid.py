@@ -9,6 +9,7 @@ that move in backward, under torch.compile, and for float16, whose range a gradi
 within.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from cosface_kernels import ops, optim
 from cosface_kernels.distributed import Exchange, Local
 from cosface_kernels.margins import Rows, SigmoidMargin
+from cosface_kernels.margins.sigmoid import Polynomials
 from cosface_kernels.options import ARGUMENTS
 from cosface_kernels.stages import Batch, OwnClasses, Settings, reduce, target_cosines
 
@@ -41,16 +43,21 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, classes = ctx.saved_tensors
+        dx, dw, *rows, classes = ctx.saved_tensors
         need_dx, need_dw, _, *of_rows = ctx.needs_input_grad[:6]
-        needed = need_dx, need_dw, *of_rows
-        unchanged = g.device.type == "cpu" and g == 1
-        dx, dw, *rows = (
-            (each if unchanged else each * g.to(each.dtype)) if wanted else None
-            for each, wanted in zip(gradients, needed, strict=True)
-        )
-        dw = None if dw is None else ops.of_all_classes(dw, classes, ctx.shape)
-        return dx, dw, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 6)
+        # of a row without any, also where g is not finite
+        dx = torch.where(dx != 0, dx * g.to(dx.dtype), 0) if need_dx else None
+        rows = [
+            torch.where(row != 0, row * g, 0) if needed else None
+            for row, needed in zip(rows, of_rows, strict=True)
+        ]
+        if need_dw:
+            if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward will want it
+                dw = dw * g.to(dw.dtype)
+            elif ops.dispatches(dw, g) or dw.device.type != "cpu" or g != 1:  # elsewhere the question would wait
+                dw.mul_(g)
+            dw = ops.of_all_classes(dw, classes, ctx.shape)
+        return dx, dw if need_dw else None, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 6)
 
 
 class _TwoPasses(torch.autograd.Function):
@@ -78,7 +85,7 @@ class _TwoPasses(torch.autograd.Function):
             x, w, targets, scale, bias, g, g_cos, need_dx, need_dw, ctx.backend, classes, *options
         )
         dw = ops.of_all_classes(dw, classes, w.shape) if need_dw else None
-        rows = dscale if need_dscale else None, g * mass if need_dbias else None
+        rows = dscale if need_dscale else None, torch.where(g != 0, g * mass, 0) if need_dbias else None
         return dx if need_dx else None, dw, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
@@ -98,20 +105,23 @@ def loss(
     rows = Rows(batch.embeddings, targets, ranks.whole, ranks.share)
     terms = margin.terms(torch.where(has_loss, batch.scale, 1), rows)
     scale, bias = ranks.of_own_classes(torch.stack([terms.scale, terms.bias]))  # (N,) each
-    fields = {**options, "classes": own.chosen, "sigmoid": margin.form, "polynomials": margin.polynomials}
+    inputs = own.x, own.w, own.targets, scale, bias
+    polynomials = None if margin.polynomials is None else _on_device(margin.polynomials, own)
+    fields = {**options, "classes": own.chosen, "sigmoid": margin.form, "polynomials": polynomials}
     flat = tuple(fields.get(name, default) for name, default in OP_DEFAULTS)
     with torch.no_grad():
-        cos = target_cosines(own, settings.subcenters)  # (N,)
-    inputs = own.x, own.w, own.targets, scale, bias
+        cos = target_cosines(settings, own)  # (N,)
+    weights = torch.where(valid, 1.0 if batch.sample_weight is None else batch.sample_weight, 0).to(cos.dtype)
     moves = bool(getattr(weight, optim.MARK, False))
-    if settings.reduction != "none" and not moves and _makes_gradients(own):
-        weights = torch.where(valid, 1.0 if batch.sample_weight is None else batch.sample_weight, 0).to(cos.dtype)
+    if settings.reduction != "none" and not moves and not weights.requires_grad and _makes_gradients(own):
         total = weights.sum()
         share = weights if settings.reduction == "sum" else weights / total  # (N,), of a sample in the loss
         share = torch.where(has_loss, share, 0)  # (N,)
-        cos = ranks.sum(cos).requires_grad_()  # (N,)
-        positive = torch.where(has_loss, terms.positive(cos), 0)  # (N,)
-        (g_cos,) = torch.autograd.grad(positive, cos, share.detach(), retain_graph=True)
+        # Saved as they are: unpacked by torch.utils.checkpoint, they would make it run its region again, here.
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            cos = ranks.sum(cos).requires_grad_()  # (N,)
+            positive = torch.where(has_loss, terms.positive(cos), 0)  # (N,)
+        (g_cos,) = torch.autograd.grad(positive, cos, share, retain_graph=True)
         factor = ranks.of_own_classes(torch.where(has_loss, share * terms.factor, 0))  # (N,)
         negative = _OnePass.apply(*inputs, factor, g_cos, settings.backend, *flat)  # type: ignore[no-untyped-call]
         reduced = (share * positive).sum() + ranks.add(negative)
@@ -123,7 +133,7 @@ def loss(
     results = optim.sigmoid(weight, *inputs, cos, settings.backend, **fields) if moves else None
     if results is None:
         results = _TwoPasses.apply(*inputs, cos, settings.backend, *flat)  # type: ignore[no-untyped-call]
-    added, cos = (ranks.add(each) for each in results)  # (N,) each
+    added, cos = (torch.where(has_loss, ranks.add(each), 0) for each in results)  # (N,) each
     losses = torch.where(has_loss, terms.positive(cos) + terms.factor * added, 0)  # (N,)
     if not validate:
         losses = losses.masked_fill(targets == ops.INVALID, torch.nan)
@@ -133,4 +143,18 @@ def loss(
 def _makes_gradients(own: OwnClasses) -> bool:
     """Whether forward can make what backward is asked for."""
     asked = torch.is_grad_enabled() and (own.x.requires_grad or own.w.requires_grad)
-    return asked and not torch.compiler.is_compiling() and torch.float16 not in (own.x.dtype, own.w.dtype)
+    return asked and not ops.dispatches(own.x, own.w) and torch.float16 not in (own.x.dtype, own.w.dtype)
+
+
+def _on_device(polynomials: Polynomials, own: OwnClasses) -> Tensor:
+    """(2, 5)"""
+    if ops.dispatches(own.x, own.w):
+        return torch.tensor(polynomials, dtype=torch.float64, device=own.x.device)
+    return _made_once(polynomials, own.x.device)
+
+
+@functools.cache
+def _made_once(polynomials: Polynomials, device: torch.device) -> Tensor:
+    """Not at every step: a copy to a GPU could not be captured in a CUDA graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(polynomials, dtype=torch.float64, device=device)

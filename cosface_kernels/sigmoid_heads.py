@@ -7,7 +7,7 @@ from typing_extensions import Unpack
 
 from cosface_kernels.loss import FusedMarginLoss, HeadOptions
 from cosface_kernels.margins import SFaceMargin, SphereFace2Margin, UniFaceMargin, defaults
-from cosface_kernels.validation import check_positive, check_scale
+from cosface_kernels.validation import check_interval, check_positive
 
 
 class FusedSphereFace2Loss(FusedMarginLoss):
@@ -34,8 +34,10 @@ class FusedSphereFace2Loss(FusedMarginLoss):
         straight_through: bool = False,
         **options: Unpack[HeadOptions],
     ) -> None:
-        check_positive("num_classes", num_classes)
-        check_scale(scale)
+        if isinstance(scale, Tensor) and (scale.dim() or scale.is_meta):
+            raise ValueError(
+                f"scale must be a number or a 0-d tensor with a value, by which the bias starts, got {scale!r}."
+            )
         psi = SphereFace2Margin(
             margin,
             scale=float(scale.detach() if isinstance(scale, Tensor) else scale),
@@ -74,7 +76,9 @@ class FusedUniFaceLoss(FusedMarginLoss):
     ) -> None:
         check_positive("num_classes", num_classes)
         if bias is None:
-            bias = math.log(10 * num_classes * options.get("sample_rate", 1.0))
+            rate = options.get("sample_rate", 1.0)
+            check_interval("sample_rate", rate, "(0, 1]", math.ulp(0.0), math.nextafter(1, 2))
+            bias = math.log(10 * num_classes * rate)
         super().__init__(
             num_classes, embedding_size, UniFaceMargin(margin, bias=bias, balance=balance), scale, **options
         )

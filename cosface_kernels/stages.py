@@ -327,7 +327,7 @@ def over_own_classes(
     margin = settings.margin
     if isinstance(margin, Margin) and margin.reshapes_negatives:
         with torch.no_grad():
-            target_cos = ranks.sum(target_cosines(own, settings.subcenters))  # (N,)
+            target_cos = ranks.sum(target_cosines(settings, own))  # (N,)
             thresholds, negatives = margin.negatives(target_cos, Rows(batch.embeddings, batch.targets))
             options = {**options, "thresholds": thresholds, "negatives": negatives}
     lmcl: Any = ops.lmcl
@@ -339,15 +339,15 @@ def over_own_classes(
     return Part((*results, moments), cache, own.scale, own.targets, own.num_classes)
 
 
-def target_cosines(own: OwnClasses, subcenters: int) -> Tensor:
+def target_cosines(settings: Settings, own: OwnClasses) -> Tensor:
     """(N,) cosines with the targets, 0 where there is none, ahead of the pass over all classes."""
     x, w, targets = own.x, own.w, own.targets_of_all
     dtype, has_target = compute_dtype(x, w), targets >= 0  # (N,)
     if not len(w):  # a rank that owns no class
         return x.new_zeros(len(x), dtype=dtype)
-    rows = w.unflatten(0, (-1, subcenters))[targets.clamp_min(0)]  # (N, K, D)
-    x_hat, w_hat = F.normalize(x.to(dtype))[:, None], F.normalize(rows.to(dtype), dim=2)
-    return torch.where(has_target, (x_hat * w_hat).sum(2).amax(1), 0)
+    rows = w.unflatten(0, (-1, settings.subcenters))[targets.clamp_min(0)].to(dtype)  # (N, K, D)
+    rows = F.normalize(rows, dim=2) if settings.normalize_weight else rows
+    return torch.where(has_target, (F.normalize(x.to(dtype))[:, None] * rows).sum(2).amax(1), 0)
 
 
 def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax: Softmax, batch: Batch) -> Labels:

@@ -143,14 +143,24 @@ class Margin(nn.Module):
                 f"{type(self).__name__} reshapes the negatives of a sample by its label: labels must have shape "
                 f"(N,), got shape (N, {labels_per_sample})."
             )
+        if gradient_tolerance and self.reads_hard_negatives:
+            raise ValueError(
+                f"{type(self).__name__} sums up all classes: gradient_tolerance must be 0, got "
+                f"{gradient_tolerance!r}."
+            )
 
     def _register_state(self, name: str, initial: float, *shape: int) -> None:
         self._initial[name] = initial
         self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Margin":
-        super()._apply(lambda state: fn(state).to(state.dtype), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda state: _in_its_dtype(state, fn(state)), recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _in_its_dtype(state: Tensor, moved: Tensor) -> Tensor:
+    """Moved to a device, but not by way of a dtype that would round it."""
+    return moved if moved.dtype == state.dtype else state.to(moved.device)
 
 
 def mean_and_std(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

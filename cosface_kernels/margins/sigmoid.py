@@ -11,7 +11,9 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of
 from cosface_kernels.margins.base import Margin, Rows
 from cosface_kernels.reference import softplus
-from cosface_kernels.validation import check_interval, check_margin
+from cosface_kernels.validation import check_finite, check_interval, check_margin, check_positive
+
+Polynomials = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class Terms(NamedTuple):
@@ -31,12 +33,12 @@ class SigmoidMargin(Margin):
 
     Attributes:
         form: "cross_entropy" or "angle", as `Options.sigmoid` has them.
-        polynomials: (2, 5), of "cross_entropy": N and the slope that backward takes for it.
+        polynomials: of "cross_entropy": N and the slope that backward takes for it, 5 coefficients each.
     """
 
     smooths_labels = False
     form = "cross_entropy"
-    polynomials: Tensor | None
+    polynomials: Polynomials | None
 
     def terms(self, scale: Tensor, rows: Rows) -> Terms:
         raise NotImplementedError
@@ -58,14 +60,12 @@ class SigmoidMargin(Margin):
     def forward(self, cos: Tensor, rows: Rows) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} is no margin of a softmax.")
 
-    def _register_polynomial(self, coefficients: list[float], *, straight_through: bool = False) -> None:
-        """N by its coefficients of 1, c, c^2 and so on; its slope in backward is that of c if straight_through."""
-        value = [*coefficients, 0.0, 0.0, 0.0, 0.0][:5]
-        slope = [k * value[k] for k in range(1, 5)]
-        if straight_through:
-            slope = [1.0, 0.0, 0.0, 0.0]
-        both = torch.tensor([value, [*slope, 0.0]], dtype=torch.float64, device="cpu")
-        self.register_buffer("polynomials", both, persistent=False)
+
+def polynomials(coefficients: list[float], *, straight_through: bool = False) -> Polynomials:
+    """N by its coefficients of 1, c, c^2 and so on; its slope in backward is that of c if straight_through."""
+    value = [*coefficients, 0.0, 0.0, 0.0, 0.0][:5]
+    slope = [1.0, 0.0, 0.0, 0.0] if straight_through else [k * value[k] for k in range(1, 5)]
+    return tuple(value), (*slope, 0.0)
 
 
 class BiasedMargin(SigmoidMargin):
@@ -74,7 +74,7 @@ class BiasedMargin(SigmoidMargin):
     bias: Tensor
 
     def __init__(self, bias: float, *, straight_through: bool = False) -> None:
-        check_interval("bias", bias, "(-inf, inf)", -math.inf, math.inf)
+        check_finite("bias", bias)
         super().__init__(straight_through=straight_through)
         self.initial = float(bias)
         self.bias = nn.Parameter(torch.tensor(self.initial, device="cpu"))
@@ -125,8 +125,10 @@ class SphereFace2Margin(BiasedMargin):
         check_margin(margin)
         if kind not in ("C", "A", "M"):
             raise ValueError(f"kind must be 'C', 'A' or 'M', got {kind!r}.")
+        check_positive("num_classes", num_classes)
+        check_interval("scale", scale, "(0, inf)", math.ulp(0.0), math.inf)
         check_interval("weighting", weighting, "(0, 1)", math.ulp(0.0), 1)
-        if t not in (1, 2, 3, 4):
+        if isinstance(t, bool) or t not in (1, 2, 3, 4):
             raise ValueError(f"t must be an integer from 1 to 4, got {t!r}.")
         check_interval("weight", weight, "(0, inf)", math.ulp(0.0), math.inf)
         self.kind, self.margin, self.t = kind, margin, int(t)
@@ -134,7 +136,7 @@ class SphereFace2Margin(BiasedMargin):
         super().__init__(self._first_bias(float(scale), num_classes), straight_through=straight_through)
         coefficients = [2 ** (1 - self.t) * math.comb(self.t, k) for k in range(self.t + 1)]
         coefficients[0] += self._added - 1
-        self._register_polynomial(coefficients, straight_through=straight_through)
+        self.polynomials = polynomials(coefficients, straight_through=straight_through)
 
     @property
     def _added(self) -> float:
@@ -181,7 +183,7 @@ class SphereFace2Margin(BiasedMargin):
 
     def extra_repr(self) -> str:
         own = f"margin={self.margin}, kind={self.kind!r}, weighting={self.weighting}"
-        return f"{own}, t={self.t}, weight={self.weight}"
+        return f"{own}, t={self.t}, weight={self.weight}, straight_through={self.straight_through}"
 
 
 class UniFaceMargin(BiasedMargin):
@@ -210,7 +212,7 @@ class UniFaceMargin(BiasedMargin):
         check_interval("balance", balance, "(0, inf)", math.ulp(0.0), math.inf)
         super().__init__(bias)
         self.margin, self.balance = margin, balance
-        self._register_polynomial([0.0, 1.0])
+        self.polynomials = polynomials([0.0, 1.0])
 
     def terms(self, scale: Tensor, rows: Rows) -> Terms:
         bias = self._bias_of(scale, rows)  # (N,)
@@ -241,7 +243,7 @@ class SFaceMargin(SigmoidMargin):
     ) -> None:
         check_interval("k", k, "(0, inf)", math.ulp(0.0), math.inf)
         for name, angle in (("a", a), ("b", b)):
-            check_interval(name, angle, "(-inf, inf)", -math.inf, math.inf)
+            check_finite(name, angle)
         super().__init__()
         self.k, self.a, self.b = k, a, b
 

@@ -119,7 +119,8 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
         tensors = (x, w, targets, scale, torch.zeros_like(bias), -bias, g, g_cos, empty_cache(x))
         dx, dw, dscale = _gradients(ctx, tensors, ctx.options, adds, whole)
         need_dx, _, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
-        rows = dscale if need_dscale else None, g * mass if need_dbias else None
+        dbias = torch.where(g != 0, g * mass, 0) if need_dbias else None
+        rows = dscale if need_dscale else None, dbias
         return dx if need_dx else None, None, None, *rows, None, None, None, None, dw
 
 

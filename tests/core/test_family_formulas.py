@@ -16,7 +16,9 @@ from cosface_kernels import (
     FusedLSoftmaxLoss,
     FusedMarginLoss,
     FusedSoftmaxLoss,
+    margin_softmax_loss,
 )
+from cosface_kernels.margins import MVSoftmaxMargin
 
 STRAIGHT_THROUGH = (
     "arcface",
@@ -67,6 +69,27 @@ def test_straight_through_gradient(name, regime):
         return theirs(x, w, labels, straight_through=True)
 
     _check_against_formula(head, formula, x, labels)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("normalize_embeddings", [False, True])
+def test_thresholds_of_rows_that_are_not_normalised(backend, normalize_embeddings):
+    """A negative is hard where it is above the target as both are, <x, w> / |x|."""
+    x, w, labels = formula_problem("random", device=backend.device)
+    x, w = as_leaves(F.normalize(x) * 3, 0.4 * w)
+    got = margin_softmax_loss(
+        x, w, labels, margin=MVSoftmaxMargin(0.1, t=0.3), scale=2.0, normalize_embeddings=normalize_embeddings,
+        normalize_weight=False, backend=backend.name,
+    )  # fmt: skip
+    cos = F.normalize(x) @ w.T  # (N, C)
+    target = cos.gather(1, labels[:, None])  # (N, 1)
+    psi = torch.where(target > 0, target - 0.1, target)
+    logits = torch.where(cos > (target - 0.1).detach(), 1.3 * cos + 0.3, cos).scatter(1, labels[:, None], psi)
+    scale = 2.0 if normalize_embeddings else 2 * x.norm(dim=1, keepdim=True)
+    want = F.cross_entropy(scale * logits, labels)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(want, (x, w)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.float64

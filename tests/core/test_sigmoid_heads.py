@@ -347,3 +347,173 @@ def test_each_epoch_it_learns():
             optimizer.step()
         _, stats = head(x, labels, return_stats=True)
         assert stats.accuracy > 0.95, kind.__name__
+
+
+@each_head
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, FusedSGD], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf])
+def test_what_an_ignored_sample_holds_reaches_nothing(kind, reduction, optimizer, rubbish):
+    head, (x, labels) = kind(C, D, dtype=torch.float64, reduction=reduction), _batch()
+    twin = kind(C, D, dtype=torch.float64, reduction=reduction)
+    twin.load_state_dict(head.state_dict())
+    broken = x.detach().clone()
+    broken[4] = rubbish
+    for model, rows in ((head, x.detach().requires_grad_()), (twin, broken.requires_grad_())):
+        step = optimizer(model.parameters(), lr=0.1)
+        model(rows, labels).sum().backward()
+        step.step()
+        assert rows.grad.isfinite().all()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(value, head.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalize_embeddings", [False, True])
+@pytest.mark.parametrize("margin", [UniFaceMargin(0.4, bias=3.0), SphereFace2Margin(num_classes=C)], ids=str)
+def test_rows_that_are_not_normalised(margin, normalize_embeddings):
+    x, labels = _batch()
+    w = (0.3 * torch.randn(C, D, dtype=torch.float64)).requires_grad_()
+    options = {"normalize_weight": False, "normalize_embeddings": normalize_embeddings}
+    got = margin_softmax_loss(x, w, labels, margin=margin, scale=10.0, **options)
+    cos, valid = F.normalize(x) @ w.T, labels >= 0
+    scale = torch.full((N, 1), 10.0) if normalize_embeddings else 10 * x.norm(dim=1, keepdim=True)
+    is_target = F.one_hot(labels.clamp_min(0), C).bool()
+    if isinstance(margin, UniFaceMargin):
+        terms = torch.where(is_target, F.softplus(3 - scale * (cos - 0.4)), F.softplus(scale * cos - 3))
+    else:
+        g, b, sign = 2 * ((cos + 1) / 2) ** 3 - 1, margin.bias.detach(), 1 - 2 * is_target.double()
+        terms = 50 / scale * (0.5 - 0.2 * sign) * F.softplus(sign * (scale * (g + sign * 0.4) + b))
+    want = terms.sum(1)[valid].mean()
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+    for ours, theirs in zip(_gradients(got, x, w), _gradients(want, x, w), strict=True):
+        assert relative_error(ours, theirs) < 1e-8
+
+
+@each_head
+def test_a_weight_of_zero_has_its_gradient(kind):
+    """It says what the loss would gain by the sample, which takes no part."""
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    a = torch.linspace(-1, 1, N, dtype=torch.float64)
+    a[:3] = 0
+    a.requires_grad_()
+    losses = _losses(head, x, labels).detach()
+    weights = torch.where(labels >= 0, a, 0)
+    want = (losses * weights).sum() / weights.sum()
+    torch.testing.assert_close(_gradients(head(x, labels, sample_weight=a), a), _gradients(want, a))
+
+
+@each_head
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_a_gradient_that_is_changed_in_place(kind, upstream):
+    """Belongs to who asked for it; the next backward has its own."""
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    loss = upstream * head(x, labels)
+    inputs = x, head.weight
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    want = [each.clone() for each in first]
+    for each in first:
+        each.mul_(0)
+    for _ in range(2):
+        for again, once in zip(torch.autograd.grad(loss, inputs, retain_graph=True), want, strict=True):
+            torch.testing.assert_close(again, once, rtol=0, atol=0)
+    for last, once in zip(torch.autograd.grad(loss, inputs), want, strict=True):
+        torch.testing.assert_close(last, once, rtol=0, atol=0)
+
+
+@each_head
+def test_an_upstream_gradient_that_is_not_finite(kind):
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    (head(x, labels) * math.nan).backward()
+    assert x.grad[0].isnan().any()
+    assert not x.grad[4].any()
+
+
+@each_head
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_one_gradient_of_the_weight_at_a_time(kind, upstream):
+    """Also where it is multiplied."""
+    head = kind(150_000, 64)
+    x, labels = torch.randn(4, 64), torch.randint(150_000, (4,))
+    size = head.weight.nbytes
+
+    def step() -> None:
+        head.weight.grad = None
+        (upstream * head(x, labels)).backward()
+
+    assert raised_by(step) < 1.5 * size
+
+
+@each_head
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(kind, sample_rate, reentrant):
+    """The region runs twice, as with any head, and a sampler draws once."""
+    head, (x, labels) = kind(C, D, dtype=torch.float64, sample_rate=sample_rate), _batch()
+    twin = kind(C, D, dtype=torch.float64, sample_rate=sample_rate)
+    twin.load_state_dict(head.state_dict())
+    runs = []
+
+    def region(rows: Tensor) -> Tensor:
+        runs.append(1)
+        return head(torch.tanh(rows), labels)
+
+    got = torch.utils.checkpoint.checkpoint(region, x, use_reentrant=reentrant)
+    assert len(runs) == 1
+    got.backward()
+    assert len(runs) == 2
+    ours = x.detach().requires_grad_()
+    want = twin(torch.tanh(ours), labels)
+    want.backward()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(x.grad, ours.grad, rtol=1e-10, atol=1e-12)
+    for name, parameter in head.named_parameters():
+        grads = (p.grad.to_dense() for p in (parameter, twin.get_parameter(name)))
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@each_head
+def test_made_on_meta(kind):
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    want = head(x, labels)
+    emptied = kind(C, D, dtype=torch.float64, device="meta").to_empty(device="cpu")
+    emptied.reset_parameters()
+    emptied.load_state_dict(head.state_dict())
+    assigned = kind(C, D, dtype=torch.float64, device="meta")
+    assigned.load_state_dict(head.state_dict(), assign=True)
+    for other in (emptied, assigned):
+        torch.testing.assert_close(other(x, labels), want, rtol=0, atol=0)
+
+
+@each_head
+def test_another_dtype_rounds_the_weight_alone(kind):
+    head = kind(C, D)
+    before = {name: value.clone() for name, value in head.margin.state_dict().items()}
+    head.bfloat16().to(torch.float16).float()
+    for name, value in head.margin.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@each_head
+def test_traced_without_numbers(kind):
+    head, (x, labels) = kind(C, D, dtype=torch.float64), _batch()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, labels = mode.from_tensor(x.detach()).requires_grad_(), mode.from_tensor(labels)
+        head(x, labels).backward()
+    assert x.grad.shape == (N, D)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FusedUniFaceLoss(C, D, sample_rate=0), r"sample_rate must be in \(0, 1\], got 0"),
+        (lambda: FusedUniFaceLoss(C, D, sample_rate=None), r"sample_rate must be in \(0, 1\], got None"),
+        (lambda: FusedUniFaceLoss(-C, D), f"num_classes must be a positive integer, got -{C}"),
+        (lambda: FusedSphereFace2Loss(0, D), "num_classes must be a positive integer, got 0"),
+        (lambda: FusedSphereFace2Loss(C, D, scale=torch.ones(3)), "scale must be a number or a 0-d tensor with a"),
+        (lambda: FusedSphereFace2Loss(C, D, scale=-3), r"scale must be in \(0, inf\), got -3"),
+        (lambda: FusedSphereFace2Loss(C, D, t=True), "t must be an integer from 1 to 4, got True"),
+    ],
+)
+def test_what_the_bias_starts_from(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
