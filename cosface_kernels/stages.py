@@ -219,8 +219,8 @@ def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict
         options["gradient_tolerance"] = float(settings.gradient_tolerance)
         if moments and settings.gradient_tolerance:
             raise ValueError(
-                "label_smoothing, two labels of a sample, entropy and NPCFaceMargin sum up all classes: "
-                f"gradient_tolerance must be 0, got {settings.gradient_tolerance!r}."
+                "label_smoothing, two labels of a sample and entropy sum up all classes: gradient_tolerance must "
+                f"be 0, got {settings.gradient_tolerance!r}."
             )
     else:
         options["cache_bytes"] = 0
