@@ -160,7 +160,7 @@ class FusedMarginLoss(nn.Module):
             check_table(margin.margins, num_classes)
         elif not callable(margin):
             check_margin(margin)
-        check_scale(scale)
+        check_scale(scale, of_head=True)
         check_reduction(reduction)
         check_name(backend)
         check_integer("ignore_index", ignore_index)
@@ -330,8 +330,8 @@ class FusedMarginLoss(nn.Module):
                 classification losses of pytorch-metric-learning, in whose call they have these places.
             sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's; (N, 2) for two
                 labels of a sample, which need it; the mean is then over the sum of both.
-            return_stats: also return `LossStats`, which costs no further pass over the weight; k for its
-                accuracy among the k nearest classes too, which costs one.
+            return_stats: also return `LossStats`, which costs no further pass over the weight but with a
+                `SigmoidMargin`; k for its accuracy among the k nearest classes too, which costs one.
             entropy: with return_stats, its entropy too, which is differentiable.
 
         Returns:

@@ -22,6 +22,7 @@ from cosface_kernels.margins import Rows, SigmoidMargin
 from cosface_kernels.margins.sigmoid import Polynomials
 from cosface_kernels.options import ARGUMENTS
 from cosface_kernels.stages import Batch, OwnClasses, Settings, reduce, target_cosines
+from cosface_kernels.validation import check_numbers
 
 OP_DEFAULTS = [(field.name, field.default) for field in ARGUMENTS]
 
@@ -103,10 +104,10 @@ def loss(
     assert isinstance(margin, SigmoidMargin)
     valid, has_loss = targets != ops.IGNORED, targets >= 0  # (N,) each
     rows = Rows(batch.embeddings, targets, ranks.whole, ranks.share)
-    terms = margin.terms(torch.where(has_loss, batch.scale, 1), rows)
+    terms = margin.checked_terms(torch.where(has_loss, batch.scale, 1), rows)
     scale, bias = ranks.of_own_classes(torch.stack([terms.scale, terms.bias]))  # (N,) each
     inputs = own.x, own.w, own.targets, scale, bias
-    polynomials = None if margin.polynomials is None else _on_device(margin.polynomials, own)
+    polynomials = None if margin.form == "angle" else _on_device(margin.polynomials, own)
     fields = {**options, "classes": own.chosen, "sigmoid": margin.form, "polynomials": polynomials}
     flat = tuple(fields.get(name, default) for name, default in OP_DEFAULTS)
     with torch.no_grad():
@@ -146,8 +147,18 @@ def _makes_gradients(own: OwnClasses) -> bool:
     return asked and not ops.dispatches(own.x, own.w) and torch.float16 not in (own.x.dtype, own.w.dtype)
 
 
-def _on_device(polynomials: Polynomials, own: OwnClasses) -> Tensor:
-    """(2, 5)"""
+def _on_device(given: object, own: OwnClasses) -> Tensor:
+    """(2, 5)
+
+    Raises:
+        ValueError: they are no two times five numbers.
+    """
+    try:
+        polynomials = tuple(check_numbers("each of the margin's polynomials", tuple(each), 5) for each in given)  # type: ignore[attr-defined]
+    except TypeError:
+        polynomials = ()
+    if len(polynomials) != 2:
+        raise ValueError(f"the margin's polynomials must be two, of 5 coefficients each, got {given!r}.")
     if ops.dispatches(own.x, own.w):
         return torch.tensor(polynomials, dtype=torch.float64, device=own.x.device)
     return _made_once(polynomials, own.x.device)

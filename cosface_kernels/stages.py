@@ -388,6 +388,7 @@ def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tens
     if isinstance(margin, Margin):
         # masked before and after: a nan in an ignored sample must not reach a gradient
         loss = margin.loss(torch.where(valid, top, 0), torch.where(valid, log_sum, 0), target_cos, s, rows)  # (M,)
+        check_per_sample(f"the loss of {type(margin).__name__}", loss, valid)
     elif loss is not None and loss.shape == valid.shape and not callable(margin) and rows.smoothing is None:
         return loss
     else:

@@ -76,7 +76,14 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
 
 
+def check_one_number(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        hint = "; FusedMarginLoss with a ClassMargin has one of each class" if name == "margin" else ""
+        raise ValueError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}{hint}.")
+
+
 def check_margin(margin: float) -> None:
+    check_one_number("margin", margin)
     if not isinstance(margin, numbers.Real) or not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be a finite number, got {margin!r}.")
 
@@ -88,6 +95,7 @@ def check_table(margins: Tensor, num_classes: int) -> None:
 
 def check_interval(name: str, value: float, interval: str, low: float, high: float) -> None:
     """low <= value < high, which the message calls `interval`."""
+    check_one_number(name, value)
     if not isinstance(value, numbers.Real) or not low <= value < high:
         degrees = "radians" in interval and isinstance(value, numbers.Real) and high <= value <= 180
         hint = f"; if these are degrees, give {math.radians(value):.4g}" if degrees else ""
@@ -103,11 +111,14 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(f"gradient_tolerance must be in [0, 1), got {tolerance!r}.")
 
 
-def check_scale(scale: float | Tensor) -> None:
+def check_scale(scale: float | Tensor, *, of_head: bool = False) -> None:
     """A number must be positive and finite; a tensor is looked at only where that needs no wait for a device.
 
-    One value per sample may also be 0 (the norm of a zero embedding) or nan (of a broken one).
+    One value per sample, which a head does not have, may also be 0 (the norm of a zero embedding) or nan (of a
+    broken one).
     """
+    if of_head and isinstance(scale, Tensor) and scale.dim():
+        raise ValueError(f"scale of a head must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
     if not isinstance(scale, Tensor):
         if not isinstance(scale, numbers.Real) or not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale!r}.")

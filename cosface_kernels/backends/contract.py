@@ -53,6 +53,15 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     check_subcenters(options.subcenters, options.count(w))
 
 
+def check_sums(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor, *rows: Tensor) -> None:
+    """Of `sigmoid`'s tensors, with bias, g and g_cos; raises as `check` does."""
+    if options.sigmoid is None:
+        raise ValueError(f"sigmoid must be one of {', '.join(SIGMOIDS)}, got None.")
+    check(x, w, options, targets, scale)
+    for name, values in zip(("bias", "g", "g_cos"), rows, strict=True):
+        _check_one(name, values, (len(x),), x.device, compute_dtype(x, w))
+
+
 def check_sigmoid(options: Options) -> None:
     """That what a sigmoid asks for goes together; raises ValueError."""
     if options.sigmoid not in (None, *SIGMOIDS):

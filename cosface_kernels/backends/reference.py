@@ -53,6 +53,7 @@ def sigmoid(
     *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, w, targets, scale, bias, g, g_cos = tensors
+    contract.check_sums(x, w, options, *tensors[2:])
     per_row = targets, scale, torch.zeros_like(bias), -bias, g, g_cos
     gradients = backward(x, w, *per_row, empty_cache(x), options=options, need_dx=need_dx, need_dw=need_dw)
     with torch.autocast(x.device.type, enabled=False):

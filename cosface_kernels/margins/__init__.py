@@ -26,7 +26,13 @@ from cosface_kernels.margins.negatives import (
     MVSoftmaxMargin,
     NPCFaceMargin,
 )
-from cosface_kernels.margins.sigmoid import SFaceMargin, SigmoidMargin, SphereFace2Margin, UniFaceMargin
+from cosface_kernels.margins.sigmoid import (
+    SFaceMargin,
+    SigmoidMargin,
+    SigmoidTerms,
+    SphereFace2Margin,
+    UniFaceMargin,
+)
 from cosface_kernels.margins.state import (
     UNIT_NORM,
     AdaCosMargin,
@@ -67,6 +73,7 @@ __all__ = [
     "Rows",
     "SFaceMargin",
     "SigmoidMargin",
+    "SigmoidTerms",
     "Smoothing",
     "SphereFace2Margin",
     "SphereFaceMargin",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cosface_kernels.reference import excess, softplus
-from cosface_kernels.validation import check_interval, check_tolerance
+from cosface_kernels.validation import check_interval, check_per_sample, check_tolerance
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Margin(nn.Module):
     smooths_labels = True
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define negatives(cos, rows).")
 
     def __init__(self, *, straight_through: bool = False) -> None:
         super().__init__()
@@ -100,6 +100,7 @@ class Margin(nn.Module):
             (N,); what it holds for a sample without a loss is dropped.
         """
         psi = self(cos, rows)  # (N,)
+        check_per_sample(f"the result of {type(self).__name__}", psi, cos)
         if self.straight_through:
             psi = cos + (psi - cos).detach()
         return rows.cross_entropy(top, log_sum, psi, scale)

@@ -44,6 +44,8 @@ class ClassMargin(Margin):
         looks = table.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and not bool(table.isfinite().all()):
             raise ValueError(f"margins must be finite, got {table[~table.isfinite()][0].item()}.")
+        if looks and arc:
+            check_interval("the largest of the margins", float(table.abs().max()), "[0, pi) radians", 0, math.pi)
         self.arc = arc
         if isinstance(table, nn.Parameter):
             self.margins = table
@@ -71,7 +73,9 @@ class ClassMargin(Margin):
 
 
 def of_each_class(margin: float | Tensor | Callable[..., Tensor]) -> float | Callable[..., Tensor]:
-    """A tensor as the margin that it means."""
+    """A tensor as the margin that it means; raises ValueError for a class in place of a margin."""
+    if isinstance(margin, type):
+        raise ValueError(f"margin must be a margin, got the class {margin.__name__}: call it, to make one.")
     return ClassMargin(margin) if isinstance(margin, Tensor) else margin
 
 

@@ -112,7 +112,7 @@ class NPCFaceMargin(Margin):
         self.margin, self.t, self.a = margin, t, a
         self.target_margins = check_numbers("target_margins", target_margins, 2)
         for m in self.target_margins:
-            check_finite("each of target_margins", m)
+            check_interval("each of target_margins", m, "(-pi, pi) radians", -math.nextafter(math.pi, 0), math.pi)
 
     def negatives(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         return cos_of_sum(cos, self.margin), _polynomial(cos, 0.0, self.t, self.a)

@@ -11,37 +11,68 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of
 from cosface_kernels.margins.base import Margin, Rows
 from cosface_kernels.reference import softplus
-from cosface_kernels.validation import check_finite, check_interval, check_margin, check_positive
+from cosface_kernels.validation import (
+    check_finite,
+    check_interval,
+    check_margin,
+    check_per_sample,
+    check_positive,
+)
 
 Polynomials = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-class Terms(NamedTuple):
+class SigmoidTerms(NamedTuple):
     """What a batch's losses are made of: loss_i = positive_i(c_iy) + factor_i sum_{j != y_i} f(c_ij).
 
-    f is that of `cosface_kernels.options.Options.sigmoid`, with z_ij = scale_i N(c_ij) + bias_i.
+    With z_ij = scale_i N(c_ij) + bias_i, f is log(1 + e^z_ij) where the margin's form is "cross_entropy"; where it
+    is "angle", N(c) = -arccos(c) and f is c_ij / (1 + e^-z_ij), of which the factor of c_ij is a constant.
+
+    Attributes:
+        positive: from the (N,) target cosines to (N,), differentiable.
+        factor, scale, bias: (N,) each, differentiable.
     """
 
-    positive: Callable[[Tensor], Tensor]  # from (N,) to (N,)
-    factor: Tensor  # (N,)
-    scale: Tensor  # (N,)
-    bias: Tensor  # (N,)
+    positive: Callable[[Tensor], Tensor]
+    factor: Tensor
+    scale: Tensor
+    bias: Tensor
 
 
 class SigmoidMargin(Margin):
-    """Base of these. A subclass defines `terms(scale, rows)`, differentiable, and says what f is.
+    """Base of these. A subclass defines `terms(scale, rows)`, which gives a batch's `SigmoidTerms`.
+
+    A parameter of its own must pass through `rows.share` there, so that its gradient is the same on all ranks.
 
     Attributes:
-        form: "cross_entropy" or "angle", as `Options.sigmoid` has them.
-        polynomials: of "cross_entropy": N and the slope that backward takes for it, 5 coefficients each.
+        form: "cross_entropy" or "angle".
+        polynomials: of "cross_entropy": the coefficients of 1, c, c^2, c^3 and c^4 in N(c), and in the slope that
+            backward takes for it; N(c) = c and 1 unless a subclass says otherwise.
     """
 
     smooths_labels = False
     form = "cross_entropy"
-    polynomials: Polynomials | None
+    polynomials: Polynomials | None = ((0.0, 1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0))
 
-    def terms(self, scale: Tensor, rows: Rows) -> Terms:
-        raise NotImplementedError
+    def terms(self, scale: Tensor, rows: Rows) -> SigmoidTerms:
+        raise NotImplementedError(f"{type(self).__name__} must define terms(scale, rows).")
+
+    def checked_terms(self, scale: Tensor, rows: Rows) -> SigmoidTerms:
+        """
+        Raises:
+            ValueError: something does not hold one number of each sample.
+        """
+        name = type(self).__name__
+        terms = self.terms(scale, rows)
+        for field in ("factor", "scale", "bias"):
+            check_per_sample(f"the {field} of {name}", getattr(terms, field), scale)
+
+        def positive(cos: Tensor) -> Tensor:
+            losses = terms.positive(cos)
+            check_per_sample(f"what positive of {name} gives", losses, cos)
+            return losses
+
+        return terms._replace(positive=positive)
 
     def check_use(
         self, label_smoothing: float, gradient_tolerance: float, labels_per_sample: int, entropy: bool
@@ -122,9 +153,12 @@ class SphereFace2Margin(BiasedMargin):
         weight: float = defaults.SPHEREFACE2_WEIGHT,
         straight_through: bool = False,
     ) -> None:
-        check_margin(margin)
         if kind not in ("C", "A", "M"):
             raise ValueError(f"kind must be 'C', 'A' or 'M', got {kind!r}.")
+        if kind == "A":
+            check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
+        else:
+            check_margin(margin)
         check_positive("num_classes", num_classes)
         check_interval("scale", scale, "(0, inf)", math.ulp(0.0), math.inf)
         check_interval("weighting", weighting, "(0, 1)", math.ulp(0.0), 1)
@@ -167,14 +201,14 @@ class SphereFace2Margin(BiasedMargin):
             return -(a_y + a_j) / 2
         return math.log((root + ratio - 1) / 2) - a_y  # the same, where 1 - ratio + root would cancel
 
-    def terms(self, scale: Tensor, rows: Rows) -> Terms:
+    def terms(self, scale: Tensor, rows: Rows) -> SigmoidTerms:
         bias = self._bias_of(scale, rows)  # (N,)
 
         def positive(cos: Tensor) -> Tensor:
             shaped = self._straight(cos)
             return self.weight * self.weighting / scale * softplus(-(scale * shaped + bias))
 
-        return Terms(positive, self.weight * (1 - self.weighting) / scale, scale, bias)
+        return SigmoidTerms(positive, self.weight * (1 - self.weighting) / scale, scale, bias)
 
     def _straight(self, cos: Tensor) -> Tensor:
         if not self.straight_through:
@@ -212,12 +246,11 @@ class UniFaceMargin(BiasedMargin):
         check_interval("balance", balance, "(0, inf)", math.ulp(0.0), math.inf)
         super().__init__(bias)
         self.margin, self.balance = margin, balance
-        self.polynomials = polynomials([0.0, 1.0])
 
-    def terms(self, scale: Tensor, rows: Rows) -> Terms:
+    def terms(self, scale: Tensor, rows: Rows) -> SigmoidTerms:
         bias = self._bias_of(scale, rows)  # (N,)
         positive = lambda cos: softplus(bias - scale * (cos - self.margin))  # noqa: E731
-        return Terms(positive, torch.full_like(scale, self.balance), scale, -bias)
+        return SigmoidTerms(positive, torch.full_like(scale, self.balance), scale, -bias)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, balance={self.balance}"
@@ -243,17 +276,17 @@ class SFaceMargin(SigmoidMargin):
     ) -> None:
         check_interval("k", k, "(0, inf)", math.ulp(0.0), math.inf)
         for name, angle in (("a", a), ("b", b)):
-            check_finite(name, angle)
+            check_interval(name, angle, "[0, pi] radians", 0, math.nextafter(math.pi, 4))
         super().__init__()
         self.k, self.a, self.b = k, a, b
 
-    def terms(self, scale: Tensor, rows: Rows) -> Terms:
+    def terms(self, scale: Tensor, rows: Rows) -> SigmoidTerms:
         def positive(cos: Tensor) -> Tensor:
             theta = angle_of(cos.detach())
             return -scale * torch.sigmoid(self.k * (theta - self.a)) * cos
 
         steepness = torch.full_like(scale, self.k)
-        return Terms(positive, scale, steepness, self.b * steepness)
+        return SigmoidTerms(positive, scale, steepness, self.b * steepness)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, a={self.a}, b={self.b}"

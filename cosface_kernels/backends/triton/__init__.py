@@ -20,7 +20,7 @@ from cosface_kernels.backends.triton.cache import Saved, cache_size, nothing_sav
 from cosface_kernels.backends.triton.choice import Trial
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile, candidates
 from cosface_kernels.backends.triton.update import move_rows
-from cosface_kernels.options import PLAIN, SIGMOIDS, Options, Update, empty_cache
+from cosface_kernels.options import PLAIN, Options, Update, empty_cache
 
 __all__ = [
     "apply_update_",
@@ -133,9 +133,8 @@ def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -
 def sigmoid(
     *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if options.sigmoid is None:
-        raise ValueError(f"sigmoid must be one of {', '.join(SIGMOIDS)}, got None.")
     x, w, targets, scale, bias, g, g_cos = tensors
+    contract.check_sums(x, w, options, *tensors[2:])
     per_row = targets, scale, bias, -bias, g, g_cos  # as backward takes them; there is no top to read
     dx, dw, dscale, sums = _tuned_backward((x, w, *per_row, empty_cache(x)), options, need_dx, need_dw)
     return sums, dx, dw, dscale

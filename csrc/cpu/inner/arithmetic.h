@@ -61,16 +61,16 @@ inline float arccos(float c) {
   constexpr float kPi = 3.14159265f, kHalfPi = 1.57079633f;
   const float clamped = c > 1.0f ? 1.0f : (c < -1.0f ? -1.0f : c);
   const float size = clamped < 0.0f ? -clamped : clamped;
-  const bool near = size > 0.5f;
-  const float square = near ? 0.5f * (1.0f - size) : size * size;
-  const float root = near ? sqrt(square) : size;
+  const bool is_near = size > 0.5f;
+  const float square = is_near ? 0.5f * (1.0f - size) : size * size;
+  const float root = is_near ? sqrt(square) : size;
   float q = 4.2163199048e-2f;
   q = q * square + 2.4181311049e-2f;
   q = q * square + 4.5470025998e-2f;
   q = q * square + 7.4953002686e-2f;
   q = q * square + 1.6666752422e-1f;
   const float arcsin = root + root * square * q;
-  const float of_size = near ? 2.0f * arcsin : kHalfPi - arcsin;
+  const float of_size = is_near ? 2.0f * arcsin : kHalfPi - arcsin;
   return clamped < 0.0f ? kPi - of_size : of_size;
 }
 inline double arccos(double c) { return __builtin_acos(c > 1 ? 1 : (c < -1 ? -1 : c)); }
