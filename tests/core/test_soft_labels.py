@@ -421,7 +421,7 @@ def test_weights_of_16_bits_have_an_exact_sum(backend, dtype):
         (lambda: NPCFaceMargin(a=torch.inf), r"^a must be in \(-inf, inf\), got inf"),
         (
             lambda: NPCFaceMargin(target_margins=(0.4, torch.nan)),
-            r"each of target_margins must be in \(-inf, inf\), got nan",
+            r"each of target_margins must be in \(-pi, pi\) radians, got nan",
         ),
         (lambda: X2SoftmaxMargin(h=torch.nan), r"^h must be in \(-inf, inf\), got nan"),
         (lambda: X2SoftmaxMargin(k=torch.nan), r"^k must be in \(-inf, inf\), got nan"),
