@@ -241,6 +241,7 @@ IMPLEMENTATIONS = {
     "cce": Implementation(_build_cce, 6, "cut-cross-entropy and triton", compiles=True),
     # Its gradients are made in forward for the mean, so that no margin can be added after.
     "liger": Implementation(_build_liger, 6, "liger-kernel and triton", margin=False, note="margin 0"),
+    "uncached": _of_family("CosFaceMargin", cache_bytes=0),
     "label-smoothing": _of_family("CosFaceMargin", label_smoothing=0.1),
     "arcface": _of_family("ArcFaceMargin"),
     "subcenter-arcface": _of_family("ArcFaceMargin", subcenters=4),  # of which the usual sizes are multiples
