@@ -24,7 +24,7 @@ from cosface_kernels.distributed import (
 )
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.init import normal_
-from cosface_kernels.margins import ClassMargin, Margin, defaults, of_each_class
+from cosface_kernels.margins import ClassMargin, Margin, SigmoidMargin, defaults, of_each_class
 from cosface_kernels.margins.base import check_use, taken
 from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.options import WORKSPACE_BYTES
@@ -226,6 +226,8 @@ class FusedMarginLoss(nn.Module):
     def _warn_of_theory(self) -> None:
         if not callable(self.margin):
             theory.warn_of_margin(self.margin, self.num_classes, self.embedding_size)
+        if isinstance(self.margin, SigmoidMargin):
+            return  # Eq. 6 is of a softmax
         if self.normalize_embeddings and not isinstance(self.scale, Tensor):
             theory.warn_of_scale(self.scale, self.num_classes)
 

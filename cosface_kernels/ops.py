@@ -167,6 +167,19 @@ def _(x, w, k, normalize_weight, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(shape, dtype=compute_dtype(x, w)), x.new_empty(shape, dtype=torch.int64)
 
 
+def _without_classes(x: Tensor, w: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor]:
+    """dx and dw of a rank that owns no class."""
+    return torch.zeros_like(x) if need_dx else x.new_empty(0), torch.zeros_like(w) if need_dw else w.new_empty(0)
+
+
+def _empty_gradients(
+    x: Tensor, w: Tensor, need_dx: bool, need_dw: bool, options: Options
+) -> tuple[Tensor, Tensor]:
+    """dx and dw in their shapes."""
+    rows = w.shape[0] if options.classes is None else options.classes.shape[0]
+    return x.new_empty(x.shape if need_dx else (0,)), w.new_empty((rows, w.shape[1]) if need_dw else (0,))
+
+
 @Op
 @takes_options()
 def lmcl_backward(
@@ -190,8 +203,7 @@ def lmcl_backward(
     """
     refuse_forward_mode()
     if not w.shape[0]:
-        dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
-        return dx, dw, torch.zeros_like(log_sum)
+        return *_without_classes(x, w, need_dx, need_dw), torch.zeros_like(log_sum)
     return _that_cached(backend, x, w, cache, options).backward(
         x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, options=options, need_dx=need_dx, need_dw=need_dw
     )
@@ -200,10 +212,7 @@ def lmcl_backward(
 @lmcl_backward.registered.register_fake
 @takes_options()
 def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, backend, options):  # type: ignore[no-untyped-def]
-    dx = x.new_empty(x.shape if need_dx else (0,))
-    rows = w.shape[0] if options.classes is None else options.classes.shape[0]
-    dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
-    return dx, dw, log_sum.new_empty(log_sum.shape)
+    return *_empty_gradients(x, w, need_dx, need_dw, options), log_sum.new_empty(log_sum.shape)
 
 
 @Op
@@ -229,8 +238,7 @@ def sigmoid(
     """
     refuse_forward_mode()
     if not w.shape[0]:
-        dx, dw = (torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in ((x, need_dx), (w, need_dw)))
-        return g.new_zeros(2, x.shape[0]), dx, dw, torch.zeros_like(g)
+        return g.new_zeros(2, x.shape[0]), *_without_classes(x, w, need_dx, need_dw), torch.zeros_like(g)
     return select(backend, x, w, options).sigmoid(
         x, w, targets, scale, bias, g, g_cos, options=options, need_dx=need_dx, need_dw=need_dw
     )
@@ -239,10 +247,23 @@ def sigmoid(
 @sigmoid.registered.register_fake
 @takes_options()
 def _(x, w, targets, scale, bias, g, g_cos, need_dx, need_dw, backend, options):  # type: ignore[no-untyped-def]
-    dx = x.new_empty(x.shape if need_dx else (0,))
-    rows = w.shape[0] if options.classes is None else options.classes.shape[0]
-    dw = w.new_empty((rows, w.shape[1]) if need_dw else (0,))
-    return g.new_empty(2, x.shape[0]), dx, dw, g.new_empty(g.shape)
+    gradients = _empty_gradients(x, w, need_dx, need_dw, options)
+    return g.new_empty(2, x.shape[0]), *gradients, g.new_empty(g.shape)
+
+
+def sigmoid_sums(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, bias: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """Those of `sigmoid`, (N,) each, of every sample; options: the backend and what follows it."""
+    one = torch.ones_like(bias)
+    sums, *_ = sigmoid(x, w, targets, scale, bias, one, one, False, False, *options)
+    added, mass = sums
+    return added.clone(), mass
+
+
+def bias_gradient(g: Tensor, mass: Tensor) -> Tensor:
+    """(N,), of the first of these sums by the second; 0 for a sample that has none, whatever it holds."""
+    return torch.where(g != 0, g * mass, 0)
 
 
 @torch.library.custom_op("cosface::lmcl_backward_update_", mutates_args=("w", "state"))

@@ -66,10 +66,7 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, w, targets, scale, bias, target_cos, backend, classes, *options):  # type: ignore[no-untyped-def]
-        one = torch.ones_like(bias)
-        (added, mass), *_ = ops.sigmoid(
-            x, w, targets, scale, bias, one, one, False, False, backend, classes, *options
-        )
+        added, mass = ops.sigmoid_sums(x, w, targets, scale, bias, backend, classes, *options)
         ctx.backend = backend
         ctx.options = [None if isinstance(option, Tensor) else option for option in options]
         tensors = [option if isinstance(option, Tensor) else None for option in options]
@@ -86,7 +83,7 @@ class _TwoPasses(torch.autograd.Function):
             x, w, targets, scale, bias, g, g_cos, need_dx, need_dw, ctx.backend, classes, *options
         )
         dw = ops.of_all_classes(dw, classes, w.shape) if need_dw else None
-        rows = dscale if need_dscale else None, torch.where(g != 0, g * mass, 0) if need_dbias else None
+        rows = dscale if need_dscale else None, ops.bias_gradient(g, mass) if need_dbias else None
         return dx if need_dx else None, dw, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 

@@ -64,23 +64,19 @@ def check_sums(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: T
 
 def check_sigmoid(options: Options) -> None:
     """That what a sigmoid asks for goes together; raises ValueError."""
-    if options.sigmoid not in (None, *SIGMOIDS):
-        raise ValueError(f"sigmoid must be None or one of {', '.join(SIGMOIDS)}, got {options.sigmoid!r}.")
-    if (options.sigmoid == "cross_entropy") != (options.polynomials is not None):
+    name, polynomials = options.sigmoid, options.polynomials
+    if name not in (None, *SIGMOIDS):
+        raise ValueError(f"sigmoid must be None or one of {', '.join(SIGMOIDS)}, got {name!r}.")
+    if (name == "cross_entropy") != (polynomials is not None):
         raise ValueError(
             f"polynomials must be given with sigmoid 'cross_entropy' and with no other, got "
-            f"{'none' if options.polynomials is None else 'some'} with {options.sigmoid!r}."
+            f"{'none' if polynomials is None else 'some'} with {name!r}."
         )
-    softmax = [
-        name for name in ("thresholds", "g_moments", "moments", "gradient_tolerance") if _asked(options, name)
-    ]
-    if options.sigmoid and softmax:
-        raise ValueError(f"{softmax[0]} belongs to a softmax, got it with sigmoid {options.sigmoid!r}.")
-
-
-def _asked(options: Options, name: str) -> bool:
-    value = getattr(options, name)
-    return isinstance(value, Tensor) or bool(value)
+    tensors = options.thresholds, options.g_moments
+    if name and (options.moments or options.gradient_tolerance or any(each is not None for each in tensors)):
+        raise ValueError(
+            f"moments, thresholds and a gradient_tolerance belong to a softmax, got them with sigmoid {name!r}."
+        )
 
 
 def check_subcenters(subcenters: int, rows: int) -> None:

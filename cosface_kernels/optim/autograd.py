@@ -105,12 +105,9 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, targets, scale, bias, target_cos, backend, options, owner, weight):  # type: ignore[no-untyped-def]
         _enter(ctx, backend, options, owner, weight)
-        one = torch.ones_like(bias)
-        (added, mass), *_ = ops.sigmoid(
-            x, w, targets, scale, bias, one, one, False, False, backend, *options.flat()
-        )
+        added, mass = ops.sigmoid_sums(x, w, targets, scale, bias, backend, *options.flat())
         ctx.save_for_backward(x, w, targets, scale, bias, mass)
-        return added.clone(), target_cos.clone()
+        return added, target_cos.clone()
 
     @staticmethod
     def backward(ctx, g, g_cos):  # type: ignore[no-untyped-def]
@@ -119,8 +116,7 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
         tensors = (x, w, targets, scale, torch.zeros_like(bias), -bias, g, g_cos, empty_cache(x))
         dx, dw, dscale = _gradients(ctx, tensors, ctx.options, adds, whole)
         need_dx, _, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
-        dbias = torch.where(g != 0, g * mass, 0) if need_dbias else None
-        rows = dscale if need_dscale else None, dbias
+        rows = dscale if need_dscale else None, ops.bias_gradient(g, mass) if need_dbias else None
         return dx if need_dx else None, None, None, *rows, None, None, None, None, dw
 
 

@@ -69,9 +69,7 @@ class Sigmoids(SigmoidMargin):
 @shapes
 @pytest.mark.parametrize("part", ["positive", "factor", "scale", "bias"])
 def test_terms_that_do_not(part, change):
-    with pytest.raises(
-        ValueError, match=f"{part} of Sigmoids.* must hold one value per sample|positive of Sigmoids"
-    ):
+    with pytest.raises(ValueError, match=f"{part} of Sigmoids.* must hold one value per sample"):
         _loss(Sigmoids(part, change))
 
 

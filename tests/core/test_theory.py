@@ -12,6 +12,7 @@ from cosface_kernels import (
     FusedCosFaceLoss,
     FusedMarginLoss,
     FusedNormalizedSoftmaxLoss,
+    FusedUniFaceLoss,
     max_margin,
     min_scale,
 )
@@ -59,6 +60,7 @@ def test_the_modules_warn_once():
         FusedCosFaceLoss(1763, 64, scale=12.0)
         FusedCosFaceLoss(1763, 64, scale=torch.nn.Parameter(torch.tensor(1.0)))
         FusedASoftmaxLoss(1763, 64)  # whose scale is a factor of the norm
+        FusedUniFaceLoss(1763, 64, scale=4.0)  # without a softmax
 
 
 class MyHead(FusedCosFaceLoss):

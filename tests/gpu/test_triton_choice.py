@@ -287,13 +287,19 @@ def test_a_step_tries_each_candidate_and_computes_the_same(backend, dtypes, fres
     assert all("(chosen)" in line or "ms" in line for line in choice.report())
 
 
-@pytest.mark.triton_only
-def test_a_step_with_moments_has_trials_of_its_own(backend, fresh, monkeypatch):
+def _with_two_tiles(backend, monkeypatch):
+    """A problem of which each kernel has two tiles to try, on the first 256 classes."""
     problem = backend.problem(20, 300, 24, F32)
     monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * problem.x.numel())
     monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: launch() or 1.0)
     tiles = Tile(32, 64, 32, 4, 1), Tile(16, 64, 32, 4, 1)
     monkeypatch.setattr(choice, "candidates", lambda kernel, key: tiles)
+    return problem
+
+
+@pytest.mark.triton_only
+def test_a_step_with_moments_has_trials_of_its_own(backend, fresh, monkeypatch):
+    problem = _with_two_tiles(backend, monkeypatch)
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     for moments in (False, True):
         results = ops.lmcl(x, w, problem.targets, problem.scale, 0.3, backend.name, moments=moments)
@@ -306,11 +312,7 @@ def test_a_step_with_moments_has_trials_of_its_own(backend, fresh, monkeypatch):
 
 @pytest.mark.triton_only
 def test_a_sigmoid_has_trials_of_its_own(backend, fresh, monkeypatch):
-    problem = backend.problem(20, 300, 24, F32)
-    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * problem.x.numel())
-    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: launch() or 1.0)
-    tiles = Tile(32, 64, 32, 4, 1), Tile(16, 64, 32, 4, 1)
-    monkeypatch.setattr(choice, "candidates", lambda kernel, key: tiles)
+    problem = _with_two_tiles(backend, monkeypatch)
     ones = torch.ones_like(problem.scale)
     inputs = problem.x, problem.w, problem.targets, problem.scale, ones, ones, ones
     ops.sigmoid(*inputs, True, True, backend.name, sigmoid="angle")
