@@ -114,10 +114,12 @@ def warn_of_drift() -> None:
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # attribute of a module that is to be wrapped
 
 
-def leave_to_its_rank(head: nn.Module, name: str) -> None:
-    """Keeps DistributedDataParallel from a sharded weight, whatever module it wraps: the head, or Lightning's."""
-    head.get_parameter(name)._ddp_ignored = True  # type: ignore[attr-defined]  # torch's mark of those
-    vars(head)[IGNORED_BY_DDP] = [name, f".{name}"]  # torch looks for both where it wraps the owner itself
+def leave_to_its_rank(head: nn.Module, *names: str) -> None:
+    """Keeps DistributedDataParallel from what is sharded, whatever module it wraps: the head, or Lightning's."""
+    for name in names:
+        getattr(head, name)._ddp_ignored = True  # torch's mark of those
+    # torch looks for both where it wraps the owner itself
+    vars(head)[IGNORED_BY_DDP] = [each for name in names for each in (name, f".{name}")]
     _watch_modules()
 
 
@@ -129,7 +131,8 @@ def _watch_modules() -> None:
 def _pass_ignored_on(module: nn.Module, name: str, part: nn.Module | None) -> None:
     """Adds the sharded weights of a part, which is about to become one, to those that DDP is to ignore."""
     known = vars(module).get(IGNORED_BY_DDP)  # by vars, since torch.compile's wrapper looks for others in its part
-    sharded = [] if part is None else [n for n, p in part.named_parameters() if getattr(p, "_ddp_ignored", False)]
+    held = [] if part is None else [*part.named_parameters(), *part.named_buffers()]
+    sharded = [n for n, tensor in held if getattr(tensor, "_ddp_ignored", False)]
     if known is not None or sharded:
         others = [each for each in known or () if not each.startswith(f"{name}.")]
         vars(module)[IGNORED_BY_DDP] = [*others, *(f"{name}.{each}" for each in sharded)]
@@ -147,10 +150,14 @@ def own_rows(tensor: Tensor) -> Tensor:
 
 
 def shard_like(weight: DTensor, rows: Tensor) -> DTensor:
-    """The DTensor of which each rank holds its rows, shared out like the weight's."""
-    return DTensor.from_local(
-        rows, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
-    )
+    """The DTensor of which each rank holds its rows, or a number of each, shared out like the weight's."""
+    shape, stride = torch.Size((len(weight), *rows.shape[1:])), weight.stride()[-rows.dim() :]
+    return DTensor.from_local(rows, weight.device_mesh, weight.placements, shape=shape, stride=stride)
+
+
+def beside(weight: Tensor, rows: Tensor) -> Tensor:
+    """What this rank has of something, whole or sharded as the weight is."""
+    return shard_like(weight, rows) if isinstance(weight, DTensor) else rows
 
 
 def agreed(weight: Tensor, flag: bool) -> bool:

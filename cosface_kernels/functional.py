@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops, optim, sample_weights, sigmoid, stages
 from cosface_kernels.distributed import Exchange, Local, placement
-from cosface_kernels.margins import SigmoidMargin, defaults, of_each_class
+from cosface_kernels.margins import Margin, SigmoidMargin, defaults, of_each_class
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import compute_dtype
 from cosface_kernels.sampling import ClassSampler
@@ -18,6 +18,7 @@ from cosface_kernels.softmax import Softmax
 from cosface_kernels.stats import LossStats as LossStats
 from cosface_kernels.stats import Sparsity as Sparsity
 from cosface_kernels.validation import (
+    check_float8,
     check_margin,
     check_rows,
     check_stats,
@@ -130,6 +131,7 @@ def margin_softmax_loss(
     exact_cache: bool | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     subcenters: int = 1,
+    weight_exponent: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Softmax over cosines with any margin psi on the target: CosFace, ArcFace and whoever comes next.
 
@@ -156,6 +158,8 @@ def margin_softmax_loss(
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
         subcenters: K. The weight is then (C K, D), class j owns its rows jK .. jK + K - 1, and cos_ij is that of
             the nearest of them, which alone has a gradient. On backends `cpu` and `reference`, and on one rank.
+        weight_exponent: (C,) int8, of a weight in float8 whose rows an optimizer moves, which changes it too: row
+            j is 2^e_j times what is stored; sharded like the weight. See `cosface_kernels.float8`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
 
@@ -176,12 +180,15 @@ def margin_softmax_loss(
     with ranks.agreement(facts, embeddings, sample_weight):
         check_stats(return_stats, entropy)
         stages.check(settings, ranks, embeddings, weight, labels, scale)
+        reads_weight = isinstance(settings.margin, Margin) and settings.margin.reads_weight
+        check_float8(weight.dtype, normalize_weight)
+        optim.check_exponents(weight, weight_exponent, type(settings.margin).__name__ if reads_weight else None)
         if class_weight is not None:
             sample_weights.check_class_weight(class_weight, settings.classes_of(ranks.num_classes))
         sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
-        options = stages.op_options(settings, labels, differentiable)
+        options = stages.op_options(settings, labels, differentiable, weight_exponent)
         if not (return_stats or sample_weight is not None or isinstance(scale, Tensor)):
             loss = stages.in_one_call(settings, options, embeddings, weight, labels, scale, validate)
             if loss is not None:

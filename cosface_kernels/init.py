@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels.backends import cpu
-from cosface_kernels.distributed import Exchange
+from cosface_kernels.distributed import Exchange, own_rows
+from cosface_kernels.float8 import FLOAT8, ROWS_AT_ONCE
 
 
 @torch.no_grad()
@@ -17,7 +18,11 @@ def normal_(tensor: Tensor, std: float) -> Tensor:
     ranks that share a weight take the seed of the first of them, and together have the values that one would have.
     """
     if tensor.device.type != "cpu" or cpu.unavailable():
-        return tensor.normal_(std=std)
+        if tensor.dtype is not FLOAT8:
+            return tensor.normal_(std=std)
+        for rows in own_rows(tensor).split(ROWS_AT_ONCE):
+            rows.copy_(torch.empty_like(rows, dtype=torch.float32).normal_(std=std))
+        return tensor
     seed = torch.randint(2**63 - 1, (), device="cpu")
     if isinstance(tensor, DTensor):
         ranks = Exchange(tensor)

@@ -4,6 +4,11 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
+from cosface_kernels import float8
+from cosface_kernels.distributed import beside, own_rows
+from cosface_kernels.float8 import FLOAT8
+from cosface_kernels.validation import warn
+
 SHARDED_OR_WHOLE = (
     "{weight} is {there} in the state and {here} in the head, and neither loads into the other. "
     "cosface_kernels.checkpoint.save and checkpoint.load take a head from any number of ranks to any other; "
@@ -34,7 +39,30 @@ def fit_(state_dict: dict[str, Any], head: Any, prefix: str, assigns: bool, erro
         count, restored = len(state_dict[weight]), False
         errors.append(f"{weight} is of {count} {_other_size(count, head)}")
         state_dict[weight] = head.weight
+    exponents = f"{prefix}weight_exponent"
+    if restored:
+        _fit_float8(state_dict, head, weight, exponents, errors)
+    elif head.weight_exponent is not None:
+        state_dict[exponents] = head.weight_exponent
     return restored
+
+
+def _fit_float8(state_dict: dict[str, Any], head: Any, weight: str, exponents: str, errors: list[str]) -> None:
+    """Takes the state's rows to float8, or from it, where the head has them in the other form."""
+    given, wanted = state_dict[weight], head.weight.dtype
+    if given.dtype is FLOAT8 and exponents not in state_dict:
+        errors.append(f"{weight} is in float8, and the state lacks {exponents}, the exponents of its rows.")
+        state_dict[weight], state_dict[exponents] = head.weight, head.weight_exponent
+    elif wanted is FLOAT8 and given.dtype is not FLOAT8:
+        warn(
+            f"{weight} is rounded from {given.dtype} to {wanted}, to the nearest: an entry by at most 1/16 of "
+            "itself, a cosine by about 1e-3."
+        )
+        rows, of_rows = float8.quantized(own_rows(given))
+        state_dict[weight], state_dict[exponents] = beside(given, rows), beside(given, of_rows)
+    elif given.dtype is FLOAT8 and wanted is not FLOAT8:
+        rows = float8.values(own_rows(given), own_rows(state_dict.pop(exponents)), wanted)
+        state_dict[weight] = beside(given, rows)
 
 
 def _other_size(count: int, head: Any) -> str:

@@ -13,17 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import Self, Unpack
 
-from cosface_kernels import loading, optim, resizing, sample_weights, theory
+from cosface_kernels import float8, optim, resizing, sample_weights, theory
 from cosface_kernels.backends import check_name
-from cosface_kernels.distributed import (
-    empty_weight,
-    leave_to_its_rank,
-    own_classes,
-    several_ranks,
-    warn_of_drift,
-)
+from cosface_kernels.centres import ClassCentres
+from cosface_kernels.distributed import own_classes, several_ranks, warn_of_drift
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
-from cosface_kernels.init import normal_
 from cosface_kernels.margins import ClassMargin, Margin, SigmoidMargin, defaults, of_each_class
 from cosface_kernels.margins.base import check_use, taken
 from cosface_kernels.nearest import NearestClasses, nearest_classes
@@ -35,6 +29,7 @@ from cosface_kernels.validation import (
     check_cache,
     check_dtype,
     check_flag,
+    check_float8,
     check_integer,
     check_interval,
     check_margin,
@@ -69,7 +64,7 @@ class HeadOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class FusedMarginLoss(nn.Module):
+class FusedMarginLoss(ClassCentres):
     """A head with any margin of `cosface_kernels.margins`: class centres, margin and softmax in one fused loss.
 
     Takes the place of a last linear layer with its cross-entropy. The losses with a name are subclasses.
@@ -101,11 +96,13 @@ class FusedMarginLoss(nn.Module):
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
         subcenters: K centres of each class, of which the nearest to a sample counts, so that noisy labels and rare
             looks gather at one that is not dominant; see `drop_subcenters_`. On backends `cpu` and `reference`.
-        device, dtype: of the weight; float64, float32, bfloat16 or float16.
+        device, dtype: of the weight; float64, float32, bfloat16 or float16; or float8_e4m3fn, a byte a weight,
+            whose rows move inside backward alone: see `cosface_kernels.float8` and docs/optimizers.md.
 
     Attributes:
         weight: Parameter (num_classes, embedding_size), one class centre per row, not normalised; a DTensor,
             Shard(0), with a process group. With subcenters, (num_classes K, embedding_size), K rows of each class.
+        weight_exponent: of a weight in float8, (num_classes,) int8 buffer e: a row is 2^e times what is stored.
         margin: as given; a `Margin` with state keeps it in this module's state_dict.
 
     Raises:
@@ -166,6 +163,7 @@ class FusedMarginLoss(nn.Module):
         check_integer("ignore_index", ignore_index)
         check_flag("validate_labels", validate_labels)
         check_dtype(dtype)
+        check_float8(dtype, self.normalize_weight)
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_use(margin, label_smoothing, gradient_tolerance)
@@ -189,26 +187,20 @@ class FusedMarginLoss(nn.Module):
         self.init_std = init_std
         self.register_buffer("class_weight", sample_weights.of_each_class(class_weight, num_classes))
         self._warn_of_theory()
-        if process_group is None:
-            weight = torch.empty(num_classes * self.subcenters, embedding_size, device=device, dtype=dtype)
-        else:
-            if isinstance(margin, Margin) and margin.reads_weight:
-                raise ValueError(
-                    f"{type(margin).__name__} needs all class centres on one process: process_group must be None, "
-                    f"got {process_group!r}."
-                )
-            weight = empty_weight(num_classes, embedding_size, process_group, device, dtype)
-        own = own_classes(weight)
+        if process_group is not None and isinstance(margin, Margin) and margin.reads_weight:
+            raise ValueError(
+                f"{type(margin).__name__} needs all class centres on one process: process_group must be None, "
+                f"got {process_group!r}."
+            )
+        self._make_weight(num_classes * self.subcenters, embedding_size, process_group, device, dtype)
+        own = own_classes(self.weight)
         self.sampler = None
         if sample_rate != 1:
             check_integer("sample_seed", sample_seed)
             self.sampler = ClassSampler(
                 len(own) // self.subcenters, sample_rate, sample_seed + own.start, device=device
             )
-        self.to(weight.device)  # the margin's state and class_weight
-        self.weight = nn.Parameter(weight)
-        if process_group is not None:
-            leave_to_its_rank(self, "weight")
+        self.to(self.weight.device)  # the margin's state and class_weight
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -217,7 +209,7 @@ class FusedMarginLoss(nn.Module):
         All other state is then as before the first batch, also of a head that was made without memory; but of such
         a head, `class_weight`, the margins of a table and KappaFace's `class_counts` must be set again.
         """
-        normal_(self.weight, self.init_std)
+        self._draw_weight(self.init_std)
         if self.sampler is not None:
             self.sampler.reset_parameters()
         if isinstance(self.margin, Margin):
@@ -364,15 +356,6 @@ class FusedMarginLoss(nn.Module):
             return nullcontext()
         return state_of_pass(self, state, embeddings, labels)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        assigns = bool(local_metadata.get("assign_to_params_buffers"))
-        restored = loading.fit_(state_dict, self, prefix, assigns, args[-1])  # the last are torch's error_msgs
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if restored:
-            optim.note_loaded(self.weight)
-
     def _loss(
         self,
         embeddings: Tensor,
@@ -381,7 +364,7 @@ class FusedMarginLoss(nn.Module):
         **arguments: Any,
     ) -> Tensor | tuple[Tensor, LossStats]:
         weight: Tensor = self.weight
-        if not self.training and getattr(weight, optim.MARK, False):
+        if not self.training and (getattr(weight, optim.MARK, False) or weight.dtype is float8.FLOAT8):
             weight = weight.detach()  # no step is meant, and so no row moves
         trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad
         if (
@@ -411,6 +394,7 @@ class FusedMarginLoss(nn.Module):
             exact_cache=self.exact_cache,
             workspace_bytes=self.workspace_bytes,
             subcenters=self.subcenters,
+            weight_exponent=self.weight_exponent,
             **arguments,
         )
 
@@ -444,11 +428,6 @@ class FusedMarginLoss(nn.Module):
             backend=self.backend,
         )
         return find(k) if self.subcenters == 1 else nearest_of_classes(find, k, self.num_classes, self.subcenters)
-
-    def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
-        if getattr(self.weight, optim.MARK, False):
-            optim.note_use(self.weight)
-        super()._save_to_state_dict(*arguments, **options)
 
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f"margin={self.margin}, "

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.backends.contract import check_memory
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import ARGUMENTS, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, excess
 
@@ -180,6 +181,11 @@ def _empty_gradients(
     return x.new_empty(x.shape if need_dx else (0,)), w.new_empty((rows, w.shape[1]) if need_dw else (0,))
 
 
+def _check_gradient(w: Tensor, need_dw: bool) -> None:
+    if need_dw and w.dtype is FLOAT8:
+        raise TypeError(f"w in {w.dtype} has no gradient dw of its own: its rows move inside backward alone.")
+
+
 @Op
 @takes_options()
 def lmcl_backward(
@@ -202,6 +208,7 @@ def lmcl_backward(
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
     refuse_forward_mode()
+    _check_gradient(w, need_dw)
     if not w.shape[0]:
         return *_without_classes(x, w, need_dx, need_dw), torch.zeros_like(log_sum)
     return _that_cached(backend, x, w, cache, options).backward(
@@ -237,6 +244,7 @@ def sigmoid(
     second sum.
     """
     refuse_forward_mode()
+    _check_gradient(w, need_dw)
     if not w.shape[0]:
         return g.new_zeros(2, x.shape[0]), *_without_classes(x, w, need_dx, need_dw), torch.zeros_like(g)
     return select(backend, x, w, options).sigmoid(

@@ -23,7 +23,7 @@ CACHE_BYTES = 128 << 20  # by default, of backend `cpu`
 
 def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     """The dtype of logits, sums and results: float64 if either input is, else float32."""
-    return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,8 @@ class Options:
             N(cos) = -arccos(cos), and a negative adds p_ij cos_ij, of which p_ij is a constant.
         polynomials: (2, 5), of "cross_entropy" alone: coefficients of 1, c, c^2, c^3 and c^4 in N(c), and in the
             slope that backward takes for it, which need not be N's own. Without a gradient.
+        exponents: (C,) int8, of a weight in float8: row j is 2^e_j times what is stored; see
+            `cosface_kernels.float8`. Cosines do not depend on them. An update changes them.
         updates: backward moves the rows of the weight by an `Update` and returns no dw.
     """
 
@@ -82,6 +84,7 @@ class Options:
     subcenters: int = 1
     sigmoid: str | None = None
     polynomials: Tensor | None = None
+    exponents: Tensor | None = None
     moments: bool = False
     g_moments: Tensor | None = None
     updates: bool = False
@@ -143,13 +146,13 @@ class Options:
     def refusal(self, supported: Collection[str] = ()) -> str | None:
         """Why a backend that knows only the `supported` options cannot take these, or None.
 
-        It need not know of workspace_bytes, which changes no result.
+        It need not know of workspace_bytes and exponents, which change no result.
         """
         for name, default in DEFAULTS.items():
             value = getattr(self, name)
             # 0, False and None ask alike for nothing.
             differs = isinstance(value, Tensor) or (value or None) != (default or None)
-            if differs and name not in {"workspace_bytes", *supported}:
+            if differs and name not in {"workspace_bytes", "exponents", *supported}:
                 return f"option {name!r} is not on this backend yet."
         if self.cache_bytes and not (self.gradient_tolerance or self.normalize_weight or self.keeps_exactly):
             return "it keeps cosines alone in 16 bits, so that without normalize_weight an exact_cache is needed."
@@ -170,7 +173,7 @@ class Update:
     Attributes:
         rule: "sgd" or "adamw".
         step: 1 for the first step.
-        seed: of the stochastic rounding of a bfloat16 weight or state.
+        seed: of the stochastic rounding of a weight or state in bfloat16 or float8.
         gradient_factor: multiplies the gradient; negative to maximize.
         max_row_norm: a row of the gradient, after the factor, that is longer is scaled down to it.
         momentum, dampening, nesterov: of "sgd", as in torch.optim.SGD.

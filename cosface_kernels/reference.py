@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosface_kernels import float8
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import PLAIN, Options, Update
 from cosface_kernels.options import compute_dtype as compute_dtype
 
@@ -23,9 +25,9 @@ def operand_dtype(x: torch.dtype, w: torch.dtype) -> torch.dtype:
     """What units that multiply matrices of 16 bits multiply, with float32 sums: no matter of this module's own.
 
     The common dtype; a float32 weight is rounded to the bfloat16 of its embeddings, as autocast would do. Not to
-    float16, whose range a short row of an un-normalised weight would leave.
+    float16, whose range a short row of an un-normalised weight would leave. Both hold what float8 holds.
     """
-    if x == w or (x, w) == (torch.bfloat16, torch.float32):
+    if x == w or (x, w) == (torch.bfloat16, torch.float32) or w is FLOAT8:
         return x
     return torch.float32
 
@@ -123,6 +125,7 @@ def backward(
 
     Returns:
         dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.
+        For w in float8, dw is the gradient of what is stored, in the dtype of the results.
     """
     dtype = compute_dtype(x, w)
     g_cos = torch.atleast_2d(g_cos)  # (1 or 2, N)
@@ -152,7 +155,7 @@ def backward(
     dx = _unnormalize(g @ w_hat, (g * row_cos).sum(1), x_hat, x_norm)
     dw = g.T @ x_hat if w_norm is None else _unnormalize(g.T @ x_hat, (g * row_cos).sum(0), w_hat, w_norm)
     dscale = torch.zeros_like(log_sum) if options.sigmoid == "angle" else (t * shaped).sum(1)  # (N,)
-    return dx.to(x.dtype), dw.to(w.dtype), dscale
+    return dx.to(x.dtype), dw if w.dtype is FLOAT8 else dw.to(w.dtype), dscale
 
 
 def sigmoid_sums(
@@ -237,16 +240,23 @@ def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> Non
     """One step of SGD or AdamW on all rows of w, in place; torch.optim.SGD and AdamW define the rules.
 
     Args:
-        w, dw: (C, D).
+        w, dw: (C, D); dw as `backward` returns it.
         state: (C, D) each. SGD: the momentum, if any. AdamW: the running means of g and g^2 and, with amsgrad, the
-            largest of the latter.
-        update: its seed is that of the rounding of bfloat16 tensors, up or down at random so that the expected
-            value is kept.
+            largest of the latter, of which float8 has the roots. Then the exponents, (C,) int8, of w and of each
+            state that is in float8, in this order.
+        update: its seed is that of the rounding of tensors in bfloat16 and float8, up or down at random so that
+            the expected value is kept.
     """
     dtype = compute_dtype(w, w)
-    v, g = w.to(dtype), update.gradient_factor * dw.to(dtype)  # (C, D)
+    tensors = [w, *(each for each in state if each.dtype is not torch.int8)]
+    of_float8 = iter(each for each in state if each.dtype is torch.int8)
+    exponents = [next(of_float8) if each.dtype is FLOAT8 else None for each in tensors]
+    squares = [update.rule == "adamw" and k > 1 for k in range(len(tensors))]
+    v, *means = (_held(*each, dtype) for each in zip(tensors, exponents, squares, strict=True))  # (C, D) each
+    g = update.gradient_factor * dw.to(dtype)  # (C, D)
+    if exponents[0] is not None:
+        g = g / float8.units(exponents[0], dtype)
     g = g * (update.max_row_norm / g.norm(dim=1, keepdim=True)).clamp_max(1).nan_to_num(1)
-    means = [values.to(dtype) for values in state]
     if update.rule == "sgd":
         g = g + update.weight_decay * v
         direction = g
@@ -262,8 +272,31 @@ def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> Non
         mean, square = means[0] / (1 - update.beta1**update.step), means[-1] / (1 - update.beta2**update.step)
         v = v * (1 - update.lr * update.weight_decay) - update.lr * mean / (square.sqrt() + update.eps)
     generator = torch.Generator(w.device).manual_seed(hash((update.seed, update.step)) % 2**63)
-    for target, exact in zip((w, *state), (v, *means), strict=True):
-        target.copy_(_round_stochastically(exact, generator) if target.dtype == torch.bfloat16 else exact)
+    for target, exact, of_rows, is_square in zip(tensors, (v, *means), exponents, squares, strict=True):
+        if of_rows is not None:
+            _hold_in_float8(target, of_rows, exact, is_square, generator)
+        else:
+            target.copy_(_round_stochastically(exact, generator) if target.dtype == torch.bfloat16 else exact)
+
+
+def _held(rows: Tensor, exponents: Tensor | None, is_square: bool, dtype: torch.dtype) -> Tensor:
+    """What rows of w or of the state are."""
+    if exponents is None:
+        return rows.to(dtype)
+    held = float8.values(rows, exponents, dtype)
+    return held**2 if is_square else held
+
+
+def _hold_in_float8(
+    rows: Tensor, exponents: Tensor, exact: Tensor, is_square: bool, generator: torch.Generator
+) -> None:
+    """A square becomes its root, and no root of a row that has some becomes 0, or its element would leap."""
+    exact = exact.sqrt() if is_square else exact
+    exponents.copy_(float8.exponents_for(exact.abs().nan_to_num(0, torch.inf).amax(1), exponents))
+    exact = exact / float8.units(exponents, exact.dtype)
+    if is_square:
+        exact = torch.where((exact > 0).any(1, keepdim=True), exact.clamp_min(float8.SMALLEST), exact)
+    rows.copy_(float8.rounded(exact, generator))
 
 
 def _round_stochastically(v: Tensor, generator: torch.Generator) -> Tensor:

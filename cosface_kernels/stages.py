@@ -17,7 +17,7 @@ from torch import Tensor
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
-from cosface_kernels.distributed import Exchange, Local
+from cosface_kernels.distributed import Exchange, Local, own_rows
 from cosface_kernels.margins import ClassMargin, Margin, Rows, SigmoidMargin, Smoothing
 from cosface_kernels.margins.base import check_use
 from cosface_kernels.options import Options
@@ -199,7 +199,9 @@ def check(
     check_use(margin, settings.label_smoothing, settings.gradient_tolerance, labels.dim(), settings.entropy)
 
 
-def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:
+def op_options(
+    settings: Settings, labels: Tensor, differentiable: bool, exponents: Tensor | None
+) -> dict[str, Any]:
     """Fields of `Options`: what is for backward only where there may be one.
 
     Raises:
@@ -212,6 +214,7 @@ def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict
         "workspace_bytes": int(settings.workspace_bytes),
         "moments": moments,
         "subcenters": int(settings.subcenters),
+        "exponents": None if exponents is None else own_rows(exponents),
     }
     if differentiable:
         options["cache_bytes"] = None if settings.cache_bytes is None else int(settings.cache_bytes)

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosface_kernels.float8 import FLOAT8
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (*FLOAT_DTYPES, FLOAT8)
 REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -72,8 +75,16 @@ def check_cache(cache_bytes: int | None, exact_cache: bool | None) -> None:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype!r}.")
+
+
+def check_float8(dtype: torch.dtype | None, normalize_weight: bool) -> None:
+    if dtype is FLOAT8 and not normalize_weight:
+        raise ValueError(
+            f"a weight in float8 must be normalised, since each of its rows has a scale of its own: dtype must be "
+            f"another where <x, w> is taken as it is, got {dtype}."
+        )
 
 
 def check_one_number(name: str, value: object) -> None:
@@ -147,8 +158,9 @@ def check_rows(embeddings: Tensor, weight: Tensor) -> None:
         check_tensor(name, tensor)
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got shape {tuple(tensor.shape)}.")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}.")
+        if tensor.dtype not in (FLOAT_DTYPES if name == "embeddings" else WEIGHT_DTYPES):
+            more = "" if name == "embeddings" else ", or float8_e4m3fn"
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16{more}, got {tensor.dtype}.")
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
             f"embeddings have size {embeddings.shape[1]} but the weight expects embedding_size {weight.shape[1]}."

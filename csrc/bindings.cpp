@@ -167,6 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, co
   Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
                       : at::empty({0}, w.options());
   Tensor dscale = at::empty_like(up[0]);
+  TORCH_CHECK_TYPE(!need_dw || w.scalar_type() != at::kFloat8_e4m3fn,
+                   "A weight in float8 has no gradient of its own.");
   cosface::lmcl_backward<T>(
       arguments.batch(), arguments.weight(), upstream<T>(up), options.raw(), runtime(),
       {need_dx ? dx.mutable_data_ptr<T>() : nullptr, need_dw ? dw.mutable_data_ptr() : nullptr,

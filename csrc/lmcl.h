@@ -13,7 +13,14 @@
 
 namespace cosface {
 
-enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+// kFloat8 is float8_e4m3fn, of a weight and an optimizer's state alone: row j is 2^e_j times what is stored, with
+// an exponent of its own, which a cosine does not depend on.
+enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16, kFloat8 };
+
+constexpr int64_t size_of(DType dtype) {
+  constexpr int64_t kSizes[] = {8, 4, 2, 2, 1};
+  return kSizes[static_cast<int>(dtype)];
+}
 
 constexpr double kEps = 1e-12;  // smallest norm that is divided by, as in torch.nn.functional.normalize
 
@@ -114,13 +121,16 @@ struct Update {
   struct State {
     void* data;  // (C, D) contiguous, or null
     DType dtype;
+    int8_t* exponents = nullptr;  // (C), of float8
   };
 
   Rule rule;
-  void* weight;    // the memory of Weight::data
-  State state[3];  // SGD: momentum. AdamW: mean, mean square and its running maximum of g
+  void* weight;                        // the memory of Weight::data
+  int8_t* weight_exponents = nullptr;  // (C), of float8
+  State state[3];  // SGD: momentum. AdamW: mean, mean square and its running maximum of g; float8 has the roots of
+                   // these two
   int64_t step;    // 1 for the first
-  uint64_t seed;   // of the rounding to bfloat16, which is stochastic: it keeps the expected value
+  uint64_t seed;   // of the rounding to bfloat16 and float8, which is stochastic: it keeps the expected value
   double gradient_factor, max_row_norm;
   double lr, weight_decay;
   double momentum, dampening;  // SGD
@@ -148,7 +158,8 @@ template <typename T>
 void nearest_classes(const Batch<T>& batch, const Weight& weight, const Options& options, int64_t k,
                      const Runtime& runtime, T* cos, int64_t* classes);  // (N, k) each
 
-// Moves all rows by a gradient (C, D), contiguous in the weight's dtype.
+// Moves all rows by a gradient (C, D), contiguous in the weight's dtype; of float8 by that of what is stored, in
+// float32.
 template <typename T>
 void apply_update(const Weight& weight, const void* dw, int64_t d, const Update& update, const Runtime& runtime);
 

@@ -40,4 +40,15 @@ COSFACE_ANYWHERE static inline uint16_t round_stochastically(float v, uint16_t n
   return static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
 }
 
+// Likewise in float8_e4m3fn, of |v| <= 448: normal numbers by 20 random bits below the three that are kept, of
+// which the lowest four are one half; below 2^-6, in steps of 2^-9, by the fraction of a step.
+COSFACE_ANYWHERE static inline uint8_t round_to_float8(float v, uint16_t noise) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = ((magnitude + (uint32_t{noise} << 4) + 8) >> 20) - (120u << 3);
+  const float size = __builtin_bit_cast(float, magnitude < 0x3c800000u ? magnitude : 0u);
+  const uint32_t subnormal = (static_cast<uint32_t>(static_cast<int32_t>(size * 0x1p25f)) + noise) >> 16;
+  const uint32_t code = magnitude < 0x3c800000u ? subnormal : normal;
+  return static_cast<uint8_t>((magnitude > 0x43e00000u ? 0x7fu : code) | (bits >> 24 & 0x80));
+}
+
 }  // namespace cosface

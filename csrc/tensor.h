@@ -23,9 +23,12 @@ inline DType dtype_of(const at::Tensor& tensor, const char* name = "A tensor") {
       return DType::kBFloat16;
     case at::kHalf:
       return DType::kFloat16;
+    case at::kFloat8_e4m3fn:
+      return DType::kFloat8;
     default:
-      TORCH_CHECK_TYPE(false, name, " must be float64, float32, bfloat16 or float16, got ", tensor.scalar_type(),
-                       ".");
+      TORCH_CHECK_TYPE(false, name,
+                       " must be float64, float32, bfloat16 or float16, or of a weight float8_e4m3fn, got ",
+                       tensor.scalar_type(), ".");
   }
 }
 
@@ -120,6 +123,8 @@ struct Inputs {
                         rows->sizes(), ".");
       dtype_of(*rows, name);
     }
+    TORCH_CHECK_TYPE(dtype_of(x) != DType::kFloat8, "x must be float64, float32, bfloat16 or float16, got ",
+                     x.scalar_type(), ".");
     allocated("x", x);
     const int64_t n = x.size(0);
     const at::Device device = x.device();
@@ -179,30 +184,47 @@ inline DType movable(const char* name, const at::Tensor& rows) {
   TORCH_CHECK_VALUE(rows.is_contiguous(), name, " must be contiguous to be moved in place, got strides ",
                     rows.strides(), ".");
   const DType dtype = dtype_of(rows, name);
-  TORCH_CHECK_TYPE(dtype != DType::kFloat16, name, " must be float64, float32 or bfloat16 to move, got float16.");
+  TORCH_CHECK_TYPE(dtype != DType::kFloat16, name,
+                   " must be float64, float32, bfloat16 or float8_e4m3fn to move, got float16.");
   return dtype;
 }
 
-// An update in progress: cosface_kernels/options.py's Update, the weight and the optimizer's state.
+// An update in progress: cosface_kernels/options.py's Update, the weight and the optimizer's state, behind which
+// are the exponents of each of these that is in float8, in their order.
 inline Update bound(Update update, const at::Tensor& w, const std::vector<at::Tensor>& state) {
   const bool sgd = update.rule == Update::Rule::kSgd;
   TORCH_CHECK_VALUE(w.dim() == 2, "w must have shape (C, D), got ", w.sizes(), ".");
-  TORCH_CHECK_VALUE(sgd ? state.size() <= 1 : state.size() == 2 || state.size() == 3, sgd ? "sgd" : "adamw",
-                    " must have ", sgd ? "at most one tensor" : "two or three tensors", " of state, got ",
-                    state.size(), ".");
-  movable("w", allocated("w", w));
+  const size_t count =
+      std::count_if(state.begin(), state.end(), [](const auto& each) { return each.scalar_type() != at::kChar; });
+  TORCH_CHECK_VALUE(sgd ? count <= 1 : count == 2 || count == 3, sgd ? "sgd" : "adamw", " must have ",
+                    sgd ? "at most one tensor" : "two or three tensors", " of state, got ", count, ".");
+  size_t next = count;
+  const auto exponents = [&](const char* name, DType dtype) -> int8_t* {
+    if (dtype != DType::kFloat8) return nullptr;
+    TORCH_CHECK_VALUE(next < state.size(), name, " in float8 needs exponents of its rows, got ",
+                      state.size() - count, " tensors of some.");
+    const at::Tensor& given = fitting("exponents", state[next++], {w.size(0)}, w.device(), at::kChar);
+    TORCH_CHECK_VALUE(given.is_contiguous(), "exponents must be contiguous to be changed in place, got strides ",
+                      given.strides(), ".");
+    return given.mutable_data_ptr<int8_t>();
+  };
+  const DType of_weight = movable("w", allocated("w", w));
   update.weight = w.mutable_data_ptr();
+  update.weight_exponents = exponents("w", of_weight);
   for (size_t k = 0; k < 3; ++k) update.state[k] = {nullptr, DType::kFloat32};
-  for (size_t k = 0; k < state.size(); ++k) {
+  for (size_t k = 0; k < count; ++k) {
     const DType dtype = movable("state", fitting("state", state[k], w.sizes(), w.device()));
-    update.state[k] = {state[k].mutable_data_ptr(), dtype};
+    update.state[k] = {state[k].mutable_data_ptr(), dtype, exponents("state", dtype)};
   }
+  TORCH_CHECK_VALUE(next == state.size(), "exponents must be those of what is in float8, got ",
+                    state.size() - next, " tensors more.");
   return update;
 }
 
 // The gradient that moves w, as apply_update takes it.
 inline at::Tensor gradient_of(const at::Tensor& w, const at::Tensor& dw) {
-  return fitting("dw", dw, w.sizes(), w.device()).to(w.scalar_type()).contiguous();
+  const at::ScalarType dtype = w.scalar_type() == at::kFloat8_e4m3fn ? at::kFloat : w.scalar_type();
+  return fitting("dw", dw, w.sizes(), w.device()).to(dtype).contiguous();
 }
 
 }  // namespace cosface

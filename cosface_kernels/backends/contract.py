@@ -6,6 +6,7 @@ A kernel sees pointers alone: of a tensor that is too small it would read, or wr
 import torch
 from torch import Tensor
 
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import MOST_SUBCENTERS, SIGMOIDS, Options, Update
 from cosface_kernels.reference import compute_dtype
 
@@ -18,6 +19,8 @@ def check_rows(x: Tensor, w: Tensor) -> None:
         if not rows.is_floating_point():
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {rows.dtype}.")
         check_memory(name, rows)
+    if x.dtype is FLOAT8:
+        raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}.")
     _check_one("w", w, (len(w), x.shape[1]), x.device)
 
 
@@ -104,17 +107,26 @@ def check_state(
     w: Tensor, state: list[Tensor], update: Update, dw: Tensor | None = None, finite: Tensor | None = None
 ) -> None:
     """Of what an update moves, of the gradient by which, and of whether; raises as `check` does."""
-    if len(state) not in ((0, 1) if update.rule == "sgd" else (2, 3)):
+    exponents = [each for each in state if each.dtype is torch.int8]
+    moments = [each for each in state if each.dtype is not torch.int8]
+    if len(moments) not in ((0, 1) if update.rule == "sgd" else (2, 3)):
         wanted = "at most one tensor" if update.rule == "sgd" else "two or three tensors"
-        raise ValueError(f"{update.rule} must have {wanted} of state, got {len(state)}.")
+        raise ValueError(f"{update.rule} must have {wanted} of state, got {len(moments)}.")
     if w.dim() != 2:
         raise ValueError(f"w must have shape (C, D), got {list(w.shape)}.")
-    for name, rows in (("w", w), *(("state", values) for values in state)):
+    count = sum(rows.dtype is FLOAT8 for rows in (w, *moments))
+    if len(exponents) != count:
+        raise ValueError(f"state must have exponents of each of {count} tensors in float8, got {len(exponents)}.")
+    for rows in exponents:
+        _check_one("exponents", rows, (len(w),), w.device, torch.int8)
+    for name, rows in (("w", w), *(("state", values) for values in moments)):
         _check_one(name, rows, tuple(w.shape), w.device)
         if not rows.is_contiguous():
             raise ValueError(f"{name} must be contiguous to be moved in place, got strides {list(rows.stride())}.")
-        if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16):
-            raise TypeError(f"{name} must be float64, float32 or bfloat16 to move, got {rows.dtype}.")
+        if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16, FLOAT8):
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float8_e4m3fn to move, got {rows.dtype}."
+            )
     if dw is not None:
         _check_one("dw", dw, tuple(w.shape), w.device)
     if finite is not None:

@@ -155,11 +155,11 @@ class Margin(nn.Module):
         self.register_buffer(name, torch.full(shape, initial, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Margin":
-        super()._apply(lambda state: _in_its_dtype(state, fn(state)), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda state: in_its_dtype(state, fn(state)), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-def _in_its_dtype(state: Tensor, moved: Tensor) -> Tensor:
+def in_its_dtype(state: Tensor, moved: Tensor) -> Tensor:
     """Moved to a device, but not by way of a dtype that would round it."""
     return moved if moved.dtype == state.dtype else state.to(moved.device)
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from cosface_kernels import ops
 from cosface_kernels.backends import select
 from cosface_kernels.distributed import shard_like
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient
 from cosface_kernels.optim.ownership import IDLE, SKIPPED, owner_of
 from cosface_kernels.options import Options, empty_cache
@@ -134,6 +135,11 @@ def _gradients(
     tensors: those of ops.lmcl_backward.
     """
     weight, need_dx = node.weight, node.needs_input_grad[0]
+    if whole and weight.dtype is FLOAT8:
+        raise RuntimeError(
+            f"A weight in float8, of shape {tuple(weight.shape)} here, has no gradient as a whole, which another "
+            "loss of it in this backward or torch.autograd.grad would need: its rows move inside backward."
+        )
     if adds and not whole:
         dx, dscale = node.owner._move(weight, tensors, need_dx, node.backend, options)
         return dx, None, dscale

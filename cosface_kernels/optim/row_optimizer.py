@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from cosface_kernels import ops
 from cosface_kernels.backends import select
 from cosface_kernels.distributed import agreed, own_classes, own_rows
+from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import finiteness
 from cosface_kernels.optim.checks import MOVABLE, check_group, check_weight
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient, has_ordinary_gradient
@@ -31,7 +32,7 @@ from cosface_kernels.optim.ownership import (
     ownership_of,
     restorations,
 )
-from cosface_kernels.optim.state import check_state, loaded_state, step_count, zeros_like
+from cosface_kernels.optim.state import check_state, convert_, loaded_state, step_count, zero_state
 from cosface_kernels.options import Options, Update
 from cosface_kernels.validation import is_capturing
 
@@ -43,22 +44,24 @@ WEIGHT_SEEDS = 2**40  # between those of an optimizer's weights: more than there
 class RowOptimizer(Optimizer):
     """What FusedSGD and FusedAdamW share.
 
-    A head's weight is a contiguous (C, D) float64, float32 or bfloat16 parameter, or a DTensor that is sharded by
-    classes. Any other parameter is moved by `step()`, as torch.optim does it.
+    A head's weight is a contiguous (C, D) float64, float32, bfloat16 or float8_e4m3fn parameter, or a DTensor that
+    is sharded by classes. Any other parameter is moved by `step()`, as torch.optim does it.
 
     Args:
         params: parameters, heads' weights among them, or param groups.
         accumulate: keep an ordinary gradient in weight.grad, summed over backward passes, and move the rows in
             `step()`: the exact mean over micro-batches, for C x D more memory. Concatenating their embeddings and
             labels gives the same mean without that memory.
-        state_dtype: of a head's state; None: the weight's. bfloat16 is rounded stochastically.
+        state_dtype: of a head's state; None: the weight's, but bfloat16 of one in float8. bfloat16 and
+            float8_e4m3fn are rounded stochastically; a row of float8 has an exponent of its own, and of AdamW's
+            squares it has the roots.
         grad_scaler: the `torch.amp.GradScaler` by which the loss is scaled; backward divides by its scale, and a
             gradient that is not finite, on any rank, moves nothing. A copy of the optimizer has a copy of it.
         nonfinite: what a backward does whose gradient is not finite, besides moving nothing, where there is no
             grad_scaler. "raise": tell the first such sample. "skip", and on a GPU, which is not waited for, both:
             count it in `skipped`, and leave all other parameters out of the next `step()`. With accumulate there
             is nothing before `step()` to look at, which moves by what it finds, as torch.optim's does.
-        seed: of the stochastic rounding of bfloat16; a shard adds the number of its first class.
+        seed: of the stochastic rounding of bfloat16 and float8; a shard adds the number of its first class.
 
     Options of each group, which may change between steps, for heads alone:
         gradient_factor: multiplies the gradient before anything else: clipping by a norm known beforehand.
@@ -76,6 +79,7 @@ class RowOptimizer(Optimizer):
     of_torch: type[torch.optim.SGD] | type[torch.optim.AdamW]
     of_this_rule: str  # an option of its groups
     state_names: tuple[str, ...]
+    squares: tuple[str, ...] = ()  # those of them that are means of squares
 
     def __init__(
         self,
@@ -97,7 +101,9 @@ class RowOptimizer(Optimizer):
                 "head.parameters()."
             )
         if state_dtype not in (None, *MOVABLE):
-            raise ValueError(f"state_dtype must be None, float64, float32 or bfloat16, got {state_dtype}.")
+            raise ValueError(
+                f"state_dtype must be None, float64, float32, bfloat16 or float8_e4m3fn, got {state_dtype}."
+            )
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}.")
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
@@ -323,24 +329,27 @@ class RowOptimizer(Optimizer):
 
     @contextmanager
     def _next_update(
-        self, weight: Tensor, group: dict[str, Any], loss_scale: float = 1.0
+        self, weight: Tensor, group: dict[str, Any], loss_scale: float = 1.0, exponents: Tensor | None = None
     ) -> Iterator[tuple[Update, list[Tensor]]]:
-        """The update of the step that begins now, and the state that its body moves.
+        """The update of the step that begins now, and the state of `reference.move_rows` that its body moves.
+
+        exponents: (C_r,) of a weight in float8.
 
         TypeError and ValueError are refusals: what raises them does so before any row has moved, and it is as if
         this step had not begun. Anything else leaves the weight half moved.
         """
         ownership, before = self._ownership(weight), self.state[weight]
-        phase, dtype = ownership.phase, self.state_dtype or weight.dtype
+        phase = ownership.phase
+        dtype = self.state_dtype or (torch.bfloat16 if weight.dtype is FLOAT8 else weight.dtype)
         try:
             self.state[weight] = state = {**before, "step": before.get("step", step_count(0.0)) + 1}
             numbers = self.own_numbers(group)
             for name in self.state_names_of(group):
                 if name not in state:
-                    state[name] = zeros_like(weight, dtype)
+                    state |= zero_state(weight, name, dtype)
                     numbers |= {"dampening": 0.0} if self.rule == "sgd" else {}  # as in torch: its first gradient
                 elif state[name].dtype != dtype and (self.state_dtype or state[name].dtype not in MOVABLE):
-                    state[name] = state[name].to(dtype)
+                    convert_(state, name, dtype, is_square=name in self.squares)
             update = Update(
                 rule=self.rule,
                 step=int(state["step"]),
@@ -352,7 +361,12 @@ class RowOptimizer(Optimizer):
                 **numbers,
             )
             ownership.phase = MOVING
-            yield update, [own_rows(state[name]) for name in self.state_names_of(group)]
+            names = self.state_names_of(group)
+            of_float8 = [name + OF_STATE for name in names if state[name].dtype is FLOAT8]
+            moved = [own_rows(state[name]) for name in (*names, *of_float8)]
+            if exponents is not None:
+                moved.insert(len(names), exponents)
+            yield update, moved
         except (TypeError, ValueError):
             self.state[weight], ownership.phase = before, phase
             raise
@@ -379,7 +393,8 @@ class RowOptimizer(Optimizer):
                 return self._skip(weight, tensors, finite, loss_scale, need_dx, backend, options)
         else:
             all_finite = finite.all()
-        with self._next_update(weight, self._group_of(weight), loss_scale) as (update, state):
+        group, exponents = self._group_of(weight), options.exponents
+        with self._next_update(weight, group, loss_scale, exponents) as (update, state):
             dx, dscale = ops.lmcl_backward_update_(
                 *tensors, state, all_finite, *update.flat(), need_dx, backend, *options.flat()
             )

@@ -96,6 +96,7 @@ class FusedAdamW(RowOptimizer):
 
     rule, of_torch, of_this_rule = "adamw", torch.optim.AdamW, "betas"
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    squares = state_names[1:]
 
     def __init__(
         self,

@@ -6,17 +6,23 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cosface_kernels import float8
 from cosface_kernels.backends import cpu
-from cosface_kernels.distributed import own_rows, shard_like
+from cosface_kernels.distributed import beside, own_rows
+from cosface_kernels.float8 import FLOAT8, OF_STATE
 
 
 def loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, ...]) -> dict[str, Any]:
-    moments = {name: saved[name] for name in state_names if saved.get(name) is not None}
+    moments = {name: saved[name] for name in _with_exponents(state_names) if saved.get(name) is not None}
     for name, moment in moments.items():
-        if _layout(moment) != _layout(weight):
+        if _layout(moment) != _wanted(name, weight):
             raise ValueError(
-                f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(moment)}. Were the "
-                "parameters given in another order?"
+                f"{name} must be laid out like its weight, {_wanted(name, weight)}, got {_layout(moment)}. Were "
+                "the parameters given in another order?"
+            )
+        if moment.dtype is FLOAT8 and name + OF_STATE not in moments:
+            raise ValueError(
+                f"{name} is in float8, and the state lacks {name}{OF_STATE}, the exponents of its rows."
             )
         if not isinstance(moment, DTensor):
             moments[name] = moment.to(weight.device).contiguous()
@@ -26,10 +32,10 @@ def loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, 
 
 
 def check_state(weight: Tensor, state: dict[str, Any], state_names: tuple[str, ...]) -> None:
-    for name in state_names:
-        if name in state and _layout(state[name]) != _layout(weight):
+    for name in _with_exponents(state_names):
+        if name in state and _layout(state[name]) != _wanted(name, weight):
             raise ValueError(
-                f"{name} must be laid out like its weight, {_layout(weight)}, got {_layout(state[name])}: "
+                f"{name} must be laid out like its weight, {_wanted(name, weight)}, got {_layout(state[name])}: "
                 "the weight was replaced by one of another shape. Give the new one to a new optimizer, or "
                 "drop the old state with optimizer.state.pop(weight)."
             )
@@ -39,8 +45,20 @@ def check_state(weight: Tensor, state: dict[str, Any], state_names: tuple[str, .
             )
 
 
+def _with_exponents(state_names: tuple[str, ...]) -> list[str]:
+    return [each for name in state_names for each in (name, name + OF_STATE)]
+
+
 def _layout(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)}{f' as {tensor.placements}' if isinstance(tensor, DTensor) else ''}"
+    return f"{tuple(tensor.shape)}{_placements(tensor)}"
+
+
+def _wanted(name: str, weight: Tensor) -> str:
+    return f"{(len(weight),)}{_placements(weight)}" if name.endswith(OF_STATE) else _layout(weight)
+
+
+def _placements(tensor: Tensor) -> str:
+    return f" as {tensor.placements}" if isinstance(tensor, DTensor) else ""
 
 
 def step_count(steps: float) -> Tensor:
@@ -48,9 +66,31 @@ def step_count(steps: float) -> Tensor:
     return torch.tensor(steps, device="cpu")
 
 
+def zero_state(weight: Tensor, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of that name of a new weight, and in float8 the exponents of its rows."""
+    state = {name: zeros_like(weight, dtype)}
+    if dtype is FLOAT8:
+        rows = own_rows(weight)
+        state[name + OF_STATE] = beside(weight, rows.new_zeros(len(rows), dtype=torch.int8))
+    return state
+
+
+def convert_(state: dict[str, Any], name: str, dtype: torch.dtype, *, is_square: bool) -> None:
+    """Takes the state of that name to another dtype, to the nearest; of squares float8 has the roots."""
+    before, exponents = state[name], state.pop(name + OF_STATE, None)
+    rows = own_rows(before)
+    if exponents is not None:
+        rows = float8.values(rows, own_rows(exponents), torch.float32)
+        rows = rows.square() if is_square else rows
+    if dtype is FLOAT8:
+        rows, of_rows = float8.quantized(rows.sqrt() if is_square else rows)
+        state[name + OF_STATE] = beside(before, of_rows)
+    state[name] = beside(before, rows.to(dtype))
+
+
 def zeros_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, DTensor):
-        return shard_like(weight, zeros_like(own_rows(weight), dtype))
+        return beside(weight, zeros_like(own_rows(weight), dtype))
     if weight.device.type == "cpu" and not cpu.unavailable():
         return cpu.zeros_like(weight, dtype)
     return torch.zeros_like(weight, dtype=dtype)

@@ -425,6 +425,21 @@ void inverse_norms(const BFloat16* w, int64_t rows, int64_t d, int64_t stride, f
   }
 }
 
+// In 16 bits: the exponent of a normal number changes its bias, and a subnormal one has that of its highest bit.
+void from_float8(const void* from, int64_t n, BFloat16* __restrict to) {
+  const auto* __restrict source = static_cast<const uint8_t*>(from);
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    const uint16_t h = source[k], m = h & 0x7f;
+    uint16_t bits = static_cast<uint16_t>((m << 4) + (120 << 7));
+    bits = m < 8 ? static_cast<uint16_t>((m << 5) + (119 << 7)) : bits;  // 4 to 7 steps of 2^-9
+    bits = m < 4 ? static_cast<uint16_t>((m << 6) + (118 << 7)) : bits;
+    bits = m < 2 ? static_cast<uint16_t>(m * (118 << 7)) : bits;
+    bits = m == 0x7f ? 0x7fc0 : bits;
+    to[k].bits = static_cast<uint16_t>(bits | (h & 0x80) << 8);
+  }
+}
+
 void project(const float* __restrict dw, const BFloat16* __restrict w, int64_t d, float projection,
              BFloat16* __restrict to) {
 #pragma omp simd
@@ -441,8 +456,13 @@ constexpr bool kOutrunsEntries = true;
 constexpr bool kOutrunsEntries = false;
 #endif
 
-constexpr Bfloat16Kernels kTable{
-    {kPanel, kDepthStep, matmul, pack_transposed, pack}, kOutrunsEntries, scale, round, inverse_norms, project};
+constexpr Bfloat16Kernels kTable{{kPanel, kDepthStep, matmul, pack_transposed, pack},
+                                 kOutrunsEntries,
+                                 scale,
+                                 round,
+                                 inverse_norms,
+                                 from_float8,
+                                 project};
 
 }  // namespace
 

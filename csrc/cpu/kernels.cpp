@@ -41,6 +41,10 @@ constexpr Kernels<T> kTable{{kPanel<T>, 1, matmul<T>, pack_transposed<T>, pack<T
                             sgd<T>,
                             adamw<T>,
                             store_stochastic<T>,
+                            largest<T>,
+                            times<T>,
+                            roots<T>,
+                            squares<T>,
                             finish_dx<T>,
                             normal,
                             {kSparse<T, false>, kSparse<T, true>}};

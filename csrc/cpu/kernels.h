@@ -126,6 +126,9 @@ struct Bfloat16Kernels {
 
   void (*inverse_norms)(const BFloat16* w, int64_t rows, int64_t d, int64_t stride, float* inv_norm);
 
+  // Of n elements, exact.
+  void (*from_float8)(const void* from, int64_t n, BFloat16* to);
+
   // to = dw - projection w, rounded to the nearest.
   void (*project)(const float* dw, const BFloat16* w, int64_t d, float projection, BFloat16* to);
 };
@@ -155,7 +158,8 @@ struct Kernels {
 
   void (*inverse_norms)(const T* w, int64_t rows, int64_t d, int64_t stride, T* inv_norm);
 
-  // Conversion of n elements to T, and back: to 16 bits through float, each with round-to-nearest-even.
+  // Conversion of n elements to T, and back: to fewer bits through float, each with round-to-nearest-even. What is
+  // too large for float8, which has no infinity, becomes its largest number.
   void (*load)(const void* from, DType dtype, int64_t n, T* to);
   void (*store)(const T* from, int64_t n, void* to, DType dtype);
 
@@ -223,9 +227,17 @@ struct Kernels {
   void (*sgd)(RowGradient<T> g, T* w, T* momentum, int64_t d, const SgdStep<T>& step);
   void (*adamw)(RowGradient<T> g, T* w, T* mean, T* square, T* max_square, int64_t d, const AdamWStep<T>& step);
 
-  // Row `row` of a matrix of width d to bfloat16, up or down at random with the probabilities that keep the
-  // expected value; which way element (row, k) goes depends on seed, stream > 0 and its place alone.
-  void (*store_stochastic)(const T* from, int64_t d, void* to, uint64_t seed, uint64_t stream, int64_t row);
+  // Row `row` of a matrix of width d to bfloat16 or float8, up or down at random with the probabilities that keep
+  // the expected value; which way element (row, k) goes depends on seed, stream > 0 and its place alone.
+  void (*store_stochastic)(const T* from, int64_t d, void* to, DType dtype, uint64_t seed, uint64_t stream,
+                           int64_t row);
+
+  // What rows of float8 need besides: the largest |v_k|, 0 of nan alone; v times a power of two; roots, but at
+  // least `least`; squares.
+  T (*largest)(const T* v, int64_t d);
+  void (*times)(T* v, int64_t d, T factor);
+  void (*roots)(T* v, int64_t d, T least);
+  void (*squares)(T* v, int64_t d);
 
   // dx = (dx_hat - row_dot x / |x|) / |x|, where dx_hat is the sum of `parts` rows that lie part_stride apart.
   void (*finish_dx)(const T* dx_hat, int64_t parts, int64_t part_stride, const T* x, T row_dot, T inv_norm,

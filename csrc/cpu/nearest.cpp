@@ -127,7 +127,7 @@ void nearest_classes(const Batch<T>& batch, const Weight& weight, const Options&
     };
     if constexpr (std::is_same_v<T, float>) {
       // a weight in float32 would be rounded, and other classes be the nearest
-      if (weight.dtype == DType::kBFloat16 && in_bfloat16(batch, weight, options)) {
+      if (weight.dtype != DType::kFloat32 && in_bfloat16(batch, weight, options)) {
         run(BFloat16{});
         continue;
       }

@@ -17,8 +17,6 @@ bool is(DType dtype) {
   return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 // A stride for rows of this width, an odd number of cache lines: a block of a column would else have few places in
 // the cache.
 template <typename T>
@@ -209,6 +207,8 @@ class ClassRows {
       kernels<T>().load(source, weight_.dtype, d_, to);
     } else if (is<Operand>(weight_.dtype)) {
       std::memcpy(to, source, d_ * sizeof(Operand));
+    } else if (weight_.dtype == DType::kFloat8) {
+      bfloat16_kernels()->from_float8(source, d_, to);
     } else {
       kernels<T>().store(reinterpret_cast<const T*>(source), d_, to, DType::kBFloat16);
     }
@@ -230,8 +230,9 @@ constexpr TileSize kTileOf = std::is_same_v<T, Operand> ? kTile : kBfloat16Tile;
 
 template <typename T>
 bool in_bfloat16(const Batch<T>& batch, const Weight& weight, const Options& options) {
-  return multiplies_bfloat16(options.gradient_tolerance) && batch.bfloat16 &&
-         (weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32);
+  const bool fits =
+      weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32 || weight.dtype == DType::kFloat8;
+  return multiplies_bfloat16(options.gradient_tolerance) && batch.bfloat16 && fits;
 }
 
 }  // namespace cosface

@@ -6,14 +6,14 @@ namespace cosface {
 
 template <typename T>
 void apply_update(const Weight& weight, const void* dw, int64_t d, const Update& update, const Runtime& runtime) {
-  const int64_t row_bytes = d * size_of(weight.dtype);
+  const DType of_g = weight.dtype == DType::kFloat8 ? DType::kFloat32 : weight.dtype;
   share(weight.classes, d, runtime, [&](int64_t first, int64_t last) {
     const RowUpdate<T> rows(update, weight, {}, d);
     Buffer<T> w(d), g(d);
     for (int64_t j = first; j < last; ++j) {
       kernels<T>().load(static_cast<const char*>(weight.data) + j * weight.row_stride * size_of(weight.dtype),
                         weight.dtype, d, w);
-      kernels<T>().load(static_cast<const char*>(dw) + j * row_bytes, weight.dtype, d, g);
+      kernels<T>().load(static_cast<const char*>(dw) + j * d * size_of(of_g), of_g, d, g);
       rows.move(j, g, 0, w);
     }
   });

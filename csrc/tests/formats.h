@@ -1,4 +1,5 @@
-// The 16-bit formats, from their definition and slowly: sign, exponent, fraction, and rounding to nearest even.
+// The formats of 16 and 8 bits, from their definition and slowly: sign, exponent, fraction, and rounding to
+// nearest even.
 #pragma once
 
 #include <cmath>
@@ -12,16 +13,23 @@ namespace cosface::test {
 
 struct Format {
   int exponent_bits, fraction_bits;
+  bool has_infinity = true;  // if not, the largest pattern is nan, and what is too large becomes the one below
 
+  int sign_bit() const { return 1 << (exponent_bits + fraction_bits); }
   int bias() const { return (1 << (exponent_bits - 1)) - 1; }
-  uint16_t infinity() const { return static_cast<uint16_t>(((1 << exponent_bits) - 1) << fraction_bits); }
+  uint16_t infinity() const {
+    return static_cast<uint16_t>(has_infinity ? ((1 << exponent_bits) - 1) << fraction_bits : sign_bit() - 2);
+  }
+  uint16_t nan() const {
+    return static_cast<uint16_t>(has_infinity ? infinity() | 1 << (fraction_bits - 1) : sign_bit() - 1);
+  }
 
   double decode(uint16_t bits) const {
-    const int sign = bits >> 15, exponent = (bits & 0x7fff) >> fraction_bits;
+    const int sign = bits & sign_bit(), exponent = (bits & (sign_bit() - 1)) >> fraction_bits;
     const int fraction = bits & ((1 << fraction_bits) - 1);
     double magnitude;
-    if ((bits & 0x7fff) > infinity()) return std::numeric_limits<double>::quiet_NaN();
-    if ((bits & 0x7fff) == infinity()) {
+    if ((bits & (sign_bit() - 1)) > infinity()) return std::numeric_limits<double>::quiet_NaN();
+    if (has_infinity && (bits & (sign_bit() - 1)) == infinity()) {
       magnitude = std::numeric_limits<double>::infinity();
     } else if (exponent == 0) {
       magnitude = std::ldexp(fraction, 1 - bias() - fraction_bits);
@@ -33,8 +41,8 @@ struct Format {
 
   // The quotient by the spacing of the format at |v| is exact in double, so nearbyint rounds the value itself.
   uint16_t encode(double v) const {
-    if (std::isnan(v)) return static_cast<uint16_t>(infinity() | 1 << (fraction_bits - 1));
-    const auto sign = static_cast<uint16_t>(std::signbit(v) ? 0x8000 : 0);
+    if (std::isnan(v)) return nan();
+    const auto sign = static_cast<uint16_t>(std::signbit(v) ? sign_bit() : 0);
     const double magnitude = std::fabs(v);
     if (std::isinf(v)) return sign | infinity();
     if (magnitude == 0) return sign;
@@ -46,7 +54,11 @@ struct Format {
   }
 };
 
-constexpr Format kHalf{5, 10}, kBrain{8, 7};
+constexpr Format kHalf{5, 10}, kBrain{8, 7}, kQuarter{4, 3, false};
+
+inline const Format& format_of(DType dtype) {
+  return dtype == DType::kFloat16 ? kHalf : dtype == DType::kBFloat16 ? kBrain : kQuarter;
+}
 
 inline float float_of(uint32_t bits) {
   float v;
@@ -54,10 +66,8 @@ inline float float_of(uint32_t bits) {
   return v;
 }
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 inline const char* name_of(DType dtype) {
-  const char* names[] = {"float64", "float32", "bfloat16", "float16"};
+  const char* names[] = {"float64", "float32", "bfloat16", "float16", "float8"};
   return names[static_cast<int>(dtype)];
 }
 
@@ -65,7 +75,8 @@ inline const char* name_of(DType dtype) {
 inline double get(const void* data, DType dtype, int64_t k) {
   if (dtype == DType::kFloat64) return static_cast<const double*>(data)[k];
   if (dtype == DType::kFloat32) return static_cast<const float*>(data)[k];
-  return (dtype == DType::kFloat16 ? kHalf : kBrain).decode(static_cast<const uint16_t*>(data)[k]);
+  if (dtype == DType::kFloat8) return kQuarter.decode(static_cast<const uint8_t*>(data)[k]);
+  return format_of(dtype).decode(static_cast<const uint16_t*>(data)[k]);
 }
 
 inline void put(double v, void* data, DType dtype, int64_t k) {
@@ -73,8 +84,10 @@ inline void put(double v, void* data, DType dtype, int64_t k) {
     static_cast<double*>(data)[k] = v;
   } else if (dtype == DType::kFloat32) {
     static_cast<float*>(data)[k] = static_cast<float>(v);
+  } else if (dtype == DType::kFloat8) {
+    static_cast<uint8_t*>(data)[k] = static_cast<uint8_t>(kQuarter.encode(v));
   } else {
-    static_cast<uint16_t*>(data)[k] = (dtype == DType::kFloat16 ? kHalf : kBrain).encode(v);
+    static_cast<uint16_t*>(data)[k] = format_of(dtype).encode(v);
   }
 }
 

@@ -677,7 +677,7 @@ void rounding_is_the_cpus() {
     for (int64_t j = 0; j < kRows; ++j) {
       const auto is_the_cpus = [&](const std::vector<T>& exact, const Matrix& got, int tensor) {
         Exact<uint16_t> want(columns);
-        kernels<T>().store_stochastic(&exact[j * columns], columns, want, update.seed,
+        kernels<T>().store_stochastic(&exact[j * columns], columns, want, DType::kBFloat16, update.seed,
                                       rounding_stream(update.step, tensor), kFirst + j);
         return std::memcmp(want, got.memory + 2 * (kFirst + j) * columns, 2 * columns) == 0;
       };

@@ -248,51 +248,63 @@ void rows_move_inside_backward() {
 
 // To one of the two neighbours, with the expected value, the same for a seed, another for another stream.
 template <typename T>
-void stochastic_rounding() {
+void stochastic_rounding(DType dtype, double scale) {
+  const Format format = format_of(dtype);
+  const int least = 1 - format.bias();  // exponent of the smallest normal number
   for (int64_t d : {1, 17, 512, 700}) {
     Exact<T> from(d);
-    for (T& v : from) v = static_cast<T>(normal());
-    Exact<uint16_t> to(d), same(d), other(d);
-    const auto round = [&](const Exact<uint16_t>& out, uint64_t stream, int64_t row) {
-      kernels<T>().store_stochastic(from, d, out, 3, stream, row);
+    for (T& v : from) v = static_cast<T>(scale * normal());
+    const int64_t bytes = d * size_of(dtype);
+    Exact<char> to(bytes), same(bytes), other(bytes);
+    const auto round = [&](const Exact<char>& out, uint64_t stream, int64_t row) {
+      kernels<T>().store_stochastic(from, d, out, dtype, 3, stream, row);
     };
     round(to, 4, 9);
     round(same, 4, 9);
-    CHECK(to.same_bits(same), d);
+    CHECK(to.same_bits(same), name_of(dtype), d);
     std::vector<double> sum(d);
     constexpr int64_t kDraws = 2000;
     int64_t differ = 0;
     for (int64_t draw = 0; draw < kDraws; ++draw) {
       round(other, 5 + draw % 7, draw);
       for (int64_t k = 0; k < d; ++k) {
-        const double value = kBrain.decode(other[k]), gap = std::ldexp(1, std::ilogb(from[k]) - 7);
-        CHECK(std::fabs(value - double{from[k]}) < gap, d, k, value, from[k]);
+        const double value = get(other, dtype, k);
+        const double gap = std::ldexp(1, std::max(std::ilogb(from[k]), least) - format.fraction_bits);
+        CHECK(std::fabs(value - double{from[k]}) < gap, name_of(dtype), d, k, value, from[k]);
         sum[k] += (value - static_cast<float>(from[k])) / gap;
-        differ += other[k] != to[k];
+        differ += value != get(to, dtype, k);
       }
     }
-    CHECK(d < 16 || differ > kDraws * d / 10, d, differ);  // one element may stand close to a number of 16 bits
+    CHECK(d < 16 || differ > kDraws * d / 10, name_of(dtype), d, differ);  // one may stand close to a number
     // a share q of the draws goes up: the deviation of a mean is at most 1/2 / sqrt(draws); 6 of them
     for (int64_t k = 0; k < d; ++k) {
-      CHECK(std::fabs(sum[k] / kDraws) < 3 / std::sqrt(double{kDraws}), d, k, sum[k] / kDraws);
+      CHECK(std::fabs(sum[k] / kDraws) < 3 / std::sqrt(double{kDraws}), name_of(dtype), d, k, sum[k] / kDraws);
     }
   }
-  const float special[] = {std::numeric_limits<float>::quiet_NaN(), 0, -0.0f, 1, -2,
-                           std::numeric_limits<float>::infinity()};
-  for (float value : special) {  // what bfloat16 holds stays as it is
+  for (double value : {std::nan(""), 0.0, -0.0, 1.0, -2.0, std::ldexp(1, -9), std::ldexp(1, -6), -448.0,
+                       double{std::numeric_limits<float>::infinity()}}) {
+    const double held = format.decode(format.encode(value));  // what the format holds stays as it is
+    if (std::isinf(value) && !format.has_infinity) value = std::nan("");
     Exact<T> from(1, static_cast<T>(value));
-    Exact<uint16_t> to(1);
-    kernels<T>().store_stochastic(from, 1, to, 3, 4, 5);
-    const double got = kBrain.decode(to[0]);
-    CHECK(std::isnan(value) ? std::isnan(got) : got == value, value, got);
+    Exact<char> to(size_of(dtype));
+    kernels<T>().store_stochastic(from, 1, to, dtype, 3, 4, 5);
+    const double got = get(to, dtype, 0);
+    CHECK(std::isnan(value) ? std::isnan(got) : got == held, name_of(dtype), value, got);
   }
+}
+
+template <typename T>
+void stochastic_roundings() {
+  stochastic_rounding<T>(DType::kBFloat16, 1);
+  stochastic_rounding<T>(DType::kFloat8, 64);
+  stochastic_rounding<T>(DType::kFloat8, 0.01);  // below the smallest normal number
 }
 
 void tests() {
   rows_move_inside_backward<float>();
   rows_move_inside_backward<double>();
-  stochastic_rounding<float>();
-  stochastic_rounding<double>();
+  stochastic_roundings<float>();
+  stochastic_roundings<double>();
 }
 
 }  // namespace

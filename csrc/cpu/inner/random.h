@@ -81,9 +81,9 @@ void normal(uint64_t seed, uint64_t group, int64_t n, float std, float* to) {
   __builtin_memcpy(to, out, sizeof(float) * static_cast<size_t>(n < 4 * kCounters ? n : 4 * kCounters));
 }
 
-template <typename T>
-void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t seed, uint64_t stream, int64_t row) {
-  auto* __restrict out = static_cast<uint16_t*>(to);
+template <typename T, typename Bits, Bits (*kRound)(float, uint16_t)>
+void round_row(const T* __restrict from, int64_t d, Bits* __restrict to, uint64_t seed, uint64_t stream,
+               int64_t row) {
   const int64_t groups = (d + kNoise - 1) / kNoise;
   for (int64_t group = 0; group < groups; ++group) {
     Words words;
@@ -93,8 +93,18 @@ void store_stochastic(const T* __restrict from, int64_t d, void* to, uint64_t se
     const int64_t first = group * kNoise, count = d - first < kNoise ? d - first : kNoise;
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) {
-      out[first + k] = round_stochastically(static_cast<float>(from[first + k]), noise[k]);
+      to[first + k] = kRound(static_cast<float>(from[first + k]), noise[k]);
     }
+  }
+}
+
+template <typename T>
+void store_stochastic(const T* from, int64_t d, void* to, DType dtype, uint64_t seed, uint64_t stream,
+                      int64_t row) {
+  if (dtype == DType::kFloat8) {
+    round_row<T, uint8_t, round_to_float8>(from, d, static_cast<uint8_t*>(to), seed, stream, row);
+  } else {
+    round_row<T, uint16_t, round_stochastically>(from, d, static_cast<uint16_t*>(to), seed, stream, row);
   }
 }
 

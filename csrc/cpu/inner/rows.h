@@ -75,6 +75,29 @@ inline uint16_t to_float16(float v) {
   return static_cast<uint16_t>(h | sign);
 }
 
+// float8_e4m3fn: a bias of 7, no infinity, and one nan of either sign. The steps below the smallest normal number,
+// 2^-6, are those above it.
+inline float from_float8(uint8_t h) {
+  const uint32_t magnitude = uint32_t{h} & 0x7f;
+  const bool is_normal = magnitude >= 8;
+  const float shifted = bit_cast<float>((magnitude << 20) + ((is_normal ? 120u : 121u) << 23));
+  const float size = is_normal ? shifted : shifted - 0x1p-6f;
+  const uint32_t bits = magnitude == 0x7f ? 0x7fc00000 : bit_cast<uint32_t>(size);
+  return bit_cast<float>(bits | (uint32_t{h} & 0x80) << 24);
+}
+
+inline uint8_t to_float8(float v) {
+  const uint32_t sign = bit_cast<uint32_t>(v) >> 24 & 0x80;
+  uint32_t bits = bit_cast<uint32_t>(v) & 0x7fffffff;
+  const bool is_nan = bits > 0x7f800000;
+  bits = bits > 0x43e00000 ? 0x43e00000 : bits;  // 448
+  const uint32_t normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120u << 3);
+  // adding 2^14 puts the last bit of a subnormal number, 2^-9, at the last bit of the float, which rounds
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0x1p14f) - bit_cast<uint32_t>(0x1p14f);
+  const uint32_t h = is_nan ? 0x7f : bits < 0x3c800000 ? subnormal : normal;  // 2^-6
+  return static_cast<uint8_t>(h | sign);
+}
+
 template <typename T>
 void load(const void* from, DType dtype, int64_t n, T* __restrict to) {
   if (dtype == DType::kFloat64) {
@@ -86,6 +109,9 @@ void load(const void* from, DType dtype, int64_t n, T* __restrict to) {
   } else if (dtype == DType::kBFloat16) {
     const auto* source = static_cast<const uint16_t*>(from);
     for (int64_t k = 0; k < n; ++k) to[k] = from_bfloat16(source[k]);
+  } else if (dtype == DType::kFloat8) {
+    const auto* source = static_cast<const uint8_t*>(from);
+    for (int64_t k = 0; k < n; ++k) to[k] = from_float8(source[k]);
   } else {
     const auto* source = static_cast<const uint16_t*>(from);
     for (int64_t k = 0; k < n; ++k) to[k] = from_float16(source[k]);
@@ -103,10 +129,45 @@ void store(const T* __restrict from, int64_t n, void* to, DType dtype) {
   } else if (dtype == DType::kBFloat16) {
     auto* target = static_cast<uint16_t*>(to);
     for (int64_t k = 0; k < n; ++k) target[k] = to_bfloat16(static_cast<float>(from[k]));
+  } else if (dtype == DType::kFloat8) {
+    auto* target = static_cast<uint8_t*>(to);
+    for (int64_t k = 0; k < n; ++k) target[k] = to_float8(static_cast<float>(from[k]));
   } else {
     auto* target = static_cast<uint16_t*>(to);
     for (int64_t k = 0; k < n; ++k) target[k] = to_float16(static_cast<float>(from[k]));
   }
+}
+
+template <typename T>
+T largest(const T* __restrict v, int64_t d) {
+  T most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t k = 0; k < d; ++k) {
+    const T size = v[k] < 0 ? -v[k] : v[k];
+    most = size > most ? size : most;
+  }
+  return most;
+}
+
+template <typename T>
+void times(T* __restrict v, int64_t d, T factor) {
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) v[k] *= factor;
+}
+
+template <typename T>
+void roots(T* __restrict v, int64_t d, T least) {
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) {
+    const T root = sqrt(v[k]);
+    v[k] = root < least ? least : root;
+  }
+}
+
+template <typename T>
+void squares(T* __restrict v, int64_t d) {
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) v[k] *= v[k];
 }
 
 }  // namespace
