@@ -5,8 +5,9 @@
     python -m cosface_kernels.convert to-pml weight.safetensors loss.pt --entry W
     python -m cosface_kernels.convert checkpoint FOLDER weight.safetensors --name head/weight
 
-`load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not. Files of torch.save are
-read with weights_only=True, which runs no code of theirs.
+`load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not; of one in float8, with
+`exponents=head.weight_exponent`, which a file of float8 has too. Files of torch.save are read with
+weights_only=True, which runs no code of theirs.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import (
     checkpoint,  # before safetensors, since it says how to install that
+    float8,
     resizing,
 )
 from cosface_kernels.distributed import Exchange, own_classes, own_rows
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.resizing import Keep
 
 # isort: split
@@ -39,7 +42,7 @@ import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
 
-NAME = "weight"  # of the tensor in the file
+NAME, EXPONENTS = "weight", "weight_exponent"  # of the tensors in the file
 ROWS_AT_ONCE = 2**16  # that are read of a file of other classes
 PML = {"W": "2.x, (D, C)", "weight": "3.x, (C, D)"}  # what pytorch-metric-learning calls its weight, by version
 INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt")
@@ -124,25 +127,36 @@ def to_pytorch_metric_learning(weight: Tensor, entry: str = "W") -> dict[str, Te
         raise ValueError(f"entry must be {' or '.join(map(repr, PML))}, got {entry!r}.")
     if isinstance(weight, DTensor):
         raise ValueError(f"weight must be on one process, got one sharded over {weight.device_mesh.size()} ranks.")
+    if isinstance(weight, Tensor) and weight.dtype is FLOAT8:
+        raise ValueError(
+            f"weight must be in a dtype that multiplies, got {weight.dtype}: take head.float(), or "
+            "cosface_kernels.float8.values(weight, exponents, torch.float32)."
+        )
     matrix = _matrix(weight, "weight").detach()
     return {entry: (matrix.T if entry == "W" else matrix).contiguous()}
 
 
-def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
+def save_weight(weight: Tensor, path: str | os.PathLike[str], exponents: Tensor | None = None) -> None:
     """Writes a (C, D) weight under the name "weight"; one that is sharded, on all of its ranks together.
 
     A sharded weight is never whole in memory: the ranks write their rows, and rank 0 joins the files.
 
+    Args:
+        exponents: of a weight in float8, its head's `weight_exponent`, written under that name.
+
     Raises:
         OSError: the file cannot be written.
+        ValueError: exponents are missing.
     """
+    _check_exponents(weight, exponents)
+    tensors = {NAME: weight.detach()} | ({} if exponents is None else {EXPONENTS: exponents.detach()})
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
     if not isinstance(weight, DTensor):
         partial = path.with_name(path.name + checkpoint.PARTIAL)
         try:
-            safetensors.torch.save_file({NAME: weight.detach().contiguous()}, partial)
+            safetensors.torch.save_file({name: each.contiguous() for name, each in tensors.items()}, partial)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         partial.replace(path)
@@ -154,7 +168,7 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
         folder.mkdir(parents=True)
     dist.barrier(ranks.group)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=True)
-    save_state_dict({NAME: weight.detach()}, storage_writer=writer, process_group=ranks.group)
+    save_state_dict(tensors, storage_writer=writer, process_group=ranks.group)
     if ranks.rank == 0:
         (joined,) = folder.glob("*.safetensors")
         joined.replace(path)
@@ -163,23 +177,30 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str]) -> None:
 
 
 @torch.no_grad()
-def load_weight_(weight: Tensor, path: str | os.PathLike[str], keep: Keep = None) -> Tensor:
+def load_weight_(
+    weight: Tensor, path: str | os.PathLike[str], keep: Keep = None, exponents: Tensor | None = None
+) -> Tensor:
     """Fills a (C, D) weight from a file of `save_weight`; of one that is sharded, each rank reads its rows.
+
+    Rows come to the weight's dtype, to float8 rounded to the nearest, an entry by at most 1/16 of itself.
 
     Args:
         keep: where the file is of other classes: the file's labels in the order of the weight's first ones, or a
             mapping from the file's labels to the weight's. The rows of all other classes stay as they are. None:
             the classes are the same.
+        exponents: of a weight in float8, its head's `weight_exponent`, which is filled as well.
 
     Raises:
         TypeError: the weight is no tensor, such as a head.
-        ValueError: the file's shape is not the weight's, or without its classes; a label of keep does not fit; or
-            it is no file of `save_weight`.
+        ValueError: the file's shape is not the weight's, or without its classes; a label of keep does not fit; it
+            is no file of `save_weight`; or exponents are missing.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, such as head.weight, got {type(weight).__name__}.")
+    _check_exponents(weight, exponents)
     with _weights(path) as file:
         rows = file.get_slice(NAME)
+        of_rows = file.get_slice(EXPONENTS) if EXPONENTS in file.keys() else None  # noqa: SIM118
         theirs = tuple(rows.get_shape())
         if keep is None and theirs != tuple(weight.shape):
             raise ValueError(
@@ -189,16 +210,43 @@ def load_weight_(weight: Tensor, path: str | os.PathLike[str], keep: Keep = None
         if theirs[1:] != tuple(weight.shape[1:]):
             raise ValueError(f"{path} has embedding size {theirs[1]}, not {weight.shape[1]}.")
         own = own_classes(weight)
+
         if keep is None:
-            own_rows(weight).copy_(rows[own.start : own.stop])
+            for first in range(own.start, own.stop, ROWS_AT_ONCE):
+                last = min(first + ROWS_AT_ONCE, own.stop)
+                places = slice(first - own.start, last - own.start)
+                _put(weight, exponents, places, rows[first:last], of_rows and of_rows[first:last])
             return weight
         wanted = resizing.into(keep, theirs[0], weight.shape[0])[own.start : own.stop]  # (C_r,)
-        for start in range(0, theirs[0], ROWS_AT_ONCE):
-            here = (wanted >= start) & (wanted < start + ROWS_AT_ONCE)
+        for first in range(0, theirs[0], ROWS_AT_ONCE):
+            here = (wanted >= first) & (wanted < first + ROWS_AT_ONCE)
             if here.any():
-                block = rows[start : start + ROWS_AT_ONCE][wanted[here] - start]
-                own_rows(weight)[here.to(weight.device)] = block.to(weight.device, weight.dtype)
+                block = slice(first, first + ROWS_AT_ONCE)
+                chosen = wanted[here] - first
+                of_block = of_rows and of_rows[block][chosen]
+                _put(weight, exponents, here.to(weight.device), rows[block][chosen], of_block)
     return weight
+
+
+def _put(
+    weight: Tensor, exponents: Tensor | None, here: slice | Tensor, rows: Tensor, of_rows: Tensor | None
+) -> None:
+    """Rows of a file, with their exponents in float8, to those of the weight that are here."""
+    if of_rows is None and exponents is not None:
+        rows, of_rows = float8.quantized(rows)
+    elif of_rows is not None and exponents is None:
+        rows, of_rows = float8.values(rows, of_rows, weight.dtype), None
+    own_rows(weight)[here] = rows.to(weight.device, weight.dtype)
+    if exponents is not None and of_rows is not None:
+        own_rows(exponents)[here] = of_rows.to(weight.device)
+
+
+def _check_exponents(weight: Tensor, exponents: Tensor | None) -> None:
+    if isinstance(weight, Tensor) and (weight.dtype is FLOAT8) != (exponents is not None):
+        raise ValueError(
+            "exponents must be given with a weight in float8, its head's weight_exponent, and with no other, got "
+            f"{'some' if exponents is not None else 'none'} with {weight.dtype}."
+        )
 
 
 @contextmanager
@@ -233,6 +281,11 @@ def _matrix(value: Any, what: str) -> Tensor:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{what} should be a tensor with two dimensions, got {got}.")
     return value
+
+
+def _values(weight: Tensor, exponents: Callable[[], Tensor]) -> Tensor:
+    """A weight in a dtype that multiplies."""
+    return float8.values(weight, exponents(), torch.float32) if weight.dtype is FLOAT8 else weight
 
 
 def _load(file: Path, **options: Any) -> Any:
@@ -299,10 +352,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"--classes was not given: a {entry} of SubCenterArcFaceLoss would pass.", file=sys.stderr)
         elif args.source == "to-pml":
             with _weights(args.input) as file:
-                weight = file.get_tensor(NAME)
+                weight = _values(file.get_tensor(NAME), lambda: file.get_tensor(EXPONENTS))
             _save_state(to_pytorch_metric_learning(weight, args.entry), args.output)
         else:
             weight = _matrix(checkpoint.load_tensor(args.input, args.name), args.name)
+            weight = _values(weight, lambda: checkpoint.load_tensor(args.input, f"{args.name}_exponent"))
         if args.source != "to-pml":
             save_weight(weight, args.output)
     except (OSError, KeyError, RuntimeError, ValueError) as error:

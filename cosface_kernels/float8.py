@@ -28,7 +28,7 @@ def exponents_for(largest: Tensor, before: Tensor) -> Tensor:
 
 def units(exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """(C, 1) 2^e."""
-    return torch.ldexp(torch.ones((), dtype=dtype, device=exponents.device), exponents)[:, None]
+    return torch.ldexp(torch.ones_like(exponents, dtype=dtype), exponents)[:, None]
 
 
 def values(rows: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,10 +41,19 @@ def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     q, exponents = torch.empty_like(rows, dtype=FLOAT8), rows.new_zeros(len(rows), dtype=torch.int8)
     for first in range(0, len(rows), ROWS_AT_ONCE):
         here = slice(first, first + ROWS_AT_ONCE)
-        block = rows[here].to(torch.promote_types(rows.dtype, torch.float32))
+        block = rows[here].to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
         exponents[here] = exponents_for(block.abs().amax(1), exponents[here])
         q[here] = (block / units(exponents[here], block.dtype)).to(FLOAT8)
     return q, exponents
+
+
+def lengths(rows: Tensor, exponents: Tensor | None = None) -> Tensor:
+    """(C,) float64, of rows (C, D) in any dtype."""
+    if rows.dtype is not FLOAT8:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    blocks = [torch.linalg.vector_norm(block.double(), dim=1) for block in rows.split(ROWS_AT_ONCE)]
+    stored = torch.cat(blocks) if blocks else rows.new_empty(0, dtype=torch.float64)
+    return stored if exponents is None else torch.ldexp(stored, exponents)
 
 
 def initial_exponent(std: float) -> int:
@@ -58,4 +67,5 @@ def rounded(rows: Tensor, generator: torch.Generator) -> Tensor:
     """(C, D) of |q| <= LARGEST in float8, up or down at random so that the expected value is kept."""
     step = torch.where(rows.abs() < 8 * SMALLEST, SMALLEST, torch.exp2(torch.frexp(rows).exponent - 4.0))
     noise = torch.rand(rows.shape, generator=generator, dtype=rows.dtype, device=rows.device)
-    return ((rows / step + noise).floor() * step).to(FLOAT8)
+    q = (rows / step + noise).floor() * step
+    return torch.where(rows.isfinite(), q, torch.nan).to(FLOAT8)  # there is no infinity

@@ -265,8 +265,8 @@ class FusedMarginLoss(ClassCentres):
         check_one_centre("resized", self.subcenters)
         learned = self.margin.parameters_of_each_class() if isinstance(self.margin, Margin) else []
         before = own_classes(self.weight)
-        change, counts = resizing.resize_(
-            self.weight, learned, self.num_classes, self.init_std, keep, new, init, optimizer
+        change, counts, self.weight_exponent = resizing.resize_(
+            self.weight, learned, self.num_classes, self.init_std, keep, new, init, optimizer, self.weight_exponent
         )  # (C_new,) each
         if self.sampler is not None:
             own = own_classes(self.weight)

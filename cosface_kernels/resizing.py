@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from cosface_kernels import optim
+from cosface_kernels import float8, optim
 from cosface_kernels.collectives import naming
 from cosface_kernels.distributed import Exchange, Local, class_range, own_rows, placement
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.init import normal_
 from cosface_kernels.reference import compute_dtype
 from cosface_kernels.validation import check_integer, check_tensor
@@ -35,16 +36,19 @@ def resize_(
     new: int,
     init: tuple[Tensor, Tensor] | None,
     optimizer: Optimizer | None,
-) -> tuple[Tensor, Tensor]:
+    exponents: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Changes the weight and the optimizer's state; `FusedMarginLoss.resize_classes_` says what it raises.
 
     Args:
         learned: parameters beside the weight that have a number of each class, of which the state alone changes.
         num_classes: C, of the head.
         std: of new rows, where none is kept.
+        exponents: (C,) of a weight in float8.
 
     Returns:
-        The sources of the change and the number of samples of each new class, (C_new,) each.
+        The sources of the change and the number of samples of each new class, (C_new,) each, and the exponents of
+        the new rows.
     """
     ranks, parameters = placement(weight), [weight, *learned]
     change = torch.empty(0, device="cpu")
@@ -69,17 +73,21 @@ def resize_(
         if optimizer is not None:
             check_optimizer(optimizer, weight, parameters)
     counts = torch.ones_like(change)
-    rows = normal_(resized_zeros(weight, len(change)), std)  # (C_new, D)
+    # (C_new, D), of which only the directions are to stay
+    rows = normal_(resized_zeros(weight, len(change)), std if exponents is None else float8.INITIAL_STD)
+    of_rows = None if exponents is None else resized_zeros(exponents, len(change))
     if init is not None:
         counts = class_counts(ranks, labels, change)
         place_class_means_(rows, embeddings, labels, change)
-    set_lengths_(rows, weight, change, std * math.sqrt(weight.shape[1]))
+    set_lengths_(rows, of_rows, weight, exponents, change, std * math.sqrt(weight.shape[1]))
     take_rows_(rows, weight, change)
+    if exponents is not None and of_rows is not None:
+        take_rows_(of_rows, exponents, change)
     states = {} if optimizer is None else resized_states(optimizer, parameters, change)
     replace_(weight, rows)
     if optimizer is not None:
         optimizer.state.update(states)
-    return change, counts
+    return change, counts, of_rows
 
 
 def sources(keep: Keep, new: int, num_classes: int) -> Tensor:
@@ -226,21 +234,36 @@ def place_class_means_(rows: Tensor, embeddings: Tensor, labels: Tensor, sources
             )
         if rank == ranks.rank:
             new = new.to(rows.device)
-            own_rows(rows)[new] = sums[new].to(rows.dtype)
+            means = sums[new]
+            own_rows(rows)[new] = float8.quantized(means)[0] if rows.dtype is FLOAT8 else means.to(rows.dtype)
 
 
-def set_lengths_(rows: Tensor, old: Tensor, sources: Tensor, otherwise: float) -> None:
-    """Makes new rows as long as the kept ones are in the mean, so that a step turns both as far."""
+def set_lengths_(
+    rows: Tensor,
+    of_rows: Tensor | None,
+    old: Tensor,
+    of_old: Tensor | None,
+    sources: Tensor,
+    otherwise: float,
+) -> None:
+    """Makes new rows as long as the kept ones are in the mean, so that a step turns both as far.
+
+    of_rows, of_old: the exponents of both, in float8.
+    """
     ranks, before = placement(rows), placement(old)
     kept = torch.zeros(len(old), dtype=torch.bool, device="cpu")
     kept[sources[sources != NEW]] = True
-    own_kept = own_rows(old)[kept[before.classes.start : before.classes.stop].to(old.device)]
-    lengths = torch.linalg.vector_norm(own_kept, dim=1, dtype=torch.float64)
+    kept = kept[before.classes.start : before.classes.stop].to(old.device)
+    lengths = float8.lengths(own_rows(old)[kept], None if of_old is None else own_rows(of_old)[kept])
     total, count = ranks.sum(torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])).tolist()
     own = own_rows(rows)
     new = (sources[ranks.classes.start : ranks.classes.stop] == NEW).to(rows.device)
     directions = F.normalize(own[new].to(compute_dtype(own, own)))
-    own[new] = (directions * (total / count if count else otherwise)).to(own.dtype)
+    moved = directions * (total / count if count else otherwise)
+    if of_rows is None:
+        own[new] = moved.to(own.dtype)
+    else:
+        own[new], own_rows(of_rows)[new] = float8.quantized(moved)
 
 
 def check_init(init: tuple[Tensor, Tensor], weight: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +308,7 @@ def check_optimizer(optimizer: Optimizer, weight: Tensor, parameters: Iterable[T
         )
     for parameter in parameters:
         for name, moment in optimizer.state.get(parameter, {}).items():
-            if isinstance(moment, Tensor) and (not moment.dim() or moment.shape == parameter.shape):
+            if isinstance(moment, Tensor) and (not moment.dim() or _is_of_each_class(moment, parameter)):
                 continue
             if moment is None or isinstance(moment, int | float):
                 continue
@@ -295,6 +318,11 @@ def check_optimizer(optimizer: Optimizer, weight: Tensor, parameters: Iterable[T
                 f"got {name} of {type(optimizer).__name__}, {got}, which belongs "
                 "to no class: make the optimizer anew."
             )
+
+
+def _is_of_each_class(moment: Tensor, parameter: Tensor) -> bool:
+    """Laid out like the parameter, or the exponents of rows that are."""
+    return moment.shape in (parameter.shape, parameter.shape[:1])
 
 
 def states_of(optimizer: Optimizer | None, weight: Tensor) -> list[str]:
@@ -312,7 +340,7 @@ def resized_states(
         if parameter in optimizer.state:
             states[parameter] = {
                 name: take_rows_(resized_zeros(moment, len(sources)), moment, sources)
-                if isinstance(moment, Tensor) and moment.shape == parameter.shape
+                if isinstance(moment, Tensor) and _is_of_each_class(moment, parameter)
                 else moment
                 for name, moment in optimizer.state[parameter].items()
             }

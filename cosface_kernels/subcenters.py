@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cosface_kernels import ops, resizing
+from cosface_kernels import float8, ops, resizing
 from cosface_kernels.margins import Margin
 from cosface_kernels.nearest import NearestClasses
 from cosface_kernels.options import MOST_SUBCENTERS
@@ -85,7 +85,12 @@ def check_one_centre(what: str, subcenters: int) -> None:
 
 
 def dominant(
-    weight: Tensor, targets: Tensor, embeddings: Tensor | None, subcenters: int, normalize_weight: bool
+    weight: Tensor,
+    targets: Tensor,
+    embeddings: Tensor | None,
+    subcenters: int,
+    normalize_weight: bool,
+    exponents: Tensor | None = None,
 ) -> Tensor:
     """(C,) int64, the row of each class that wins for most of its samples; without samples, its longest row.
 
@@ -95,10 +100,10 @@ def dominant(
     Args:
         targets: (M,) classes of the embeddings, negative for none.
         embeddings: (M, D), or None.
+        exponents: (C K,) of a weight in float8.
     """
     centres = weight.detach().unflatten(0, (-1, subcenters))  # (C, K, D)
-    lengths = torch.linalg.vector_norm(centres, dim=2, dtype=compute_dtype(weight, weight))
-    places = lengths.argmax(1)  # (C,)
+    places = float8.lengths(weight.detach(), exponents).view(-1, subcenters).argmax(1)  # (C,)
     if embeddings is not None:
         rows = []
         chosen = targets >= 0
@@ -134,6 +139,9 @@ def drop_(head: Any, embeddings: Tensor | None, labels: Tensor | None, optimizer
             raise ValueError(f"labels must have shape (M,), got shape {tuple(labels.shape)}.")
         targets = ops.targets(labels, head.num_classes, int(head.ignore_index))
         embeddings = embeddings.detach()
-    keep = dominant(weight, targets, embeddings, head.subcenters, head.normalize_weight)
-    resizing.resize_(weight, [], rows, head.init_std, keep, 0, None, optimizer)
+    exponents = head.weight_exponent
+    keep = dominant(weight, targets, embeddings, head.subcenters, head.normalize_weight, exponents)
+    *_, head.weight_exponent = resizing.resize_(
+        weight, [], rows, head.init_std, keep, 0, None, optimizer, exponents
+    )
     head.subcenters = 1

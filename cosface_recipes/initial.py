@@ -75,7 +75,7 @@ def load_head(head: FusedMarginLoss, file: Path, data: ImageDataset) -> str:
     if json.loads(names.read_text(encoding="utf-8")) != identities(data):
         return f"The head is new: {weights} is of other identities."
     try:
-        convert.load_weight_(head.weight, weights)
+        convert.load_weight_(head.weight, weights, exponents=head.weight_exponent)
     except ValueError as error:  # of another embedding size
         return f"The head is new: {error}"
     return f"The head is that of {weights}, of the same identities."
@@ -85,7 +85,7 @@ def save_head(head: FusedMarginLoss, folder: Path, data: ImageDataset, first: bo
     """On all processes together; `first` is one of them."""
     if first:
         (folder / IDENTITIES).write_text(json.dumps(identities(data)) + "\n", encoding="utf-8")
-    convert.save_weight(head.weight, folder / HEAD)
+    convert.save_weight(head.weight, folder / HEAD, head.weight_exponent)
 
 
 def identities(data: ImageDataset) -> list[str] | int:

@@ -18,7 +18,7 @@ FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 WITHOUT_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 CPU_ALONE = ("exact_cache",)
 DENSE_ALONE = ("gradient_tolerance",)
-OF_THE_CPU = ("subcenters",)  # and of the reference
+OF_THE_CPU = ("subcenters", "float8")  # and of the reference
 # All of these must run here: none is skipped, so a backend that was not built fails. Under TRITON_INTERPRET=1, for
 # which `make test` has a run of its own, only the Triton kernels are under test, on CPU tensors.
 BACKENDS = (
