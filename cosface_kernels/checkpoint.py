@@ -37,7 +37,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels.collectives import naming
-from cosface_kernels.distributed import check_group, own_rows
+from cosface_kernels.distributed import beside, check_group, own_rows
+from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import restoring
 from cosface_kernels.validation import check_integer
 
@@ -341,17 +342,21 @@ def _likeness(name: str, item: Stateful) -> dict[str, Tensor]:
 
 
 def _destination(key: str, saved: TensorStorageMetadata, likeness: Mapping[str, Tensor]) -> Tensor:
-    """Where to load a tensor: an object's own, else a new one, sharded like the parameter if it has its shape."""
-    own, parameter = likeness.get(key), likeness.get(key.rpartition("/")[0])
-    if own is not None:
-        if (own.shape, own.dtype) != (saved.size, saved.properties.dtype):
-            raise ValueError(
-                f"{key} is {saved.properties.dtype} of shape {tuple(saved.size)} in the checkpoint, but "
-                f"{own.dtype} of shape {tuple(own.shape)} here."
-            )
+    """Where to load a tensor: an object's own, else a new one, sharded like the parameter if it has its rows."""
+    own, dtype = likeness.get(key), saved.properties.dtype
+    if own is not None and (own.shape, own.dtype) == (saved.size, dtype):
         return own
-    if parameter is not None and parameter.shape == saved.size:
-        return torch.zeros_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
+    # a head takes rows to float8 and from it
+    if own is not None and (own.shape != saved.size or FLOAT8 not in (own.dtype, dtype)):
+        raise ValueError(
+            f"{key} is {dtype} of shape {tuple(saved.size)} in the checkpoint, but {own.dtype} of shape "
+            f"{tuple(own.shape)} here."
+        )
+    places = (key, key.rpartition("/")[0], key.removesuffix(OF_STATE))
+    like = next((likeness[place] for place in places if place in likeness), None)
+    if like is not None and saved.size in (like.shape, like.shape[:1]):
+        rows = own_rows(like)
+        return beside(like, rows.new_zeros(len(rows), *saved.size[1:], dtype=dtype))
     return _empty(saved)
 
 
