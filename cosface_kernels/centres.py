@@ -40,6 +40,8 @@ class ClassCentres(nn.Module):
             weight = torch.empty(rows, embedding_size, device=device, dtype=dtype)
         else:
             weight = empty_weight(rows, embedding_size, process_group, device, dtype)
+        device = weight.device
+        super()._apply(lambda state: state.to(device))  # type: ignore[no-untyped-call]  # what there is already
         self.weight = nn.Parameter(weight)
         exponents = None
         if weight.dtype is FLOAT8:

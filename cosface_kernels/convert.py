@@ -6,7 +6,7 @@
     python -m cosface_kernels.convert checkpoint FOLDER weight.safetensors --name head/weight
 
 `load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not; of one in float8, with
-`exponents=head.weight_exponent`, which a file of float8 has too. Files of torch.save are read with
+`exponents=head.weight_exponent`. Files of torch.save are read with
 weights_only=True, which runs no code of theirs.
 """
 
@@ -16,7 +16,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from cosface_kernels import (
     float8,
     resizing,
 )
-from cosface_kernels.distributed import Exchange, own_classes, own_rows
-from cosface_kernels.float8 import FLOAT8
+from cosface_kernels.distributed import Exchange, beside, own_classes, own_rows
+from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.resizing import Keep
 
 # isort: split
@@ -42,7 +42,7 @@ import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
 
-NAME, EXPONENTS = "weight", "weight_exponent"  # of the tensors in the file
+NAME, SCALE = "weight", "weight_scale"  # of the tensors in the file, as other quantised weights have them
 ROWS_AT_ONCE = 2**16  # that are read of a file of other classes
 PML = {"W": "2.x, (D, C)", "weight": "3.x, (C, D)"}  # what pytorch-metric-learning calls its weight, by version
 INSIGHTFACE = ("checkpoint_gpu_*.pt", "rank_*_softmax_weight.pt")
@@ -142,14 +142,18 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str], exponents: Tensor 
     A sharded weight is never whole in memory: the ranks write their rows, and rank 0 joins the files.
 
     Args:
-        exponents: of a weight in float8, its head's `weight_exponent`, written under that name.
+        exponents: of a weight in float8, its head's `weight_exponent`. The file then has "weight_scale" too, (C,)
+            float32, by which each row is multiplied.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: exponents are missing.
     """
     _check_exponents(weight, exponents)
-    tensors = {NAME: weight.detach()} | ({} if exponents is None else {EXPONENTS: exponents.detach()})
+    tensors = {NAME: weight.detach()}
+    if exponents is not None:
+        scale = float8.units(own_rows(exponents), torch.float32).flatten()
+        tensors[SCALE] = beside(exponents, scale)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
@@ -200,7 +204,7 @@ def load_weight_(
     _check_exponents(weight, exponents)
     with _weights(path) as file:
         rows = file.get_slice(NAME)
-        of_rows = file.get_slice(EXPONENTS) if EXPONENTS in file.keys() else None  # noqa: SIM118
+        scale = file.get_slice(SCALE) if SCALE in file.keys() else None  # noqa: SIM118
         theirs = tuple(rows.get_shape())
         if keep is None and theirs != tuple(weight.shape):
             raise ValueError(
@@ -215,7 +219,7 @@ def load_weight_(
             for first in range(own.start, own.stop, ROWS_AT_ONCE):
                 last = min(first + ROWS_AT_ONCE, own.stop)
                 places = slice(first - own.start, last - own.start)
-                _put(weight, exponents, places, rows[first:last], of_rows and of_rows[first:last])
+                _put(weight, exponents, places, rows[first:last], scale and scale[first:last])
             return weight
         wanted = resizing.into(keep, theirs[0], weight.shape[0])[own.start : own.stop]  # (C_r,)
         for first in range(0, theirs[0], ROWS_AT_ONCE):
@@ -223,22 +227,24 @@ def load_weight_(
             if here.any():
                 block = slice(first, first + ROWS_AT_ONCE)
                 chosen = wanted[here] - first
-                of_block = of_rows and of_rows[block][chosen]
+                of_block = scale and scale[block][chosen]
                 _put(weight, exponents, here.to(weight.device), rows[block][chosen], of_block)
     return weight
 
 
 def _put(
-    weight: Tensor, exponents: Tensor | None, here: slice | Tensor, rows: Tensor, of_rows: Tensor | None
+    weight: Tensor, exponents: Tensor | None, here: slice | Tensor, rows: Tensor, scale: Tensor | None
 ) -> None:
-    """Rows of a file, with their exponents in float8, to those of the weight that are here."""
-    if of_rows is None and exponents is not None:
+    """Rows of a file, each times its scale if there is one, to those of the weight that are here."""
+    rows = _scaled(rows, scale)
+    if exponents is not None:
         rows, of_rows = float8.quantized(rows)
-    elif of_rows is not None and exponents is None:
-        rows, of_rows = float8.values(rows, of_rows, weight.dtype), None
-    own_rows(weight)[here] = rows.to(weight.device, weight.dtype)
-    if exponents is not None and of_rows is not None:
         own_rows(exponents)[here] = of_rows.to(weight.device)
+    own_rows(weight)[here] = rows.to(weight.device, weight.dtype)
+
+
+def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
+    return rows if scale is None else rows.float() * scale.view(-1, 1)
 
 
 def _check_exponents(weight: Tensor, exponents: Tensor | None) -> None:
@@ -281,11 +287,6 @@ def _matrix(value: Any, what: str) -> Tensor:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{what} should be a tensor with two dimensions, got {got}.")
     return value
-
-
-def _values(weight: Tensor, exponents: Callable[[], Tensor]) -> Tensor:
-    """A weight in a dtype that multiplies."""
-    return float8.values(weight, exponents(), torch.float32) if weight.dtype is FLOAT8 else weight
 
 
 def _load(file: Path, **options: Any) -> Any:
@@ -352,11 +353,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"--classes was not given: a {entry} of SubCenterArcFaceLoss would pass.", file=sys.stderr)
         elif args.source == "to-pml":
             with _weights(args.input) as file:
-                weight = _values(file.get_tensor(NAME), lambda: file.get_tensor(EXPONENTS))
+                scale = file.get_tensor(SCALE) if SCALE in file.keys() else None  # noqa: SIM118
+                weight = _scaled(file.get_tensor(NAME), scale)
             _save_state(to_pytorch_metric_learning(weight, args.entry), args.output)
         else:
             weight = _matrix(checkpoint.load_tensor(args.input, args.name), args.name)
-            weight = _values(weight, lambda: checkpoint.load_tensor(args.input, f"{args.name}_exponent"))
+            if weight.dtype is FLOAT8:
+                exponents = checkpoint.load_tensor(args.input, args.name + OF_STATE)
+                weight = float8.values(weight, exponents, torch.float32)
         if args.source != "to-pml":
             save_weight(weight, args.output)
     except (OSError, KeyError, RuntimeError, ValueError) as error:

@@ -200,7 +200,6 @@ class FusedMarginLoss(ClassCentres):
             self.sampler = ClassSampler(
                 len(own) // self.subcenters, sample_rate, sample_seed + own.start, device=device
             )
-        self.to(self.weight.device)  # the margin's state and class_weight
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

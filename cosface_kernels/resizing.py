@@ -164,6 +164,8 @@ def take_rows_(rows: Tensor, old: Tensor, sources: Tensor) -> Tensor:
     Ranks that share them send each row from its old place to its new one.
     """
     into, own = own_rows(rows), own_rows(old)
+    if own.dtype is FLOAT8:  # which backends of torch.distributed do not send
+        into, own = into.view(torch.uint8), own.view(torch.uint8)
     if not isinstance(old, DTensor):
         kept = (sources != NEW).to(into.device)
         into[kept] = own[sources[sources != NEW].to(own.device)]

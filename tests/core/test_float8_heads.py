@@ -71,13 +71,11 @@ def test_dtype_of_others_is_refused():
         FusedCosFaceLoss(C, D, dtype=torch.float8_e5m2)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("softmax", "l_softmax")])
 def test_every_loss_is_that_of_the_same_rows_in_float32(name):
-    """And the embeddings' gradient, in training; but for rows whose length counts."""
+    """And the embeddings' gradient, in training."""
     x, w, labels = formula_problem("random")
     x, other = x.float(), make_head(name, w.float())
-    if not other.normalize_weight:
-        pytest.skip("refused, as other tests show")
     rows = float8.values(*float8.quantized(other.weight.detach()), torch.float32)
     other.weight.data.copy_(rows)
     head = copy.deepcopy(other).to(FLOAT8)
