@@ -21,6 +21,7 @@ from bench.worker import DTYPES, Case, Check, Measure, Turn
 
 DEFAULT_IMPLEMENTATIONS = "fused,eager,compile,checkpoint,pml,torch-lce"
 DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_ALIASES |= {"fp8": "float8_e4m3fn"}
 
 
 @dataclass
@@ -61,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, implementations: Iterable[str], default: str
+    parser: argparse.ArgumentParser, implementations: Iterable[str], default: str, dtypes: Iterable[str] = DTYPES
 ) -> argparse.ArgumentParser:
     """The options of every command that times implementations on problems."""
     parser.add_argument("--batch", type=_counts, default="256", help="numbers of samples, separated by commas")
@@ -74,7 +75,10 @@ def add_options(
         help=f"which to run, with commas, of {', '.join(implementations)}",
     )
     parser.add_argument(
-        "--dtype", type=_dtypes, default="float32", help=f"some of {', '.join(DTYPES)}, with commas"
+        "--dtype",
+        type=functools.partial(_dtypes, known=dtypes),
+        default="float32",
+        help=f"some of {', '.join(dtypes)}, with commas",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda is a ROCm GPU too")
     parser.add_argument("--rounds", type=_count, default=5, help="turns of each implementation")
@@ -255,15 +259,15 @@ def _implementations(text: str, known: Iterable[str] = IMPLEMENTATIONS) -> list[
     return names
 
 
-def _dtype(text: str) -> str:
+def _dtype(text: str, known: Iterable[str] = DTYPES) -> str:
     name = DTYPE_ALIASES.get(text, text)
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a dtype; there are {', '.join(DTYPES)}.")
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a dtype; there are {', '.join(known)}.")
     return name
 
 
-def _dtypes(text: str) -> list[str]:
-    return [_dtype(part) for part in text.split(",")]
+def _dtypes(text: str, known: Iterable[str]) -> list[str]:
+    return [_dtype(part, known) for part in text.split(",")]
 
 
 def _writable(text: str) -> Path:

@@ -25,9 +25,11 @@ from bench.worker import (
     Turn,
     largest_error,
 )
-from cosface_kernels import reference
+from cosface_kernels import float8, reference
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.init import normal_
 
+WEIGHT_DTYPES = {**DTYPES, "float8_e4m3fn": FLOAT8}  # embeddings are then in bfloat16
 DEFAULT_IMPLEMENTATIONS = "fused+FusedSGD,fused+FusedSGD+cache,fused+SGD,compile+SGD,eager+SGD,pml+SGD"
 LEARNING_RATE, MOMENTUM = 1.0, 0.9
 NOISE = 0.5  # of a view, relative to its class's latent vector
@@ -47,6 +49,8 @@ class Implementation:
         fused: whether an optimizer of cosface_kernels moves the rows inside backward.
         cache: whether cosines are kept from forward to backward.
         flops: k for a step of k N C D in matrix products; with a cache, where nothing is kept.
+        momentum: whether there is some.
+        state_dtype: of it; None: the optimizer's default.
     """
 
     loss: str
@@ -54,11 +58,20 @@ class Implementation:
     cache: bool
     flops: int
     margin: bool = True
+    momentum: bool = True
+    state_dtype: torch.dtype | None = None
+
+    def state_bytes(self, weight: torch.dtype) -> int:
+        """Of an entry."""
+        dtype = self.state_dtype or (torch.bfloat16 if weight is FLOAT8 else weight)
+        return dtype.itemsize if self.momentum else 0
 
 
 IMPLEMENTATIONS = {
     "fused+FusedSGD": Implementation("fused", True, False, 8),
     "fused+FusedSGD+cache": Implementation("fused", True, True, 8),
+    "fused+FusedSGD+fp8": Implementation("fused", True, False, 8, state_dtype=FLOAT8),
+    "fused+FusedSGD+plain": Implementation("fused", True, False, 8, momentum=False),
     "fused+SGD": Implementation("fused", False, False, 8),
     "compile+SGD": Implementation("compile", False, False, 6),
     "eager+SGD": Implementation("eager", False, False, 6),
@@ -74,7 +87,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "process of its own, in turn.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    step.add_options(parser, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATIONS).set_defaults(run=run)
+    step.add_options(parser, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATIONS, WEIGHT_DTYPES).set_defaults(run=run)
     tolerance.add_options(parser)
 
 
@@ -87,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _note(case: Case, turns: list["TrainTurn"]) -> str:
     """The needs of PyTorch are computed: weight, gradient, momentum and one float32 matrix of logits."""
-    itemsize = DTYPES[case.dtype].itemsize
+    itemsize = WEIGHT_DTYPES[case.dtype].itemsize
     needs = 3 * case.classes * case.dim * itemsize + 4 * case.batch * case.classes
     notes = [f"PyTorch needs at least {needs / 2**30:.1f} GiB (computed)"]
     if turns:
@@ -110,10 +123,13 @@ class Training:
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(case.seed)
-        implementation, dtype = IMPLEMENTATIONS[case.impl], DTYPES[case.dtype]
+        implementation, dtype = IMPLEMENTATIONS[case.impl], WEIGHT_DTYPES[case.dtype]
+        if dtype is FLOAT8 and not implementation.fused:
+            raise UnavailableError("A weight in float8 has no gradient for torch.optim.SGD.")
         weight_bytes = case.classes * case.dim * dtype.itemsize
         self.cache_bytes = weight_bytes // CACHE_SHARE if implementation.cache else None  # the head's default
-        needed = (2 if implementation.fused else 3) * weight_bytes + (self.cache_bytes or 0)
+        needed = case.classes * case.dim * implementation.state_bytes(dtype) + (self.cache_bytes or 0)
+        needed += (1 if implementation.fused else 2) * weight_bytes
         available = machine.available_bytes(case.device)
         if available is not None and needed > available:
             raise UnavailableError(
@@ -121,14 +137,22 @@ class Training:
                 f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available."
             )
         weight = torch.empty(case.classes, case.dim, dtype=dtype, device=case.device)
-        normal_(weight, case.dim**-0.5)
+        std, self.exponents = case.dim**-0.5, None
+        if dtype is FLOAT8:
+            exponent = float8.initial_exponent(std)
+            self.exponents = torch.full((case.classes,), exponent, dtype=torch.int8, device=case.device)
+            std /= 2.0**exponent
+        normal_(weight, std)
         self.latent = torch.randn(case.batch, case.dim, device=case.device)
-        self.x = torch.empty(case.batch, case.dim, dtype=dtype, device=case.device)
+        of_x = torch.bfloat16 if dtype is FLOAT8 else dtype
+        self.x = torch.empty(case.batch, case.dim, dtype=of_x, device=case.device)
         self.labels = torch.randint(case.classes, (case.batch,), device=case.device)
         problem = Problem(self.x, weight, self.labels, case.scale, case.margin)
         del weight
         if implementation.fused:
-            self.loss, self.optimizer, self.parameter = _fused(problem, self.cache_bytes)
+            self.loss, self.optimizer, self.parameter = _fused(
+                problem, implementation, self.cache_bytes, self.exponents
+            )
             self.transposed = False
         else:
             built = build(implementation.loss, problem)
@@ -140,7 +164,8 @@ class Training:
 
     @property
     def weight(self) -> Tensor:
-        return self.parameter.detach().T if self.transposed else self.parameter.detach()
+        weight = self.parameter.detach().T if self.transposed else self.parameter.detach()
+        return weight if self.exponents is None else float8.values(weight, self.exponents, torch.float32)
 
     def state_bytes(self) -> int:
         state = self.optimizer.state[self.parameter]
@@ -158,7 +183,7 @@ class Training:
 
 
 def _fused(
-    problem: Problem, cache_bytes: int | None
+    problem: Problem, implementation: Implementation, cache_bytes: int | None, exponents: Tensor | None
 ) -> tuple[Callable[[], Tensor], torch.optim.Optimizer, torch.nn.Parameter]:
     from cosface_kernels.functional import margin_softmax_loss
     from cosface_kernels.optim import FusedSGD
@@ -166,7 +191,9 @@ def _fused(
     weight, x = torch.nn.Parameter(problem.weight), problem.embeddings.requires_grad_()
     backend = os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
     options = {"scale": problem.scale, "margin": problem.margin, "backend": backend, "cache_bytes": cache_bytes}
-    optimizer = FusedSGD([weight], lr=LEARNING_RATE, momentum=MOMENTUM)
+    options["weight_exponent"] = exponents
+    momentum = MOMENTUM if implementation.momentum else 0.0
+    optimizer = FusedSGD([weight], lr=LEARNING_RATE, momentum=momentum, state_dtype=implementation.state_dtype)
     return lambda: margin_softmax_loss(x, weight, problem.labels, **options), optimizer, weight
 
 
@@ -198,16 +225,21 @@ class Check:
     def turn(self) -> Accuracy:
         torch.set_num_threads(self.case.threads)
         case = self.case
-        fixed_point = IMPLEMENTATIONS[case.impl].cache and case.dtype != "float64"
+        implementation = IMPLEMENTATIONS[case.impl]
+        fixed_point = implementation.cache and case.dtype != "float64"
         kept = case.scale * CACHE_ROUNDING if fixed_point else 0.0
-        return Accuracy(_error_of_movement(case), _error_of_movement(replace(case, impl="eager+SGD")), kept)
+        if implementation.state_dtype is FLOAT8:
+            kept += torch.finfo(FLOAT8).eps
+        plain = replace(case, impl="eager+SGD", dtype="bfloat16" if case.dtype == "float8_e4m3fn" else case.dtype)
+        return Accuracy(_error_of_movement(case), _error_of_movement(plain), kept)
 
 
 def _error_of_movement(case: Case) -> float:
     training = Training(case)
     start = training.weight.double().clone()
     exact = start.clone().requires_grad_()
-    optimizer = torch.optim.SGD([exact], lr=LEARNING_RATE, momentum=MOMENTUM)
+    momentum = MOMENTUM if IMPLEMENTATIONS[case.impl].momentum else 0.0
+    optimizer = torch.optim.SGD([exact], lr=LEARNING_RATE, momentum=momentum)
     for _ in range(CHECKED_STEPS):
         training.step()
         x = training.x.detach().double()

@@ -55,7 +55,7 @@ class Accuracy(NamedTuple):
 
         Logits have no less than float32's precision, whatever the dtype.
         """
-        eps = torch.finfo(DTYPES[dtype]).eps
+        eps = torch.finfo(getattr(torch, dtype)).eps
         of_logits = scale * min(eps, torch.finfo(torch.float32).eps)
         return 2 * self.plain + FEW_ULP * (eps + of_logits) + self.kept
 

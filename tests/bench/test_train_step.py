@@ -13,6 +13,7 @@ from bench.worker import Case
 
 CASE = Case("fused+FusedSGD", 8, 16, 300, "float32", margin=0.35, scale=64.0, seed=0, threads=1)
 QUICK = [name for name in IMPLEMENTATIONS if name != "compile+SGD"]
+IN_FLOAT8 = [name for name in QUICK if name.startswith("fused+FusedSGD")]
 
 
 def test_command_writes_the_rows_of_step(tmp_path, capsys):
@@ -28,8 +29,13 @@ def test_command_writes_the_rows_of_step(tmp_path, capsys):
     assert "fused+FusedSGD" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("impl", QUICK)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        *((impl, dtype) for impl in QUICK for dtype in ("float32", "bfloat16")),
+        *((impl, "float8_e4m3fn") for impl in IN_FLOAT8),
+    ],
+)
 def test_moves_the_weight_as_float64_does_and_learns(impl, dtype):
     case = Case(impl, 8, 16, 300, dtype, margin=0.35, scale=64.0, seed=0, threads=torch.get_num_threads())
     if impl == "pml+SGD":
