@@ -176,6 +176,7 @@ class Update:
         seed: of the stochastic rounding of a weight or state in bfloat16 or float8.
         gradient_factor: multiplies the gradient; negative to maximize.
         max_row_norm: a row of the gradient, after the factor, that is longer is scaled down to it.
+        weight_norm: the length that each row of the weight is given as it is written; 0 leaves it alone.
         momentum, dampening, nesterov: of "sgd", as in torch.optim.SGD.
         beta1, beta2, eps: of "adamw", as in torch.optim.AdamW.
     """
@@ -193,6 +194,7 @@ class Update:
     beta1: float = 0.0
     beta2: float = 0.0
     eps: float = 0.0
+    weight_norm: float = 0.0
 
     def flat(self) -> tuple[str, int, int, list[float]]:
         """The arguments of an op for it."""

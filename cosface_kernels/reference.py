@@ -271,6 +271,8 @@ def move_rows(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> Non
             means[2] = torch.maximum(means[2], means[1])
         mean, square = means[0] / (1 - update.beta1**update.step), means[-1] / (1 - update.beta2**update.step)
         v = v * (1 - update.lr * update.weight_decay) - update.lr * mean / (square.sqrt() + update.eps)
+    if update.weight_norm:
+        v = v * (update.weight_norm / v.norm(dim=1, keepdim=True).clamp_min(EPS))
     generator = torch.Generator(w.device).manual_seed(hash((update.seed, update.step)) % 2**63)
     for target, exact, of_rows, is_square in zip(tensors, (v, *means), exponents, squares, strict=True):
         if of_rows is not None:

@@ -421,6 +421,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("seed", &cosface::Update::seed)
       .def_readwrite("gradient_factor", &cosface::Update::gradient_factor)
       .def_readwrite("max_row_norm", &cosface::Update::max_row_norm)
+      .def_readwrite("weight_norm", &cosface::Update::weight_norm)
       .def_readwrite("lr", &cosface::Update::lr)
       .def_readwrite("weight_decay", &cosface::Update::weight_decay)
       .def_readwrite("momentum", &cosface::Update::momentum)

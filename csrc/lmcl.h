@@ -132,6 +132,7 @@ struct Update {
   int64_t step;    // 1 for the first
   uint64_t seed;   // of the rounding to bfloat16 and float8, which is stochastic: it keeps the expected value
   double gradient_factor, max_row_norm;
+  double weight_norm = 0;  // length that every row is given as it is written, or 0
   double lr, weight_decay;
   double momentum, dampening;  // SGD
   bool nesterov;

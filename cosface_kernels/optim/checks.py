@@ -54,6 +54,11 @@ def check_exponents(weight: Tensor, exponents: Tensor | None, reader: str | None
 def check_group(group: dict[str, Any]) -> None:
     """The options that both rules have."""
     check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "max_row_norm")})
+    length = group["weight_norm"]
+    if length is not None:
+        _check_number("weight_norm", length)
+        if not 0 < length < math.inf:
+            raise ValueError(f"weight_norm must be None, or positive and finite, got {length}.")
     _check_number("gradient_factor", group["gradient_factor"])
     if not math.isfinite(group["gradient_factor"]):
         raise ValueError(f"gradient_factor must be finite, got {group['gradient_factor']}.")

@@ -66,6 +66,10 @@ class RowOptimizer(Optimizer):
     Options of each group, which may change between steps, for heads alone:
         gradient_factor: multiplies the gradient before anything else: clipping by a norm known beforehand.
         max_row_norm: a row of the gradient that is longer is scaled down to this length.
+        weight_norm: the length that a row of the weight is given as it moves. A gradient is at right angles to its
+            row, so that rows grow longer from step to step, and a step of the same learning rate turns them less
+            and less; with a constant length it turns them as far at the end as at the beginning. None: rows have
+            the lengths that the rule gives them.
 
     Raises:
         TypeError, ValueError: an option is out of its range, or a head's weight is not one; the message shows the
@@ -356,6 +360,7 @@ class RowOptimizer(Optimizer):
                 seed=(self.seed + own_classes(weight).start + WEIGHT_SEEDS * ownership.number) % 2**63,
                 gradient_factor=float(group["gradient_factor"]) * (-1 if group["maximize"] else 1) / loss_scale,
                 max_row_norm=float(group["max_row_norm"]),
+                weight_norm=float(group["weight_norm"] or 0.0),
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 **numbers,

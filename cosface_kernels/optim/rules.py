@@ -17,7 +17,8 @@ class FusedSGD(RowOptimizer):
     Args:
         params: parameters, heads' weights among them, or param groups.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see `RowOptimizer`.
+        gradient_factor, max_row_norm, weight_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see
+            `RowOptimizer`.
 
     >>> from cosface_kernels import FusedCosFaceLoss
     >>> head = FusedCosFaceLoss(num_classes=1000, embedding_size=16)
@@ -44,6 +45,7 @@ class FusedSGD(RowOptimizer):
         maximize: bool = False,
         gradient_factor: float = 1.0,
         max_row_norm: float = math.inf,
+        weight_norm: float | None = None,
         accumulate: bool = False,
         state_dtype: torch.dtype | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -65,6 +67,7 @@ class FusedSGD(RowOptimizer):
             "maximize": maximize,
             "gradient_factor": gradient_factor,
             "max_row_norm": max_row_norm,
+            "weight_norm": weight_norm,
         }
         super().__init__(
             params,
@@ -91,7 +94,8 @@ class FusedAdamW(RowOptimizer):
     Args:
         params: parameters, heads' weights among them, or param groups.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
-        gradient_factor, max_row_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see `RowOptimizer`.
+        gradient_factor, max_row_norm, weight_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see
+            `RowOptimizer`.
     """
 
     rule, of_torch, of_this_rule = "adamw", torch.optim.AdamW, "betas"
@@ -110,6 +114,7 @@ class FusedAdamW(RowOptimizer):
         maximize: bool = False,
         gradient_factor: float = 1.0,
         max_row_norm: float = math.inf,
+        weight_norm: float | None = None,
         accumulate: bool = False,
         state_dtype: torch.dtype | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -127,6 +132,7 @@ class FusedAdamW(RowOptimizer):
             "maximize": maximize,
             "gradient_factor": gradient_factor,
             "max_row_norm": max_row_norm,
+            "weight_norm": weight_norm,
         }
         super().__init__(
             params,

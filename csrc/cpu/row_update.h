@@ -56,6 +56,11 @@ class RowUpdate {
     } else {
       kernels<T>().adamw(g, moved, state[0], state[1], state[2], d_, adamw_);
     }
+    if (update_.weight_norm > 0) {
+      T inv_norm;
+      kernels<T>().inverse_norms(moved, 1, d_, d_, &inv_norm);
+      kernels<T>().times(moved, d_, static_cast<T>(update_.weight_norm) * inv_norm);
+    }
     if (!is<T>(weight_.dtype)) {
       save(moved, {stored, weight_.dtype, update_.weight_exponents}, kWeightTensor, row, false);
     }

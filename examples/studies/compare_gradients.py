@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,11 @@ class Watched(nn.Module):
         return loss
 
 
-def two_optimizers(recipe: Recipe, network: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
+def two_optimizers(
+    recipe: Recipe, network: nn.Module, head: nn.Module, **of_head: Any
+) -> list[torch.optim.Optimizer]:
     options = sgd_options(recipe)
-    return [torch.optim.SGD(network.parameters(), **options), FusedSGD(head.parameters(), **options)]
+    return [torch.optim.SGD(network.parameters(), **options), FusedSGD(head.parameters(), **options, **of_head)]
 
 
 @dataclass(frozen=True)
