@@ -158,9 +158,8 @@ def check_rows(embeddings: Tensor, weight: Tensor) -> None:
         check_tensor(name, tensor)
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got shape {tuple(tensor.shape)}.")
-        if tensor.dtype not in (FLOAT_DTYPES if name == "embeddings" else WEIGHT_DTYPES):
-            more = "" if name == "embeddings" else ", or float8_e4m3fn"
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16{more}, got {tensor.dtype}.")
+        if tensor.dtype not in WEIGHT_DTYPES or (tensor is embeddings and tensor.dtype is FLOAT8):
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}.")
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
             f"embeddings have size {embeddings.shape[1]} but the weight expects embedding_size {weight.shape[1]}."

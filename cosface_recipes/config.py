@@ -35,6 +35,7 @@ FREE_TO_CHANGE = {
     "far",
 }
 PEAKS = {"sgd": 0.1, "adamw": 1e-3}
+DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Config:
     loss_options: tuple[str, ...] = ()  # further settings of the loss, as NAME=VALUE, such as t=0.3
     sample_rate: float = 1.0  # share of the classes in a step, the batch's own among them (Partial FC)
     gradient_tolerance: float = 0.0  # softmax mass that the head's backward may leave out of a sample; 0: exact
+
+    head_dtype: Literal[DTYPES] = "float32"  # of the class centres
+    head_state_dtype: Literal[("", *DTYPES)] = ""  # of their momentum; empty: as they, of float8_e4m3fn bfloat16
 
     epochs: float = 20.0  # passes over the training images
     steps: int = 0  # length of the training in steps, instead of epochs

@@ -67,6 +67,7 @@ def make_optimizers(
         "head_optimizer": of_head(
             head.parameters(),
             lr=head_peak,
+            state_dtype=getattr(torch, config.head_state_dtype) if config.head_state_dtype else None,
             grad_scaler=scaler if scaler.is_enabled() else None,
             seed=config.seed,
             **options,
@@ -143,6 +144,7 @@ class Training:
             sample_rate=config.sample_rate,
             sample_seed=config.seed,
             gradient_tolerance=config.gradient_tolerance,
+            dtype=getattr(torch, config.head_dtype),
             device=self.device,
         )
         self.backbone = DistributedDataParallel(self.network) if dist.is_initialized() else self.network

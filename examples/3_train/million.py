@@ -21,6 +21,7 @@ from cosface_recipes.memory import peak_resident_bytes
 from cosface_recipes.synthetic import MARGIN, SCALE, TEST_SEED, make_network, views
 
 TEST_SAMPLES = 1024
+DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
 
 
 class Training:
@@ -35,7 +36,10 @@ class Training:
             sample_rate=args.sample_rate, sample_seed=args.seed,
             cache_bytes=None if args.cache_mib is None else args.cache_mib << 20,
         )  # fmt: skip
-        self.rows = FusedSGD(self.head.parameters(), lr=args.lr, momentum=args.momentum, seed=args.seed)
+        state_dtype = getattr(torch, args.state_dtype) if args.state_dtype else None
+        self.rows = FusedSGD(
+            self.head.parameters(), lr=args.lr, momentum=args.momentum, state_dtype=state_dtype, seed=args.seed
+        )
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3)
         self.steps = 0
         self.order = torch.empty(0, dtype=torch.int64)
@@ -91,7 +95,8 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--sample-rate", type=float, default=0.01, help="share of the classes in a step")
     parser.add_argument("--lr", type=float, default=2.0, help="of the head")
     parser.add_argument("--momentum", type=float, default=0.0, help="of the head")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the head")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the head")
+    parser.add_argument("--state-dtype", choices=DTYPES, help="of its momentum, if another")
     parser.add_argument(
         "--cache-mib", type=int, help="memory for cosines of forward in backward, in place of the default"
     )

@@ -10,6 +10,7 @@ import torch
 
 import compare_gradients
 import compare_losses
+import compare_precisions
 import trials
 from compare_losses import LOSSES, CenterLoss, SemiHardTripletLoss
 from cosface_recipes.small_training import Recipe
@@ -249,6 +250,26 @@ def test_gradients_within_a_tolerance_train_as_the_exact_one_does(tmp_path, monk
     assert sampled["kept"] == 0.5
     assert abs(sparse["accuracy"] - exact["accuracy"]) < 0.1
     assert min(run["head"] for run in (exact, sparse, sampled)) > 0
+
+
+def test_weights_in_fewer_bits_train(tmp_path, monkeypatch, restore_threads):
+    monkeypatch.setattr(compare_precisions, "run_all", lambda chosen, *_: [trial.run() for trial in chosen])
+    precisions = {name: compare_precisions.PRECISIONS[name] for name in ("float32", "float8")}
+    monkeypatch.setattr(compare_precisions, "PRECISIONS", precisions)
+    rates = []
+    monkeypatch.setattr(compare_precisions, "table", lambda found: rates.append(found) or "")
+    options = ["--seeds", "1", "--epochs", "1", "--identities", "100"]
+    compare_precisions.main([*options, "--results", str(tmp_path / "precisions.json")])
+    exact, coarse = (runs[0] for runs in rates[0].values())
+    assert exact != coarse
+    assert abs(coarse["accuracy"] - exact["accuracy"]) < 0.1
+
+
+def test_table_of_precisions():
+    rates = dict.fromkeys(trials.COLUMNS, 0.5)
+    lines = compare_precisions.table({"float8": [rates, rates], "float32": [{}]}).splitlines()
+    assert lines[2] == f"| float8 |{' 50.0 ± 0.0 |' * 4}"
+    assert lines[3].count("diverged") == 4
 
 
 def test_table_of_gradients():

@@ -30,6 +30,7 @@ OPTIONS = {
     "adamw": {**ADAMW, "sample_rate": 0.6, "ema": 0.9, "clip": 0.5, "schedule": "cosine", "loss": "arcface"},
     "kappaface": {"loss": "kappaface", "loss_options": ("gamma=0.5",)},
     "curricularface": {"loss": "curricularface", "gradient_tolerance": 0.0, "loss_options": ("rate=0.1",)},
+    "float8": {"head_dtype": "float8_e4m3fn", "head_state_dtype": "float8_e4m3fn"},
     "tolerance": {"gradient_tolerance": 1e-3, "schedule": "constant", "amp": "bf16"},
 }
 
