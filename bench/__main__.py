@@ -4,13 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import cuda_kernels, distributed, gpu, kernels, model, sizes, step, topk, train_step
+from bench import cuda_kernels, distributed, gpu, kernels, model, sizes, step, topk, train_step, update
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time and memory, measured fairly.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (step, sizes, train_step, topk, distributed, kernels, model, cuda_kernels, gpu):
+    for command in (step, sizes, train_step, update, topk, distributed, kernels, model, cuda_kernels, gpu):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:
