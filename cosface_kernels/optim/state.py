@@ -21,9 +21,7 @@ def loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, 
                 "the parameters given in another order?"
             )
         if moment.dtype is FLOAT8 and name + OF_STATE not in moments:
-            raise ValueError(
-                f"{name} is in float8, and the state lacks {name}{OF_STATE}, the exponents of its rows."
-            )
+            raise ValueError(f"{name} is in float8, and the state lacks {name}{OF_STATE}, its rows' exponents.")
         if not isinstance(moment, DTensor):
             moments[name] = moment.to(weight.device).contiguous()
     if "step" in saved:
