@@ -13,7 +13,6 @@ from cosface_kernels.distributed import beside, empty_weight, leave_to_its_rank,
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.init import normal_
 from cosface_kernels.margins.base import in_its_dtype
-from cosface_kernels.validation import check_float8
 
 
 class ClassCentres(nn.Module):
@@ -24,7 +23,6 @@ class ClassCentres(nn.Module):
             stores, see `cosface_kernels.float8`; None for any other.
     """
 
-    normalize_weight: bool
     weight: nn.Parameter
     weight_exponent: Tensor | None
 
@@ -66,7 +64,6 @@ class ClassCentres(nn.Module):
         own = own_rows(self.weight)
         dtype = fn(own.new_empty(0)).dtype
         if dtype is FLOAT8:
-            check_float8(dtype, self.normalize_weight)
             if own.dtype is not FLOAT8:
                 self._replace_weight(*float8.quantized(own))
             fn = _without_rounding(fn)

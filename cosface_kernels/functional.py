@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels import ops, optim, sample_weights, sigmoid, stages
-from cosface_kernels.distributed import Exchange, Local, placement
-from cosface_kernels.margins import Margin, SigmoidMargin, defaults, of_each_class
+from cosface_kernels import float8, ops, optim, sample_weights, sigmoid, stages
+from cosface_kernels.distributed import Exchange, Local, own_rows, placement
+from cosface_kernels.margins import SigmoidMargin, defaults, of_each_class
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import compute_dtype
 from cosface_kernels.sampling import ClassSampler
@@ -18,7 +18,7 @@ from cosface_kernels.softmax import Softmax
 from cosface_kernels.stats import LossStats as LossStats
 from cosface_kernels.stats import Sparsity as Sparsity
 from cosface_kernels.validation import (
-    check_float8,
+    check_exponents,
     check_margin,
     check_rows,
     check_stats,
@@ -173,22 +173,21 @@ def margin_softmax_loss(
     settings = stages.Settings(
         of_each_class(margin), reduction, ignore_index, validate_labels, backend, gradient_tolerance,
         normalize_embeddings, normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
-        label_smoothing, entropy, subcenters,
+        label_smoothing, entropy, subcenters, None if weight_exponent is None else own_rows(weight_exponent),
     )  # fmt: skip
     weights = sample_weight, class_weight, indices_tuple
     facts = partial(stages.facts, settings, weight, labels, scale, weights, return_stats)
     with ranks.agreement(facts, embeddings, sample_weight):
         check_stats(return_stats, entropy)
         stages.check(settings, ranks, embeddings, weight, labels, scale)
-        reads_weight = isinstance(settings.margin, Margin) and settings.margin.reads_weight
-        check_float8(weight.dtype, normalize_weight)
-        optim.check_exponents(weight, weight_exponent, type(settings.margin).__name__ if reads_weight else None)
+        check_exponents(weight, weight_exponent, normalize_weight)
+        optim.check_gradient(weight, weight_exponent)
         if class_weight is not None:
             sample_weights.check_class_weight(class_weight, settings.classes_of(ranks.num_classes))
         sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
-        options = stages.op_options(settings, labels, differentiable, weight_exponent)
+        options = stages.op_options(settings, labels, differentiable)
         if not (return_stats or sample_weight is not None or isinstance(scale, Tensor)):
             loss = stages.in_one_call(settings, options, embeddings, weight, labels, scale, validate)
             if loss is not None:
@@ -245,6 +244,7 @@ def cosine_logits(
     scale: float | Tensor = 1.0,
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
+    weight_exponent: Tensor | None = None,
 ) -> Tensor:
     """s cos_ij without a margin, for inference over known classes; differentiable.
 
@@ -253,6 +253,7 @@ def cosine_logits(
     Args:
         embeddings: (N, D); weight: (C, D); scale: a number or a 0-d tensor.
         normalize_embeddings, normalize_weight: if not, s |x_i| cos_ij, s |w_j| cos_ij, or s <x_i, w_j>.
+        weight_exponent: (C,) of a weight in float8, which without normalize_weight is needed.
 
     Returns:
         (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
@@ -261,6 +262,7 @@ def cosine_logits(
         ValueError: a shape does not fit, or the scale is not one number; the message shows it.
     """
     check_rows(embeddings, weight)
+    check_exponents(weight, weight_exponent, normalize_weight)
     if isinstance(scale, Tensor) and scale.dim():
         raise ValueError(f"scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
     if getattr(weight, optim.MARK, False):
@@ -271,4 +273,8 @@ def cosine_logits(
         x = embeddings.to(dtype)  # (N, D)
         x = scale * (F.normalize(x) if normalize_embeddings else x)
         chunks = (w.to(dtype) for w in torch.split(weight, LOGITS_CHUNK))
-        return torch.cat([x @ (F.normalize(w) if normalize_weight else w).T for w in chunks], dim=1)  # (N, C)
+        logits = torch.cat([x @ (F.normalize(w) if normalize_weight else w).T for w in chunks], dim=1)  # (N, C)
+    if normalize_weight or weight_exponent is None:
+        return logits
+    exponents = weight_exponent.full_tensor() if isinstance(weight_exponent, DTensor) else weight_exponent
+    return logits * float8.units(exponents, dtype).T

@@ -29,7 +29,6 @@ from cosface_kernels.validation import (
     check_cache,
     check_dtype,
     check_flag,
-    check_float8,
     check_integer,
     check_interval,
     check_margin,
@@ -163,7 +162,6 @@ class FusedMarginLoss(ClassCentres):
         check_integer("ignore_index", ignore_index)
         check_flag("validate_labels", validate_labels)
         check_dtype(dtype)
-        check_float8(dtype, self.normalize_weight)
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_use(margin, label_smoothing, gradient_tolerance)
@@ -405,6 +403,7 @@ class FusedMarginLoss(ClassCentres):
             scale=self.scale,
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
+            weight_exponent=self.weight_exponent,
         )
         return logits if self.subcenters == 1 else logits.unflatten(1, (-1, self.subcenters)).max(2).values
 
@@ -425,6 +424,7 @@ class FusedMarginLoss(ClassCentres):
             normalize_embeddings=self.normalize_embeddings,
             normalize_weight=self.normalize_weight,
             backend=self.backend,
+            weight_exponent=self.weight_exponent,
         )
         return find(k) if self.subcenters == 1 else nearest_of_classes(find, k, self.num_classes, self.subcenters)
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name
-from cosface_kernels.distributed import placement
+from cosface_kernels.distributed import own_rows, placement
 from cosface_kernels.reference import EPS
-from cosface_kernels.validation import check_flag, check_integer, check_rows
+from cosface_kernels.validation import check_exponents, check_flag, check_integer, check_rows
 
 
 class NearestClasses(NamedTuple):
@@ -32,6 +32,7 @@ def nearest_classes(
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
     backend: str | None = None,
+    weight_exponent: Tensor | None = None,
 ) -> NearestClasses:
     """The k classes whose centres have the largest cosines with each embedding, or the images of a gallery.
 
@@ -46,6 +47,7 @@ def nearest_classes(
         normalize_embeddings, normalize_weight: if not, |x_i| cos_ij, |w_j| cos_ij or <x_i, w_j> take the place
             of cos_ij.
         backend: name of a backend, or None for the first that takes these tensors.
+        weight_exponent: (C,) of a weight in float8, which without normalize_weight is needed.
 
     Raises:
         ValueError: a shape or k does not fit; the message shows it.
@@ -58,6 +60,7 @@ def nearest_classes(
     ranks = placement(weight)
     with ranks.agreement(lambda: {"k": k, "normalization": (normalize_embeddings, normalize_weight)}, embeddings):
         check_rows(embeddings, weight)
+        check_exponents(weight, weight_exponent, normalize_weight)
         check_name(backend)
         check_flag("normalize_embeddings", normalize_embeddings)
         check_flag("normalize_weight", normalize_weight)
@@ -68,7 +71,8 @@ def nearest_classes(
             optim.note_use(weight)
     x = ranks.gather(embeddings)
     most = min(int(k), len(ranks.classes))
-    cosines, classes = ops.nearest(x, ranks.weight, most, normalize_weight, backend)
+    exponents = None if weight_exponent is None else own_rows(weight_exponent)
+    cosines, classes = ops.nearest(x, ranks.weight, most, normalize_weight, backend, exponents)
     cosines, classes = ranks.keep_nearest(cosines, classes, int(k))
     if not normalize_embeddings:
         cosines = cosines * embeddings.to(cosines.dtype).norm(dim=1, keepdim=True).clamp_min(EPS)

@@ -154,16 +154,19 @@ def _(x, w, targets, scale, margin, backend, options):  # type: ignore[no-untype
 
 
 @Op
-def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+def nearest(
+    x: Tensor, w: Tensor, k: int, normalize_weight: bool, backend: str | None, exponents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cosines and classes, (N, k) each, as `cosface_kernels.reference.nearest` defines them."""
     refuse_forward_mode()
     if not w.shape[0]:  # a rank that owns no class
         return x.new_empty(x.shape[0], 0, dtype=compute_dtype(x, w)), x.new_empty(x.shape[0], 0, dtype=torch.int64)
-    return select(backend, x, w, Options(normalize_weight=normalize_weight)).nearest(x, w, k, normalize_weight)
+    options = Options(normalize_weight=normalize_weight, exponents=exponents)
+    return select(backend, x, w, options).nearest(x, w, k, options)
 
 
 @nearest.registered.register_fake
-def _(x, w, k, normalize_weight, backend):  # type: ignore[no-untyped-def]
+def _(x, w, k, normalize_weight, backend, exponents=None):  # type: ignore[no-untyped-def]
     shape = (x.shape[0], k)
     return x.new_empty(shape, dtype=compute_dtype(x, w)), x.new_empty(shape, dtype=torch.int64)
 

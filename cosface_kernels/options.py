@@ -69,7 +69,8 @@ class Options:
         polynomials: (2, 5), of "cross_entropy" alone: coefficients of 1, c, c^2, c^3 and c^4 in N(c), and in the
             slope that backward takes for it, which need not be N's own. Without a gradient.
         exponents: (C,) int8, of a weight in float8: row j is 2^e_j times what is stored; see
-            `cosface_kernels.float8`. Cosines do not depend on them. An update changes them.
+            `cosface_kernels.float8`. Cosines do not depend on them, but <x_i, w_j> does where normalize_weight is
+            False. An update changes them.
         updates: backward moves the rows of the weight by an `Update` and returns no dw.
     """
 

@@ -125,7 +125,7 @@ def backward(
 
     Returns:
         dx (N, D) and dw (C, D) in the dtype of x and w, and dscale (N,), the part of ds that flows through lse.
-        For w in float8, dw is the gradient of what is stored, in the dtype of the results.
+        For w in float8, all of whose rows have the exponent 0 here, dw is in the dtype of the results.
     """
     dtype = compute_dtype(x, w)
     g_cos = torch.atleast_2d(g_cos)  # (1 or 2, N)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosface_kernels import ops, optim
+from cosface_kernels import float8, ops, optim
 from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
-from cosface_kernels.distributed import Exchange, Local, own_rows
+from cosface_kernels.distributed import Exchange, Local
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.margins import ClassMargin, Margin, Rows, SigmoidMargin, Smoothing
 from cosface_kernels.margins.base import check_use
 from cosface_kernels.options import Options
@@ -59,6 +60,7 @@ class Settings(NamedTuple):
     label_smoothing: float = 0.0
     entropy: bool = False
     subcenters: int = 1
+    exponents: Tensor | None = None  # (C_r,) of a weight in float8
 
     @property
     def subtracted(self) -> float:
@@ -196,12 +198,14 @@ def check(
     if isinstance(scale, Tensor) and scale.dim():
         check_per_sample("scale", scale, labels if labels.dim() == 1 else labels[:, 0])
     margin = settings.margin
+    if weight.dtype is FLOAT8 and isinstance(margin, Margin) and margin.reads_weight:
+        raise ValueError(
+            f"{type(margin).__name__} computes with the weight: its dtype must be another, got {weight.dtype}."
+        )
     check_use(margin, settings.label_smoothing, settings.gradient_tolerance, labels.dim(), settings.entropy)
 
 
-def op_options(
-    settings: Settings, labels: Tensor, differentiable: bool, exponents: Tensor | None
-) -> dict[str, Any]:
+def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:
     """Fields of `Options`: what is for backward only where there may be one.
 
     Raises:
@@ -214,7 +218,7 @@ def op_options(
         "workspace_bytes": int(settings.workspace_bytes),
         "moments": moments,
         "subcenters": int(settings.subcenters),
-        "exponents": None if exponents is None else own_rows(exponents),
+        "exponents": settings.exponents,
     }
     if differentiable:
         options["cache_bytes"] = None if settings.cache_bytes is None else int(settings.cache_bytes)
@@ -348,8 +352,13 @@ def target_cosines(settings: Settings, own: OwnClasses) -> Tensor:
     dtype, has_target = compute_dtype(x, w), targets >= 0  # (N,)
     if not len(w):  # a rank that owns no class
         return x.new_zeros(len(x), dtype=dtype)
-    rows = w.unflatten(0, (-1, settings.subcenters))[targets.clamp_min(0)].to(dtype)  # (N, K, D)
-    rows = F.normalize(rows, dim=2) if settings.normalize_weight else rows
+    chosen = targets.clamp_min(0)
+    rows = w.unflatten(0, (-1, settings.subcenters))[chosen].to(dtype)  # (N, K, D)
+    if settings.normalize_weight:
+        rows = F.normalize(rows, dim=2)
+    elif settings.exponents is not None:
+        units = float8.units(settings.exponents, dtype).unflatten(0, (-1, settings.subcenters))  # (C, K, 1)
+        rows = rows * units[chosen]
     return torch.where(has_target, (F.normalize(x.to(dtype))[:, None] * rows).sum(2).amax(1), 0)
 
 
@@ -457,7 +466,7 @@ def top_k_accuracy(settings: Settings, ranks: Local | Exchange, batch: Batch, la
     most = min(k + 1, settings.classes_of(ranks.num_classes))
     rows = min(most * settings.subcenters, len(ranks.classes))
     cosines, classes = ops.nearest(
-        batch.embeddings, ranks.weight, rows, settings.normalize_weight, settings.backend
+        batch.embeddings, ranks.weight, rows, settings.normalize_weight, settings.backend, settings.exponents
     )
     if settings.subcenters > 1:
         cosines, classes = first_of_each_class(cosines, classes, settings.subcenters, most)

@@ -111,7 +111,10 @@ def dominant(
         for x, y in zip(*blocks, strict=True):
             dtype = compute_dtype(x, weight)
             w = centres[y].to(dtype)  # (samples, K, D)
-            w = F.normalize(w, dim=2) if normalize_weight else w
+            if normalize_weight:
+                w = F.normalize(w, dim=2)
+            elif exponents is not None:
+                w = w * float8.units(exponents, dtype).unflatten(0, (-1, subcenters))[y]
             rows.append(y * subcenters + (w @ x.to(dtype)[..., None])[..., 0].argmax(1))
         if rows:
             wins = torch.bincount(torch.cat(rows), minlength=len(weight)).view(-1, subcenters)  # (C, K)

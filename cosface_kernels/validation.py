@@ -79,11 +79,20 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype!r}.")
 
 
-def check_float8(dtype: torch.dtype | None, normalize_weight: bool) -> None:
-    if dtype is FLOAT8 and not normalize_weight:
+def check_exponents(weight: Tensor, exponents: Tensor | None, normalize_weight: bool) -> None:
+    """Of a weight in float8: needed where the length of its rows counts."""
+    if exponents is None:
+        if weight.dtype is FLOAT8 and not normalize_weight:
+            raise ValueError(
+                "weight_exponent must be given with a weight in float8 that is not normalised, got None."
+            )
+        return
+    fits = exponents.shape == weight.shape[:1] and exponents.dtype == torch.int8
+    if weight.dtype is not FLOAT8 or not fits or exponents.device != weight.device:
         raise ValueError(
-            f"a weight in float8 must be normalised, since each of its rows has a scale of its own: dtype must be "
-            f"another where <x, w> is taken as it is, got {dtype}."
+            f"weight_exponent must be int8 of shape {(len(weight),)} on {weight.device}, beside a weight in "
+            f"float8_e4m3fn, got {exponents.dtype} of shape {tuple(exponents.shape)} on {exponents.device} beside "
+            f"one in {weight.dtype}."
         )
 
 

@@ -53,6 +53,7 @@ struct Options {
   std::optional<Tensor> g_moments;
   int64_t subcenters;
   cosface::Sigmoids sigmoid;
+  std::optional<Tensor> exponents;
 
   cosface::Options raw() const {
     cosface::Options options{.normalize_weight = normalize_weight, .gradient_tolerance = gradient_tolerance};
@@ -65,6 +66,7 @@ struct Options {
     }
     options.exact_cosines = exact_cosines;
     options.subcenters = subcenters;
+    if (exponents) options.exponents = exponents->const_data_ptr<int8_t>();
     return options;
   }
 
@@ -78,6 +80,7 @@ struct Options {
     TORCH_CHECK_VALUE(subcenters == 1 || gradient_tolerance == 0,
                       "sub-centres cannot have a gradient_tolerance, got ", gradient_tolerance,
                       " with subcenters ", subcenters, ".");
+    if (exponents) cosface::check_exponents(*exponents, w);
     sigmoid.check(x.device(), thresholds || moments || g_moments || gradient_tolerance != 0);
     return cosface::Inputs{x, w, y, s, classes, thresholds, negatives, moments, subcenters}.checked();
   }
@@ -272,15 +275,18 @@ std::array<Tensor, 2> loss_backward(const Tensor& x, const Tensor& w, const Tens
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight) {
+std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight,
+                                   const std::optional<Tensor>& exponents) {
   const Tensor none = at::full({x.size(0)}, -1, x.options().dtype(at::kLong)), s = at::ones_like(none);
   const std::optional<Tensor> absent;
   const Arguments<T> arguments(cosface::Inputs{x, w, none, s, absent, absent, absent}.checked());
   TORCH_CHECK_VALUE(k >= 1 && k <= w.size(0), "k must be in [1, ", w.size(0), "], got ", k, ".");
   Tensor cos = at::empty({x.size(0), k}, arguments.x.options());
   Tensor classes = at::empty({x.size(0), k}, none.options());
-  cosface::nearest_classes<T>(arguments.batch(), arguments.weight(), {.normalize_weight = normalize_weight}, k,
-                              runtime(), cos.mutable_data_ptr<T>(), classes.mutable_data_ptr<int64_t>());
+  cosface::Options options{.normalize_weight = normalize_weight};
+  if (exponents) options.exponents = cosface::check_exponents(*exponents, w).const_data_ptr<int8_t>();
+  cosface::nearest_classes<T>(arguments.batch(), arguments.weight(), options, k, runtime(),
+                              cos.mutable_data_ptr<T>(), classes.mutable_data_ptr<int64_t>());
   return {cos, classes};
 }
 
@@ -341,7 +347,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache, int64_t entry_bytes,
                        bool exact_cosines, bool normalize_weight, std::optional<Tensor> thresholds,
                        std::optional<Tensor> negatives, bool moments, std::optional<Tensor> g_moments,
-                       int64_t subcenters, std::optional<std::string> sigmoid, std::optional<Tensor> polynomials) {
+                       int64_t subcenters, std::optional<std::string> sigmoid, std::optional<Tensor> polynomials,
+                       std::optional<Tensor> exponents) {
              return Options{cosface::contiguous(classes),
                             gradient_tolerance,
                             std::move(cache),
@@ -353,12 +360,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                             moments,
                             std::move(g_moments),
                             subcenters,
-                            {std::move(sigmoid), std::move(polynomials)}};
+                            {std::move(sigmoid), std::move(polynomials)},
+                            std::move(exponents)};
            }),
            py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
            py::arg("entry_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"), py::arg("thresholds"),
            py::arg("negatives"), py::arg("moments"), py::arg("g_moments"), py::arg("subcenters"),
-           py::arg("sigmoid"), py::arg("polynomials"));
+           py::arg("sigmoid"), py::arg("polynomials"), py::arg("exponents"));
   m.def(
       "lmcl_forward",
       [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
@@ -386,8 +394,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       no_gil);
   m.def(
       "nearest",
-      [](const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight) {
-        return (cosface::in_double(x, w) ? nearest<double> : nearest<float>)(x, w, k, normalize_weight);
+      [](const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight,
+         const std::optional<Tensor>& exponents) {
+        return (cosface::in_double(x, w) ? nearest<double> : nearest<float>)(x, w, k, normalize_weight, exponents);
       },
       no_gil);
   py::class_<Rule>(m, "Rule").def(py::init<double, double, int64_t, bool, std::string>(), py::kw_only(),

@@ -75,11 +75,12 @@ struct Weight {
 
 // What the op may be asked for beyond plain LMCL, as in cosface_kernels/options.py.
 struct Options {
-  const int64_t* classes = nullptr;  // (S) ascending: class j is row classes[j] of the weight; null: all rows
-  int64_t count = 0;                 // S
-  int64_t subcenters = 1;            // K, of which the rows, chosen or all, are a multiple
-  bool normalize_weight = true;      // if not, <x_i, w_j> / |x_i| takes the place of cos_ij
-  double gradient_tolerance = 0;     // mass of the softmax that backward may leave out of every sample
+  const int64_t* classes = nullptr;   // (S) ascending: class j is row classes[j] of the weight; null: all rows
+  int64_t count = 0;                  // S
+  int64_t subcenters = 1;             // K, of which the rows, chosen or all, are a multiple
+  bool normalize_weight = true;       // if not, <x_i, w_j> / |x_i| takes the place of cos_ij
+  const int8_t* exponents = nullptr;  // (C), of a weight in float8 that is not normalised
+  double gradient_tolerance = 0;      // mass of the softmax that backward may leave out of every sample
   // What forward leaves for backward, aligned to 64 bytes: with a tolerance the entries that matter, or nothing if
   // they do not fit or are too many; and cosines of as many tiles as fit, which an exact backward does not compute
   // again.

@@ -72,6 +72,14 @@ inline const at::Tensor& fitting(const char* name, const at::Tensor& tensor, at:
   return fitting(name, tensor, shape, device);
 }
 
+// Those of the rows of w, in float8.
+inline const at::Tensor& check_exponents(const at::Tensor& exponents, const at::Tensor& w) {
+  fitting("exponents", exponents, {w.size(0)}, w.device(), at::kChar);
+  TORCH_CHECK_VALUE(exponents.is_contiguous(), "exponents must be contiguous to be moved in place, got strides ",
+                    exponents.strides(), ".");
+  return exponents;
+}
+
 // Bytes that kernels may see as numbers.
 inline void check_cache(const at::Tensor& cache, at::Device device) {
   fitting("cache", cache, {cache.numel()}, device, at::kByte);
@@ -203,10 +211,7 @@ inline Update bound(Update update, const at::Tensor& w, const std::vector<at::Te
     if (dtype != DType::kFloat8) return nullptr;
     TORCH_CHECK_VALUE(next < state.size(), name, " in float8 needs exponents of its rows, got ",
                       state.size() - count, " tensors of some.");
-    const at::Tensor& given = fitting("exponents", state[next++], {w.size(0)}, w.device(), at::kChar);
-    TORCH_CHECK_VALUE(given.is_contiguous(), "exponents must be contiguous to be changed in place, got strides ",
-                      given.strides(), ".");
-    return given.mutable_data_ptr<int8_t>();
+    return check_exponents(state[next++], w).mutable_data_ptr<int8_t>();
   };
   const DType of_weight = movable("w", allocated("w", w));
   update.weight = w.mutable_data_ptr();

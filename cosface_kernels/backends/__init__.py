@@ -15,7 +15,7 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
         -> `reference.sigmoid_sums`, (2, N), and backward's dx, dw and dscale by the gradients g of its first row
         and g_cos of the targets' cosines, in one pass; zeros for a row whose gradients are 0. Only where
         `unsupported` takes options.sigmoid, with which backward and backward_update_ take an empty cache
-    nearest(x, w, k, normalize_weight)
+    nearest(x, w, k, options)
         -> cosines and classes, (N, k) each, as `reference.nearest` defines them
     backward_update_(..., state=..., finite=..., update=..., options=..., need_dx=...), the same tensors
         -> dx, dscale; w and the optimizer's state move, unless the 0-d `finite` is there and false. Only where
@@ -57,7 +57,7 @@ class Backend(Protocol):
         self, *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
-    def nearest(self, x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]: ...
+    def nearest(self, x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]: ...
 
 
 class UpdatingBackend(Backend, Protocol):

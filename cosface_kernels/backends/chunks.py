@@ -4,14 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosface_kernels import float8
 from cosface_kernels.backends import contract
-from cosface_kernels.options import WORKSPACE_BYTES
+from cosface_kernels.options import WORKSPACE_BYTES, Options
 from cosface_kernels.reference import EPS, compute_dtype
 
 ENTRY_BYTES = 32  # that a cosine of a chunk takes at most: itself, its order and what topk makes of that
 
 
-def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
     """As `reference.nearest`."""
     contract.check_rows(x, w)
     dtype = compute_dtype(x, w)
@@ -20,7 +21,12 @@ def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tenso
         best, classes = unit.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         first = 0
         for rows in w.split(max(1, WORKSPACE_BYTES // (ENTRY_BYTES * max(len(x), 1)))):
-            cosines = unit @ (F.normalize(rows.to(dtype), eps=EPS) if normalize_weight else rows.to(dtype)).T
+            rows = rows.to(dtype)
+            if options.normalize_weight:
+                rows = F.normalize(rows, eps=EPS)
+            elif options.exponents is not None:
+                rows = rows * float8.units(options.exponents[first : first + len(rows)], dtype)
+            cosines = unit @ rows.T
             found, places = largest(cosines, min(k, len(rows)))
             best, classes = torch.cat([best, found], 1), torch.cat([classes, places + first], 1)
             best, order = largest(best, min(k, best.shape[1]))  # those before have lower classes

@@ -49,6 +49,8 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     check_sigmoid(options)
     if options.polynomials is not None:
         _check_one("polynomials", options.polynomials, (2, 5), x.device)
+    if options.exponents is not None:
+        _check_one("exponents", options.exponents, (len(w),), x.device, torch.int8)
     if options.classes is not None:
         _check_one("classes", options.classes, (options.classes.numel(),), x.device, torch.int64)
         if x.device.type == "cpu":

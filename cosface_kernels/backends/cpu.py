@@ -109,8 +109,8 @@ def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) ->
     return _Loss.apply(x, w, labels, _C.Rule(**rule), options)  # type: ignore[no-untyped-call]
 
 
-def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]:
-    return _C.nearest(x, w, k, normalize_weight)
+def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
+    return _C.nearest(x, w, k, options.normalize_weight, options.exponents)
 
 
 def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,6 +135,7 @@ def _kernel_options(options: Options, x: Tensor, w: Tensor, cache: Tensor) -> An
         subcenters=options.subcenters,
         sigmoid=options.sigmoid,
         polynomials=options.polynomials,
+        exponents=options.exponents,
     )
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from cosface_kernels import reference
+from cosface_kernels import float8, reference
 from cosface_kernels.backends import contract
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Options, Update, empty_cache
 
 OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
@@ -42,10 +43,13 @@ def forward(
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of w in float8, dw is the gradient of what is stored."""
     x, w, *per_row, _ = tensors
     contract.check(x, w, options, *per_row)
     with torch.autocast(x.device.type, enabled=False):
         dx, dw, dscale = reference.backward(x, _rows(w, options), *per_row, options=options)
+        if _are_scaled(w, options):
+            dw = dw * _units(w, options)
     return dx if need_dx else dx.new_empty(0), dw if need_dw else dw.new_empty(0), dscale
 
 
@@ -84,11 +88,23 @@ def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) ->
     reference.move_rows(w, dw, state, update)
 
 
-def nearest(x: Tensor, w: Tensor, k: int, normalize_weight: bool) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
     contract.check_rows(x, w)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.nearest(x, w, k, normalize_weight)
+        return reference.nearest(x, _rows(w, options), k, options.normalize_weight)
 
 
 def _rows(w: Tensor, options: Options) -> Tensor:
-    return w if options.classes is None else w[options.classes]
+    """Those that take part; of float8 what they stand for, where their length counts."""
+    rows = w if options.classes is None else w[options.classes]
+    return rows.float() * _units(w, options) if _are_scaled(w, options) else rows
+
+
+def _are_scaled(w: Tensor, options: Options) -> bool:
+    return w.dtype is FLOAT8 and not options.normalize_weight and options.exponents is not None
+
+
+def _units(w: Tensor, options: Options) -> Tensor:
+    assert options.exponents is not None
+    exponents = options.exponents if options.classes is None else options.exponents[options.classes]
+    return float8.units(exponents, torch.float32)  # (S, 1)

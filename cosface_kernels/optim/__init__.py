@@ -24,7 +24,7 @@ raises on every rank if a step has ended on some of them alone.
 """
 
 from cosface_kernels.optim.autograd import lmcl, sigmoid
-from cosface_kernels.optim.checks import MOVABLE, check_exponents
+from cosface_kernels.optim.checks import MOVABLE, check_gradient
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient
 from cosface_kernels.optim.ownership import (
     IDLE,
@@ -65,7 +65,7 @@ __all__ = [
     "Ownership",
     "RowOptimizer",
     "check_between_steps",
-    "check_exponents",
+    "check_gradient",
     "lmcl",
     "note_loaded",
     "note_use",

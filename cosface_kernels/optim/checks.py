@@ -25,27 +25,15 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError(f"A weight must be contiguous to be moved in place, got strides {rows.stride()}.")
 
 
-def check_exponents(weight: Tensor, exponents: Tensor | None, reader: str | None) -> None:
-    """Of a weight in float8, which has no gradient but one that moves its rows at once.
-
-    reader: what else in the loss reads the weight.
-    """
-    if exponents is not None:
-        fits = exponents.shape == weight.shape[:1] and exponents.dtype == torch.int8
-        if weight.dtype is not FLOAT8 or not fits or exponents.device != weight.device:
-            raise ValueError(
-                f"weight_exponent must be int8 of shape {(len(weight),)} on {weight.device}, beside a weight in "
-                f"float8_e4m3fn, got {exponents.dtype} of shape {tuple(exponents.shape)} on {exponents.device} "
-                f"beside one in {weight.dtype}."
-            )
+def check_gradient(weight: Tensor, exponents: Tensor | None) -> None:
+    """Of a weight in float8, which has no gradient but one that moves its rows at once."""
     if weight.dtype is not FLOAT8 or not (weight.requires_grad and torch.is_grad_enabled()):
         return
-    if reader is not None or owner_of(weight) is None:
-        needed = f", which {reader} would need" if reader else ""
+    if owner_of(weight) is None:
         raise RuntimeError(
-            f"A weight in float8, of shape {tuple(weight.shape)} here, has no gradient of its own{needed}: its "
-            "rows move inside backward. Give it to a FusedSGD or FusedAdamW of cosface_kernels without "
-            "accumulate=True, or call requires_grad_(False)."
+            f"A weight in float8, of shape {tuple(weight.shape)} here, has no gradient of its own: its rows move "
+            "inside backward. Give it to a FusedSGD or FusedAdamW of cosface_kernels without accumulate=True, "
+            "which must stay alive, or call requires_grad_(False)."
         )
     if exponents is None:
         raise ValueError("weight_exponent must be given with a weight in float8 whose rows move, got None.")

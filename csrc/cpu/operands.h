@@ -131,6 +131,7 @@ class ClassRows {
         weight_(weight),
         chosen_(options.classes),
         normalize_(options.normalize_weight),
+        exponents_(options.exponents),
         d_(x.d),
         width_(x.width),
         in_place_(chosen_ == nullptr && is<Operand>(weight.dtype) && width_ == d_),
@@ -154,7 +155,7 @@ class ClassRows {
       stride = width_;
     }
     if (!normalize_) {
-      std::fill_n(static_cast<T*>(inv_norm), classes, T(1));
+      for (int64_t j = 0; j < classes; ++j) inv_norm[j] = std::ldexp(T(1), exponent(first + j));
     } else if constexpr (kSame) {
       kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
     } else {
@@ -202,6 +203,8 @@ class ClassRows {
   static const Products<T, Operand>& table() { return products<T, Operand>(); }
   static int64_t panel_stride(int64_t classes) { return Embeddings<T, Operand>::padded(classes) * table().panel; }
 
+  int exponent(int64_t j) const { return exponents_ ? exponents_[chosen_ ? chosen_[j] : j] : 0; }
+
   void fetch(const char* source, Operand* to) const {
     if constexpr (kSame) {
       kernels<T>().load(source, weight_.dtype, d_, to);
@@ -217,6 +220,7 @@ class ClassRows {
   const Weight& weight_;
   const int64_t* const chosen_;
   const bool normalize_;
+  const int8_t* const exponents_;
   const int64_t d_, width_;
   const bool in_place_;
   Buffer<Operand> copy_;

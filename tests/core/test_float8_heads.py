@@ -19,7 +19,6 @@ from cosface_kernels import (
     convert,
     cosface_loss,
     float8,
-    margins,
 )
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.functional import margin_softmax_loss
@@ -71,7 +70,7 @@ def test_dtype_of_others_is_refused():
         FusedCosFaceLoss(C, D, dtype=torch.float8_e5m2)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("softmax", "l_softmax")])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "l_softmax"])
 def test_every_loss_is_that_of_the_same_rows_in_float32(name):
     """And the embeddings' gradient, in training."""
     x, w, labels = formula_problem("random")
@@ -144,6 +143,13 @@ def test_sampled_classes_alone_move():
     moved = (_rows(head) != before).any(1)
     assert bool(moved[labels].all())
     assert moved.sum() <= 34
+
+
+@pytest.mark.parametrize("rule", [FusedSGD, FusedAdamW])
+def test_rows_keep_their_length(rule):
+    """Within a step of the format, of which each is rounded from the length itself."""
+    head = _trained(4, rule, weight_norm=0.25)[0]
+    torch.testing.assert_close(_rows(head).norm(dim=1), torch.full((C,), 0.25).double(), rtol=0.05, atol=0)
 
 
 # -- other dtypes, copies and files ------------------------------------------------------------------------------
@@ -361,28 +367,44 @@ def test_what_needs_the_whole_gradient_is_refused_before_a_row_moves():
     loss = head(*_batch()) + head.weight.float().square().sum()
     with pytest.raises(RuntimeError, match=r"has no gradient as a whole|another loss came after it"):
         loss.backward()
-    head = FusedMarginLoss(C, D, _ReadsWeight(), dtype=FLOAT8)
-    optimizer.add_param_group({"params": head.parameters()})
-    with pytest.raises(RuntimeError, match="no gradient of its own, which _ReadsWeight would need"):
-        head(*_batch())
+    del optimizer
 
 
-class _ReadsWeight(margins.Margin):
-    reads_weight = True
+def test_margins_that_compute_with_the_weight_are_refused():
+    head = FusedLSoftmaxLoss(C, D, dtype=FLOAT8)
+    for each in (head, head.eval()):
+        with pytest.raises(ValueError, match=r"LSoftmaxMargin computes with the weight: .* got torch\.float8"):
+            each(*_batch())
 
-    def forward(self, cos, rows=None):
-        return cos - rows.weight[rows.targets].float().norm(dim=1)
 
-
-@pytest.mark.parametrize("kind", [FusedSoftmaxLoss, FusedLSoftmaxLoss])
-def test_rows_whose_length_counts_are_refused(kind):
-    with pytest.raises(ValueError, match="a weight in float8 must be normalised"):
-        kind(C, D, dtype=FLOAT8)
-    head = kind(C, D)
-    with pytest.raises(ValueError, match="a weight in float8 must be normalised"):
-        head.to(FLOAT8)
-    with pytest.raises(ValueError, match="a weight in float8 must be normalised"):
-        margin_softmax_loss(*_batch()[:1], _head().weight, _batch()[1], margin=0.0, normalize_weight=False)
+@pytest.mark.parametrize("of_backend", ["cpu", "reference"])
+def test_rows_whose_length_counts_have_it(of_backend):
+    """Loss, gradients, logits, nearest classes and a step of plain softmax: those of the same rows in float32."""
+    torch.manual_seed(0)
+    head = FusedSoftmaxLoss(C, D, dtype=FLOAT8, backend=of_backend, init_std=0.3)
+    head.weight_exponent += torch.randint(-3, 3, (C,), dtype=torch.int8)
+    other = copy.deepcopy(head).float()
+    assert torch.equal(other.weight.double(), _rows(head))
+    x, labels = _batch()
+    assert torch.equal(head.get_logits(x), other.get_logits(x))
+    for got, want in zip(head.topk(x, 5), other.topk(x, 5), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    results = []
+    for each in (head, other):
+        optimizer = FusedSGD(each.parameters(), lr=0.1)
+        leaf = x.clone().requires_grad_()
+        loss, stats = each(leaf, labels, return_stats=3)
+        loss.backward()
+        optimizer.step()
+        results.append((loss.detach(), *stats[:4], stats.top_k_accuracy, leaf.grad))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    largest = other.weight.detach().abs().amax(1, keepdim=True)
+    off = (_rows(head) - other.weight.detach()).abs()
+    assert bool((off <= 0.13 * other.weight.detach().abs() + 2e-5 * largest).all())
+    assert bool((off > 0).any())
+    with pytest.raises(ValueError, match="weight_exponent must be given with a weight in float8 that is not"):
+        margin_softmax_loss(x, head.weight.detach(), labels, margin=0.0, normalize_weight=False)
 
 
 def test_the_functional_form_asks_for_exponents():

@@ -22,6 +22,7 @@ from cosface_kernels import (
 )
 from cosface_kernels.backends import chunks
 from cosface_kernels.optim import FusedSGD
+from cosface_kernels.options import PLAIN
 
 MIB = 2**20
 
@@ -148,7 +149,7 @@ def test_chunks_of_any_size(monkeypatch):
     want = reference.nearest(x, w, 12)
     for classes in (1, 7, 33, 100, 1000):
         monkeypatch.setattr(chunks, "WORKSPACE_BYTES", chunks.ENTRY_BYTES * 9 * classes)
-        got = chunks.nearest(x, w, 12, True)
+        got = chunks.nearest(x, w, 12, PLAIN)
         assert torch.equal(got[1], want[1])
         torch.testing.assert_close(got[0], want[0])
 

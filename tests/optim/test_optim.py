@@ -177,6 +177,12 @@ def test_compiled_model_moves_the_rows():
         ("lr must not be negative, got -1", lambda w: FusedSGD([w], lr=-1)),
         ("momentum must not be negative, got -0.1", lambda w: FusedSGD([w], momentum=-0.1)),
         ("max_row_norm must not be negative, got nan", lambda w: FusedSGD([w], max_row_norm=math.nan)),
+        ("weight_norm must be None, or positive and finite, got 0", lambda w: FusedSGD([w], weight_norm=0)),
+        (
+            "weight_norm must be None, or positive and finite, got inf",
+            lambda w: FusedAdamW([w], weight_norm=math.inf),
+        ),
+        ("float8_e4m3fn, got torch.float16", lambda w: FusedSGD([w], state_dtype=torch.float16)),
         ("nesterov needs a positive momentum", lambda w: FusedSGD([w], nesterov=True)),
         (r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)", lambda w: FusedAdamW([w], betas=(0.9, 1.0))),
         (r"betas must be two numbers in \[0, 1\), got \(0.9,\)", lambda w: FusedAdamW([w], betas=(0.9,))),

@@ -20,7 +20,7 @@ from support.updates import UPDATES, C, D, N, draw_inputs, draw_upstream, moved_
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosface_kernels import ops, optim
+from cosface_kernels import ops, optim, reference
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends.triton import choice, launch
@@ -134,6 +134,30 @@ def test_gradient_that_exists_is_applied_as_torch_does(backend, fused, torchs, o
     for name in optimizer.state_names_of(optimizer.param_groups[0]):
         values = theirs.state[other][name]
         torch.testing.assert_close(optimizer.state[w][name].double(), values, rtol=1e-5, atol=1e-6)
+
+
+@updates
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", UPDATES)
+def test_rows_are_given_the_length_that_is_asked_for(backend, rule, dtype):
+    """After the rule, whatever their lengths were; a row of zeros has none."""
+    w, state = draw_inputs(rule, dtype, C, backend.device)
+    dw = torch.randn(C, D, device=backend.device).to(dtype)
+    w[4], dw[4] = 0, 0
+    for values in state:
+        values[4] = 0
+    exact, means = w.double(), [values.double() for values in state]
+    update = replace(UPDATES[rule], weight_norm=0.7)
+    reference.move_rows(exact, dw.double(), means, update)
+    ops.apply_update_(w, dw, state, *update.flat(), backend.name)
+    assert torch.equal(w[4], torch.zeros_like(w[4]))
+    others = torch.arange(C, device=backend.device) != 4
+    lengths = w.double().norm(dim=1)[others]
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.7), rtol=4 * eps, atol=0)
+    assert float((w - exact)[others].abs().max()) < 2 * eps
+    for got, want in zip(state, means, strict=True):  # which do not change with it
+        assert relative_error(got, want) < eps
 
 
 @updates
