@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
+MOVED_FLOAT8 = 1024  # elements, where some of these rows are in float8: twice as many registers for each
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
 
 
@@ -211,7 +212,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def row_block(dim: int) -> tuple[int, int]:
+def row_block(dim: int, moved: int = MOVED) -> tuple[int, int]:
     """Classes and columns of a block of the kernels that move rows, powers of two: a whole row, if it is short."""
     columns = min(max(1 << (dim - 1).bit_length(), 16), MOVED_COLUMNS)
-    return MOVED // columns, columns
+    return moved // columns, columns

@@ -50,6 +50,10 @@ from cosface_kernels.backends.triton.kernels.backward import (
     project_weight_gradients,
     weight_gradients,
 )
+from cosface_kernels.backends.triton.kernels.float8_rows import (
+    adamw_float8_rows,
+    sgd_float8_rows,
+)
 from cosface_kernels.backends.triton.kernels.forward import (
     class_statistics,
     merge_statistics,
@@ -61,6 +65,7 @@ from cosface_kernels.backends.triton.kernels.update import (
 )
 
 __all__ = [
+    "adamw_float8_rows",
     "adamw_rows",
     "class_statistics",
     "embedding_gradients",
@@ -70,6 +75,7 @@ __all__ = [
     "normalize_embeddings",
     "project_weight_gradients",
     "row_norms",
+    "sgd_float8_rows",
     "sgd_rows",
     "weight_gradients",
 ]
