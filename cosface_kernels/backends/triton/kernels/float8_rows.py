@@ -113,7 +113,7 @@ def sgd_float8_rows(
     w,
     momentum_buffer,
     w_exponents,
-    momentum_exponents,
+    momentum_buffer_exponents,
     chosen,
     finite,
     C,
@@ -147,7 +147,7 @@ def sgd_float8_rows(
     is_class = (columns < chunk) & (first_class + columns < C)
     rows = _weight_rows(chosen, first_class + columns, is_class, CHOSEN)
     w_e = _exponent(w, w_exponents, rows, is_class)
-    b_e = _exponent(momentum_buffer, momentum_exponents, rows, is_class)
+    b_e = _exponent(momentum_buffer, momentum_buffer_exponents, rows, is_class)
     gradient_factor *= _power_of_two(-w_e)  # dw is the gradient of what is stored
     factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
     largest_w = tl.zeros((BLOCK_C,), tl.float32)
@@ -164,7 +164,7 @@ def sgd_float8_rows(
     tl.debug_barrier()  # every warp has read the exponents
     next_w_e = _next_exponent(w, w_exponents, rows, is_class, largest_w, w_e)
     if MOMENTUM:
-        next_b_e = _next_exponent(momentum_buffer, momentum_exponents, rows, is_class, largest_b, b_e)
+        next_b_e = _next_exponent(momentum_buffer, momentum_buffer_exponents, rows, is_class, largest_b, b_e)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = is_class[:, None] & (d < D)[None, :]
