@@ -50,6 +50,7 @@ DTYPES = (
     (torch.float32, FLOAT8, False),
 )
 OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
+PLAIN_DTYPES = (*OTHER_DTYPES, (torch.float16, FLOAT8), (torch.float32, FLOAT8))
 DIMS = (512, 1, 64, 515, 768)  # others: one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 # Bytes a thread, by which ptxas brings one more block onto a multiprocessor where it thinks that worth it.
@@ -150,7 +151,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 if tf32 and "chosen" in words:  # three products in its place need more registers
                     continue
                 # As both bfloat16 or both float32, in the same tiles.
-                if variant != "plain" and (x, w) in OTHER_DTYPES:
+                if variant != "plain" and (x, w) in PLAIN_DTYPES:
                     continue
                 plain = words.isdisjoint(REGISTERS)
                 options = {"plain": plain, "described": x == w, "moments": "moments" in words}

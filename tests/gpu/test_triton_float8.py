@@ -260,6 +260,19 @@ def test_exact_moves_have_the_bits_of_the_specification(backend, D):
         assert torch.equal(moved.view(torch.int8), q.view(torch.int8))
 
 
+def test_exponents_at_the_ends_of_their_ranges(backend):
+    """A momentum of 448 2^k is one of the exponent k, the next number one of k + 1; the least and the largest."""
+    ends = torch.tensor([448.0, 224.0, 7.0, 2.0**-100, 3e38, 2e-38], device=backend.device)
+    largest = torch.cat([ends, torch.nextafter(ends, torch.zeros_like(ends)), torch.nextafter(ends, 2 * ends)])
+    w = torch.zeros(len(largest), 20, device=backend.device)
+    dw, momentum = w.clone(), w.to(FLOAT8)
+    dw[:, 3] = -largest
+    exponents = torch.full((len(w),), 5, dtype=torch.int8, device=backend.device)
+    update = replace(PLAIN, lr=0.0, momentum=0.9)
+    ops.apply_update_(w, dw, [momentum, exponents], *update.flat(), backend.name)
+    assert torch.equal(exponents, float8.exponents_for(largest, exponents))
+
+
 def test_rounding_to_float8_keeps_the_expected_value(backend):
     """A step far below the distance of neighbours moves the mean of many rows by as much."""
     rows, lr = 250, 2.0**-8

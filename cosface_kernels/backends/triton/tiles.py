@@ -5,9 +5,11 @@ not spill registers, must fit into shared memory and must use the matrix units: 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from cosface_kernels.float8 import FLOAT8
 
 MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
 MOVED_FLOAT8 = 1024  # elements, where some of these rows are in float8: twice as many registers for each
@@ -134,6 +136,8 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "keep_entries": (Tile(64, 32, 32, 8, 1),),
     "sample_entries": (Tile(32, 64, 32, 8, 1),),
 }
+# Of these kernels, small blocks of a weight in float8 that 4 warps multiply spill 8 bytes on sm_80 and sm_100.
+FLOAT8_WARPS = {"class_statistics": 8, "logit_gradients": 8}
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
 # Of a specialised kernel: bytes of shared memory for all but its operands (barriers; in backward G and numbers of
@@ -152,6 +156,8 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
     tiles = OVERRIDES.get((kernel, size, key.architecture), TABLE[kernel, size])
     if not key.plain:
         tiles = WITH_OPTIONS.get((kernel, size), tiles)
+    if key.w is FLOAT8:
+        tiles = tuple(replace(tile, warps=FLOAT8_WARPS.get(kernel, tile.warps)) for tile in tiles)
     if (kernel, size, key.architecture, key.plain) in TOO_LARGE:
         return tiles[1:]
     large = LARGE.get((kernel, key.architecture)) if key.x == key.w == torch.bfloat16 and key.plain else None
