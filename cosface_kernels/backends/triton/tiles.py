@@ -136,8 +136,8 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "keep_entries": (Tile(64, 32, 32, 8, 1),),
     "sample_entries": (Tile(32, 64, 32, 8, 1),),
 }
-# Of a weight in float8, with which a small block of these kernels spills 8 bytes in 4 warps on sm_80 and sm_100, and
-# one even in 8, unless it has a stage less.
+# Of a weight in float8, with which a small block of these kernels spills 8 bytes in 4 warps on sm_80 and sm_100,
+# and one even in 8, unless it has a stage less.
 FLOAT8_WARPS = {"class_statistics": 8, "logit_gradients": 8, "keep_entries": 8}
 FLOAT8_BLOCKS = {Tile(16, 128, 32, 4, 3): Tile(16, 128, 32, 8, 2)}
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
