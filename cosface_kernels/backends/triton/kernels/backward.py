@@ -81,9 +81,8 @@ def normalize_embeddings(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
-        tile = tl.load(
-            x + _offsets(rows, d, x_row_stride, x_column_stride), mask=active[:, None] & is_d, other=0.0
-        ).to(tl.float32)
+        place = _offsets(rows, d, x_row_stride, x_column_stride)
+        tile = tl.load(x + place, mask=active[:, None] & is_d, other=0.0).to(tl.float32)
         tl.store(
             x_hat + _offsets(rows, d, D, 1),
             (tile * factor[:, None]).to(x_hat.dtype.element_ty),
