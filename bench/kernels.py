@@ -19,6 +19,7 @@ from bench.hazards import Pipeline, pipeline
 from cosface_kernels.backends.triton.tiles import (
     COLUMNS,
     GEMM_KERNELS,
+    MOVED_FLOAT8,
     RAGGED,
     ROWS,
     SPARSE_KERNELS,
@@ -30,6 +31,7 @@ from cosface_kernels.backends.triton.tiles import (
     specialized,
     table,
 )
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.reference import operand_dtype
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -43,8 +45,12 @@ DTYPES = (
     (torch.float32, torch.float32, False),
     (torch.float32, torch.float32, True),
     (torch.float32, torch.bfloat16, False),
+    (torch.bfloat16, FLOAT8, False),
+    (torch.float16, FLOAT8, False),
+    (torch.float32, FLOAT8, False),
 )
 OTHER_DTYPES = ((torch.float16, torch.float16), (torch.float32, torch.bfloat16))
+PLAIN_DTYPES = (*OTHER_DTYPES, (torch.float16, FLOAT8), (torch.float32, FLOAT8))
 DIMS = (512, 1, 64, 515, 768)  # others: one number, a short row, rows that no vector load divides, a long one
 MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 # Bytes a thread, by which ptxas brings one more block onto a multiprocessor where it thinks that worth it.
@@ -56,13 +62,15 @@ POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int6
 POINTERS |= dict.fromkeys(("active_rows", "exact_rows", "classes", "split_classes", "keys"), torch.int32)
 POINTERS |= dict.fromkeys(("counts", "ends"), torch.int32)
 # In the embeddings' dtype, so that both dtypes of an optimizer's state meet both of a weight.
-POINTERS |= dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "x")
+STATES = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+POINTERS |= dict.fromkeys(STATES, "x")
+POINTERS |= dict.fromkeys((f"{name}_exponents" for name in ("w", *STATES)), torch.int8)
 INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "first_tile", "dot_blocks")
 INTEGERS += ("seed", "step", "steps", "stride", "capacity", "slots", "count")
 SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
 NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
 NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", FLOAT8: "fp8"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 if tf32 and "chosen" in words:  # three products in its place need more registers
                     continue
                 # As both bfloat16 or both float32, in the same tiles.
-                if variant != "plain" and (x, w) in OTHER_DTYPES:
+                if variant != "plain" and (x, w) in PLAIN_DTYPES:
                     continue
                 plain = words.isdisjoint(REGISTERS)
                 options = {"plain": plain, "described": x == w, "moments": "moments" in words}
@@ -156,7 +164,9 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
         if not tf32:
             for kernel, tile in other_tiles(dim).items():
                 for variant in _variants(kernel, arch):
-                    yield Case(kernel, arch, tile, x, w, False, dim, variant)
+                    in_float8 = w is FLOAT8 or "states" in variant
+                    if not kernel.endswith("_rows") or in_float8 == ("float8" in kernel):
+                        yield Case(kernel, arch, tile, x, w, False, dim, variant)
 
 
 def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
@@ -170,7 +180,8 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
 # "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one; "moments" of the negatives,
-# and "slopes" that are not those of their shape; "sigmoid", where each class counts on its own, and its "angle".
+# and "slopes" that are not those of their shape; "sigmoid", where each class counts on its own, and its "angle";
+# "states" in float8.
 # What is raw computes less, so that nothing crosses it.
 # Easier than what is crossed, in the same tiles: for sm_90 alone.
 EASIER = {"reshape", "reshape slopes", "raw", "kept", "some", "moments"}
@@ -190,6 +201,8 @@ VARIANTS = {
     "finish_embedding_gradients": ("plain", "reshape", "moments", "sigmoid"),
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
+    "sgd_float8_rows": ("plain", "states"),
+    "adamw_float8_rows": ("plain", "states"),
     "keep_entries": ("plain", "raw", "chosen"),
     "sample_entries": ("plain", "raw", "chosen"),
     "entry_embedding_gradients": ("plain", "raw", "chosen"),
@@ -210,6 +223,7 @@ def _variants(kernel: str, arch: str) -> Iterator[str]:
 def other_tiles(dim: int) -> dict[str, Tile]:
     """Of kernels without a matrix product."""
     samples, rows = Tile(ROWS, 0, COLUMNS, 4, 3), Tile(0, *row_block(dim), 4, 3)
+    rows_in_float8 = Tile(0, *row_block(dim, MOVED_FLOAT8), 4, 3)
     return {
         "row_norms": rows,
         "merge_statistics": samples,
@@ -218,6 +232,8 @@ def other_tiles(dim: int) -> dict[str, Tile]:
         "project_weight_gradients": rows,
         "sgd_rows": rows,
         "adamw_rows": rows,
+        "sgd_float8_rows": rows_in_float8,
+        "adamw_float8_rows": rows_in_float8,
         "pack_entries": rows,
         "entry_gradients": rows,
         "entry_embedding_gradients": rows,
@@ -266,13 +282,16 @@ def compile_case(case: Case):
 
     triton.runtime.driver.set_active(StandIn(case.arch))
     function = getattr(kernels if hasattr(kernels, case.kernel) else sparse_kernels, case.kernel)
+    w = torch.int8 if case.w is FLOAT8 else case.w
     dtypes = {
         "x": case.x,
-        "w": case.w,
-        "matrix": case.w,
+        "w": w,
+        "matrix": w,
         "operand": case.operand,
-        "dw": torch.float32 if case.has("moved") else case.w,
+        "dw": torch.float32 if case.has("moved") or case.w is FLOAT8 else w,
     }
+    if case.has("states"):
+        dtypes |= dict.fromkeys(STATES, torch.int8)
     if case.kernel.startswith("entry_"):
         dtypes |= {"g": torch.float32, "cosines": torch.float32}
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)

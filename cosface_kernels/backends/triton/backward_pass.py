@@ -39,8 +39,8 @@ def backward_of_nothing(
     """Without samples the gradient is zero; momentum and weight decay still move the rows."""
     C, dw = options.count(w), w.new_empty(0)
     if move:
-        chunk = min(C, max(options.workspace_bytes // (w.element_size() * w.shape[1]), 1))
-        zeros = w.new_zeros(chunk, w.shape[1])
+        chunk = min(C, max(options.workspace_bytes // (4 * w.shape[1]), 1))
+        zeros = w.new_zeros(chunk, w.shape[1], dtype=torch.float32)
         for first in range(0, C, chunk):
             move(first, zeros)
     elif need_dw:
@@ -158,7 +158,7 @@ class Backward:
         self.unit = _units(scale, g_lse, g_cos, self.options)  # (N,)
         self.largest_unit = self.unit.amax()
         launch.kernels.normalize_embeddings[(cdiv(self.N, ROWS),)](
-            x, w, self.chosen, self.saved.x_norm, targets, g_lse, g_cos, self.g_moments, self.unit,
+            x, launch.stored(w), self.chosen, self.saved.x_norm, targets, g_lse, g_cos, self.g_moments, self.unit,
             self.largest_unit, self.x_hat, self.target_dot, self.N, self.C, *x.stride(), D=self.D, BLOCK_N=ROWS,
             BLOCK_D=COLUMNS, OPERAND=launch.operand(x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
             MOMENTS=self.moments,
@@ -182,13 +182,13 @@ class Backward:
             if first_tile == end:
                 continue
             launch.kernels.logit_gradients[(self.row_blocks * (end - first_tile),)](
-                x, w, self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos, self.g_moments,
-                *launch.polynomial(self.options, scale), x_norm, self.unit, self.g, self.negative_dot,
-                self.scale_dot, self.sums, self.class_dot, cosines, self.active_rows, self.N, self.C, kept, first,
-                first_tile, self.chunk, self.row_blocks, *x.stride(), **launch.blocks(self.of_g, x, w),
-                NORMALIZE=self.normalize, RESHAPE=self.reshape, SLOPES=self.options.own_slopes,
-                CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some, MOMENTS=self.moments, SIGMOID=self.sigmoid,
-                ANGLE=self.options.sigmoid == "angle",
+                x, launch.stored(w), self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
+                self.g_moments, *launch.polynomial(self.options, scale), x_norm, self.unit, self.g,
+                self.negative_dot, self.scale_dot, self.sums, self.class_dot, cosines, self.active_rows, self.N,
+                self.C, kept, first, first_tile, self.chunk, self.row_blocks, *x.stride(),
+                **launch.blocks(self.of_g, x, w), NORMALIZE=self.normalize, RESHAPE=self.reshape,
+                SLOPES=self.options.own_slopes, CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some,
+                MOMENTS=self.moments, SIGMOID=self.sigmoid, ANGLE=self.options.sigmoid == "angle",
             )  # fmt: skip
 
     @functools.cached_property
@@ -206,9 +206,9 @@ class Backward:
             _multiply(self.dx_hat[0], self.g[:, :classes], w[first : first + classes], accumulate=True)
         else:
             launch.kernels.embedding_gradients[self.dx_blocks, self.splits](
-                self.g, w, self.chosen, self.saved.w_norm, self.dx_hat, self.active_rows, self.N, self.C, first,
-                self.chunk, cdiv(self.N, self.of_dx.n), self.tiles_per_split, **launch.blocks(self.of_dx, x, w),
-                NORMALIZE=self.normalize, CHOSEN=self.is_chosen, SOME=self.some,
+                self.g, launch.stored(w), self.chosen, self.saved.w_norm, self.dx_hat, self.active_rows, self.N,
+                self.C, first, self.chunk, cdiv(self.N, self.of_dx.n), self.tiles_per_split,
+                **launch.blocks(self.of_dx, x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen, SOME=self.some,
             )  # fmt: skip
 
     def weight_gradients(self, first: int) -> None:
@@ -225,8 +225,9 @@ class Backward:
         else:
             blocks = cdiv(self.D, self.of_dw.d) * cdiv(classes, self.of_dw.c)
             launch.kernels.weight_gradients[(blocks,)](
-                self.g, self.x_hat, w, self.chosen, w_norm, *of_class, self.active_rows, self.N, *place,
-                **launch.blocks(self.of_dw, x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen, SOME=self.some,
+                self.g, self.x_hat, launch.stored(w), self.chosen, w_norm, *of_class, self.active_rows, self.N,
+                *place, **launch.blocks(self.of_dw, x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
+                SOME=self.some,
             )  # fmt: skip
 
     def finish(self) -> tuple[Tensor, Tensor]:

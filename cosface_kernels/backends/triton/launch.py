@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cosface_kernels.backends.triton import tiles
 from cosface_kernels.backends.triton.tiles import CHUNK_STEP, Key, Tile
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Options
 from cosface_kernels.reference import operand_dtype
 
@@ -28,6 +29,11 @@ kernels: Any = None
 def chosen_rows(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
     """The chosen rows as the kernels read them, or what stands in for them where none are read."""
     return (unused, False) if options.classes is None else (options.classes.contiguous(), True)
+
+
+def stored(rows: Tensor) -> Tensor:
+    """Rows of w or of a state as the kernels read them: float8 as bytes, as not every architecture knows it."""
+    return rows.view(torch.int8) if rows.dtype is FLOAT8 else rows
 
 
 def polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:

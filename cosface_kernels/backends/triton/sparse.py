@@ -112,9 +112,9 @@ def _cuts(x: Tensor, w: Tensor, saved: Saved, per_row: tuple[Tensor, ...], optio
     chosen, is_chosen = launch.chosen_rows(per_row[0], options)
     largest_cut = math.log2(tolerance * LARGEST_SHARE)
     kernels.sample_entries[cdiv(N, tile.n), splits](
-        x, w, chosen, *saved[:2], *per_row, masses, counts, N, C, *x.stride(), largest_cut, steps, tiles, stride,
-        tiles_per_split, **launch.blocks(tile, x, w), NORMALIZE=options.normalize_weight, CHOSEN=is_chosen,
-        STEPS=STEPS,
+        x, launch.stored(w), chosen, *saved[:2], *per_row, masses, counts, N, C, *x.stride(), largest_cut, steps,
+        tiles, stride, tiles_per_split, **launch.blocks(tile, x, w), NORMALIZE=options.normalize_weight,
+        CHOSEN=is_chosen, STEPS=STEPS,
     )  # fmt: skip
     cuts = largest_cut - 0.5 * torch.arange(STEPS, device=x.device)  # (STEPS,)
     mass, count = masses.sum(0) * stride, counts.sum(0) * stride  # (N, STEPS)
@@ -145,9 +145,9 @@ def _entries_of_splits(
     cosines, dropped = float32(N, splits, capacity), float32(splits, N)
     chosen, is_chosen = launch.chosen_rows(per_row[0], options)
     kernels.keep_entries[row_blocks, splits](
-        x, w, chosen, *saved[:2], *per_row, cuts, classes, cosines, counts, dropped, N, C, *x.stride(), splits,
-        capacity, tiles_per_split, **launch.blocks(tile, x, w), NORMALIZE=options.normalize_weight,
-        CHOSEN=is_chosen,
+        x, launch.stored(w), chosen, *saved[:2], *per_row, cuts, classes, cosines, counts, dropped, N, C,
+        *x.stride(), splits, capacity, tiles_per_split, **launch.blocks(tile, x, w),
+        NORMALIZE=options.normalize_weight, CHOSEN=is_chosen,
     )  # fmt: skip
     return [classes, cosines, counts, dropped]
 
@@ -230,9 +230,8 @@ class _Entries:
         """dx (N, D), 0 of an exact sample."""
         x, dx = self.x, self.x.new_empty(self.N, self.D)
         kernels.entry_embedding_gradients[self.N, self.columns](
-            self.keys, self.g, self.ends, self.row_dot, self.w, self.chosen, self.saved.w_norm, x,
-            self.saved.x_norm, dx, self.C, self.slots, *x.stride(), BLOCK_K=BLOCK_K,
-            **self.variant,
+            self.keys, self.g, self.ends, self.row_dot, launch.stored(self.w), self.chosen, self.saved.w_norm,
+            x, self.saved.x_norm, dx, self.C, self.slots, *x.stride(), BLOCK_K=BLOCK_K, **self.variant,
         )  # fmt: skip
         return dx
 
@@ -245,7 +244,7 @@ class _Entries:
     def weight_gradients(self, dw: Tensor, first: int, classes: int, exact_rows: Tensor) -> None:
         """Of a chunk; added to what the exact samples have left there, if there are any."""
         kernels.entry_weight_gradients[cdiv(classes, self.block_c), self.columns](
-            self.places, self.starts, self.g, self.cosines, self.x, self.saved.x_norm, self.w, self.chosen,
-            self.saved.w_norm, exact_rows, dw, self.C, first, classes, self.slots, *self.x.stride(),
+            self.places, self.starts, self.g, self.cosines, self.x, self.saved.x_norm, launch.stored(self.w),
+            self.chosen, self.saved.w_norm, exact_rows, dw, self.C, first, classes, self.slots, *self.x.stride(),
             BLOCK_C=self.block_c, **self.variant,
         )  # fmt: skip

@@ -5,11 +5,14 @@ not spill registers, must fit into shared memory and must use the matrix units: 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from cosface_kernels.float8 import FLOAT8
+
 MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
+MOVED_FLOAT8 = 1024  # elements, where some of these rows are in float8: twice as many registers for each
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
 
 
@@ -133,6 +136,10 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "keep_entries": (Tile(64, 32, 32, 8, 1),),
     "sample_entries": (Tile(32, 64, 32, 8, 1),),
 }
+# Of a weight in float8, with which a small block of these kernels spills 8 bytes in 4 warps on sm_80 and sm_100,
+# and one even in 8, unless it has a stage less.
+FLOAT8_WARPS = {"class_statistics": 8, "logit_gradients": 8, "keep_entries": 8}
+FLOAT8_BLOCKS = {Tile(16, 128, 32, 4, 3): Tile(16, 128, 32, 8, 2)}
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
 # Of a specialised kernel: bytes of shared memory for all but its operands (barriers; in backward G and numbers of
@@ -151,6 +158,9 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
     tiles = OVERRIDES.get((kernel, size, key.architecture), TABLE[kernel, size])
     if not key.plain:
         tiles = WITH_OPTIONS.get((kernel, size), tiles)
+    if key.w is FLOAT8:
+        tiles = tuple(FLOAT8_BLOCKS.get(tile, tile) for tile in tiles)
+        tiles = tuple(replace(tile, warps=FLOAT8_WARPS.get(kernel, tile.warps)) for tile in tiles)
     if (kernel, size, key.architecture, key.plain) in TOO_LARGE:
         return tiles[1:]
     large = LARGE.get((kernel, key.architecture)) if key.x == key.w == torch.bfloat16 and key.plain else None
@@ -211,7 +221,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def row_block(dim: int) -> tuple[int, int]:
+def row_block(dim: int, moved: int = MOVED) -> tuple[int, int]:
     """Classes and columns of a block of the kernels that move rows, powers of two: a whole row, if it is short."""
     columns = min(max(1 << (dim - 1).bit_length(), 16), MOVED_COLUMNS)
-    return MOVED // columns, columns
+    return moved // columns, columns

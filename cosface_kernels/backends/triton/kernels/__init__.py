@@ -16,6 +16,7 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 | weight_gradients | 2 N C D | 2 b C D: reads w for the projection; writes dw |
 | project_weight_gradients | 5 C D | 2 b C D, and 4 C D of sums in float32: after a product of the library |
 | sgd_rows, adamw_rows | 10 C D | 2 b C D for w, 2 C D numbers of each state, C D of dw in float32 |
+| sgd_float8_rows, adamw_float8_rows | 20 C D | as much, and as much once more from a cache to find the largest |
 
 G is written once and read twice: 3 b N C bytes.
 
@@ -50,6 +51,10 @@ from cosface_kernels.backends.triton.kernels.backward import (
     project_weight_gradients,
     weight_gradients,
 )
+from cosface_kernels.backends.triton.kernels.float8_rows import (
+    adamw_float8_rows,
+    sgd_float8_rows,
+)
 from cosface_kernels.backends.triton.kernels.forward import (
     class_statistics,
     merge_statistics,
@@ -61,6 +66,7 @@ from cosface_kernels.backends.triton.kernels.update import (
 )
 
 __all__ = [
+    "adamw_float8_rows",
     "adamw_rows",
     "class_statistics",
     "embedding_gradients",
@@ -70,6 +76,7 @@ __all__ = [
     "normalize_embeddings",
     "project_weight_gradients",
     "row_norms",
+    "sgd_float8_rows",
     "sgd_rows",
     "weight_gradients",
 ]

@@ -19,6 +19,7 @@ from cosface_kernels.backends.triton.kernels.common import (
     _second,
     _slopes,
     _target_cos,
+    _upcast,
     _weight_rows,
 )
 from cosface_kernels.backends.triton.kernels.sigmoid import _sigmoid_gradients
@@ -80,9 +81,8 @@ def normalize_embeddings(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
-        tile = tl.load(
-            x + _offsets(rows, d, x_row_stride, x_column_stride), mask=active[:, None] & is_d, other=0.0
-        ).to(tl.float32)
+        place = _offsets(rows, d, x_row_stride, x_column_stride)
+        tile = tl.load(x + place, mask=active[:, None] & is_d, other=0.0).to(tl.float32)
         tl.store(
             x_hat + _offsets(rows, d, D, 1),
             (tile * factor[:, None]).to(x_hat.dtype.element_ty),
@@ -296,8 +296,8 @@ def embedding_gradients(
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
         if NORMALIZE and g.dtype.element_ty == tl.float16:
             inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
-            w_tile = (w_tile.to(tl.float32) * inverse[:, None]).to(tl.float16)
-        sums = tl.dot(g_tile.to(OPERAND), w_tile.to(OPERAND), sums, input_precision=PRECISION)
+            w_tile = (_upcast(w_tile, tl.float32) * inverse[:, None]).to(tl.float16)
+        sums = tl.dot(g_tile.to(OPERAND), _upcast(w_tile, OPERAND), sums, input_precision=PRECISION)
     tl.store(out, sums, mask=mask)
 
 
@@ -340,7 +340,7 @@ def _store_weight_gradient(
         along_w = tl.where(norm > EPS, dot * inverse * inverse, 0.0)  # no projection where the norm was clamped
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
-        gradient -= along_w[:, None] * w_tile.to(OPERAND).to(tl.float32)
+        gradient -= along_w[:, None] * _upcast(w_tile, OPERAND).to(tl.float32)
     tl.store(dw + _offsets(columns, d, D, 1), gradient.to(dw.dtype.element_ty), mask=mask)
 
 

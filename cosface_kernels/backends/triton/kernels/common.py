@@ -10,6 +10,8 @@ G_LIFT = tl.constexpr(4096.0)
 X_LIFT = tl.constexpr(256.0)
 COSINE_STEP = tl.constexpr(1 / 32767)  # of the cosines that forward keeps for backward, in 16 bits
 
+FROM_BIAS = tl.constexpr(2.0**120)  # of float8's exponents to float32's, 127 - 7; to float16's it is 2^8
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)
 
@@ -17,6 +19,24 @@ TINY = tl.constexpr(1e-30)
 @triton.jit
 def _offsets(rows, columns, row_stride, column_stride):
     return rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
+
+
+@triton.jit
+def _upcast(tile, TO: tl.constexpr):
+    """What was loaded of w or of a state, TO a dtype that computes; exactly where these are bytes of float8.
+
+    float8_e4m3fn has the fields of any other, but its exponents count from -7, theirs from -15 or -127. The
+    largest byte of either sign is nan. By integers, as no GPU before Hopper knows the dtype.
+    """
+    if tile.dtype == tl.int8:
+        if TO.is_fp16():
+            tile = ((tile.to(tl.int16) << 7) & -0x4080).to(TO, bitcast=True) * 256.0
+        elif TO.is_bf16():
+            tile = ((tile.to(tl.int16) << 4) & -0x7810).to(TO, bitcast=True) * FROM_BIAS
+        else:
+            tile = ((tile.to(tl.int32) << 20) & -0x78100000).to(TO, bitcast=True) * FROM_BIAS
+        tile = tl.where(tl.abs(tile) > 448.0, float("nan"), tile)
+    return tile.to(TO)
 
 
 @triton.jit
@@ -44,7 +64,7 @@ def _norms(
         tile = tl.load(
             x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & (d < D)[None, :], other=0.0
         )
-        tile = tile.to(OPERAND).to(tl.float32)
+        tile = _upcast(tile, OPERAND).to(tl.float32)
         squares += tl.sum(tile * tile, 1)
     return tl.sqrt(squares)
 
@@ -77,7 +97,7 @@ def _dot_tile(
         is_d = (d < D)[None, :]
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
-        dot = tl.dot(x_tile.to(OPERAND), tl.trans(w_tile.to(OPERAND)), dot, input_precision=PRECISION)
+        dot = tl.dot(x_tile.to(OPERAND), tl.trans(_upcast(w_tile, OPERAND)), dot, input_precision=PRECISION)
     return dot
 
 
@@ -121,7 +141,7 @@ def _target_cos(
         is_d = (d < D)[None, :]
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
-        w_tile = w_tile.to(OPERAND).to(tl.float32)
+        w_tile = _upcast(w_tile, OPERAND).to(tl.float32)
         dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile, 1)
         w_squares += tl.sum(w_tile * w_tile, 1)
     cos = dot * (1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS))

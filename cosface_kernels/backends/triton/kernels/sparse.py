@@ -15,6 +15,7 @@ from cosface_kernels.backends.triton.kernels.common import (
     _factor,
     _inverse_norm,
     _offsets,
+    _upcast,
     _weight_rows,
 )
 
@@ -313,7 +314,7 @@ def entry_embedding_gradients(
         factor *= _inverse_norm(w_norm, j, is_entry, NORMALIZE)
         w_rows = _weight_rows(chosen, j, is_entry, CHOSEN)
         tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_entry[:, None] & (d < D)[None, :], other=0.0)
-        sums += factor[:, None] * tile.to(OPERAND).to(tl.float32)
+        sums += factor[:, None] * _upcast(tile, OPERAND).to(tl.float32)
     norm = tl.load(x_norm + row)
     inverse = 1 / tl.maximum(norm, EPS)
     dot = tl.where(norm > EPS, tl.load(row_dot + row), 0.0)  # no projection where the norm was clamped
@@ -381,7 +382,7 @@ def entry_weight_gradients(
         along_w = tl.where(norm > EPS, dots * inverse * inverse, 0.0)
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=(count > 0)[:, None] & is_d, other=0.0)
-        sums = sums * inverse[:, None] - along_w[:, None] * w_tile.to(OPERAND).to(tl.float32)
+        sums = sums * inverse[:, None] - along_w[:, None] * _upcast(w_tile, OPERAND).to(tl.float32)
     is_written = is_class & (columns < chunk)
     limit = tl.where(tl.load(exact_rows) > 0, D, 0)
     to = dw + _offsets(columns, d, D, 1)
