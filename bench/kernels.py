@@ -19,7 +19,7 @@ from bench.hazards import Pipeline, pipeline
 from cosface_kernels.backends.triton.tiles import (
     COLUMNS,
     GEMM_KERNELS,
-    MOVED_FLOAT8,
+    MOVED_WHOLE,
     RAGGED,
     ROWS,
     SPARSE_KERNELS,
@@ -201,8 +201,8 @@ VARIANTS = {
     "finish_embedding_gradients": ("plain", "reshape", "moments", "sigmoid"),
     "sgd_rows": ("plain", "chosen moved"),
     "adamw_rows": ("plain", "chosen moved"),
-    "sgd_float8_rows": ("plain", "states"),
-    "adamw_float8_rows": ("plain", "states"),
+    "sgd_whole_rows": ("plain", "states"),
+    "adamw_whole_rows": ("plain", "states"),
     "keep_entries": ("plain", "raw", "chosen"),
     "sample_entries": ("plain", "raw", "chosen"),
     "entry_embedding_gradients": ("plain", "raw", "chosen"),
@@ -223,7 +223,7 @@ def _variants(kernel: str, arch: str) -> Iterator[str]:
 def other_tiles(dim: int) -> dict[str, Tile]:
     """Of kernels without a matrix product."""
     samples, rows = Tile(ROWS, 0, COLUMNS, 4, 3), Tile(0, *row_block(dim), 4, 3)
-    rows_in_float8 = Tile(0, *row_block(dim, MOVED_FLOAT8), 4, 3)
+    rows_in_float8 = Tile(0, *row_block(dim, MOVED_WHOLE), 4, 3)
     return {
         "row_norms": rows,
         "merge_statistics": samples,
@@ -232,8 +232,8 @@ def other_tiles(dim: int) -> dict[str, Tile]:
         "project_weight_gradients": rows,
         "sgd_rows": rows,
         "adamw_rows": rows,
-        "sgd_float8_rows": rows_in_float8,
-        "adamw_float8_rows": rows_in_float8,
+        "sgd_whole_rows": rows_in_float8,
+        "adamw_whole_rows": rows_in_float8,
         "pack_entries": rows,
         "entry_gradients": rows,
         "entry_embedding_gradients": rows,

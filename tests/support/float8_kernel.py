@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from cosface_kernels.backends.triton.kernels.common import _upcast
-from cosface_kernels.backends.triton.kernels.float8_rows import _to_float8
+from cosface_kernels.backends.triton.kernels.whole_rows import _to_float8
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from cosface_kernels.float8 import FLOAT8
 
 MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
-MOVED_FLOAT8 = 1024  # elements, where some of these rows are in float8: twice as many registers for each
+MOVED_WHOLE = 1024  # elements, of rows that are computed twice: twice as many registers for each
 ROWS, COLUMNS, SPLITS = 8, 64, 64  # blocks of the kernels without a matrix product
 
 

@@ -16,7 +16,7 @@ FLOPs and bytes, with b bytes a number, and what that predicts. Nothing here has
 | weight_gradients | 2 N C D | 2 b C D: reads w for the projection; writes dw |
 | project_weight_gradients | 5 C D | 2 b C D, and 4 C D of sums in float32: after a product of the library |
 | sgd_rows, adamw_rows | 10 C D | 2 b C D for w, 2 C D numbers of each state, C D of dw in float32 |
-| sgd_float8_rows, adamw_float8_rows | 20 C D | as much, and as much once more from a cache to find the largest |
+| sgd_whole_rows, adamw_whole_rows | 20 C D | as much, and as much once more from a cache to find the largest |
 
 G is written once and read twice: 3 b N C bytes.
 
@@ -51,10 +51,6 @@ from cosface_kernels.backends.triton.kernels.backward import (
     project_weight_gradients,
     weight_gradients,
 )
-from cosface_kernels.backends.triton.kernels.float8_rows import (
-    adamw_float8_rows,
-    sgd_float8_rows,
-)
 from cosface_kernels.backends.triton.kernels.forward import (
     class_statistics,
     merge_statistics,
@@ -64,10 +60,14 @@ from cosface_kernels.backends.triton.kernels.update import (
     adamw_rows,
     sgd_rows,
 )
+from cosface_kernels.backends.triton.kernels.whole_rows import (
+    adamw_whole_rows,
+    sgd_whole_rows,
+)
 
 __all__ = [
-    "adamw_float8_rows",
     "adamw_rows",
+    "adamw_whole_rows",
     "class_statistics",
     "embedding_gradients",
     "finish_embedding_gradients",
@@ -76,7 +76,7 @@ __all__ = [
     "normalize_embeddings",
     "project_weight_gradients",
     "row_norms",
-    "sgd_float8_rows",
     "sgd_rows",
+    "sgd_whole_rows",
     "weight_gradients",
 ]

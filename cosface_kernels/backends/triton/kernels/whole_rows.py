@@ -1,13 +1,13 @@
-"""The Triton kernels that move rows of which some are in float8: of the weight, of a state, or of all.
+"""The Triton kernels that move rows of which more must be known before a number is stored than that number.
 
-Such a row is 2^e times what is stored, and how large it becomes decides on e. So a block of it is computed twice:
-first for the largest of the row, then to be stored.
+A row in float8, of the weight or a state, is 2^e times what is stored, and its largest decides on e; a weight_norm
+asks for the length. So a block of a row is computed twice: first for these, then to be stored.
 """
 
 import triton
 import triton.language as tl
 
-from cosface_kernels.backends.triton.kernels.common import _offsets, _upcast, _weight_rows
+from cosface_kernels.backends.triton.kernels.common import EPS, _offsets, _upcast, _weight_rows
 from cosface_kernels.backends.triton.kernels.update import _noise, _row_factor, _store_moved
 
 SMALLEST = tl.constexpr(2.0**-9)  # step of float8, up to its smallest normal number
@@ -92,6 +92,14 @@ def _store(to, v, noise, mask, largest, exponent, ROOTS: tl.constexpr = False):
 
 
 @triton.jit
+def _to_length(squares, weight_norm, NORM: tl.constexpr):
+    """What gives rows with these sums of squares the length that is asked for; 1 if NORM does not ask."""
+    if NORM:
+        return weight_norm / tl.maximum(tl.sqrt(squares), EPS)
+    return tl.full(squares.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def _sgd(
     dw, w, momentum_buffer, mask, w_e, b_e, factor, lr, weight_decay, momentum, fresh, of_gradient, of_momentum,
     MOMENTUM: tl.constexpr,
@@ -108,7 +116,7 @@ def _sgd(
 
 
 @triton.jit(do_not_specialize=["C", "seed", "step"])
-def sgd_float8_rows(
+def sgd_whole_rows(
     dw,
     w,
     momentum_buffer,
@@ -123,6 +131,7 @@ def sgd_float8_rows(
     step,
     gradient_factor,
     max_row_norm,
+    weight_norm,
     lr,
     weight_decay,
     momentum,
@@ -136,6 +145,7 @@ def sgd_float8_rows(
     MOMENTUM: tl.constexpr,
     CHOSEN: tl.constexpr,
     MAY_STAY: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """Rows of w and of their momentum, moved in place by dw (chunk, D); a program owns whole rows.
 
@@ -151,6 +161,7 @@ def sgd_float8_rows(
     gradient_factor *= _power_of_two(-w_e)  # dw is the gradient of what is stored
     factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
     largest_w = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
     largest_b = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -161,6 +172,10 @@ def sgd_float8_rows(
             weight_decay, momentum, fresh, of_gradient, of_momentum, MOMENTUM,
         )  # fmt: skip
         largest_w, largest_b = _larger(largest_w, v), _larger(largest_b, b)
+        if NORM:
+            squares += tl.sum(v * v, 1)
+    to_length = _to_length(squares, weight_norm, NORM)
+    largest_w *= to_length
     tl.debug_barrier()  # every warp has read the exponents
     next_w_e = _next_exponent(w, w_exponents, rows, is_class, largest_w, w_e)
     if MOMENTUM:
@@ -176,7 +191,7 @@ def sgd_float8_rows(
         )  # fmt: skip
         if MOMENTUM:
             _store(momentum_buffer + place, b, noise >> 16, mask, largest_b, next_b_e)
-        _store(w + place, v, noise, mask, largest_w, next_w_e)
+        _store(w + place, v * to_length[:, None], noise, mask, largest_w, next_w_e)
 
 
 @triton.jit
@@ -197,7 +212,7 @@ def _adamw(
 
 
 @triton.jit(do_not_specialize=["C", "seed", "step"])
-def adamw_float8_rows(
+def adamw_whole_rows(
     dw,
     w,
     exp_avg,
@@ -216,6 +231,7 @@ def adamw_float8_rows(
     step,
     gradient_factor,
     max_row_norm,
+    weight_norm,
     step_size,
     kept,
     fresh1,
@@ -230,6 +246,7 @@ def adamw_float8_rows(
     AMSGRAD: tl.constexpr,
     CHOSEN: tl.constexpr,
     MAY_STAY: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """Rows of w and of their running means, moved in place by dw (chunk, D); a program owns whole rows.
 
@@ -248,6 +265,7 @@ def adamw_float8_rows(
     gradient_factor *= _power_of_two(-w_e)  # dw is the gradient of what is stored
     factor = _row_factor(dw, columns, is_class, gradient_factor, max_row_norm, D, BLOCK_C, BLOCK_D, CLIP)
     largest_w = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
     largest_m = tl.zeros((BLOCK_C,), tl.float32)
     largest_q = tl.zeros((BLOCK_C,), tl.float32)
     largest_p = tl.zeros((BLOCK_C,), tl.float32)
@@ -262,6 +280,10 @@ def adamw_float8_rows(
         )  # fmt: skip
         largest_w, largest_m = _larger(largest_w, v), _larger(largest_m, m)
         largest_q, largest_p = _larger(largest_q, q), _larger(largest_p, p)
+        if NORM:
+            squares += tl.sum(v * v, 1)
+    to_length = _to_length(squares, weight_norm, NORM)
+    largest_w *= to_length
     largest_q, largest_p = tl.sqrt(largest_q), tl.sqrt(largest_p)
     tl.debug_barrier()  # every warp has read the exponents
     next_w_e = _next_exponent(w, w_exponents, rows, is_class, largest_w, w_e)
@@ -284,4 +306,4 @@ def adamw_float8_rows(
         _store(exp_avg_sq + place, q, more_noise, mask, largest_q, next_q_e, True)
         if AMSGRAD:
             _store(max_exp_avg_sq + place, p, more_noise >> 16, mask, largest_p, next_p_e, True)
-        _store(w + place, v, noise, mask, largest_w, next_w_e)
+        _store(w + place, v * to_length[:, None], noise, mask, largest_w, next_w_e)
