@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cosface_kernels.backends.chunks import nearest as nearest
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
-from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype
 
@@ -36,8 +35,6 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cuda":
         return f"it takes tensors on device 'cuda', got them on {str(x.device)!r}."
-    if w.dtype is FLOAT8:
-        return "a weight in float8 is not on this backend yet."
     return options.refusal(OPTIONS)
 
 
