@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels.options import Options
 
@@ -49,3 +51,23 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
 
 def describe() -> str:
     return "the CUDA kernels, one thread after the other"
+
+
+class Calls(TorchDispatchMode):
+    """Matrix products and fresh memory of the driver, and the kernels' launches."""
+
+    def __enter__(self):
+        take_launches()
+        self.products, self.sizes = 0, []
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.launches = take_launches()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        if func.overloadpacket is torch.ops.aten.empty:
+            self.sizes.append((result.dtype, result.numel()))
+        return result
