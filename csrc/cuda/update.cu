@@ -70,7 +70,8 @@ struct Float8Row {
     return after;
   }
 
-  // Numbers become what is stored; none is beyond the largest, from which it may differ by the rounding of an fma.
+  // Numbers become what is stored. None passes the largest, as it could where another fma rounds the second
+  // reading.
   __device__ void write(T* octet) const {
     for (int e = 0; e < kOctet; ++e) {
       const T v = has_roots ? std::sqrt(octet[e]) : octet[e];
@@ -111,10 +112,12 @@ __device__ void store_octet(const T* from, V* row, int64_t first, int64_t column
   });
 }
 
-__device__ inline void round(float v, uint16_t noise, __nv_bfloat16* to) {
+__device__ inline void round_at_random(float v, uint16_t noise, __nv_bfloat16* to) {
   *to = __builtin_bit_cast(__nv_bfloat16, round_stochastically(v, noise));
 }
-__device__ inline void round(float v, uint16_t noise, Float8* to) { to->bits = round_to_float8(v, noise); }
+__device__ inline void round_at_random(float v, uint16_t noise, Float8* to) {
+  to->bits = round_to_float8(v, noise);
+}
 
 template <int kPack, typename V, typename T>
 __device__ void round_octet(const T* from, const uint32_t* words, V* row, int64_t first, int64_t columns) {
@@ -122,7 +125,7 @@ __device__ void round_octet(const T* from, const uint32_t* words, V* row, int64_
     Pack<V, kPack> pack;
     for (int l = 0; l < kPack; ++l) {
       const auto noise = static_cast<uint16_t>(words[e / 2] >> ((e + l) % 2 * 16));
-      round(static_cast<float>(from[e + l]), noise, &pack.values[l]);
+      round_at_random(static_cast<float>(from[e + l]), noise, &pack.values[l]);
     }
     store(row + k, pack);
   });
@@ -190,11 +193,11 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
   T factor = move.gradient_factor;
   Float8Row<T> of_float8[kTensors];
   if constexpr (kFloat8) {
-    for (int t = 0; t < kTensors; ++t) {
-      if (!move.tensors[t].is_float8()) continue;
+    each_of<kTensors>([&](int t) {
+      if (!move.tensors[t].is_float8()) return;
       const int8_t exponent = move.tensors[t].exponents[row];
       of_float8[t] = {t > 1, exponent, std::ldexp(T(1), exponent)};
-    }
+    });
     factor /= of_float8[0].unit;  // g is the gradient of what is stored
   }
   if (move.max_row_norm < kInfinity<T>) {
@@ -215,11 +218,11 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
       if (first >= columns) continue;
       T gradient[kOctet] = {}, numbers[kTensors * kOctet] = {};
       load_octet<kPack>(g, first, columns, gradient);
-      for (int t = 0; t < kTensors; ++t) {
-        if (!move.tensors[t].exists()) continue;
+      each_of<kTensors>([&](int t) {
+        if (!move.tensors[t].exists()) return;
         load_octet<kPack, kFloat8>(move.tensors[t], row, first, columns, numbers + t * kOctet);
         if constexpr (kFloat8) of_float8[t].read(numbers + t * kOctet);
-      }
+      });
       for (int e = 0; e < kOctet; ++e) {
         numbers[e] = advance(move.step, factor * gradient[e], numbers[e], numbers + kOctet + e,
                              move.tensors[kTensors - 1].exists());
@@ -230,19 +233,19 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
   if constexpr (kFloat8) {
     T largest[kTensors] = {};
     each_octet([&](const T* numbers, int64_t, int64_t) {
-      for (int t = 0; t < kTensors; ++t) {
+      each_of<kTensors>([&](int t) {
         for (int e = 0; e < kOctet; ++e) {
           const T size = std::fabs(numbers[t * kOctet + e]);
           if (size > largest[t]) largest[t] = size;
         }
-      }
+      });
     });
-    for (int t = 0; t < kTensors; ++t) {
-      if (!move.tensors[t].is_float8()) continue;
+    each_of<kTensors>([&](int t) {
+      if (!move.tensors[t].is_float8()) return;
       const int8_t exponent = of_float8[t].fit(reduce<kThreads>(largest[t], Max()));
       __syncwarp();  // every thread has read the one before
       if (threadIdx.x == 0) move.tensors[t].exponents[row] = exponent;
-    }
+    });
   }
   each_octet([&](T* numbers, int64_t first, int64_t c) {
     each_of<kTensors>([&](int t) {
