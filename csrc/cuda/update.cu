@@ -175,14 +175,15 @@ __device__ T advance(const AdamWStep<T>& s, T g, T w, T* state, bool last) {
 template <typename T, typename Step>
 struct Movement {
   Step step;
-  T gradient_factor, max_row_norm;
+  T gradient_factor, max_row_norm, weight_norm;
   uint64_t seed;
   Moving tensors[1 + Step::kStates];  // w and the states
   const bool* finite;                 // null: yes
 };
 
-// Rows of float8 are read twice: their exponents follow from the largest of their new numbers.
-template <typename T, typename Step, int kThreads, int kPack, bool kFloat8>
+// kTwice: rows are read twice, since an exponent follows from the largest of a row's new numbers, and what gives a
+// row of the weight its length from all of them.
+template <typename T, typename Step, int kThreads, int kPack, bool kTwice>
 __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const int64_t* index, int64_t first_row,
                                  Movement<T, Step> move) {
   constexpr int kTensors = 1 + Step::kStates;
@@ -192,7 +193,7 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
   const int64_t row = index == nullptr ? first_row + j : index[j];
   T factor = move.gradient_factor;
   Float8Row<T> of_float8[kTensors];
-  if constexpr (kFloat8) {
+  if constexpr (kTwice) {
     each_of<kTensors>([&](int t) {
       if (!move.tensors[t].is_float8()) return;
       const int8_t exponent = move.tensors[t].exponents[row];
@@ -220,8 +221,8 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
       load_octet<kPack>(g, first, columns, gradient);
       each_of<kTensors>([&](int t) {
         if (!move.tensors[t].exists()) return;
-        load_octet<kPack, kFloat8>(move.tensors[t], row, first, columns, numbers + t * kOctet);
-        if constexpr (kFloat8) of_float8[t].read(numbers + t * kOctet);
+        load_octet<kPack, kTwice>(move.tensors[t], row, first, columns, numbers + t * kOctet);
+        if constexpr (kTwice) of_float8[t].read(numbers + t * kOctet);
       });
       for (int e = 0; e < kOctet; ++e) {
         numbers[e] = advance(move.step, factor * gradient[e], numbers[e], numbers + kOctet + e,
@@ -230,9 +231,13 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
       body(numbers, first, c);
     }
   };
-  if constexpr (kFloat8) {
-    T largest[kTensors] = {};
-    each_octet([&](const T* numbers, int64_t, int64_t) {
+  T stretch = 1;  // of a row of the weight
+  if constexpr (kTwice) {
+    T largest[kTensors] = {}, squares = 0;
+    each_octet([&](const T* numbers, int64_t first, int64_t) {
+      each_pack<kPack>(first, columns, [&](int64_t, int e) {
+        for (int l = 0; l < kPack; ++l) squares += numbers[e + l] * numbers[e + l];
+      });
       each_of<kTensors>([&](int t) {
         for (int e = 0; e < kOctet; ++e) {
           const T size = std::fabs(numbers[t * kOctet + e]);
@@ -240,6 +245,11 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
         }
       });
     });
+    if (move.weight_norm > 0) {
+      const T norm = std::sqrt(reduce<kThreads>(squares, Sum()));
+      stretch = move.weight_norm / (norm < static_cast<T>(kEps) ? static_cast<T>(kEps) : norm);
+      largest[0] *= stretch;
+    }
     each_of<kTensors>([&](int t) {
       if (!move.tensors[t].is_float8()) return;
       const int8_t exponent = of_float8[t].fit(reduce<kThreads>(largest[t], Max()));
@@ -248,11 +258,14 @@ __global__ void move_rows_kernel(const T* g, int64_t n, int64_t columns, const i
     });
   }
   each_octet([&](T* numbers, int64_t first, int64_t c) {
+    if constexpr (kTwice) {
+      for (int e = 0; e < kOctet; ++e) numbers[e] *= stretch;
+    }
     each_of<kTensors>([&](int t) {
       if (!move.tensors[t].exists()) return;
-      if constexpr (kFloat8) of_float8[t].write(numbers + t * kOctet);
-      store_octet<kPack, kFloat8>(numbers + t * kOctet, move.tensors[t], row, first, columns, move.seed,
-                                  row * counters + c);
+      if constexpr (kTwice) of_float8[t].write(numbers + t * kOctet);
+      store_octet<kPack, kTwice>(numbers + t * kOctet, move.tensors[t], row, first, columns, move.seed,
+                                 row * counters + c);
     });
   });
 }
@@ -270,7 +283,8 @@ void move_rows_by(const Step& step, const T* g, int64_t n, int64_t columns, cons
     return Moving{data, dtype, stride, rounding_stream(update.step, tensor), exponents};
   };
   const auto factor = static_cast<T>(update.gradient_factor), longest = static_cast<T>(update.max_row_norm);
-  Movement<T, Step> move{step, factor, longest, update.seed, {}, update.finite};
+  const auto length = static_cast<T>(update.weight_norm);
+  Movement<T, Step> move{step, factor, longest, length, update.seed, {}, update.finite};
   move.tensors[0] = moving(update.weight, w.dtype, update.weight_exponents, w.row_stride, kWeightTensor);
   for (int t = 0; t < Step::kStates; ++t) {
     const auto& [data, dtype, exponents] = update.state[t];
@@ -278,8 +292,8 @@ void move_rows_by(const Step& step, const T* g, int64_t n, int64_t columns, cons
   }
   with_shape<kPair, kOctet / kPair>(columns, aligned, [&](auto shape) {
     using S = decltype(shape);
-    const auto kernel = any_float8 ? move_rows_kernel<T, Step, S::kThreads, S::kPack, true>
-                                   : move_rows_kernel<T, Step, S::kThreads, S::kPack, false>;
+    const auto kernel = any_float8 || length > 0 ? move_rows_kernel<T, Step, S::kThreads, S::kPack, true>
+                                                 : move_rows_kernel<T, Step, S::kThreads, S::kPack, false>;
     launch("move_rows", kernel, S::grid(n, 1), S::block(), stream, g, n, columns, index, first_row, move);
   });
 }

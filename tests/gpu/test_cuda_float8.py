@@ -326,3 +326,19 @@ def test_a_head_trains_as_on_the_cpu():
     assert float(losses[1][-1]) < 0.7 * float(losses[1][0])
     assert relative_error(*losses) < 1e-3
     assert float((weights[0] == weights[1]).double().mean()) > 0.99
+
+
+def test_rows_of_float8_are_given_a_length():
+    """As on the CPU, but for entries that another order of a row's sum rounds to the other side."""
+    rows = torch.randn(300, 515, generator=torch.Generator().manual_seed(5))
+    w, exponents = float8.quantized(rows)
+    moved = []
+    for backend in ("cpu", "cuda_host"):
+        q, e = w.clone(), exponents.clone()
+        update = replace(SGD, momentum=0.0, lr=0.01, weight_norm=0.7)
+        ops.apply_update_(q, rows.sin(), [e], *update.flat(), backend)
+        moved.append((q.float(), e))
+        lengths = float8.values(q, e, torch.float64).norm(dim=1)
+        torch.testing.assert_close(lengths, torch.full_like(lengths, 0.7), rtol=0.02, atol=0)
+    assert float((moved[0][0] == moved[1][0]).double().mean()) > 0.999
+    assert torch.equal(moved[0][1], moved[1][1])
