@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define COSFACE_ANYWHERE __host__ __device__
-#else
-#define COSFACE_ANYWHERE
-#endif
+#include "anywhere.h"
 
 namespace cosface {
 

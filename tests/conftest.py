@@ -35,7 +35,7 @@ BACKENDS = (
     else (
         Backend("cpu"),
         Backend("reference", lacks=("cache_bytes", *CPU_ALONE, *DENSE_ALONE)),
-        Backend("cuda_host", interpreted=True, lacks=(*CPU_ALONE, *DENSE_ALONE, *OF_THE_CPU)),
+        Backend("cuda_host", interpreted=True, lacks=(*CPU_ALONE, *DENSE_ALONE, "subcenters")),
     )
 )
 GPU_BACKENDS = (
@@ -46,7 +46,7 @@ GPU_BACKENDS = (
         contiguous_weight=True,
         lacks=(*CPU_ALONE, *OF_THE_CPU),
     ),
-    Backend("cuda", device="cuda", lacks=(*CPU_ALONE, *DENSE_ALONE, *OF_THE_CPU)),
+    Backend("cuda", device="cuda", lacks=(*CPU_ALONE, *DENSE_ALONE, "subcenters")),
 )
 cosface_kernels.backends.BACKENDS["cuda_host"] = cuda_host
 

@@ -36,8 +36,13 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cuda":
         return f"it takes tensors on device 'cuda', got them on {str(x.device)!r}."
-    if w.dtype is FLOAT8:
-        return "a weight in float8 is not on this backend yet."
+    return refusal(w, options)
+
+
+def refusal(w: Tensor, options: Options) -> str | None:
+    """Of tensors on any device."""
+    if w.dtype is FLOAT8 and not options.normalize_weight:
+        return "a weight in float8 that is not normalised is not on this backend yet."
     return options.refusal(OPTIONS)
 
 

@@ -4,19 +4,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "float8.h"
 #include "operands.h"
 
 namespace cosface {
-
-// The exponent e with which a row's largest |v_k| 2^-e is in (224, 448], the upper half of float8's last binade
-// but one and the lower of its last; as it was for a row of zeros, or one that is not finite. Within 2^127 of
-// floats.
-inline int8_t float8_exponent(double largest, int8_t before) {
-  if (!(largest > 0) || std::isinf(largest)) return before;
-  int exponent;
-  const double fraction = std::frexp(largest, &exponent);  // in [1/2, 1); 448 = 7/8 2^9
-  return static_cast<int8_t>(std::clamp(exponent - (fraction > 0.875 ? 8 : 9), -118, 118));
-}
 
 // Moves rows of the weight and of the optimizer's state: in place where these are in T, else in copies of a row.
 template <typename T>

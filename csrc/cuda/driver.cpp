@@ -29,9 +29,9 @@ int64_t round_up(int64_t a, int64_t step) { return ceil_div(a, step) * step; }
 
 // What the matrix products multiply: the common dtype; a float32 weight is rounded to the bfloat16 of its
 // embeddings, as autocast would do. Not to float16, whose range a short row of an un-normalised weight would
-// leave.
+// leave. Both hold what float8 holds.
 at::ScalarType operand_dtype(at::ScalarType x, at::ScalarType w) {
-  if (x == w || (x == at::kBFloat16 && w == at::kFloat)) return x;
+  if (x == w || (x == at::kBFloat16 && w == at::kFloat) || w == at::kFloat8_e4m3fn) return x;
   return at::promoteTypes(at::promoteTypes(x, w), at::kFloat);
 }
 
@@ -178,10 +178,12 @@ class Step {
 
  private:
   // What a chunk takes for each of its classes, in backward: its products, G, the gradient of its row, and its row
-  // as operands or normalised, and apart from those that are not chosen.
+  // as operands or normalised, of float8 in float16 both, and apart from those that are not chosen.
   int64_t class_bytes(const Inputs& given) const {
     const int64_t operand_bytes = x.element_size(), w_bytes = given.w.element_size();
-    return n * (sizeof(T) + operand_bytes) + d * (sizeof(T) + operand_bytes + (given.classes ? w_bytes : 0));
+    const int64_t copies = given.w.scalar_type() == at::kFloat8_e4m3fn && operand == at::kHalf ? 2 : 1;
+    return n * (sizeof(T) + operand_bytes) +
+           d * (sizeof(T) + copies * operand_bytes + (given.classes ? w_bytes : 0));
   }
 
   // Memory for the norms alone, where none was left.
@@ -270,6 +272,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Te
                                                        const Tensor& g_lse, const Tensor& g_cos,
                                                        const Options& options, bool need_dx, bool need_dw,
                                                        const Update* update, const Device& device) {
+  TORCH_CHECK_TYPE(!need_dw || w.scalar_type() != at::kFloat8_e4m3fn,
+                   "A weight in float8 has no gradient of its own.");
   const bool sigmoid = options.sigmoid.name.has_value();
   const Step<T> step(checked(x, w, y, s, options), options, device, sigmoid ? Pass::kAlone : Pass::kBackward);
   const std::vector<Tensor> up = upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);

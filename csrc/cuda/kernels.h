@@ -109,8 +109,9 @@ void project_rows(const T* g, bool divided, const Rows& v, const T* inv_norm, co
                   void* out, DType out_dtype, Stream stream);
 
 // Moves n rows of w and of the optimizer's state, in place, by their gradient g (n, columns), contiguous. Row j of
-// g is that of row index_j of w, or of row first_row + j where index is null. Rounding to bfloat16 is stochastic,
-// with the bits of backend `cpu`: they depend on seed, step and place alone.
+// g is that of row index_j of w, or of row first_row + j where index is null. Rounding to bfloat16 and float8
+// is stochastic, with the bits of backend `cpu`: they depend on seed, step and place alone. Of a weight in float8
+// g is the gradient of what is stored.
 template <typename T>
 void move_rows(const T* g, int64_t n, int64_t columns, const Weight& w, const int64_t* index, int64_t first_row,
                const Update& update, Stream stream);

@@ -8,6 +8,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "float8.h"
 
 namespace cosface::cuda {
 
@@ -42,10 +43,16 @@ __device__ void store(T* to, const Pack<T, kCount>& pack) {
   *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
 }
 
+struct Float8 {
+  uint8_t bits;
+};
+
 template <typename To, typename From>
 __device__ To convert(From v) {
   if constexpr (std::is_same_v<To, From>) {
     return v;
+  } else if constexpr (std::is_same_v<From, Float8>) {
+    return static_cast<To>(from_float8(v.bits));
   } else if constexpr (std::is_same_v<From, __half>) {
     return static_cast<To>(__half2float(v));
   } else if constexpr (std::is_same_v<From, __nv_bfloat16>) {

@@ -18,6 +18,8 @@ assert head.weight.grad.any()
 if torch.cuda.is_available():
     on_gpu = FusedCosFaceLoss(7, 4, device="cuda", backend="cuda")
     assert on_gpu(x.cuda(), labels.cuda()).isfinite()
+    in_float8 = FusedCosFaceLoss(7, 4, device="cuda", backend="cuda", dtype=torch.float8_e4m3fn)
+    assert in_float8(x.cuda(), labels.cuda()).isfinite()
     print(f"The extension runs: {cuda.describe()}.")
 else:
     head.backend = "cuda"

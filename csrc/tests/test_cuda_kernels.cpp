@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
+#include "float8.h"
 #include "formats.h"
 
 namespace cosface::test {
@@ -29,7 +30,7 @@ std::vector<DType> operands() {
 
 // Half the distance from 1 to the next number.
 double rounding(DType dtype) {
-  const int fraction_bits[] = {52, 23, 7, 10};
+  const int fraction_bits[] = {52, 23, 7, 10, 3};
   return std::ldexp(0.5, -fraction_bits[static_cast<int>(dtype)]);
 }
 
@@ -43,21 +44,30 @@ struct Matrix {
   int64_t n, columns, stride;
   DType dtype;
   Exact<char> memory;
+  Exact<int8_t> exponents;  // of float8
+  bool has_roots = false;   // in place of squares
 
   Matrix(int64_t n, int64_t columns, int64_t stride, DType dtype)
       : n(n),
         columns(columns),
         stride(stride),
         dtype(dtype),
-        memory(((n - 1) * stride + columns) * size_of(dtype)) {
+        memory(((n - 1) * stride + columns) * size_of(dtype)),
+        exponents(dtype == DType::kFloat8 ? n : 0) {
+    for (int8_t& e : exponents) e = static_cast<int8_t>(engine() % 7) - 3;
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t k = 0; k < columns; ++k) put(normal(), memory, dtype, i * stride + k);
     }
   }
 
-  double operator()(int64_t i, int64_t k) const { return get(memory, dtype, i * stride + k); }
+  double unit(int64_t i) const { return exponents.size() == 0 ? 1 : std::ldexp(1, exponents[i]); }
+  double operator()(int64_t i, int64_t k) const {
+    const double held = unit(i) * get(memory, dtype, i * stride + k);
+    return has_roots ? held * held : held;
+  }
   void scale_row(int64_t i, double factor) const {
-    for (int64_t k = 0; k < columns; ++k) put((*this)(i, k) * factor, memory, dtype, i * stride + k);
+    for (int64_t k = 0; k < columns; ++k)
+      put(get(memory, dtype, i * stride + k) * factor, memory, dtype, i * stride + k);
   }
   double norm(int64_t i) const {
     double squares = 0;
@@ -556,10 +566,23 @@ std::vector<Variant> variants() {
           {stopped, 0}, {adamw, 2},   {start, 2}, {amsgrad, 3}};
 }
 
-// What a dtype makes of an exact value: near it, or in bfloat16 one of its two neighbours.
-bool is_rounded(double got, double want, double size, DType dtype, DType computed) {
-  const double steps = dtype == DType::kBFloat16 ? 2 : 1;
-  return close(got, want, steps * rounding(dtype) * std::fabs(want) + 16 * rounding(computed) * size);
+// What a row makes of an exact value: near it, or in bfloat16 and float8 one of its two neighbours.
+bool is_rounded(const Matrix& rows, int64_t i, int64_t k, double want, double size, DType computed) {
+  const bool is_float8 = rows.dtype == DType::kFloat8;
+  double got = rows(i, k);
+  if (rows.has_roots) got = std::sqrt(got), want = std::sqrt(want), size /= want;
+  const double steps = is_float8 || rows.dtype == DType::kBFloat16 ? 2 : 1;
+  const double subnormal = is_float8 ? std::ldexp(rows.unit(i), -9) : 0;
+  return close(got, want,
+               steps * rounding(rows.dtype) * std::fabs(want) + 16 * rounding(computed) * size + subnormal);
+}
+
+// Whether the largest number of a row is where its exponent puts it, or 0.
+bool fills_the_range(const Matrix& rows, int64_t i) {
+  double largest = 0;
+  for (int64_t k = 0; k < rows.columns; ++k)
+    largest = std::max(largest, std::fabs(get(rows.memory, rows.dtype, i * rows.stride + k)));
+  return rows.dtype != DType::kFloat8 || largest == 0 || (largest >= 224 && largest <= 448);
 }
 
 template <typename T>
@@ -569,10 +592,13 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
   Exact<int64_t> index(kMoved);
   for (int64_t j = 0; j < kMoved; ++j) index[j] = chosen ? (before.n - 1) * j / (kMoved - 1) : first_row + j;
   const Matrix w = before;
-  const auto dtype_of = [&](size_t t) { return t == 1 ? DType::kBFloat16 : state_dtype; };  // each has its own
+  const auto dtype_of = [&](size_t t) {  // each has its own
+    return t != 1 ? state_dtype : state_dtype == DType::kBFloat16 ? DType::kFloat8 : DType::kBFloat16;
+  };
   std::vector<Matrix> states_before;
   for (size_t t = 0; t < variant.states; ++t) {
     states_before.emplace_back(before.n, columns, columns, dtype_of(t));
+    states_before.back().has_roots = t > 0 && dtype_of(t) == DType::kFloat8;
     for (int64_t k = 0; t > 0 && k < before.n * columns; ++k) {
       put(0.1 + std::fabs(get(states_before[t].memory, dtype_of(t), k)), states_before[t].memory, dtype_of(t), k);
     }
@@ -582,9 +608,10 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
   for (int64_t k = 0; k < g.size(); ++k)
     g[k] = static_cast<T>(k < columns ? 0 : normal());  // the first row has none
   Update update = variant.update;
-  update.weight = w.memory;
+  update.weight = w.memory, update.weight_exponents = w.exponents;
   for (size_t t = 0; t < 3; ++t) {
-    update.state[t] = {t < states.size() ? states[t].memory.begin() : nullptr, dtype_of(t)};
+    update.state[t] = {nullptr, dtype_of(t)};
+    if (t < states.size()) update.state[t] = {states[t].memory, dtype_of(t), states[t].exponents};
   }
   cuda::move_rows<T>(g, kMoved, columns, {w.memory, w.dtype, w.n, w.stride}, chosen ? index.begin() : nullptr,
                      first_row, update, nullptr);
@@ -592,28 +619,33 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
   std::vector<bool> moves(before.n);
   for (int64_t j = 0; j < kMoved; ++j) {
     moves[index[j]] = true;
+    const double of_stored = update.gradient_factor / before.unit(index[j]);
     double norm = 0;
-    for (int64_t k = 0; k < columns; ++k) norm += std::pow(update.gradient_factor * g[j * columns + k], 2);
+    for (int64_t k = 0; k < columns; ++k) norm += std::pow(of_stored * g[j * columns + k], 2);
     norm = std::sqrt(norm);
-    const double factor = update.gradient_factor * (norm > update.max_row_norm ? update.max_row_norm / norm : 1);
+    const double factor = of_stored * (norm > update.max_row_norm ? update.max_row_norm / norm : 1);
+    CHECK(fills_the_range(w, index[j]), j, columns);
     for (int64_t k = 0; k < columns; ++k) {
       std::vector<double> state;
       for (const Matrix& values : states_before) state.push_back(values(index[j], k));
       const std::vector<double> old = state;
       const double v = before(index[j], k), gradient = factor * g[j * columns + k];
       const double want = moved(update, gradient, v, state), size = std::fabs(v) + std::fabs(gradient) + 1;
-      CHECK(is_rounded(w(index[j], k), want, size, w.dtype, kDTypeOf<T>), j, k, columns, w.stride, v, gradient,
+      CHECK(is_rounded(w, index[j], k, want, size, kDTypeOf<T>), j, k, columns, w.stride, v, gradient,
             w(index[j], k), want, name_of(w.dtype), name_of(state_dtype), variant.states);
       for (size_t t = 0; t < states.size(); ++t) {
-        const double got = states[t](index[j], k);
-        CHECK(is_rounded(got, state[t], std::fabs(old[t]) + gradient * gradient + size, dtype_of(t), kDTypeOf<T>),
-              j, k, t, columns, got, state[t], name_of(w.dtype), name_of(dtype_of(t)));
+        const double of_state = std::fabs(old[t]) + gradient * gradient +
+                                (states[t].has_roots ? 0 : size);  // whose terms are positive
+        CHECK(is_rounded(states[t], index[j], k, state[t], of_state, kDTypeOf<T>), j, k, t, columns,
+              states[t](index[j], k), state[t], name_of(w.dtype), name_of(dtype_of(t)));
+        CHECK(k > 0 || fills_the_range(states[t], index[j]), j, t, columns);
       }
     }
   }
   const auto stays = [&](const Matrix& now, const Matrix& then, int64_t row) {
     const int64_t bytes = size_of(now.dtype), offset = row * now.stride * bytes;
-    return std::memcmp(now.memory + offset, then.memory + offset, columns * bytes) == 0;
+    return std::memcmp(now.memory + offset, then.memory + offset, columns * bytes) == 0 &&
+           now.unit(row) == then.unit(row);
   };
   for (int64_t row = 0; row < before.n; ++row) {
     if (moves[row]) continue;
@@ -624,14 +656,14 @@ void move_rows_of(const Variant& variant, const Matrix& before, DType state_dtyp
 
 template <typename T>
 std::vector<DType> movable() {
-  if (sizeof(T) == 8) return {DType::kFloat64, DType::kFloat32, DType::kBFloat16};
-  return {DType::kFloat32, DType::kBFloat16};
+  if (sizeof(T) == 8) return {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat8};
+  return {DType::kFloat32, DType::kBFloat16, DType::kFloat8};
 }
 
 template <typename T>
 void move_rows() {
   for (DType dtype : movable<T>()) {
-    for (DType state_dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16}) {
+    for (DType state_dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat8}) {
       for (int64_t columns : kWidths) {
         for (int64_t gap : {0, 3}) {
           const Matrix w(9, columns, columns + gap, dtype);
@@ -648,38 +680,47 @@ void move_rows() {
 
 // On numbers whose step is exact, momentum and weight have the bits that backend `cpu` gives them.
 template <typename T>
-void rounding_is_the_cpus() {
+void rounding_is_the_cpus(DType dtype) {
   constexpr int64_t kRows = 5, kFirst = 3;
   const auto number = [](int range, int exponent) {
     return std::ldexp(static_cast<int>(engine() % (2 * range)) - range, exponent);
   };
   for (int64_t columns : {1, 3, 130, 515, 1028, 1031, 2112}) {
-    Matrix w(kFirst + kRows, columns, columns, DType::kBFloat16), momentum = w;
+    const Matrix w(kFirst + kRows, columns, columns, dtype), momentum = w;
     Exact<T> g(kRows * columns);
     for (T& v : g) v = static_cast<T>(number(1 << 15, -12));
     for (int64_t k = 0; k < w.n * columns; ++k) {
-      put(number(128, -5), w.memory, w.dtype, k);
-      put(number(128, -6), momentum.memory, w.dtype, k);
+      put(number(128, -5), w.memory, dtype, k);
+      put(number(128, -6), momentum.memory, dtype, k);
     }
     Update update{};
     update.rule = Update::Rule::kSgd;
-    update.weight = w.memory, update.state[0] = {momentum.memory, w.dtype};
+    update.weight = w.memory, update.weight_exponents = w.exponents;
+    update.state[0] = {momentum.memory, dtype, momentum.exponents};
     update.step = 5, update.seed = uint64_t{9} << 33 | 1, update.gradient_factor = update.lr = 1;
     update.max_row_norm = std::numeric_limits<double>::infinity(), update.momentum = 0.5;
     std::vector<T> want_w, want_momentum;
     for (int64_t j = 0; j < kRows; ++j) {
       for (int64_t k = 0; k < columns; ++k) {
-        want_momentum.push_back(static_cast<T>(0.5 * momentum(kFirst + j, k) + g[j * columns + k]));
+        const double gradient = g[j * columns + k] / w.unit(kFirst + j);
+        want_momentum.push_back(static_cast<T>(0.5 * momentum(kFirst + j, k) + gradient));
         want_w.push_back(static_cast<T>(w(kFirst + j, k) - want_momentum.back()));
       }
     }
     cuda::move_rows<T>(g, kRows, columns, {w.memory, w.dtype, w.n, w.stride}, nullptr, kFirst, update, nullptr);
     for (int64_t j = 0; j < kRows; ++j) {
-      const auto is_the_cpus = [&](const std::vector<T>& exact, const Matrix& got, int tensor) {
-        Exact<uint16_t> want(columns);
-        kernels<T>().store_stochastic(&exact[j * columns], columns, want, DType::kBFloat16, update.seed,
-                                      rounding_stream(update.step, tensor), kFirst + j);
-        return std::memcmp(want, got.memory + 2 * (kFirst + j) * columns, 2 * columns) == 0;
+      const auto is_the_cpus = [&](std::vector<T>& exact, const Matrix& got, int tensor) {
+        const int64_t row = kFirst + j, bytes = columns * size_of(dtype);
+        T* const from = &exact[j * columns];
+        if (dtype == DType::kFloat8) {
+          const int8_t exponent = float8_exponent(kernels<T>().largest(from, columns), 0);
+          if (exponent != got.exponents[row]) return false;
+          kernels<T>().times(from, columns, std::ldexp(T(1), -exponent));
+        }
+        Exact<char> want(bytes);
+        kernels<T>().store_stochastic(from, columns, want, dtype, update.seed,
+                                      rounding_stream(update.step, tensor), row);
+        return std::memcmp(want, got.memory + row * bytes, bytes) == 0;
       };
       CHECK(is_the_cpus(want_w, w, kWeightTensor), j, columns);
       CHECK(is_the_cpus(want_momentum, momentum, 0), j, columns);
@@ -690,22 +731,66 @@ void rounding_is_the_cpus() {
 // Steps of 1/32 of the distance to the next number are lost in rounding to nearest; here a 32nd of the numbers
 // move.
 template <typename T>
-void rounding_keeps_the_mean() {
+void rounding_keeps_the_mean(DType dtype) {
   constexpr int64_t kRows = 40, kColumns = 512;
-  const double distance = std::ldexp(1, -8), size = kRows * kColumns;
-  Exact<uint16_t> w(kRows * kColumns, kBrain.encode(1));
+  const double distance = rounding(dtype), size = kRows * kColumns;  // to the number below 1
+  const Matrix w(kRows, kColumns, kColumns, dtype);
+  for (int64_t k = 0; k < kRows * kColumns; ++k) put(1, w.memory, dtype, k);
+  std::fill(w.exponents.begin(), w.exponents.end(), 0);
   Exact<T> g(kRows * kColumns, static_cast<T>(distance / 32));
   Update update{};
   update.rule = Update::Rule::kSgd;
-  update.weight = w, update.step = 1, update.gradient_factor = update.lr = 1;
+  update.weight = w.memory, update.weight_exponents = w.exponents;
+  update.step = 1, update.gradient_factor = update.lr = 1;
   update.max_row_norm = std::numeric_limits<double>::infinity();
-  cuda::move_rows<T>(g, kRows, kColumns, {w, DType::kBFloat16, kRows, kColumns}, nullptr, 0, update, nullptr);
+  cuda::move_rows<T>(g, kRows, kColumns, {w.memory, dtype, kRows, kColumns}, nullptr, 0, update, nullptr);
   int64_t count = 0;
-  for (uint16_t bits : w) {
-    CHECK(bits == kBrain.encode(1) || bits == kBrain.encode(1 - distance), bits);
-    count += bits != kBrain.encode(1);
+  for (int64_t k = 0; k < kRows * kColumns; ++k) {
+    const double v = w(k / kColumns, k % kColumns);
+    CHECK(v == 1 || v == 1 - distance, v, name_of(dtype));
+    count += v != 1;
   }
-  CHECK(close(count / size, 1.0 / 32, 4 * std::sqrt(1.0 / 32 * 31 / 32 / size)), count);
+  CHECK(close(count / size, 1.0 / 32, 4 * std::sqrt(1.0 / 32 * 31 / 32 / size)), count, name_of(dtype));
+}
+
+// Rows of float8 by AdamW: of zeros, with a nan, with an infinity, and with gradients of many magnitudes, of whose
+// squares no root becomes 0.
+template <typename T>
+void rows_of_float8_at_the_edges() {
+  for (int64_t columns : kWidths) {
+    const Matrix w(4, columns, columns, DType::kFloat8);
+    const Matrix states[] = {w, w, w};
+    for (const Matrix* rows : {&w, &states[0], &states[1], &states[2]}) {
+      for (int64_t i = 0; i < 4; ++i) rows->scale_row(i, 0);
+    }
+    Exact<T> g(4 * columns, T(0));
+    for (int64_t k = 0; k < columns; ++k) {
+      g[columns + k] = static_cast<T>(k == 1 ? kNan : 1);
+      g[2 * columns + k] = k == columns - 1 ? std::numeric_limits<T>::infinity() : T(1);
+      g[3 * columns + k] = static_cast<T>(std::ldexp(k % 2 ? 1 : -1, -static_cast<int>(k % 40)));
+    }
+    Update update{};
+    update.rule = Update::Rule::kAdamW;
+    update.weight = w.memory, update.weight_exponents = w.exponents;
+    for (int t = 0; t < 3; ++t) update.state[t] = {states[t].memory, DType::kFloat8, states[t].exponents};
+    update.step = 1, update.gradient_factor = 1, update.lr = 0.5, update.beta1 = update.beta2 = 0.5;
+    update.eps = 1e-3, update.max_row_norm = std::numeric_limits<double>::infinity();
+    const Exact<int8_t> before = w.exponents;
+    cuda::move_rows<T>(g, 4, columns, {w.memory, w.dtype, 4, columns}, nullptr, 0, update, nullptr);
+    for (const Matrix* rows : {&w, &states[0], &states[1], &states[2]}) {
+      const bool has_roots = rows == &states[1] || rows == &states[2];
+      const auto stored = [&](int64_t i, int64_t k) { return get(rows->memory, rows->dtype, i * columns + k); };
+      for (int64_t k = 0; k < columns; ++k) {
+        CHECK(stored(0, k) == 0, columns, k, has_roots);
+        CHECK(std::isnan(stored(1, k)) == (k == 1), columns, k, has_roots);
+        CHECK(std::isnan(stored(2, k)) == (k == columns - 1), columns, k, has_roots);
+        CHECK(!has_roots || stored(3, k) > 0, columns, k);
+      }
+      CHECK(rows->exponents[0] == before[0], columns);
+      CHECK(rows == &w || rows->exponents[2] == before[2], columns);  // w moves by inf / inf there
+      CHECK(fills_the_range(*rows, 3), columns, has_roots);
+    }
+  }
 }
 
 void float16_is_refused() {
@@ -738,8 +823,11 @@ void all() {
     for (bool with_moments : {false, true}) statistics<T>(reshaped, with_moments);
   }
   move_rows<T>();
-  rounding_is_the_cpus<T>();
-  rounding_keeps_the_mean<T>();
+  for (DType dtype : {DType::kBFloat16, DType::kFloat8}) {
+    rounding_is_the_cpus<T>(dtype);
+    rounding_keeps_the_mean<T>(dtype);
+  }
+  rows_of_float8_at_the_edges<T>();
 }
 
 }  // namespace

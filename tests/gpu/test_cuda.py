@@ -20,7 +20,6 @@ from support import (
     random_upstream,
     relative_error,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cuda_kernels
 from bench.__main__ import main
@@ -152,34 +151,14 @@ def test_rows_move_by_cosines_that_were_kept(dtypes, some, bytes_, monkeypatch):
             assert float((got.double() - want).norm()) <= 4 * torch.finfo(dtypes.w).eps * float(want.norm())
 
 
-class _Calls(TorchDispatchMode):
-    """Matrix products and fresh memory of the driver, and the kernels' launches."""
-
-    def __enter__(self):
-        cuda_host.take_launches()
-        self.products, self.sizes = 0, []
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self.launches = cuda_host.take_launches()
-        return super().__exit__(*error)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        if func.overloadpacket is torch.ops.aten.empty:
-            self.sizes.append((result.dtype, result.numel()))
-        return result
-
-
 def _both_passes(problem, options, *, zeroed=0):
     """The cache, the calls of forward and of backward, and dx and dw with these bytes of the cache at 0."""
     inputs = (problem.x, problem.w, problem.targets, problem.scale)
-    with _Calls() as of_forward:
+    with cuda_host.Calls() as of_forward:
         _, top, log_sum, *_, cache, _ = cuda_host.forward(*inputs, 0.35, options)
     cache[:zeroed] = 0
     upstream = (top, log_sum, torch.ones_like(top), torch.zeros_like(top))
-    with _Calls() as of_backward:
+    with cuda_host.Calls() as of_backward:
         dx, dw, _ = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
     return cache, of_forward, of_backward, (dx, dw)
 
@@ -326,7 +305,7 @@ def test_sigmoids_of_any_number_of_chunks(dtypes, form, some, monkeypatch):
     eps = torch.finfo(dtypes.compute).eps
     for chunk, chunks in (("1", 2 if some else 4), ("100000", 1)):
         monkeypatch.setenv(CHUNK, chunk)
-        with _Calls() as calls:
+        with cuda_host.Calls() as calls:
             inputs, got, want = _sigmoids(problem, options, g, g_cos)
         of_w_hat = chunks if dtypes == F16 else 0
         assert calls.launches == {

@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels.options import Options
 
@@ -44,8 +46,28 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    return options.refusal(_cuda.OPTIONS)
+    return _cuda.refusal(w, options)
 
 
 def describe() -> str:
     return "the CUDA kernels, one thread after the other"
+
+
+class Calls(TorchDispatchMode):
+    """Matrix products and fresh memory of the driver, and the kernels' launches."""
+
+    def __enter__(self):
+        take_launches()
+        self.products, self.sizes = 0, []
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.launches = take_launches()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        if func.overloadpacket is torch.ops.aten.empty:
+            self.sizes.append((result.dtype, result.numel()))
+        return result

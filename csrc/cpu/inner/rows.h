@@ -3,6 +3,7 @@
 
 #include "../kernels.h"
 #include "arithmetic.h"
+#include "float8.h"
 #include "products.h"
 
 namespace cosface::COSFACE_ISA {
@@ -73,17 +74,6 @@ inline uint16_t to_float16(float v) {
   h = bits >= 0x477ff000 ? 0x7c00 : h;                  // 65520 and above round to infinity
   h = bits > 0x7f800000 ? 0x7e00 : h;
   return static_cast<uint16_t>(h | sign);
-}
-
-// float8_e4m3fn: a bias of 7, no infinity, and one nan of either sign. The steps below the smallest normal number,
-// 2^-6, are those above it.
-inline float from_float8(uint8_t h) {
-  const uint32_t magnitude = uint32_t{h} & 0x7f;
-  const bool is_normal = magnitude >= 8;
-  const float shifted = bit_cast<float>((magnitude << 20) + ((is_normal ? 120u : 121u) << 23));
-  const float size = is_normal ? shifted : shifted - 0x1p-6f;
-  const uint32_t bits = magnitude == 0x7f ? 0x7fc00000 : bit_cast<uint32_t>(size);
-  return bit_cast<float>(bits | (uint32_t{h} & 0x80) << 24);
 }
 
 inline uint8_t to_float8(float v) {
