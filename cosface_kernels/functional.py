@@ -158,8 +158,9 @@ def margin_softmax_loss(
         workspace_bytes: memory for what a GPU has of a chunk of classes; see `cosface_kernels.options`.
         subcenters: K. The weight is then (C K, D), class j owns its rows jK .. jK + K - 1, and cos_ij is that of
             the nearest of them, which alone has a gradient. On backends `cpu` and `reference`, and on one rank.
-        weight_exponent: (C,) int8, of a weight in float8 whose rows an optimizer moves, which changes it too: row
-            j is 2^e_j times what is stored; sharded like the weight. See `cosface_kernels.float8`.
+        weight_exponent: (C,) int8, of a weight in float8 whose rows an optimizer moves, which changes it too, or
+            that is not normalised: row j is 2^e_j times what is stored; sharded like the weight. See
+            `cosface_kernels.float8`.
 
     The other arguments, the result and the errors are those of `cosface_loss`.
 

@@ -42,7 +42,7 @@ def check_gradient(weight: Tensor, exponents: Tensor | None) -> None:
 def check_group(group: dict[str, Any]) -> None:
     """The options that both rules have."""
     check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "max_row_norm")})
-    length = group["weight_norm"]
+    length = group.get("weight_norm")  # of an optimizer that was pickled before there was one
     if length is not None:
         _check_number("weight_norm", length)
         if not 0 < length < math.inf:

@@ -360,7 +360,7 @@ class RowOptimizer(Optimizer):
                 seed=(self.seed + own_classes(weight).start + WEIGHT_SEEDS * ownership.number) % 2**63,
                 gradient_factor=float(group["gradient_factor"]) * (-1 if group["maximize"] else 1) / loss_scale,
                 max_row_norm=float(group["max_row_norm"]),
-                weight_norm=float(group["weight_norm"] or 0.0),
+                weight_norm=float(group.get("weight_norm") or 0.0),
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 **numbers,

@@ -85,7 +85,7 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if torch.float64 in (x.dtype, w.dtype):
         return "it computes in float32 and leaves float64 to backend 'reference'."
     if w.dtype is FLOAT8 and not options.normalize_weight:
-        return "rows in float8 whose length counts are not on this backend yet."
+        return "a weight in float8 that is not normalised is not on this backend yet."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
     if options.gradient_tolerance and options.thresholds is not None:
