@@ -20,16 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cosface_kernels import FusedCosFaceLoss
-from cosface_kernels.optim import FusedSGD
-from cosface_recipes.small_training import Recipe, sgd_options
+from cosface_recipes.small_training import Recipe
 from cosface_recipes.tables import markdown
-from trials import COLUMNS, EPOCHS, RESULTS, Trial, run_all, summary
+from trials import COLUMNS, EPOCHS, MARGIN, RESULTS, Trial, run_all, summary, two_optimizers
 
 MEASURED = RESULTS / "gradients.json"
 GRADIENTS: dict[str, dict[str, float]] = {
@@ -39,7 +36,6 @@ GRADIENTS: dict[str, dict[str, float]] = {
     "sample_rate 0.3": {"sample_rate": 0.3},
     "sample_rate 0.1": {"sample_rate": 0.1},
 }
-MARGIN = 0.25  # the demo's
 SCALE, LEARNING_RATE = 64.0, 0.1  # at the demo's s = 12, so many entries matter that no tolerance drops any
 EXTRA = {"kept": "entries, %", "head": "head, ms", "step": "step, ms"}
 
@@ -59,13 +55,6 @@ class Watched(nn.Module):
         loss, stats = self.head(embeddings, labels, return_stats=True)
         self.kept.append(float(stats.sparsity.kept.mean()) if stats.sparsity else self.sample_rate)
         return loss
-
-
-def two_optimizers(
-    recipe: Recipe, network: nn.Module, head: nn.Module, **of_head: Any
-) -> list[torch.optim.Optimizer]:
-    options = sgd_options(recipe)
-    return [torch.optim.SGD(network.parameters(), **options), FusedSGD(head.parameters(), **options, **of_head)]
 
 
 @dataclass(frozen=True)

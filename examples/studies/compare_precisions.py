@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 
-from compare_gradients import MARGIN, two_optimizers
 from cosface_kernels import FusedCosFaceLoss
 from cosface_recipes.small_training import Recipe
 from cosface_recipes.tables import markdown
-from trials import COLUMNS, EPOCHS, RESULTS, SCALE, Trial, run_all, summary
+from trials import COLUMNS, EPOCHS, MARGIN, RESULTS, SCALE, Trial, run_all, summary, two_optimizers
 
 MEASURED = RESULTS / "precisions.json"
 FLOAT8 = torch.float8_e4m3fn

@@ -12,17 +12,19 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cosface_kernels.optim import FusedSGD
 from cosface_recipes.data.glyphs import load_glyphs
 from cosface_recipes.data.images import Images
 from cosface_recipes.evaluation.protocols import cross_validate, pair_distances
 from cosface_recipes.evaluation.verification import compare_all
 from cosface_recipes.glyphnet import EmbeddingNet
-from cosface_recipes.small_training import Recipe, one_sgd, train
+from cosface_recipes.small_training import Recipe, one_sgd, sgd_options, train
 
 HANGUL = Path(__file__).parents[1] / "demo" / "data" / "hangul"
 HELD_OUT = ("BM YEONSUNG", "NanumPen", "NanumSquare", "Noto Serif CJK")  # font families of the trials that choose
@@ -33,6 +35,7 @@ NICENESS = 10  # of a training's process
 
 RESULTS = Path(__file__).parent / "results"
 SCALE = 12.0  # of all losses of cosines, after equation 6 of the paper: for 0.99 among 1,763 classes, s = 12.1
+MARGIN = 0.25  # the demo's
 EPOCHS = Recipe.epochs
 
 # (num_classes, embedding_size, **setting) -> a module (embeddings, labels) -> loss
@@ -103,6 +106,14 @@ class Trial:
     def measure(self, network: EmbeddingNet) -> dict[str, float]:
         test = limit(load(self.held_out)[1], self.max_identities)
         return measure(network.embed(test.pixels), test.labels)
+
+
+def two_optimizers(
+    recipe: Recipe, network: nn.Module, head: nn.Module, **of_head: Any
+) -> list[torch.optim.Optimizer]:
+    """torch's for the network, and one for the head that moves its rows inside backward."""
+    options = sgd_options(recipe)
+    return [torch.optim.SGD(network.parameters(), **options), FusedSGD(head.parameters(), **options, **of_head)]
 
 
 def load(held_out: bool) -> tuple[Images, Images]:
