@@ -68,7 +68,17 @@ POINTERS |= dict.fromkeys((f"{name}_exponents" for name in ("w", *STATES)), torc
 INTEGERS = ("N", "C", "splits", "tiles", "tiles_per_split", "row_blocks", "first_tile", "dot_blocks")
 INTEGERS += ("seed", "step", "steps", "stride", "capacity", "slots", "count")
 SOME = 1001  # no multiple of 16: nothing may depend on what Triton would make of one
-NUMBERS = ("margin", "gradient_factor", "max_row_norm", "lr", "weight_decay", "momentum", "fresh", "of_gradient")
+NUMBERS = (
+    "margin",
+    "gradient_factor",
+    "max_row_norm",
+    "weight_norm",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "fresh",
+    "of_gradient",
+)
 NUMBERS += ("of_momentum", "step_size", "kept", "fresh1", "beta2", "fresh2", "root_correction", "eps")
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", FLOAT8: "fp8"}
 
@@ -165,7 +175,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
             for kernel, tile in other_tiles(dim).items():
                 for variant in _variants(kernel, arch):
                     in_float8 = w is FLOAT8 or "states" in variant
-                    if not kernel.endswith("_rows") or in_float8 == ("float8" in kernel):
+                    if not kernel.endswith("_rows") or in_float8 == ("whole" in kernel):
                         yield Case(kernel, arch, tile, x, w, False, dim, variant)
 
 
@@ -223,7 +233,7 @@ def _variants(kernel: str, arch: str) -> Iterator[str]:
 def other_tiles(dim: int) -> dict[str, Tile]:
     """Of kernels without a matrix product."""
     samples, rows = Tile(ROWS, 0, COLUMNS, 4, 3), Tile(0, *row_block(dim), 4, 3)
-    rows_in_float8 = Tile(0, *row_block(dim, MOVED_WHOLE), 4, 3)
+    read_twice = Tile(0, *row_block(dim, MOVED_WHOLE), 4, 3)
     return {
         "row_norms": rows,
         "merge_statistics": samples,
@@ -232,8 +242,8 @@ def other_tiles(dim: int) -> dict[str, Tile]:
         "project_weight_gradients": rows,
         "sgd_rows": rows,
         "adamw_rows": rows,
-        "sgd_whole_rows": rows_in_float8,
-        "adamw_whole_rows": rows_in_float8,
+        "sgd_whole_rows": read_twice,
+        "adamw_whole_rows": read_twice,
         "pack_entries": rows,
         "entry_gradients": rows,
         "entry_embedding_gradients": rows,
@@ -316,6 +326,7 @@ def compile_case(case: Case):
         "KEEP": case.has("kept"),
         "KEPT": case.has("kept"),
         "CLIP": True,
+        "NORM": True,
         "MOMENTUM": True,
         "AMSGRAD": True,
         "MAY_STAY": True,
