@@ -137,9 +137,10 @@ RAGGED: dict[str, tuple[Tile, ...]] = {
     "sample_entries": (Tile(32, 64, 32, 8, 1),),
 }
 # Of a weight in float8, with which a small block of these kernels spills 8 bytes in 4 warps on sm_80 and sm_100,
-# and one even in 8, unless it has a stage less.
+# another 8 bytes in any, and a large one 64 bytes on sm_80 alone.
 FLOAT8_WARPS = {"class_statistics": 8, "logit_gradients": 8, "keep_entries": 8}
-FLOAT8_BLOCKS = {Tile(16, 128, 32, 4, 3): Tile(16, 128, 32, 8, 2)}
+FLOAT8_BLOCKS = {Tile(16, 128, 32, 4, 3): Tile(16, 64, 32, 8, 2)}
+FLOAT8_BLOCKS_ON_SM_80 = FLOAT8_BLOCKS | {Tile(128, 64, 128, 8, 2): Tile(128, 64, 64, 8, 2)}
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)  # several blocks of everything even in an interpreter's small problems
 LIBRARY_KERNELS = ("embedding_gradients", "weight_gradients")
 # Of a specialised kernel: bytes of shared memory for all but its operands (barriers; in backward G and numbers of
@@ -159,7 +160,8 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
     if not key.plain:
         tiles = WITH_OPTIONS.get((kernel, size), tiles)
     if key.w is FLOAT8:
-        tiles = tuple(FLOAT8_BLOCKS.get(tile, tile) for tile in tiles)
+        blocks = FLOAT8_BLOCKS_ON_SM_80 if key.architecture == "sm_80" else FLOAT8_BLOCKS
+        tiles = tuple(blocks.get(tile, tile) for tile in tiles)
         tiles = tuple(replace(tile, warps=FLOAT8_WARPS.get(kernel, tile.warps)) for tile in tiles)
     if (kernel, size, key.architecture, key.plain) in TOO_LARGE:
         return tiles[1:]
