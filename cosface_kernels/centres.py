@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
 from cosface_kernels import float8, loading, optim, resizing
-from cosface_kernels.distributed import beside, empty_weight, leave_to_its_rank, own_rows
+from cosface_kernels.distributed import beside, empty_weight, leave_to_its_rank, own_rows, zero_exponents
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.init import normal_
 from cosface_kernels.margins.base import in_its_dtype
@@ -41,13 +42,12 @@ class ClassCentres(nn.Module):
         device = weight.device
         super()._apply(lambda state: state.to(device))  # type: ignore[no-untyped-call]  # what there is already
         self.weight = nn.Parameter(weight)
-        exponents = None
-        if weight.dtype is FLOAT8:
-            own = own_rows(weight)
-            exponents = beside(weight, own.new_zeros(len(own), dtype=torch.int8))
-        self.register_buffer("weight_exponent", exponents)
-        if process_group is not None:
-            leave_to_its_rank(self, "weight", *(() if exponents is None else ("weight_exponent",)))
+        self.register_buffer("weight_exponent", zero_exponents(weight) if weight.dtype is FLOAT8 else None)
+        self._leave_to_its_rank()
+
+    def _leave_to_its_rank(self) -> None:
+        if isinstance(self.weight, DTensor):
+            leave_to_its_rank(self, "weight", *([] if self.weight_exponent is None else ["weight_exponent"]))
 
     @torch.no_grad()
     def _draw_weight(self, std: float) -> None:
@@ -75,6 +75,7 @@ class ClassCentres(nn.Module):
     def _replace_weight(self, rows: Tensor, exponents: Tensor | None) -> None:
         self.weight_exponent = None if exponents is None else beside(self.weight, exponents)
         resizing.replace_(self.weight, beside(self.weight, rows))
+        self._leave_to_its_rank()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -6,8 +6,8 @@
     python -m cosface_kernels.convert checkpoint FOLDER weight.safetensors --name head/weight
 
 `load_weight_(head.weight, "weight.safetensors")` reads it into a head, sharded or not; of one in float8, with
-`exponents=head.weight_exponent`. Files of torch.save are read with
-weights_only=True, which runs no code of theirs.
+`weight_exponent=head.weight_exponent`. Files of torch.save are read with weights_only=True, which runs no code of
+theirs.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from cosface_kernels import (
 from cosface_kernels.distributed import Exchange, beside, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.resizing import Keep
+from cosface_kernels.validation import check_exponents
 
 # isort: split
 import safetensors
@@ -136,24 +137,24 @@ def to_pytorch_metric_learning(weight: Tensor, entry: str = "W") -> dict[str, Te
     return {entry: (matrix.T if entry == "W" else matrix).contiguous()}
 
 
-def save_weight(weight: Tensor, path: str | os.PathLike[str], exponents: Tensor | None = None) -> None:
+def save_weight(weight: Tensor, path: str | os.PathLike[str], weight_exponent: Tensor | None = None) -> None:
     """Writes a (C, D) weight under the name "weight"; one that is sharded, on all of its ranks together.
 
     A sharded weight is never whole in memory: the ranks write their rows, and rank 0 joins the files.
 
     Args:
-        exponents: of a weight in float8, its head's `weight_exponent`. The file then has "weight_scale" too, (C,)
+        weight_exponent: of a weight in float8, that of its head. The file then has "weight_scale" too, (C,)
             float32, by which each row is multiplied.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: exponents are missing.
+        ValueError: weight_exponent is missing.
     """
-    _check_exponents(weight, exponents)
+    check_exponents(weight, weight_exponent, needed=True)
     tensors = {NAME: weight.detach()}
-    if exponents is not None:
-        scale = float8.units(own_rows(exponents), torch.float32).flatten()
-        tensors[SCALE] = beside(exponents, scale)
+    if weight_exponent is not None:
+        scale = float8.units(own_rows(weight_exponent), torch.float32).flatten()
+        tensors[SCALE] = beside(weight_exponent, scale)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
@@ -182,7 +183,7 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str], exponents: Tensor 
 
 @torch.no_grad()
 def load_weight_(
-    weight: Tensor, path: str | os.PathLike[str], keep: Keep = None, exponents: Tensor | None = None
+    weight: Tensor, path: str | os.PathLike[str], keep: Keep = None, weight_exponent: Tensor | None = None
 ) -> Tensor:
     """Fills a (C, D) weight from a file of `save_weight`; of one that is sharded, each rank reads its rows.
 
@@ -192,16 +193,16 @@ def load_weight_(
         keep: where the file is of other classes: the file's labels in the order of the weight's first ones, or a
             mapping from the file's labels to the weight's. The rows of all other classes stay as they are. None:
             the classes are the same.
-        exponents: of a weight in float8, its head's `weight_exponent`, which is filled as well.
+        weight_exponent: of a weight in float8, that of its head, which is filled as well.
 
     Raises:
         TypeError: the weight is no tensor, such as a head.
         ValueError: the file's shape is not the weight's, or without its classes; a label of keep does not fit; it
-            is no file of `save_weight`; or exponents are missing.
+            is no file of `save_weight`; or weight_exponent is missing.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, such as head.weight, got {type(weight).__name__}.")
-    _check_exponents(weight, exponents)
+    check_exponents(weight, weight_exponent, needed=True)
     with _weights(path) as file:
         rows = file.get_slice(NAME)
         scale = file.get_slice(SCALE) if SCALE in file.keys() else None  # noqa: SIM118
@@ -219,7 +220,7 @@ def load_weight_(
             for first in range(own.start, own.stop, ROWS_AT_ONCE):
                 last = min(first + ROWS_AT_ONCE, own.stop)
                 places = slice(first - own.start, last - own.start)
-                _put(weight, exponents, places, rows[first:last], scale and scale[first:last])
+                _put(weight, weight_exponent, places, rows[first:last], scale and scale[first:last])
             return weight
         wanted = resizing.into(keep, theirs[0], weight.shape[0])[own.start : own.stop]  # (C_r,)
         for first in range(0, theirs[0], ROWS_AT_ONCE):
@@ -228,7 +229,7 @@ def load_weight_(
                 block = slice(first, first + ROWS_AT_ONCE)
                 chosen = wanted[here] - first
                 of_block = scale and scale[block][chosen]
-                _put(weight, exponents, here.to(weight.device), rows[block][chosen], of_block)
+                _put(weight, weight_exponent, here.to(weight.device), rows[block][chosen], of_block)
     return weight
 
 
@@ -245,14 +246,6 @@ def _put(
 
 def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
     return rows if scale is None else rows.float() * scale.view(-1, 1)
-
-
-def _check_exponents(weight: Tensor, exponents: Tensor | None) -> None:
-    if isinstance(weight, Tensor) and (weight.dtype is FLOAT8) != (exponents is not None):
-        raise ValueError(
-            "exponents must be given with a weight in float8, its head's weight_exponent, and with no other, got "
-            f"{'some' if exponents is not None else 'none'} with {weight.dtype}."
-        )
 
 
 @contextmanager

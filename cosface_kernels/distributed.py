@@ -160,6 +160,12 @@ def beside(weight: Tensor, rows: Tensor) -> Tensor:
     return shard_like(weight, rows) if isinstance(weight, DTensor) else rows
 
 
+def zero_exponents(weight: Tensor) -> Tensor:
+    """Those of the rows of something in float8, laid out like the weight."""
+    rows = own_rows(weight)
+    return beside(weight, rows.new_zeros(len(rows), dtype=torch.int8))
+
+
 def agreed(weight: Tensor, flag: bool) -> bool:
     """Whether the flag is set on every rank that shares the weight; waits for the device."""
     if not isinstance(weight, DTensor):

@@ -3,8 +3,8 @@
 A row w_j is 2^e_j q_j, with q_j in float8_e4m3fn and e_j in int8. Its cosines are those of q_j, so that only what
 moves rows, or takes them to another dtype, looks at e_j, the length of a row being information for the optimizer
 alone. A row is stored with its largest |q_jk| in (224, 448], the end of the format's range: of a normal row, whose
-largest of 512 entries is three times their standard deviation, all but a few in 10,000 are normal numbers, with a
-relative error of at most 1/16. Nothing but the row decides on e_j.
+largest of 512 entries is three times their standard deviation, all but a few in 10,000 are normal numbers, which
+rounding to the nearest changes by at most 1/16. Nothing but the row decides on e_j.
 """
 
 import torch

@@ -181,7 +181,7 @@ def margin_softmax_loss(
     with ranks.agreement(facts, embeddings, sample_weight):
         check_stats(return_stats, entropy)
         stages.check(settings, ranks, embeddings, weight, labels, scale)
-        check_exponents(weight, weight_exponent, normalize_weight)
+        check_exponents(weight, weight_exponent, needed=not normalize_weight)
         optim.check_gradient(weight, weight_exponent)
         if class_weight is not None:
             sample_weights.check_class_weight(class_weight, settings.classes_of(ranks.num_classes))
@@ -263,7 +263,7 @@ def cosine_logits(
         ValueError: a shape does not fit, or the scale is not one number; the message shows it.
     """
     check_rows(embeddings, weight)
-    check_exponents(weight, weight_exponent, normalize_weight)
+    check_exponents(weight, weight_exponent, needed=not normalize_weight)
     if isinstance(scale, Tensor) and scale.dim():
         raise ValueError(f"scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
     if getattr(weight, optim.MARK, False):

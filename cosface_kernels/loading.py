@@ -52,7 +52,9 @@ def _fit_float8(state_dict: dict[str, Any], head: Any, weight: str, exponents: s
     given, wanted = state_dict[weight], head.weight.dtype
     if given.dtype is FLOAT8 and exponents not in state_dict:
         errors.append(f"{weight} is in float8, and the state lacks {exponents}, the exponents of its rows.")
-        state_dict[weight], state_dict[exponents] = head.weight, head.weight_exponent
+        state_dict[weight] = head.weight
+        if head.weight_exponent is not None:
+            state_dict[exponents] = head.weight_exponent
     elif wanted is FLOAT8 and given.dtype is not FLOAT8:
         warn(
             f"{weight} is rounded from {given.dtype} to {wanted}, to the nearest: an entry by at most 1/16 of "

@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import Self, Unpack
 
-from cosface_kernels import float8, optim, resizing, sample_weights, theory
+from cosface_kernels import optim, resizing, sample_weights, theory
 from cosface_kernels.backends import check_name
 from cosface_kernels.centres import ClassCentres
 from cosface_kernels.distributed import own_classes, several_ranks, warn_of_drift
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.margins import ClassMargin, Margin, SigmoidMargin, defaults, of_each_class
 from cosface_kernels.margins.base import check_use, taken
@@ -361,7 +362,7 @@ class FusedMarginLoss(ClassCentres):
         **arguments: Any,
     ) -> Tensor | tuple[Tensor, LossStats]:
         weight: Tensor = self.weight
-        if not self.training and (getattr(weight, optim.MARK, False) or weight.dtype is float8.FLOAT8):
+        if not self.training and (getattr(weight, optim.MARK, False) or weight.dtype is FLOAT8):
             weight = weight.detach()  # no step is meant, and so no row moves
         trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad
         if (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosface_kernels import float8, ops, optim
+from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, Local
@@ -357,8 +357,7 @@ def target_cosines(settings: Settings, own: OwnClasses) -> Tensor:
     if settings.normalize_weight:
         rows = F.normalize(rows, dim=2)
     elif settings.exponents is not None:
-        units = float8.units(settings.exponents, dtype).unflatten(0, (-1, settings.subcenters))  # (C, K, 1)
-        rows = rows * units[chosen]
+        rows = torch.ldexp(rows, settings.exponents.unflatten(0, (-1, settings.subcenters))[chosen][..., None])
     return torch.where(has_target, (F.normalize(x.to(dtype))[:, None] * rows).sum(2).amax(1), 0)
 
 

@@ -114,7 +114,7 @@ def dominant(
             if normalize_weight:
                 w = F.normalize(w, dim=2)
             elif exponents is not None:
-                w = w * float8.units(exponents, dtype).unflatten(0, (-1, subcenters))[y]
+                w = torch.ldexp(w, exponents.unflatten(0, (-1, subcenters))[y][..., None])
             rows.append(y * subcenters + (w @ x.to(dtype)[..., None])[..., 0].argmax(1))
         if rows:
             wins = torch.bincount(torch.cat(rows), minlength=len(weight)).view(-1, subcenters)  # (C, K)

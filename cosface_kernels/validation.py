@@ -79,12 +79,12 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype!r}.")
 
 
-def check_exponents(weight: Tensor, exponents: Tensor | None, normalize_weight: bool) -> None:
+def check_exponents(weight: Tensor, exponents: Tensor | None, *, needed: bool) -> None:
     """Of a weight in float8: needed where the length of its rows counts."""
     if exponents is None:
-        if weight.dtype is FLOAT8 and not normalize_weight:
+        if weight.dtype is FLOAT8 and needed:
             raise ValueError(
-                "weight_exponent must be given with a weight in float8 that is not normalised, got None."
+                "weight_exponent must be given with a weight in float8 whose length counts, got None."
             )
         return
     fits = exponents.shape == weight.shape[:1] and exponents.dtype == torch.int8

@@ -75,7 +75,7 @@ def load_head(head: FusedMarginLoss, file: Path, data: ImageDataset) -> str:
     if json.loads(names.read_text(encoding="utf-8")) != identities(data):
         return f"The head is new: {weights} is of other identities."
     try:
-        convert.load_weight_(head.weight, weights, exponents=head.weight_exponent)
+        convert.load_weight_(head.weight, weights, weight_exponent=head.weight_exponent)
     except ValueError as error:  # of another embedding size
         return f"The head is new: {error}"
     return f"The head is that of {weights}, of the same identities."

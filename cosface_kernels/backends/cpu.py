@@ -12,6 +12,7 @@ from cosface_kernels.reference import operand_dtype
 
 OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
 OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance", "subcenters", "sigmoid", "polynomials"}
+OPTIONS |= {"exponents"}
 
 
 def unavailable() -> str | None:

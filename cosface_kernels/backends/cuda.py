@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cosface_kernels.backends.chunks import nearest as nearest
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
-from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype
 
@@ -36,13 +35,6 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cuda":
         return f"it takes tensors on device 'cuda', got them on {str(x.device)!r}."
-    return refusal(w, options)
-
-
-def refusal(w: Tensor, options: Options) -> str | None:
-    """Of tensors on any device."""
-    if w.dtype is FLOAT8 and not options.normalize_weight:
-        return "a weight in float8 that is not normalised is not on this backend yet."
     return options.refusal(OPTIONS)
 
 

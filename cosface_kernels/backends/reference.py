@@ -9,7 +9,7 @@ from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Options, Update, empty_cache
 
 OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
-OPTIONS |= {"subcenters", "sigmoid", "polynomials"}
+OPTIONS |= {"subcenters", "sigmoid", "polynomials", "exponents"}
 
 
 def unavailable() -> str | None:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import float8
 from cosface_kernels.backends import cpu
-from cosface_kernels.distributed import beside, own_rows
+from cosface_kernels.distributed import beside, own_rows, zero_exponents
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 
 
@@ -67,10 +67,7 @@ def step_count(steps: float) -> Tensor:
 def zero_state(weight: Tensor, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state of that name of a new weight, and in float8 the exponents of its rows."""
     state = {name: zeros_like(weight, dtype)}
-    if dtype is FLOAT8:
-        rows = own_rows(weight)
-        state[name + OF_STATE] = beside(weight, rows.new_zeros(len(rows), dtype=torch.int8))
-    return state
+    return state | ({name + OF_STATE: zero_exponents(weight)} if dtype is FLOAT8 else {})
 
 
 def convert_(state: dict[str, Any], name: str, dtype: torch.dtype, *, is_square: bool) -> None:

@@ -155,7 +155,10 @@ class ClassRows {
       stride = width_;
     }
     if (!normalize_) {
-      for (int64_t j = 0; j < classes; ++j) inv_norm[j] = std::ldexp(T(1), exponent(first + j));
+      std::fill_n(static_cast<T*>(inv_norm), classes, T(1));
+      for (int64_t j = 0; exponents_ && j < classes; ++j) {
+        inv_norm[j] = std::ldexp(T(1), exponents_[chosen_ ? chosen_[first + j] : first + j]);
+      }
     } else if constexpr (kSame) {
       kernels<T>().inverse_norms(rows, classes, d_, stride, inv_norm);
     } else {
@@ -202,8 +205,6 @@ class ClassRows {
   static constexpr bool kSame = std::is_same_v<T, Operand>;
   static const Products<T, Operand>& table() { return products<T, Operand>(); }
   static int64_t panel_stride(int64_t classes) { return Embeddings<T, Operand>::padded(classes) * table().panel; }
-
-  int exponent(int64_t j) const { return exponents_ ? exponents_[chosen_ ? chosen_[j] : j] : 0; }
 
   void fetch(const char* source, Operand* to) const {
     if constexpr (kSame) {

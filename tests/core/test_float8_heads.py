@@ -78,7 +78,7 @@ def test_every_loss_is_that_of_the_same_rows_in_float32(name):
     rows = float8.values(*float8.quantized(other.weight.detach()), torch.float32)
     other.weight.data.copy_(rows)
     head = copy.deepcopy(other).to(FLOAT8)
-    optimizer = FusedSGD(head.parameters(), lr=0.0)
+    optimizers = [FusedSGD(each.parameters(), lr=0.0) for each in (head, other)]
     gradients = []
     for each in (head, other):
         torch.manual_seed(1)  # of margins that are drawn
@@ -86,9 +86,10 @@ def test_every_loss_is_that_of_the_same_rows_in_float32(name):
         loss = each(leaf, labels)
         loss.backward()
         gradients.append((loss.detach(), leaf.grad))
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     for got, want in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("rule", [FusedSGD, FusedAdamW])
@@ -121,7 +122,7 @@ def test_evaluation_and_frozen_rows_have_gradients_of_embeddings():
     for each in (other, _head().requires_grad_(False)):
         leaf = x.clone().requires_grad_()
         got = torch.autograd.grad(each(leaf, labels), leaf)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+        assert torch.equal(got[0], want[0])
     assert _is_same(head, _head())
 
 
@@ -244,9 +245,11 @@ def test_files_hold_the_exponents(tmp_path, keep, monkeypatch):
     convert.load_weight_(same.weight, tmp_path / "w32.safetensors", None, same.weight_exponent)
     assert torch.equal(_rows(same)[:rows], want)
     for call in (convert.save_weight, convert.load_weight_):
-        with pytest.raises(ValueError, match=r"exponents must be given with a weight in float8, .* got none with"):
+        with pytest.raises(
+            ValueError, match="weight_exponent must be given with a weight in float8 whose length counts"
+        ):
             call(head.weight, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"got some with torch\.float32"):
+    with pytest.raises(ValueError, match=r"beside one in torch\.float32"):
         convert.save_weight(other.weight, tmp_path / "w.safetensors", head.weight_exponent)
 
 
@@ -403,7 +406,7 @@ def test_rows_whose_length_counts_have_it(of_backend):
     off = (_rows(head) - other.weight.detach()).abs()
     assert bool((off <= 0.13 * other.weight.detach().abs() + 2e-5 * largest).all())
     assert bool((off > 0).any())
-    with pytest.raises(ValueError, match="weight_exponent must be given with a weight in float8 that is not"):
+    with pytest.raises(ValueError, match="weight_exponent must be given with a weight in float8 whose length"):
         margin_softmax_loss(x, head.weight.detach(), labels, margin=0.0, normalize_weight=False)
 
 

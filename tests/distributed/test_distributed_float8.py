@@ -87,7 +87,7 @@ def loaded(rank: int, group: ProcessGroup | None, folder: str, dtype: torch.dtyp
     optimizer = optimizer_of(head)
     checkpoint.load(folder, process_group=group, head=head, optimizer=optimizer)
     other = make_head(group, dtype, seed=2)
-    convert.load_weight_(other.weight, f"{folder}/weight.safetensors", exponents=other.weight_exponent)
+    convert.load_weight_(other.weight, f"{folder}/weight.safetensors", weight_exponent=other.weight_exponent)
     state = optimizer.state[head.weight]
     momentum, exponents = (own_rows(state[f"momentum_buffer{name}"]) for name in ("", "_exponent"))
     results = [rows_of(head), rows_of(other), float8.values(momentum, exponents, torch.float64)]

@@ -46,7 +46,7 @@ def unavailable() -> str | None:
 def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
     if x.device.type != "cpu":
         return f"it takes tensors on the CPU, got them on {x.device}."
-    return _cuda.refusal(w, options)
+    return options.refusal(_cuda.OPTIONS)
 
 
 def describe() -> str:

@@ -20,7 +20,6 @@ from cosface_kernels.backends.triton.cache import Saved, cache_size, nothing_sav
 from cosface_kernels.backends.triton.choice import Trial
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile, candidates
 from cosface_kernels.backends.triton.update import move_rows
-from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import PLAIN, Options, Update, empty_cache
 
 __all__ = [
@@ -84,8 +83,6 @@ def unsupported(x: Tensor, w: Tensor, options: Options) -> str | None:
         return f"it takes tensors on device {wanted!r}, got them on {str(x.device)!r}."
     if torch.float64 in (x.dtype, w.dtype):
         return "it computes in float32 and leaves float64 to backend 'reference'."
-    if w.dtype is FLOAT8 and not options.normalize_weight:
-        return "a weight in float8 that is not normalised is not on this backend yet."
     if not w.is_contiguous():
         return f"it takes a contiguous weight, got strides {w.stride()} for shape {tuple(w.shape)}."
     if options.gradient_tolerance and options.thresholds is not None:

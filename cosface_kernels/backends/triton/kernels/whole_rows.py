@@ -1,7 +1,8 @@
 """The Triton kernels that move rows of which more must be known before a number is stored than that number.
 
 A row in float8, of the weight or a state, is 2^e times what is stored, and its largest decides on e; a weight_norm
-asks for the length. So a block of a row is computed twice: first for these, then to be stored.
+asks for the length. So a block of a row is computed twice: first for these, then to be stored. The kernels of
+`update` do not call the rules here, because that takes AdamW more registers.
 """
 
 import triton
