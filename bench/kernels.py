@@ -303,6 +303,8 @@ def compile_case(case: Case):
         "operand": case.operand,
         "dw": torch.float32 if case.has("moved") or case.w is FLOAT8 else w,
     }
+    if case.has("raw") and case.w is FLOAT8:
+        dtypes |= {"w_norm": torch.int8}  # exponents
     if case.has("states"):
         dtypes |= dict.fromkeys(STATES, torch.int8)
     if case.kernel.startswith("entry_"):

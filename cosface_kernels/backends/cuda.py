@@ -16,7 +16,7 @@ from cosface_kernels.options import Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype
 
 OPTIONS = {"cache_bytes", "classes", "updates", "normalize_weight", "thresholds", "negatives"}
-OPTIONS |= {"moments", "g_moments", "sigmoid", "polynomials"}
+OPTIONS |= {"moments", "g_moments", "sigmoid", "polynomials", "exponents"}
 
 
 def unavailable() -> str | None:
@@ -95,4 +95,5 @@ def _kernel_options(options: Options, cache: Tensor) -> Any:
         g_moments=options.g_moments,
         sigmoid=options.sigmoid,
         polynomials=options.polynomials,
+        exponents=options.exponents,
     )

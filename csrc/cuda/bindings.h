@@ -21,7 +21,7 @@ void define(py::module_& m, WithDevice with_device) {
       .def(py::init([](std::optional<Tensor> classes, Tensor cache, bool normalize_weight,
                        std::optional<Tensor> thresholds, std::optional<Tensor> negatives, int64_t workspace_bytes,
                        bool moments, std::optional<Tensor> g_moments, std::optional<std::string> sigmoid,
-                       std::optional<Tensor> polynomials) {
+                       std::optional<Tensor> polynomials, std::optional<Tensor> exponents) {
              return Options{std::move(classes),
                             std::move(cache),
                             normalize_weight,
@@ -30,11 +30,12 @@ void define(py::module_& m, WithDevice with_device) {
                             workspace_bytes,
                             moments,
                             std::move(g_moments),
-                            {std::move(sigmoid), std::move(polynomials)}};
+                            {std::move(sigmoid), std::move(polynomials)},
+                            std::move(exponents)};
            }),
            py::kw_only(), py::arg("classes"), py::arg("cache"), py::arg("normalize_weight"), py::arg("thresholds"),
            py::arg("negatives"), py::arg("workspace_bytes"), py::arg("moments"), py::arg("g_moments"),
-           py::arg("sigmoid"), py::arg("polynomials"));
+           py::arg("sigmoid"), py::arg("polynomials"), py::arg("exponents"));
   m.def(
       "cuda_forward",
       [=](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,

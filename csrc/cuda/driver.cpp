@@ -29,9 +29,10 @@ int64_t round_up(int64_t a, int64_t step) { return ceil_div(a, step) * step; }
 
 // What the matrix products multiply: the common dtype; a float32 weight is rounded to the bfloat16 of its
 // embeddings, as autocast would do. Not to float16, whose range a short row of an un-normalised weight would
-// leave. Both hold what float8 holds.
-at::ScalarType operand_dtype(at::ScalarType x, at::ScalarType w) {
-  if (x == w || (x == at::kBFloat16 && w == at::kFloat) || w == at::kFloat8_e4m3fn) return x;
+// leave. Both hold what float8 holds, until it is multiplied by a power of two.
+at::ScalarType operand_dtype(at::ScalarType x, at::ScalarType w, bool scaled) {
+  if (w == at::kFloat8_e4m3fn) return scaled && x == at::kHalf ? at::kFloat : x;
+  if (x == w || (x == at::kBFloat16 && w == at::kFloat)) return x;
   return at::promoteTypes(at::promoteTypes(x, w), at::kFloat);
 }
 
@@ -69,6 +70,7 @@ void* any_data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_
 Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Options& options) {
   check_cache(options.cache, x.device());
   options.sigmoid.check(x.device(), options.thresholds || options.moments || options.g_moments);
+  if (options.exponents) check_exponents(*options.exponents, w);
   return Inputs{x, w, y, s, options.classes, options.thresholds, options.negatives, options.moments}.checked();
 }
 
@@ -113,7 +115,7 @@ class Step {
       : device(device),
         pass(pass),
         normalize_weight(options.normalize_weight),
-        operand(operand_dtype(given.x.scalar_type(), given.w.scalar_type())),
+        operand(operand_dtype(given.x.scalar_type(), given.w.scalar_type(), !normalize_weight)),
         sums(given.x.options().dtype(c10::CppTypeToScalarType<T>::value)),
         x(given.x.to(operand).contiguous()),
         y(given.y.contiguous()),
@@ -127,6 +129,7 @@ class Step {
                                      chunk / kChunkStep)),
         cache(pass == Pass::kAlone ? norms_alone() : options.cache, n, classes, normalize_weight),
         dot(pass == Pass::kForward || cache.kept < classes ? at::empty({n * chunk}, sums) : Tensor()),
+        exponents(normalize_weight ? Tensor() : options.exponents.value_or(Tensor())),
         ones_(normalize_weight ? Tensor() : at::ones({chunk}, sums)),
         tau_(given.thresholds ? given.thresholds->to(sums.dtype()).contiguous() : Tensor()),
         coefficients_(given.negatives ? coefficients_of(*given.negatives, sums.dtype().toScalarType()) : Tensor()),
@@ -143,8 +146,7 @@ class Step {
     for (int64_t first = 0, count; first < classes; first += count) {
       const bool kept = first < cache.kept;
       count = std::min(chunk, (kept ? cache.kept : classes) - first);
-      const Tensor raw = raw_rows(first, count);
-      const Tensor rows = w_operands_.defined() ? w_operands_.narrow(0, 0, count).copy_(raw) : raw;
+      const Tensor rows = operand_rows(first, count);
       T* w_inv_norm = normalize_weight ? data<T>(cache.w_inv_norm) + first : data<T>(ones_);
       if (pass != Pass::kBackward && normalize_weight) row_norms<T>(rows_of(rows), w_inv_norm, device.stream);
       if (pass == Pass::kForward || !kept) multiply(beginning(dot, count), x, rows.t(), false);
@@ -161,6 +163,13 @@ class Step {
     return memory.narrow(0, 0, n * count).view({n, count});
   }
 
+  // (count, 1) 2^e_j of a weight in float8 whose length counts.
+  Tensor row_units(int64_t first, int64_t count) const {
+    const Tensor of_chunk = chosen_.defined() ? exponents.index_select(0, chosen_.narrow(0, first, count))
+                                              : exponents.narrow(0, first, count);
+    return at::ldexp(at::ones({count, 1}, sums), of_chunk.unsqueeze(1));
+  }
+
   // The rows of the weight that are chosen classes from `first` on; null where all rows take part in order.
   const int64_t* chosen(int64_t first) const {
     return chosen_.defined() ? chosen_.const_data_ptr<int64_t>() + first : nullptr;
@@ -174,7 +183,8 @@ class Step {
   const Tensor x, y, s;                          // (N, D) operands, (N) or (2, N), (N)
   const int64_t n, d, classes, chunk, segments;  // segments: blocks that share a row of a chunk
   const Cache<T> cache;
-  const Tensor dot;  // memory for the products of a chunk, in a pass that makes some
+  const Tensor dot;        // memory for the products of a chunk, in a pass that makes some
+  const Tensor exponents;  // (C), of a weight in float8 whose length counts
 
  private:
   // What a chunk takes for each of its classes, in backward: its products, G, the gradient of its row, and its row
@@ -196,6 +206,14 @@ class Step {
     if (!chosen_.defined()) return w_.narrow(0, first, count);
     Tensor rows = w_chosen_.narrow(0, 0, count);
     return at::index_select_out(rows, w_, 0, chosen_.narrow(0, first, count));
+  }
+
+  // Of a weight in float8 whose length counts, what is stored times 2^e_j.
+  Tensor operand_rows(int64_t first, int64_t count) const {
+    const Tensor raw = raw_rows(first, count);
+    if (!w_operands_.defined()) return raw;
+    const Tensor rows = w_operands_.narrow(0, 0, count).copy_(raw);
+    return exponents.defined() ? rows.mul_(row_units(first, count)) : rows;
   }
 
   const Tensor ones_;                // (chunk), in place of norms if weights are not normalised
@@ -327,6 +345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_in(const Tensor& x, const Te
       project(sums, divided, rows, chunk.w_inv_norm, from_dw_hat, out, device.stream);
     } else {
       at::mul_out(out, sums, from_dw_hat);
+      if (step.exponents.defined()) out.mul_(step.row_units(first, count));  // for what is stored of them
     }
     if (update) {  // nothing after this reads these rows
       move_rows<T>(data<T>(sums), count, step.d, weight_of(w), step.chosen(first), first, *update, device.stream);

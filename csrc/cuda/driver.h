@@ -32,6 +32,7 @@ struct Options {
   bool moments = false;
   std::optional<at::Tensor> g_moments;
   Sigmoids sigmoid = {};  // with one nothing is read from the cache
+  std::optional<at::Tensor> exponents = {};
 };
 
 // As in cosface_kernels.reference: loss, top, log_sum, target_cos, max_neg, and the moments, empty if not wanted.

@@ -380,7 +380,7 @@ def test_margins_that_compute_with_the_weight_are_refused():
             each(*_batch())
 
 
-@pytest.mark.parametrize("of_backend", ["cpu", "reference"])
+@pytest.mark.parametrize("of_backend", ["cpu", "reference", "cuda_host"])
 def test_rows_whose_length_counts_have_it(of_backend):
     """Loss, gradients, logits, nearest classes and a step of plain softmax: those of the same rows in float32."""
     torch.manual_seed(0)

@@ -300,14 +300,6 @@ def test_a_gradient_of_float8_is_refused():
         cuda_host.backward(*_inputs(problem), *rows, options=Options(), need_dx=True, need_dw=True)
 
 
-def test_a_weight_that_is_not_normalised_is_refused():
-    """Whose rows have the lengths of their exponents."""
-    problem, e = _problem(3, 8, 4, torch.float32), torch.zeros(8, dtype=torch.int8)
-    reason = r"option 'exponents' is not on this backend yet\."
-    with pytest.raises(RuntimeError, match=reason):
-        HOST.lmcl(*_inputs(problem), 0.0, normalize_weight=False, exponents=e)
-
-
 def test_a_head_trains_as_on_the_cpu():
     """Random rounding is by the same numbers, so that few entries differ where gradients do by an ulp."""
     weights, losses = [], []

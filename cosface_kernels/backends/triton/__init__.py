@@ -39,7 +39,7 @@ MIN_VERSION = (3, 6)  # that of torch 2.10; 3.2 loads a next tile into memory th
 MIN_CAPABILITY = (8, 0)  # bfloat16 on tensor cores, asynchronous copies
 
 OPTIONS = {"cache_bytes", "classes", "gradient_tolerance", "updates", "normalize_weight", "thresholds"}
-OPTIONS |= {"negatives", "moments", "g_moments", "sigmoid", "polynomials"}
+OPTIONS |= {"negatives", "moments", "g_moments", "sigmoid", "polynomials", "exponents"}
 
 sparse: Any = None  # for a gradient_tolerance; imports Triton
 
@@ -101,6 +101,7 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
+    x = launch.embeddings(x, w, options)
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
@@ -161,6 +162,7 @@ def _tuned_backward(
     """dx, dw, dscale and, with a sigmoid, its sums, (2, N)."""
     x, w, *per_row, cache = tensors
     contract.check(x, w, options, *per_row)
+    wanted, x = x.dtype, launch.embeddings(x, w, options)
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
@@ -199,5 +201,7 @@ def _tuned_backward(
             if needed[kernel]:
                 tiles[kernel] = choice.choose(kernel, key, functools.partial(prepare, kernel))
         if options.gradient_tolerance:
-            return sparse.backward(x, w, saved, per_row, options, cache, need_dx, need_dw, tiles, move)
-        return backward_pass.backward(x, w, saved, per_row, options, need_dx, need_dw, tiles, move)
+            dx, *others = sparse.backward(x, w, saved, per_row, options, cache, need_dx, need_dw, tiles, move)
+        else:
+            dx, *others = backward_pass.backward(x, w, saved, per_row, options, need_dx, need_dw, tiles, move)
+        return dx.to(wanted), *others

@@ -158,10 +158,10 @@ class Backward:
         self.unit = _units(scale, g_lse, g_cos, self.options)  # (N,)
         self.largest_unit = self.unit.amax()
         launch.kernels.normalize_embeddings[(cdiv(self.N, ROWS),)](
-            x, launch.stored(w), self.chosen, self.saved.x_norm, targets, g_lse, g_cos, self.g_moments, self.unit,
-            self.largest_unit, self.x_hat, self.target_dot, self.N, self.C, *x.stride(), D=self.D, BLOCK_N=ROWS,
-            BLOCK_D=COLUMNS, OPERAND=launch.operand(x, w), NORMALIZE=self.normalize, CHOSEN=self.is_chosen,
-            MOMENTS=self.moments,
+            x, launch.stored(w), self.chosen, self.saved.w_norm, self.saved.x_norm, targets, g_lse, g_cos,
+            self.g_moments, self.unit, self.largest_unit, self.x_hat, self.target_dot, self.N, self.C, *x.stride(),
+            D=self.D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=launch.operand(x, w), NORMALIZE=self.normalize,
+            CHOSEN=self.is_chosen, MOMENTS=self.moments,
         )  # fmt: skip
 
     def logit_gradients(self, first: int) -> None:

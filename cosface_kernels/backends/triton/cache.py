@@ -37,7 +37,7 @@ def entry_slots(x: Tensor, w: Tensor, options: Options) -> int:
 class Saved(NamedTuple):
     """What forward leaves in the cache for backward."""
 
-    w_norm: Tensor  # (C,) |w_j|, float32; nothing without normalize_weight
+    w_norm: Tensor  # (C,) |w_j|, float32; without normalize_weight nothing, or exponents of float8 in int8
     x_norm: Tensor  # (N,) |x_i|, float32
     cosines: Tensor  # (N, K) int16, of the first K classes, in steps of 1 / 32767
 
@@ -73,8 +73,11 @@ def saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
         cache = cache[16 * len(x) :]
     slots = 4 * _norm_slots(x, w, options)
     norms = cache[:slots].view(torch.float32)
+    w_norm, exponents = norms[:classes], options.exponents
+    if exponents is not None and not options.normalize_weight:
+        w_norm = exponents.contiguous() if options.classes is None else exponents[options.classes]
     cosines = cache[slots : slots + 2 * len(x) * kept].view(torch.int16)
-    return Saved(norms[:classes], norms[classes:], cosines.view(len(x), kept))
+    return Saved(w_norm, norms[classes:], cosines.view(len(x), kept))
 
 
 def nothing_saved(x: Tensor, w: Tensor, options: Options) -> Saved:

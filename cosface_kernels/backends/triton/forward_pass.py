@@ -64,8 +64,8 @@ def forward(
         )  # fmt: skip
     results = five_rows(x, targets)
     launch.kernels.merge_statistics[(cdiv(N, ROWS),)](
-        top, max_cos, sum_exp, parts, x, launch.stored(w), chosen, x_norm, targets, scale, *results, moments, N, C,
-        splits, margin, *x.stride(), BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D,
+        top, max_cos, sum_exp, parts, x, launch.stored(w), chosen, w_norm, x_norm, targets, scale, *results,
+        moments, N, C, splits, margin, *x.stride(), BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D,
         OPERAND=launch.operand(x, w), **variant,
     )  # fmt: skip
     if options.moments and one_target:

@@ -36,6 +36,12 @@ def stored(rows: Tensor) -> Tensor:
     return rows.view(torch.int8) if rows.dtype is FLOAT8 else rows
 
 
+def embeddings(x: Tensor, w: Tensor, options: Options) -> Tensor:
+    """Those to multiply: G has the length of rows in float8 where that counts, and float16 no range for it."""
+    scaled = w.dtype is FLOAT8 and not options.normalize_weight
+    return x.float() if scaled and x.dtype is torch.float16 else x
+
+
 def polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
     """Thresholds and coefficients as the kernels read them, or what stands in for them where none are read.
 

@@ -9,10 +9,10 @@ from cosface_kernels.backends.triton.kernels.common import (
     G_LIFT,
     LOG2_E,
     X_LIFT,
+    _class_factor,
     _dot_tile,
     _factor,
     _has_more,
-    _inverse_norm,
     _is_active,
     _offsets,
     _reshape,
@@ -30,6 +30,7 @@ def normalize_embeddings(
     x,
     w,
     chosen,
+    w_norm,
     x_norm,
     targets,
     g_lse,
@@ -64,15 +65,15 @@ def normalize_embeddings(
         active |= is_row & _has_more(rows, is_row, g_cos, g_moments, N)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos = _target_cos(
-        x, w, chosen, x_norm, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
-        NORMALIZE, CHOSEN,
+        x, w, chosen, w_norm, x_norm, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
+        OPERAND, NORMALIZE, CHOSEN,
     )  # fmt: skip
     dot = row_g_cos * cos
     if MOMENTS:
         second = _second(targets, rows, is_row, N, -1)
         cos = _target_cos(
-            x, w, chosen, x_norm, second, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
-            OPERAND, NORMALIZE, CHOSEN,
+            x, w, chosen, w_norm, x_norm, second, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N,
+            BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
         )  # fmt: skip
         dot += _second(g_cos, rows, is_row, N, 0.0) * cos
     tl.store(target_dot + rows, dot, mask=is_row)
@@ -144,9 +145,10 @@ def logit_gradients(
     With KEPT from what forward kept of it. cosines: (N, kept), in whole tiles.
     Grid (row blocks x class tiles of the chunk from first_tile on), the row blocks of a tile side by side; not two
     axes, because one of many tiles may be longer than all but the first can be.
-    w_norm: (C,); not read without NORMALIZE.
+    w_norm: (C,), as `_class_factor` reads it.
     g: (N, chunk), scaled by G_LIFT / unit_i; some number where a tile passes the last class. Divided by |w_j| as
-    well, so that both products take rows of w as they are, unless its dtype is float16: no range for short rows.
+    well, or times 2^e_j, so that both products take rows of w as they are, unless its dtype is float16: no range
+    for short rows.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     With MOMENTS, G_ij = (s t + b p + c) N'(cos) for j != y, where t = (g_lse + b (N(cos) - top)) p; both targets
@@ -188,8 +190,8 @@ def logit_gradients(
     if not SIGMOID:
         row_log_sum = tl.where(row_log_sum == -float("inf"), float("inf"), row_log_sum)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=active, other=1.0), EPS)
-    w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
-    cos = in_steps.to(tl.float32) * COSINE_STEP if KEPT else dot * x_inverse[:, None] * w_inverse
+    w_factor = _class_factor(w_norm, classes, is_class, NORMALIZE)[None, :]
+    cos = in_steps.to(tl.float32) * COSINE_STEP if KEPT else dot * x_inverse[:, None] * w_factor
     is_target = classes[None, :] == target[:, None]
     if MOMENTS:
         is_second = classes[None, :] == _second(targets, rows, is_row, N, -1).to(tl.int32)[:, None]
@@ -239,7 +241,7 @@ def logit_gradients(
     # Past the last class too: a mask of the classes would make a store of every number.
     lifted = gradient * lift[:, None]
     if g.dtype.element_ty != tl.float16:
-        lifted *= w_inverse
+        lifted *= w_factor
     tl.store(g + _offsets(rows, columns, chunk, 1), lifted.to(g.dtype.element_ty), mask=is_row[:, None])
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
 
@@ -295,7 +297,7 @@ def embedding_gradients(
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
         if NORMALIZE and g.dtype.element_ty == tl.float16:
-            inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
+            inverse = _class_factor(w_norm, classes, is_class, NORMALIZE)
             w_tile = (_upcast(w_tile, tl.float32) * inverse[:, None]).to(tl.float16)
         sums = tl.dot(g_tile.to(OPERAND), _upcast(w_tile, OPERAND), sums, input_precision=PRECISION)
     tl.store(out, sums, mask=mask)
@@ -322,7 +324,10 @@ def _store_weight_gradient(
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """A block of dw from that of G^T x_hat, which may be divided by |w_j| already."""
+    """A block of dw from that of G^T x_hat, which may be divided by |w_j| already.
+
+    Of a weight in float8 it is the gradient of what is stored, as G without NORMALIZE has 2^e_j.
+    """
     classes = first_class + columns
     is_class = classes < C
     dot = tl.zeros(columns.shape, tl.float32)

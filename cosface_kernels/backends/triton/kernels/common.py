@@ -102,14 +102,15 @@ def _dot_tile(
 
 
 @triton.jit
-def _inverse_norm(w_norm, classes, is_class, NORMALIZE: tl.constexpr):
-    """1 / |w_j| of a block of classes, 1 without NORMALIZE."""
-    norm = (
-        tl.load(w_norm + classes, mask=is_class, other=1.0)
-        if NORMALIZE
-        else tl.full(classes.shape, 1.0, tl.float32)
-    )
-    return 1 / tl.maximum(norm, EPS)
+def _class_factor(w_norm, classes, is_class, NORMALIZE: tl.constexpr):
+    """1 / |w_j| of a block of classes; without NORMALIZE 1, or 2^e_j where w_norm has exponents of float8."""
+    if NORMALIZE:
+        return 1 / tl.maximum(tl.load(w_norm + classes, mask=is_class, other=1.0), EPS)
+    elif w_norm.dtype.element_ty == tl.int8:
+        exponent = tl.load(w_norm + classes, mask=is_class, other=0).to(tl.int32)
+        return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    else:
+        return tl.full(classes.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -117,6 +118,7 @@ def _target_cos(
     x,
     w,
     chosen,
+    w_norm,
     x_norm,
     target,
     rows,
@@ -135,18 +137,14 @@ def _target_cos(
     has_target = is_row & (target >= 0) & (target < C)
     w_rows = _weight_rows(chosen, target, has_target, CHOSEN)
     dot = tl.zeros((BLOCK_N,), tl.float32)
-    w_squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
-        w_tile = _upcast(w_tile, OPERAND).to(tl.float32)
-        dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * w_tile, 1)
-        w_squares += tl.sum(w_tile * w_tile, 1)
+        dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * _upcast(w_tile, OPERAND).to(tl.float32), 1)
     cos = dot * (1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS))
-    if NORMALIZE:
-        cos *= 1 / tl.maximum(tl.sqrt(w_squares), EPS)
+    cos *= _class_factor(w_norm, target, has_target, NORMALIZE)
     return tl.where(has_target, cos, 0.0)
 
 

@@ -7,10 +7,10 @@ from cosface_kernels.backends.triton.kernels.common import (
     COSINE_STEP,
     EPS,
     LOG2_E,
+    _class_factor,
     _dot_tile,
     _factor,
     _finite,
-    _inverse_norm,
     _lower,
     _norms,
     _offsets,
@@ -85,7 +85,7 @@ def class_statistics(
     """Of one split of the classes, for each row: max N(cos) and sum e^{z - s max} over the negatives, and max cos.
 
     Grid (row blocks, splits): the row blocks of a split run side by side and share its class rows in L2.
-    w_norm: (C,); not read without NORMALIZE.
+    w_norm: (C,), as `_class_factor` reads it.
     top, max_cos, sum_exp: (splits, N); without RESHAPE, N(c) = c, and max_cos is not written.
     cosines: (N, kept) int16, of the first classes, written with KEEP.
     moments: (splits, 4, N), written with MOMENTS: sum e^{z - s max} (max - N(cos)), sum N(cos), sum cos over those
@@ -128,11 +128,11 @@ def class_statistics(
             OPERAND,
             PRECISION,
         )
-        w_inverse = _inverse_norm(w_norm, classes, is_class, NORMALIZE)
+        w_factor = _class_factor(w_norm, classes, is_class, NORMALIZE)
         is_negative = is_class[None, :] & (classes[None, :] != target[:, None])
         if MOMENTS:
             is_negative &= classes[None, :] != second[:, None]
-        cos = dot * x_inverse[:, None] * w_inverse[None, :]
+        cos = dot * x_inverse[:, None] * w_factor[None, :]
         if KEEP:
             in_steps = tl.floor(cos * (1 / COSINE_STEP) + 0.5).to(tl.int16)
             mask = is_row[:, None] & (classes < kept)[None, :]
@@ -188,6 +188,7 @@ def merge_statistics(
     x,
     w,
     chosen,
+    w_norm,
     x_norm,
     targets,
     scale,
@@ -255,8 +256,8 @@ def merge_statistics(
     log_sum_row = tl.where(is_empty, -float("inf"), tl.log(tl.where(is_empty, 1.0, running_sum)))
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos = _target_cos(
-        x, w, chosen, x_norm, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D, OPERAND,
-        NORMALIZE, CHOSEN,
+        x, w, chosen, w_norm, x_norm, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
+        OPERAND, NORMALIZE, CHOSEN,
     )  # fmt: skip
     z = log_sum_row + s * (_finite(running_max) - (cos - margin))
     softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
@@ -274,7 +275,7 @@ def merge_statistics(
         tl.store(moments + (place + N + N + N), hard_count, mask=is_row)
         second = _second(targets, rows, is_row, N, -1)
         cos = _target_cos(
-            x, w, chosen, x_norm, second, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
-            OPERAND, NORMALIZE, CHOSEN,
+            x, w, chosen, w_norm, x_norm, second, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N,
+            BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
         )  # fmt: skip
         tl.store(target_cos + (place + N), cos, mask=is_row)

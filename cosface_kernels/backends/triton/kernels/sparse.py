@@ -11,9 +11,9 @@ import triton.language as tl
 from cosface_kernels.backends.triton.kernels.common import (
     EPS,
     LOG2_E,
+    _class_factor,
     _dot_tile,
     _factor,
-    _inverse_norm,
     _offsets,
     _upcast,
     _weight_rows,
@@ -64,7 +64,7 @@ def _negative_cosines(
     )  # fmt: skip
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
-    cos = dot * x_inverse[:, None] * _inverse_norm(w_norm, classes, is_class, NORMALIZE)[None, :]
+    cos = dot * x_inverse[:, None] * _class_factor(w_norm, classes, is_class, NORMALIZE)[None, :]
     return tl.where(is_class[None, :] & (classes[None, :] != target[:, None]), cos, -float("inf"))
 
 
@@ -311,7 +311,7 @@ def entry_embedding_gradients(
         j = tl.load(keys + row * slots + k, mask=k < end, other=C)
         is_entry = j < C
         factor = tl.load(g + row * slots + k, mask=is_entry, other=0.0)
-        factor *= _inverse_norm(w_norm, j, is_entry, NORMALIZE)
+        factor *= _class_factor(w_norm, j, is_entry, NORMALIZE)
         w_rows = _weight_rows(chosen, j, is_entry, CHOSEN)
         tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_entry[:, None] & (d < D)[None, :], other=0.0)
         sums += factor[:, None] * _upcast(tile, OPERAND).to(tl.float32)
@@ -383,6 +383,8 @@ def entry_weight_gradients(
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=(count > 0)[:, None] & is_d, other=0.0)
         sums = sums * inverse[:, None] - along_w[:, None] * _upcast(w_tile, OPERAND).to(tl.float32)
+    else:
+        sums *= _class_factor(w_norm, classes, is_class, NORMALIZE)[:, None]  # as of what is stored
     is_written = is_class & (columns < chunk)
     limit = tl.where(tl.load(exact_rows) > 0, D, 0)
     to = dw + _offsets(columns, d, D, 1)
