@@ -14,6 +14,7 @@ from cosface_kernels.distributed import beside, empty_weight, leave_to_its_rank,
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.init import normal_
 from cosface_kernels.margins.base import in_its_dtype
+from cosface_kernels.validation import check_dtype
 
 
 class ClassCentres(nn.Module):
@@ -61,8 +62,9 @@ class ClassCentres(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of any module, but rows that come to float8 or leave it are scaled, and nothing else comes to it."""
-        own = own_rows(self.weight)
+        own, weight, known = own_rows(self.weight), self.weight, vars(self.weight).copy()
         dtype = fn(own.new_empty(0)).dtype
+        check_dtype(dtype)
         if dtype is FLOAT8:
             if own.dtype is not FLOAT8:
                 self._replace_weight(*float8.quantized(own))
@@ -70,6 +72,8 @@ class ClassCentres(nn.Module):
         elif self.weight_exponent is not None:
             self._replace_weight(float8.values(own, own_rows(self.weight_exponent), dtype), None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight is weight:
+            vars(weight).update(known)  # which torch swaps, with all else, for those of a new DTensor
         return self
 
     def _replace_weight(self, rows: Tensor, exponents: Tensor | None) -> None:

@@ -187,7 +187,7 @@ def load_weight_(
 ) -> Tensor:
     """Fills a (C, D) weight from a file of `save_weight`; of one that is sharded, each rank reads its rows.
 
-    Rows come to the weight's dtype, to float8 rounded to the nearest, an entry by at most 1/16 of itself.
+    Rows come to the weight's dtype, to float8 rounded to the nearest, a block of them at a time.
 
     Args:
         keep: where the file is of other classes: the file's labels in the order of the weight's first ones, or a
@@ -207,6 +207,10 @@ def load_weight_(
         rows = file.get_slice(NAME)
         scale = file.get_slice(SCALE) if SCALE in file.keys() else None  # noqa: SIM118
         theirs = tuple(rows.get_shape())
+        if scale is not None and scale.get_shape() not in ([theirs[0]], [theirs[0], 1]):
+            raise ValueError(
+                f"{SCALE} of {path} must have a number of each of {theirs[0]} rows, got shape {scale.get_shape()}."
+            )
         if keep is None and theirs != tuple(weight.shape):
             raise ValueError(
                 f"{path} has a weight of shape {theirs}, not {tuple(weight.shape)}; keep says which of other "

@@ -41,6 +41,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cosface_kernels import collectives, ops
 from cosface_kernels.collectives import naming
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.softmax import Softmax
 from cosface_kernels.validation import warn
 
@@ -164,6 +165,15 @@ def zero_exponents(weight: Tensor) -> Tensor:
     """Those of the rows of something in float8, laid out like the weight."""
     rows = own_rows(weight)
     return beside(weight, rows.new_zeros(len(rows), dtype=torch.int8))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of something that may be sharded, on each of its ranks, which must all make the call."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype is FLOAT8:  # which gloo does not send
+        return shard_like(tensor, own_rows(tensor).view(torch.uint8)).full_tensor().view(FLOAT8)
+    return tensor.full_tensor()
 
 
 def agreed(weight: Tensor, flag: bool) -> bool:

@@ -4,7 +4,8 @@ A row w_j is 2^e_j q_j, with q_j in float8_e4m3fn and e_j in int8. Its cosines a
 moves rows, or takes them to another dtype, looks at e_j, the length of a row being information for the optimizer
 alone. A row is stored with its largest |q_jk| in (224, 448], the end of the format's range: of a normal row, whose
 largest of 512 entries is three times their standard deviation, all but a few in 10,000 are normal numbers, which
-rounding to the nearest changes by at most 1/16. Nothing but the row decides on e_j.
+rounding to the nearest changes by at most 1/16, and smaller ones by at most 2^-10. Nothing but the row decides on
+e_j, once it has moved; the rows of a new head have one exponent, and largest numbers from about 100 on.
 """
 
 import torch
@@ -32,18 +33,19 @@ def units(exponents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def values(rows: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C, D) 2^e q, exact."""
-    return rows.to(dtype) * units(exponents, dtype)
+    """(C, D) 2^e q, exact where the dtype holds it."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32  # 2^e alone may be beyond 16 bits
+    return (rows.to(wide) * units(exponents, wide)).to(dtype)
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """q (C, D), to the nearest, and e (C,) of rows in another dtype."""
+    """q (C, D), to the nearest, and e (C,) of rows in another dtype; nan for what is infinite."""
     q, exponents = torch.empty_like(rows, dtype=FLOAT8), rows.new_zeros(len(rows), dtype=torch.int8)
     for first in range(0, len(rows), ROWS_AT_ONCE):
         here = slice(first, first + ROWS_AT_ONCE)
         block = rows[here].to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
         exponents[here] = exponents_for(block.abs().amax(1), exponents[here])
-        q[here] = (block / units(exponents[here], block.dtype)).to(FLOAT8)
+        q[here] = torch.where(block.isfinite(), block / units(exponents[here], block.dtype), torch.nan).to(FLOAT8)
     return q, exponents
 
 

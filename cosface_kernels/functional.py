@@ -6,10 +6,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cosface_kernels import float8, ops, optim, sample_weights, sigmoid, stages
-from cosface_kernels.distributed import Exchange, Local, own_rows, placement
+from cosface_kernels.distributed import Exchange, Local, own_rows, placement, whole
 from cosface_kernels.margins import SigmoidMargin, defaults, of_each_class
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.reference import compute_dtype
@@ -257,7 +256,8 @@ def cosine_logits(
         weight_exponent: (C,) of a weight in float8, which without normalize_weight is needed.
 
     Returns:
-        (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time.
+        (N, C) float32 (float64 if an input is). A weight of lower precision is upcast a chunk at a time, of which
+        autograd keeps every one, and `torch.no_grad` none.
 
     Raises:
         ValueError: a shape does not fit, or the scale is not one number; the message shows it.
@@ -269,7 +269,7 @@ def cosine_logits(
     if getattr(weight, optim.MARK, False):
         optim.note_use(weight)
     dtype = compute_dtype(embeddings, weight)
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    weight = whole(weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         x = embeddings.to(dtype)  # (N, D)
         x = scale * (F.normalize(x) if normalize_embeddings else x)
@@ -277,5 +277,4 @@ def cosine_logits(
         logits = torch.cat([x @ (F.normalize(w) if normalize_weight else w).T for w in chunks], dim=1)  # (N, C)
     if normalize_weight or weight_exponent is None:
         return logits
-    exponents = weight_exponent.full_tensor() if isinstance(weight_exponent, DTensor) else weight_exponent
-    return logits * float8.units(exponents, dtype).T
+    return logits * float8.units(whole(weight_exponent), dtype).T

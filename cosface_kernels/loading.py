@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels import float8
@@ -30,7 +31,7 @@ def fit_(state_dict: dict[str, Any], head: Any, prefix: str, assigns: bool, erro
     else:
         state_dict.setdefault(draws, head.sampler.draws)
     sharded = [isinstance(tensor, DTensor) for tensor in (state_dict.get(weight, head.weight), head.weight)]
-    restored = weight in state_dict and sharded[0] == sharded[1]
+    restored = weight in state_dict and (assigns or sharded[0] == sharded[1])
     if sharded[0] != sharded[1] and not assigns:
         there, here = ("sharded over ranks" if each else "whole" for each in sharded)
         errors.append(SHARDED_OR_WHOLE.format(weight=weight, there=there, here=here))
@@ -44,27 +45,40 @@ def fit_(state_dict: dict[str, Any], head: Any, prefix: str, assigns: bool, erro
         _fit_float8(state_dict, head, weight, exponents, errors)
     elif head.weight_exponent is not None:
         state_dict[exponents] = head.weight_exponent
+    else:
+        state_dict.pop(exponents, None)
     return restored
 
 
 def _fit_float8(state_dict: dict[str, Any], head: Any, weight: str, exponents: str, errors: list[str]) -> None:
     """Takes the state's rows to float8, or from it, where the head has them in the other form."""
     given, wanted = state_dict[weight], head.weight.dtype
-    if given.dtype is FLOAT8 and exponents not in state_dict:
-        errors.append(f"{weight} is in float8, and the state lacks {exponents}, the exponents of its rows.")
+    wrong = _wrong_exponents(given, state_dict.get(exponents)) if given.dtype is FLOAT8 else ""
+    if wrong:
+        errors.append(f"{weight} is in float8, and the state {wrong} {exponents}, the exponents of its rows.")
+        state_dict.pop(exponents, None)
         state_dict[weight] = head.weight
         if head.weight_exponent is not None:
             state_dict[exponents] = head.weight_exponent
     elif wanted is FLOAT8 and given.dtype is not FLOAT8:
         warn(
             f"{weight} is rounded from {given.dtype} to {wanted}, to the nearest: an entry by at most 1/16 of "
-            "itself, a cosine by about 1e-3."
+            "itself, but for the smallest of its row, and a cosine by about 1e-3."
         )
         rows, of_rows = float8.quantized(own_rows(given))
         state_dict[weight], state_dict[exponents] = beside(given, rows), beside(given, of_rows)
     elif given.dtype is FLOAT8 and wanted is not FLOAT8:
         rows = float8.values(own_rows(given), own_rows(state_dict.pop(exponents)), wanted)
         state_dict[weight] = beside(given, rows)
+
+
+def _wrong_exponents(rows: Any, exponents: Any) -> str:
+    """What the state does with them, or nothing where they are those of the rows."""
+    if exponents is None:
+        return "lacks"
+    if exponents.shape == rows.shape[:1] and exponents.dtype is torch.int8:
+        return ""
+    return f"has {exponents.dtype} of shape {tuple(exponents.shape)} and not int8 of {(len(rows),)} as"
 
 
 def _other_size(count: int, head: Any) -> str:

@@ -436,7 +436,7 @@ class FusedMarginLoss(ClassCentres):
         return (
             f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, {own}{margin}"
             f"scale={self.scale}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"backend={self.backend!r}"
+            f"backend={self.backend!r}, dtype={self.weight.dtype}"
         )
 
 

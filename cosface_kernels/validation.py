@@ -84,7 +84,8 @@ def check_exponents(weight: Tensor, exponents: Tensor | None, *, needed: bool) -
     if exponents is None:
         if weight.dtype is FLOAT8 and needed:
             raise ValueError(
-                "weight_exponent must be given with a weight in float8 whose length counts, got None."
+                "weight_exponent must be given with a weight in float8 whose length counts, got None: it is "
+                "head.weight_exponent."
             )
         return
     fits = exponents.shape == weight.shape[:1] and exponents.dtype == torch.int8
@@ -93,6 +94,10 @@ def check_exponents(weight: Tensor, exponents: Tensor | None, *, needed: bool) -
             f"weight_exponent must be int8 of shape {(len(weight),)} on {weight.device}, beside a weight in "
             f"float8_e4m3fn, got {exponents.dtype} of shape {tuple(exponents.shape)} on {exponents.device} beside "
             f"one in {weight.dtype}."
+        )
+    if not exponents.is_contiguous():
+        raise ValueError(
+            f"weight_exponent must be contiguous to be moved in place, got strides {exponents.stride()}."
         )
 
 

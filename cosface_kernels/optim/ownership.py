@@ -137,4 +137,5 @@ def options_of(weight: Tensor) -> str:
     if owner is None:
         return "none"
     options = {name: value for name, value in owner._group_of(weight).items() if name != "params"}
-    return f"{type(owner).__name__} with {options | {'nonfinite': owner.nonfinite}}"
+    of_all = {"nonfinite": owner.nonfinite, "state_dtype": owner.state_dtype}
+    return f"{type(owner).__name__} with {options | of_all}"

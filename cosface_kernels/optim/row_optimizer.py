@@ -461,7 +461,7 @@ class RowOptimizer(Optimizer):
         for weight in others:
             state = self.state[weight]
             for name in state.keys() & set(self.state_names):  # torch.optim casts them when it loads them
-                state[name] = state[name].to(weight.dtype)
+                convert_(state, name, weight.dtype, is_square=name in self.squares)
         groups = [
             {**group, "params": [weight for weight in group["params"] if weight in others]}
             for group in self.param_groups

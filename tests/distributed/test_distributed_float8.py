@@ -152,3 +152,67 @@ def within_ddp(rank: int, group: ProcessGroup) -> bool:
 
 def test_exponents_of_a_shard_are_left_to_its_rank(ranks, world):
     assert ranks.results(world, within_ddp) == [True] * world
+
+
+def logits(rank: int, group: ProcessGroup | None) -> Tensor:
+    return make_head(group).get_logits(own_batch(0, 1)[0]).detach()
+
+
+def test_logits_are_of_all_classes(ranks, world):
+    want = logits(0, None)
+    assert all(torch.equal(each, want) for each in ranks.results(world, logits))
+
+
+def moved_between(rank: int, group: ProcessGroup | None, dtype: torch.dtype) -> list[bool]:
+    """Whether an optimizer holds a head that has been on its way, and whether it knows of a step in hand."""
+    world = group.size()
+    head = make_head(group, dtype)
+    optimizer = optimizer_of(head)
+    head.to("cpu").to(FLOAT8).to("cpu")
+    before = rows_of(head)
+    step(head, optimizer, rank, world)
+    x, labels = own_batch(rank, world)
+    head(x, labels).backward()
+    head.to("cpu")
+    refused = False
+    try:
+        head(x, labels).backward()
+    except RuntimeError as error:
+        refused = "backward ran twice" in str(error)
+    return [not torch.equal(rows_of(head), before), refused]
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8, torch.float32], ids=str)
+def test_an_optimizer_holds_a_head_that_is_cast(ranks, world, dtype):
+    assert all(all(of_rank) for of_rank in ranks.results(world, moved_between, dtype))
+
+
+def assigned(rank: int, group: ProcessGroup, dtype: torch.dtype, gives: str) -> bool:
+    """Whether rows and exponents are those of a state that is laid out otherwise, and that is assigned."""
+    whole, sharded = make_head(None, FLOAT8, seed=4), make_head(group, FLOAT8, seed=5)
+    whole.weight_exponent += 3
+    giver, taker = (whole, make_head(group, dtype)) if gives == "whole" else (sharded, make_head(None, dtype))
+    taker.load_state_dict(giver.state_dict(), assign=True)
+    return torch.equal(rows_of(taker), rows_of(giver))
+
+
+@pytest.mark.parametrize("gives", ["whole", "sharded"])
+@pytest.mark.parametrize("dtype", [FLOAT8, torch.float32], ids=str)
+def test_exponents_are_assigned_with_their_rows(ranks, world, dtype, gives):
+    assert all(ranks.results(world, assigned, dtype, gives))
+
+
+def other_state(rank: int, group: ProcessGroup) -> str:
+    head = make_head(group)
+    optimizer = FusedSGD(head.parameters(), lr=0.01, momentum=0.9, state_dtype=FLOAT8 if rank else None)
+    try:
+        step(head, optimizer, rank, group.size())
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_states_in_other_dtypes_are_refused(ranks):
+    for message in ranks.results(2, other_state):
+        assert "state_dtype" in message
+        assert "torch.float8_e4m3fn" in message
