@@ -136,6 +136,9 @@ def _target_cos(
     """cos of each row with its target, 0 where it has none; operands rounded as for the product."""
     has_target = is_row & (target >= 0) & (target < C)
     w_rows = _weight_rows(chosen, target, has_target, CHOSEN)
+    # Before the loop, so that no register holds more of it.
+    factor = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
+    factor *= _class_factor(w_norm, target, has_target, NORMALIZE)
     dot = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -143,9 +146,7 @@ def _target_cos(
         x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
         w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
         dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * _upcast(w_tile, OPERAND).to(tl.float32), 1)
-    cos = dot * (1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS))
-    cos *= _class_factor(w_norm, target, has_target, NORMALIZE)
-    return tl.where(has_target, cos, 0.0)
+    return tl.where(has_target, dot * factor, 0.0)
 
 
 @triton.jit
