@@ -204,13 +204,8 @@ def load_weight_(
         raise TypeError(f"weight must be a torch.Tensor, such as head.weight, got {type(weight).__name__}.")
     check_exponents(weight, weight_exponent, needed=True)
     with _weights(path) as file:
-        rows = file.get_slice(NAME)
-        scale = file.get_slice(SCALE) if SCALE in file.keys() else None  # noqa: SIM118
+        rows, scale = _rows_and_scale(file, path)
         theirs = tuple(rows.get_shape())
-        if scale is not None and scale.get_shape() not in ([theirs[0]], [theirs[0], 1]):
-            raise ValueError(
-                f"{SCALE} of {path} must have a number of each of {theirs[0]} rows, got shape {scale.get_shape()}."
-            )
         if keep is None and theirs != tuple(weight.shape):
             raise ValueError(
                 f"{path} has a weight of shape {theirs}, not {tuple(weight.shape)}; keep says which of other "
@@ -246,6 +241,19 @@ def _put(
         rows, of_rows = float8.quantized(rows)
         own_rows(exponents)[here] = of_rows.to(weight.device)
     own_rows(weight)[here] = rows.to(weight.device, weight.dtype)
+
+
+def _rows_and_scale(file: Any, path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Slices of the weight, and of what its rows are to be multiplied by, or None."""
+    rows = file.get_slice(NAME)
+    if SCALE not in file.keys():  # noqa: SIM118
+        return rows, None
+    scale, count = file.get_slice(SCALE), rows.get_shape()[0]
+    if scale.get_shape() not in ([count], [count, 1]):
+        raise ValueError(
+            f"{SCALE} of {path} must have a number of each of {count} rows, got shape {scale.get_shape()}."
+        )
+    return rows, scale
 
 
 def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
@@ -350,8 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"--classes was not given: a {entry} of SubCenterArcFaceLoss would pass.", file=sys.stderr)
         elif args.source == "to-pml":
             with _weights(args.input) as file:
-                scale = file.get_tensor(SCALE) if SCALE in file.keys() else None  # noqa: SIM118
-                weight = _scaled(file.get_tensor(NAME), scale)
+                rows, scale = _rows_and_scale(file, args.input)
+                weight = _scaled(rows[:], scale and scale[:])
             _save_state(to_pytorch_metric_learning(weight, args.entry), args.output)
         else:
             weight = _matrix(checkpoint.load_tensor(args.input, args.name), args.name)

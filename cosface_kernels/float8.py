@@ -5,7 +5,7 @@ moves rows, or takes them to another dtype, looks at e_j, the length of a row be
 alone. A row is stored with its largest |q_jk| in (224, 448], the end of the format's range: of a normal row, whose
 largest of 512 entries is three times their standard deviation, all but a few in 10,000 are normal numbers, which
 rounding to the nearest changes by at most 1/16, and smaller ones by at most 2^-10. Nothing but the row decides on
-e_j, once it has moved; the rows of a new head have one exponent, and largest numbers from about 100 on.
+e_j, once it has moved; the rows of a new head have one exponent for all, with a standard deviation in (32, 64].
 """
 
 import torch

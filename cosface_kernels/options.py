@@ -147,14 +147,13 @@ class Options:
     def refusal(self, supported: Collection[str] = ()) -> str | None:
         """Why a backend that knows only the `supported` options cannot take these, or None.
 
-        It need not know of workspace_bytes, which changes no result, nor of exponents where rows are normalised.
+        It need not know of workspace_bytes, which changes no result.
         """
-        supported = {"workspace_bytes", *supported} | ({"exponents"} if self.normalize_weight else set())
         for name, default in DEFAULTS.items():
             value = getattr(self, name)
             # 0, False and None ask alike for nothing.
             differs = isinstance(value, Tensor) or (value or None) != (default or None)
-            if differs and name not in supported:
+            if differs and name not in {"workspace_bytes", *supported}:
                 return f"option {name!r} is not on this backend yet."
         if self.cache_bytes and not (self.gradient_tolerance or self.normalize_weight or self.keeps_exactly):
             return "it keeps cosines alone in 16 bits, so that without normalize_weight an exact_cache is needed."

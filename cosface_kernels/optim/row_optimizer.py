@@ -461,7 +461,8 @@ class RowOptimizer(Optimizer):
         for weight in others:
             state = self.state[weight]
             for name in state.keys() & set(self.state_names):  # torch.optim casts them when it loads them
-                convert_(state, name, weight.dtype, is_square=name in self.squares)
+                if state[name].dtype != weight.dtype:
+                    convert_(state, name, weight.dtype, is_square=name in self.squares)
         groups = [
             {**group, "params": [weight for weight in group["params"] if weight in others]}
             for group in self.param_groups

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from support import relative_error
 from torch import Tensor
 
-from cosface_kernels import FusedCosFaceLoss, convert
+from cosface_kernels import FusedCosFaceLoss, convert, float8
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.functional import margin_softmax_loss
 from cosface_kernels.optim import FusedAdamW, FusedSGD
@@ -92,6 +92,14 @@ def test_exponents_of_a_state_are_those_of_its_rows(dtype, change, got):
     assert torch.equal(head.weight.detach().view(torch.uint8), before)
 
 
+def test_rows_alone_are_taken_with_exponents_of_their_own():
+    head, rows = _head(), torch.randn(C, D, generator=torch.Generator().manual_seed(6))
+    with pytest.warns(UserWarning, match="weight is rounded from"):
+        head.load_state_dict({"weight": rows})
+    held = float8.values(head.weight.detach(), head.weight_exponent, torch.float32)
+    assert bool(((held - rows).abs() <= rows.abs() / 16 + rows.abs().amax(1, keepdim=True) * 2**-18).all())
+
+
 def test_a_state_of_other_classes_is_named_by_them_alone():
     torch.manual_seed(3)
     with pytest.raises(RuntimeError, match="weight is of 50 classes in the state and of 9 in the head") as caught:
@@ -139,6 +147,8 @@ def test_a_file_has_a_scale_of_each_row(tmp_path, shape, keep):
     with pytest.raises(ValueError, match=rf"must have a number of each of {C} rows, got shape "):
         convert.load_weight_(other.weight, path, keep)
     assert torch.equal(other.weight, before)
+    assert convert.main(["to-pml", str(path), str(tmp_path / "loss.pt")]) == 1
+    assert not (tmp_path / "loss.pt").exists()
     save_file(load_file(path) | {"weight_scale": torch.full((C, 1), 0.5)}, path)
     convert.load_weight_(other.weight, path)
     assert torch.equal(other.weight, head.weight.float() / 2)

@@ -207,7 +207,7 @@ def other_state(rank: int, group: ProcessGroup) -> str:
     optimizer = FusedSGD(head.parameters(), lr=0.01, momentum=0.9, state_dtype=FLOAT8 if rank else None)
     try:
         step(head, optimizer, rank, group.size())
-    except Exception as error:
+    except ValueError as error:
         return str(error)
     return ""
 

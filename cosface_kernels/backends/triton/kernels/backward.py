@@ -84,11 +84,8 @@ def normalize_embeddings(
         is_d = (d < D)[None, :]
         place = _offsets(rows, d, x_row_stride, x_column_stride)
         tile = tl.load(x + place, mask=active[:, None] & is_d, other=0.0).to(tl.float32)
-        tl.store(
-            x_hat + _offsets(rows, d, D, 1),
-            (tile * factor[:, None]).to(x_hat.dtype.element_ty),
-            mask=is_row[:, None] & is_d,
-        )
+        hat = (tile * factor[:, None]).to(x_hat.dtype.element_ty)
+        tl.store(x_hat + _offsets(rows, d, D, 1), hat, mask=is_row[:, None] & is_d)
 
 
 @triton.jit(do_not_specialize=["N", "C", "row_blocks", "first_tile"])
@@ -146,9 +143,8 @@ def logit_gradients(
     Grid (row blocks x class tiles of the chunk from first_tile on), the row blocks of a tile side by side; not two
     axes, because one of many tiles may be longer than all but the first can be.
     w_norm: (C,), as `_class_factor` reads it.
-    g: (N, chunk), scaled by G_LIFT / unit_i; some number where a tile passes the last class. Divided by |w_j| as
-    well, or times 2^e_j, so that both products take rows of w as they are, unless its dtype is float16: no range
-    for short rows.
+    g: (N, chunk), scaled by G_LIFT / unit_i; some number where a tile passes the last class. Divided by |w_j|, or
+    times 2^e_j, so that both products take rows of w as they are, unless in float16: no range for short rows.
     negative_dot: (class tiles, N), += sum_{j != y} g_lse p N'(cos) cos. scale_dot: likewise, of g_lse p N(cos);
     not written without RESHAPE, where N(c) = c.
     With MOMENTS, G_ij = (s t + b p + c) N'(cos) for j != y, where t = (g_lse + b (N(cos) - top)) p; both targets
@@ -324,10 +320,7 @@ def _store_weight_gradient(
     NORMALIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """A block of dw from that of G^T x_hat, which may be divided by |w_j| already.
-
-    Of a weight in float8 it is the gradient of what is stored, as G without NORMALIZE has 2^e_j.
-    """
+    """A block of dw, of float8 that of what is stored, from G^T x_hat, which may be divided by |w_j| already."""
     classes = first_class + columns
     is_class = classes < C
     dot = tl.zeros(columns.shape, tl.float32)

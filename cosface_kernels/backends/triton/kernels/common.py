@@ -136,7 +136,7 @@ def _target_cos(
     """cos of each row with its target, 0 where it has none; operands rounded as for the product."""
     has_target = is_row & (target >= 0) & (target < C)
     w_rows = _weight_rows(chosen, target, has_target, CHOSEN)
-    # Before the loop, so that no register holds more of it.
+    # Before the loop, whose registers then need not hold what it is made of.
     factor = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
     factor *= _class_factor(w_norm, target, has_target, NORMALIZE)
     dot = tl.zeros((BLOCK_N,), tl.float32)
