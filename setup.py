@@ -1,5 +1,6 @@
 """Builds cosface_kernels._C with CMake and Ninja. The list of sources and flags is in CMakeLists.txt."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -11,19 +12,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+NO_CUDA = ["-DCOSFACE_CUDA=OFF"]
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         check_tools()
         import pybind11
-        import torch
-        from torch.utils.cpp_extension import include_paths, library_paths
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # kept, so that a second build is quick
         sanitize = os.environ.get("COSFACE_SANITIZE", "")  # CMake's option, as `make asan` sets it
-        usual = f"cmake-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        cuda = cuda_options()
+        usual = f"cmake-{sys.implementation.cache_tag}" + ("" if cuda == NO_CUDA else "-cuda")
         build = ROOT / "build" / ("asan" if sanitize else usual)
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
@@ -33,11 +34,8 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
-                f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
-                f"-DTORCH_CXX_FLAGS=-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
                 f"-DCOSFACE_SANITIZE={sanitize}",
-                *cuda_options(torch.version.cuda),
+                *cuda,
             ],
             check=True,
         )  # fmt: skip
@@ -45,15 +43,22 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake(), "--build", str(build), "--target", *targets], check=True)
 
 
-def cuda_options(torch_cuda: str | None) -> list[str]:
-    """CMake's options for the CUDA kernels: if torch is a CUDA build and nvcc is there, unless COSFACE_CUDA=0."""
+def cuda_options() -> list[str]:
+    """CMake's, for CUDA kernels: where nvcc is, unless torch is there without CUDA, or COSFACE_CUDA=0."""
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
-    if os.environ.get("COSFACE_CUDA") == "0" or torch_cuda is None or nvcc is None:
-        if torch_cuda and os.environ.get("COSFACE_CUDA") != "0":
-            print(f"torch is built for CUDA {torch_cuda}, but nvcc is neither on PATH nor in CUDA_HOME: CPU only.")
-        return ["-DCOSFACE_CUDA=OFF"]
+    wanted = os.environ.get("COSFACE_CUDA")
+    if nvcc is None or wanted == "0" or (wanted is None and torch_version().endswith("+cpu")):
+        return NO_CUDA
     return ["-DCOSFACE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}"]
+
+
+def torch_version() -> str:
+    """Of the environment of the build, which need not have one."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def architectures() -> str:

@@ -1,195 +1,152 @@
 // The pybind11 module cosface_kernels._C.
-#include <ATen/Parallel.h>
-#include <torch/extension.h>
-#include <torch/version.h>
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "array.h"
 #include "cpu/memory.h"
 #include "environment.h"
 #include "lmcl.h"
-#include "tensor.h"
 #ifdef COSFACE_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
 #include "cuda/bindings.h"
 #endif
 
+namespace py = pybind11;
+
 namespace {
 
-using at::Tensor;
+using cosface::Array;
+using cosface::torch;
+using Polynomials = std::array<std::array<double, 5>, 2>;
+
+void require(int32_t error) {
+  if (error != 0) throw std::runtime_error("torch could not run the kernels on its threads.");
+}
 
 cosface::Runtime runtime() {
+  uint32_t threads = 1;
+  require(torch.count_threads(&threads));
   return {
-      at::get_num_threads(),
+      static_cast<int>(threads),
       [](int64_t parts, const std::function<void(int64_t)>& body) {
-        at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-          for (int64_t part = first; part < last; ++part) body(part);
-        });
+        const auto each = [](int64_t first, int64_t last, void* body) {
+          for (int64_t part = first; part < last; ++part) {
+            (*static_cast<const std::function<void(int64_t)>*>(body))(part);
+          }
+        };
+        require(torch.parallel_for(0, parts, 1, each, const_cast<std::function<void(int64_t)>*>(&body)));
       },
       cosface::classes_in_environment("COSFACE_CPU_TILE").value_or(0),
   };
 }
 
-// cosface_kernels/options.py: the fields that the kernels see.
-struct Options {
-  std::optional<Tensor> classes;
-  double gradient_tolerance;
-  Tensor cache;         // uint8
-  int64_t entry_bytes;  // at its front; the rest is for cosines
+// What a call of the op is given, as cosface_kernels/backends/cpu.py prepares it: contiguous, and in the dtype of
+// all arithmetic but for w, of whose rows the elements are adjacent.
+struct Call {
+  Array x, w, targets, scale;
+  bool bfloat16;  // x was given in it
+  std::optional<Array> classes, cache, thresholds, exponents;
+  int64_t entry_bytes;  // at the front of the cache; the rest is for cosines
   bool exact_cosines, normalize_weight;
-  std::optional<Tensor> thresholds, negatives;
-  bool moments;
-  std::optional<Tensor> g_moments;
+  double gradient_tolerance;
   int64_t subcenters;
-  cosface::Sigmoids sigmoid;
-  std::optional<Tensor> exponents;
+  std::optional<std::array<double, 6>> negatives;
+  std::optional<std::string> sigmoid;
+  std::optional<Polynomials> polynomials;
 
-  cosface::Options raw() const {
-    cosface::Options options{.normalize_weight = normalize_weight, .gradient_tolerance = gradient_tolerance};
-    if (classes) options.classes = classes->const_data_ptr<int64_t>(), options.count = classes->numel();
-    if (cache.numel() > 0) {
-      options.entries = cache.mutable_data_ptr();
-      options.entry_bytes = entry_bytes;
-      options.cosines = static_cast<char*>(options.entries) + options.entry_bytes;
-      options.cosine_bytes = cache.numel() - entry_bytes;
+  int64_t samples() const { return x.size(0); }
+  bool in_double() const { return x.dtype() == cosface::DType::kFloat64; }
+
+  template <typename T>
+  cosface::Batch<T> batch() const {
+    const int64_t* y = targets.data<int64_t>();
+    cosface::Batch<T> batch{x.data<T>(), y, scale.data<T>(), samples(), x.size(1)};
+    batch.bfloat16 = bfloat16;
+    if (targets.dim() == 2) batch.second = y + samples();
+    if (negatives) {
+      const auto [q, a, b, r, u, v] = *negatives;
+      const auto t = [](double number) { return static_cast<T>(number); };
+      batch.negatives = {thresholds->data<T>(), t(q), t(a), t(b), t(r), t(u), t(v)};
     }
-    options.exact_cosines = exact_cosines;
-    options.subcenters = subcenters;
-    if (exponents) options.exponents = exponents->const_data_ptr<int8_t>();
+    if (sigmoid) {
+      batch.sigmoid.emplace().by_angle = *sigmoid == "angle";
+      if (polynomials) {
+        std::copy_n((*polynomials)[0].begin(), 5, batch.sigmoid->value);
+        std::copy_n((*polynomials)[1].begin(), 5, batch.sigmoid->slope);
+      }
+    }
+    return batch;
+  }
+
+  cosface::Weight weight() const { return cosface::weight_of(w); }
+
+  cosface::Options options() const {
+    cosface::Options options{.subcenters = subcenters,
+                             .normalize_weight = normalize_weight,
+                             .exponents = cosface::data_of<int8_t>(exponents),
+                             .gradient_tolerance = gradient_tolerance,
+                             .exact_cosines = exact_cosines};
+    if (classes) options.classes = classes->data<int64_t>(), options.count = classes->numel();
+    if (cache && cache->numel() > 0) {
+      options.entries = cache->data<char>();
+      options.entry_bytes = entry_bytes;
+      options.cosines = cache->data<char>() + entry_bytes;
+      options.cosine_bytes = cache->numel() - entry_bytes;
+    }
     return options;
   }
-
-  cosface::Inputs checked(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s) const {
-    cosface::check_cache(cache, at::kCPU);
-    TORCH_CHECK_VALUE(entry_bytes >= 0 && entry_bytes <= cache.numel() && entry_bytes % 64 == 0,
-                      "entry_bytes must be a multiple of 64 and of the ", cache.numel(), " bytes of cache, got ",
-                      entry_bytes, ".");
-    TORCH_CHECK_VALUE(!moments || gradient_tolerance == 0, "moments cannot have a gradient_tolerance, got ",
-                      gradient_tolerance, ".");
-    TORCH_CHECK_VALUE(subcenters == 1 || gradient_tolerance == 0,
-                      "sub-centres cannot have a gradient_tolerance, got ", gradient_tolerance,
-                      " with subcenters ", subcenters, ".");
-    if (exponents) cosface::check_exponents(*exponents, w);
-    sigmoid.check(x.device(), thresholds || moments || g_moments || gradient_tolerance != 0);
-    return cosface::Inputs{x, w, y, s, classes, thresholds, negatives, moments, subcenters}.checked();
-  }
 };
 
-// The arguments of one call in the compute dtype T. Rows of w that are not adjacent elements are copied.
-template <typename T>
-struct Arguments {
-  Tensor x, w, y, s, tau,
-      coefficients;  // tau (N) and coefficients (3) or (6) are undefined where there are no thresholds
-  bool bfloat16;
-  std::optional<cosface::Sigmoid<T>> sigmoid;
-
-  explicit Arguments(const cosface::Inputs& given, const cosface::Sigmoids& sigmoids = {})
-      : x(in_t(given.x)),
-        w(cosface::with_adjacent_elements(given.w)),
-        y(given.y.contiguous()),
-        s(in_t(given.s)),
-        bfloat16(given.x.scalar_type() == at::kBFloat16),
-        sigmoid(sigmoids.in<T>()) {
-    if (!given.thresholds) return;
-    tau = in_t(*given.thresholds);
-    coefficients = in_t(*given.negatives);
-  }
-
-  static Tensor in_t(const Tensor& tensor) { return tensor.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
-  cosface::Batch<T> batch() const {
-    cosface::Negatives<T> negatives;
-    if (tau.defined()) {
-      const T* c = coefficients.const_data_ptr<T>();
-      negatives = {tau.const_data_ptr<T>(), c[0], c[1], c[2]};
-      if (coefficients.numel() == 6) negatives.r = c[3], negatives.u = c[4], negatives.v = c[5];
-    }
-    return {x.const_data_ptr<T>(),
-            y.const_data_ptr<int64_t>(),
-            s.const_data_ptr<T>(),
-            x.size(0),
-            x.size(1),
-            negatives,
-            bfloat16,
-            y.dim() == 2 ? y.const_data_ptr<int64_t>() + x.size(0) : nullptr,
-            sigmoid};
-  }
-  cosface::Weight weight() const { return cosface::weight_of(w); }
-};
-
-template <typename T>
-std::array<Tensor, 6> forward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
-                              const Options& options) {
-  const Arguments<T> arguments(options.checked(x, w, y, s));
-  Tensor loss = at::empty_like(arguments.s), top = at::empty_like(loss), log_sum = at::empty_like(loss),
-         target_cos = at::empty(y.sizes(), loss.options()), max_neg = at::empty_like(loss);
-  Tensor moments = at::empty({options.moments ? 4 : 0, x.size(0)}, loss.options());
-  cosface::lmcl_forward<T>(arguments.batch(), arguments.weight(), static_cast<T>(margin), options.raw(), runtime(),
-                           {loss.mutable_data_ptr<T>(), top.mutable_data_ptr<T>(), log_sum.mutable_data_ptr<T>(),
-                            target_cos.mutable_data_ptr<T>(), max_neg.mutable_data_ptr<T>(),
-                            options.moments ? moments.mutable_data_ptr<T>() : nullptr});
-  return {loss, top, log_sum, target_cos, max_neg, moments};
+// body(a T), of the dtype of all arithmetic.
+template <typename Body>
+void in_dtype(const Call& call, Body body) {
+  call.in_double() ? body(double{}) : body(float{});
 }
 
-// Uninitialised memory: for gigabytes, the pages of a tensor of the same size that was freed.
-Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (bytes < cosface::kManyBytes) return at::empty(sizes, options);
-  if (void* data = cosface::take_pages(bytes)) {
-    return at::from_blob(data, sizes, [bytes](void* pages) { cosface::give_pages(pages, bytes); }, options);
-  }
-  Tensor fresh = at::empty(sizes, options);
-  cosface::use_huge_pages(fresh.mutable_data_ptr(), bytes);
-  return fresh;
+// loss, top, log_sum, target_cos, max_neg and, if wanted, moments.
+void forward(const Call& call, double margin, const std::array<Array, 5>& results,
+             const std::optional<Array>& moments) {
+  in_dtype(call, [&]<typename T>(T) {
+    const auto& [loss, top, log_sum, target_cos, max_neg] = results;
+    cosface::lmcl_forward<T>(call.batch<T>(), call.weight(), static_cast<T>(margin), call.options(), runtime(),
+                             {loss.data<T>(), top.data<T>(), log_sum.data<T>(), target_cos.data<T>(),
+                              max_neg.data<T>(), cosface::data_of<T>(moments)});
+  });
 }
 
-template <typename T>
-cosface::Upstream<T> upstream(const std::vector<Tensor>& up) {
-  return {up[0].const_data_ptr<T>(), up[1].const_data_ptr<T>(), up[2].const_data_ptr<T>(),
-          up[3].const_data_ptr<T>(), up[4].defined() ? up[4].const_data_ptr<T>() : nullptr};
+// upstream: top, log_sum, g_lse and g_cos. Of the others, what is not given is not wanted.
+void backward_with(const cosface::Update* update, const Call& call, const std::array<Array, 4>& upstream,
+                   const std::optional<Array>& g_moments, const std::optional<Array>& dx,
+                   const std::optional<Array>& dw, const Array& dscale, const std::optional<Array>& sums) {
+  in_dtype(call, [&]<typename T>(T) {
+    const auto& [top, log_sum, g_lse, g_cos] = upstream;
+    cosface::lmcl_backward<T>(
+        call.batch<T>(), call.weight(),
+        {top.data<T>(), log_sum.data<T>(), g_lse.data<T>(), g_cos.data<T>(), cosface::data_of<T>(g_moments)},
+        call.options(), runtime(),
+        {cosface::data_of<T>(dx), cosface::data_of(dw), dscale.data<T>(), update, cosface::data_of<T>(sums)});
+  });
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                            const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
-                                            const Tensor& g_cos, const Options& options, bool need_dx,
-                                            bool need_dw, const Tensor& sums) {
-  const Arguments<T> arguments(options.checked(x, w, y, s), options.sigmoid);
-  const std::vector<Tensor> up = cosface::upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
-  Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
-  Tensor dw = need_dw ? empty({options.classes ? options.classes->numel() : w.size(0), w.size(1)}, w.options())
-                      : at::empty({0}, w.options());
-  Tensor dscale = at::empty_like(up[0]);
-  TORCH_CHECK_TYPE(!need_dw || w.scalar_type() != at::kFloat8_e4m3fn,
-                   "A weight in float8 has no gradient of its own.");
-  cosface::lmcl_backward<T>(
-      arguments.batch(), arguments.weight(), upstream<T>(up), options.raw(), runtime(),
-      {need_dx ? dx.mutable_data_ptr<T>() : nullptr, need_dw ? dw.mutable_data_ptr() : nullptr,
-       dscale.mutable_data_ptr<T>(), nullptr, sums.defined() ? sums.mutable_data_ptr<T>() : nullptr});
-  return {dx.to(x.scalar_type()), dw, dscale};
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid(const Tensor& x, const Tensor& w, const Tensor& y,
-                                                   const Tensor& s, const Tensor& bias, const Tensor& g,
-                                                   const Tensor& g_cos, const Options& options, bool need_dx,
-                                                   bool need_dw) {
-  TORCH_CHECK_VALUE(options.sigmoid.name.has_value(), "sigmoid must be one of cross_entropy, angle, got None.");
-  const Tensor log_sum = -cosface::fitting("bias", bias, {x.size(0)}, x.device());
-  const Tensor sums = at::empty({2, x.size(0)}, log_sum.options());
-  const auto [dx, dw, dscale] =
-      backward<T>(x, w, y, s, at::zeros_like(log_sum), log_sum, g, g_cos, options, need_dx, need_dw, sums);
-  return {sums, dx, dw, dscale};
+void backward(const Call& call, const std::array<Array, 4>& upstream, const std::optional<Array>& g_moments,
+              const std::optional<Array>& dx, const std::optional<Array>& dw, const Array& dscale,
+              const std::optional<Array>& sums) {
+  backward_with(nullptr, call, upstream, g_moments, dx, dw, dscale, sums);
 }
 
 // Plain LMCL from labels to the reduced loss, and back: what cosface_kernels/stages.py and ops.fold_loss
@@ -201,224 +158,175 @@ struct Rule {
   bool validate_labels;
   std::string reduction;
 
-  // As ops.targets.
-  Tensor targets(const Tensor& labels, int64_t classes) const {
-    Tensor targets = labels.to(at::kLong, /*non_blocking=*/false, /*copy=*/true).contiguous();
-    int64_t* target = targets.mutable_data_ptr<int64_t>();
-    for (int64_t i = 0; i < targets.numel(); ++i) {
-      const int64_t label = target[i];
+  static constexpr int64_t kIgnored = -1, kInvalid = -2;
+
+  // Of labels in place, as ops.targets.
+  void to_targets(int64_t* labels, int64_t n, int64_t classes) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t label = labels[i];
       if (label >= 0 && label < classes && label != ignore_index) continue;
-      TORCH_CHECK_VALUE(label == ignore_index || !validate_labels, "labels must be in [0, ", classes,
-                        ") or equal to ignore_index ", ignore_index, ", got ", label, " at row ", i, ".");
-      target[i] = label == ignore_index ? kIgnored : kInvalid;
+      if (label != ignore_index && validate_labels) {
+        throw std::invalid_argument("labels must be in [0, " + std::to_string(classes) +
+                                    ") or equal to ignore_index " + std::to_string(ignore_index) + ", got " +
+                                    std::to_string(label) + " at row " + std::to_string(i) + ".");
+      }
+      labels[i] = label == ignore_index ? kIgnored : kInvalid;
     }
-    return targets;
   }
 
   // What the sum of the losses is divided by.
-  double divisor(const Tensor& targets) const {
-    if (reduction != "mean") return 1;
-    const int64_t* target = targets.const_data_ptr<int64_t>();
-    return static_cast<double>(targets.numel() - std::count(target, target + targets.numel(), kIgnored));
+  double divisor(const int64_t* target, int64_t n) const {
+    return reduction == "mean" ? static_cast<double>(n - std::count(target, target + n, kIgnored)) : 1;
   }
-
-  static constexpr int64_t kIgnored = -1, kInvalid = -2;
 };
 
-template <typename T>
-std::array<Tensor, 6> loss_forward(const Tensor& x, const Tensor& w, const Tensor& labels, const Rule& rule,
-                                   const Options& options) {
-  const Tensor targets = rule.targets(labels, w.size(0));
-  const int64_t n = targets.numel(), *target = targets.const_data_ptr<int64_t>();
-  const Tensor s = at::full({n}, rule.scale, x.options().dtype(c10::CppTypeToScalarType<T>::value));
-  auto [loss, top, log_sum, target_cos, max_neg, moments] = forward<T>(x, w, targets, s, rule.margin, options);
-  T* losses = loss.template mutable_data_ptr<T>();
-  for (int64_t i = 0; i < n; ++i) {
-    if (target[i] == Rule::kInvalid) losses[i] = std::numeric_limits<T>::quiet_NaN();
-  }
-  if (rule.reduction != "none") {
-    loss = loss.sum() / rule.divisor(targets);
-  }
-  return {loss, targets, s, top, log_sum, target_cos};
+// The call's targets are labels at first, and its scale is not filled. rows: (5, N), as of forward. loss: (), or
+// with reduction "none" (N).
+void loss_forward(const Call& call, const Rule& rule, const Array& rows, const Array& loss) {
+  in_dtype(call, [&]<typename T>(T) {
+    const int64_t n = call.samples();
+    int64_t* target = call.targets.data<int64_t>();
+    rule.to_targets(target, n, call.w.size(0));
+    std::fill_n(call.scale.data<T>(), n, static_cast<T>(rule.scale));
+    T* row = rows.data<T>();
+    cosface::lmcl_forward<T>(call.batch<T>(), call.weight(), static_cast<T>(rule.margin), call.options(),
+                             runtime(), {row, row + n, row + 2 * n, row + 3 * n, row + 4 * n});
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (target[i] == Rule::kInvalid) row[i] = std::numeric_limits<T>::quiet_NaN();
+      sum += row[i];
+    }
+    if (rule.reduction == "none") {
+      std::copy_n(row, n, loss.data<T>());
+    } else {
+      *loss.data<T>() = static_cast<T>(sum / rule.divisor(target, n));
+    }
+  });
 }
 
-template <typename T>
-std::array<Tensor, 2> loss_backward(const Tensor& x, const Tensor& w, const Tensor& targets, const Tensor& s,
-                                    const Tensor& top, const Tensor& log_sum, const Tensor& target_cos,
-                                    const Tensor& g_loss, const Rule& rule, const Options& options, bool need_dx,
-                                    bool need_dw) {
-  const int64_t n = targets.numel(), *target = targets.const_data_ptr<int64_t>();
-  const auto rows = [&](const char* name, const Tensor& given, bool per_sample = true) {
-    const at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
-    const std::vector<int64_t> shape(per_sample ? 1 : 0, n);
-    return cosface::fitting(name, given, shape, at::kCPU, dtype).contiguous();
-  };
-  const Tensor of_loss = rows("the gradient of the loss", g_loss, rule.reduction == "none");
-  const Tensor top_rows = rows("top", top), log_sum_rows = rows("log_sum", log_sum),
-               cos_rows = rows("target_cos", target_cos);
-  const T *g = of_loss.const_data_ptr<T>(), *tops = top_rows.const_data_ptr<T>(),
-          *log_sums = log_sum_rows.const_data_ptr<T>(), *cos = cos_rows.const_data_ptr<T>();
-  const T scale = static_cast<T>(rule.scale), margin = static_cast<T>(rule.margin);
-  const T divisor = static_cast<T>(rule.divisor(targets));
-  Tensor g_lse = at::zeros_like(top), g_cos = at::zeros_like(top);
-  T *g_lses = g_lse.mutable_data_ptr<T>(), *g_coses = g_cos.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < n; ++i) {
-    const T g_i = (rule.reduction == "none" ? g[i] : g[0]) / divisor;
-    if (target[i] < 0 || g_i == 0) continue;  // no gradient stays none where the loss is nan
-    const T excess = log_sums[i] + scale * (tops[i] - (cos[i] - margin));
-    g_lses[i] = g_i / (1 + std::exp(-excess));
-    g_coses[i] = -scale * g_lses[i];
-  }
-  const auto [dx, dw, dscale] =
-      backward<T>(x, w, targets, s, top, log_sum, g_lse, g_cos, options, need_dx, need_dw, {});
-  return {dx, dw};
+void loss_backward(const Call& call, const Rule& rule, const Array& rows, const Array& g_loss,
+                   const std::optional<Array>& dx, const std::optional<Array>& dw) {
+  in_dtype(call, [&]<typename T>(T) {
+    const int64_t n = call.samples(), *target = call.targets.data<int64_t>();
+    const T *g = g_loss.data<T>(), *top = rows.data<T>() + n, *log_sum = top + n, *target_cos = log_sum + n;
+    const T scale = static_cast<T>(rule.scale), margin = static_cast<T>(rule.margin);
+    const T divisor = static_cast<T>(rule.divisor(target, n));
+    std::vector<T> g_lse(n), g_cos(n), dscale(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const T g_i = (rule.reduction == "none" ? g[i] : g[0]) / divisor;
+      if (target[i] < 0 || g_i == 0) continue;  // no gradient stays none where the loss is nan
+      const T excess = log_sum[i] + scale * (top[i] - (target_cos[i] - margin));
+      g_lse[i] = g_i / (1 + std::exp(-excess));
+      g_cos[i] = -scale * g_lse[i];
+    }
+    cosface::lmcl_backward<T>(call.batch<T>(), call.weight(), {top, log_sum, g_lse.data(), g_cos.data()},
+                              call.options(), runtime(),
+                              {cosface::data_of<T>(dx), cosface::data_of(dw), dscale.data()});
+  });
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight,
-                                   const std::optional<Tensor>& exponents) {
-  const Tensor none = at::full({x.size(0)}, -1, x.options().dtype(at::kLong)), s = at::ones_like(none);
-  const std::optional<Tensor> absent;
-  const Arguments<T> arguments(cosface::Inputs{x, w, none, s, absent, absent, absent}.checked());
-  TORCH_CHECK_VALUE(k >= 1 && k <= w.size(0), "k must be in [1, ", w.size(0), "], got ", k, ".");
-  Tensor cos = at::empty({x.size(0), k}, arguments.x.options());
-  Tensor classes = at::empty({x.size(0), k}, none.options());
-  cosface::Options options{.normalize_weight = normalize_weight};
-  if (exponents) options.exponents = cosface::check_exponents(*exponents, w).const_data_ptr<int8_t>();
-  cosface::nearest_classes<T>(arguments.batch(), arguments.weight(), options, k, runtime(),
-                              cos.mutable_data_ptr<T>(), classes.mutable_data_ptr<int64_t>());
-  return {cos, classes};
+// Of the call, x and w alone are read, and whether w is normalised.
+void nearest(const Call& call, int64_t k, const Array& cos, const Array& classes) {
+  in_dtype(call, [&]<typename T>(T) {
+    cosface::nearest_classes<T>(call.batch<T>(), call.weight(), call.options(), k, runtime(), cos.data<T>(),
+                                classes.data<int64_t>());
+  });
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor> backward_update(const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s,
-                                           const Tensor& top, const Tensor& log_sum, const Tensor& g_lse,
-                                           const Tensor& g_cos, const Options& options,
-                                           const cosface::Update& numbers, const std::vector<Tensor>& state,
-                                           bool need_dx) {
-  const Arguments<T> arguments(options.checked(x, w, y, s), options.sigmoid);
-  const std::vector<Tensor> up = cosface::upstream_of(x, w, y, top, log_sum, g_lse, g_cos, options.g_moments);
-  Tensor dx = need_dx ? at::empty_like(arguments.x) : at::empty({0}, arguments.x.options());
-  Tensor dscale = at::empty_like(up[0]);
-  const cosface::Update update = cosface::bound(numbers, w, state);
-  cosface::lmcl_backward<T>(
-      arguments.batch(), arguments.weight(), upstream<T>(up), options.raw(), runtime(),
-      {need_dx ? dx.mutable_data_ptr<T>() : nullptr, nullptr, dscale.mutable_data_ptr<T>(), &update});
-  return {dx.to(x.scalar_type()), dscale};
+void backward_update(const Call& call, const std::array<Array, 4>& upstream, const std::optional<Array>& g_moments,
+                     const std::optional<Array>& dx, const Array& dscale, const cosface::Update& numbers,
+                     const std::vector<Array>& state) {
+  const cosface::Update update = cosface::bound(numbers, call.w, state);
+  backward_with(&update, call, upstream, g_moments, dx, {}, dscale, {});
 }
 
-void apply_update(const Tensor& w, const Tensor& dw, const cosface::Update& numbers,
-                  const std::vector<Tensor>& state) {
-  const auto apply = w.scalar_type() == at::kDouble ? cosface::apply_update<double> : cosface::apply_update<float>;
-  const cosface::Update update = cosface::bound(numbers, w, state);
-  apply(cosface::weight_of(w), cosface::gradient_of(w, dw).const_data_ptr(), w.size(1), update, runtime());
+void apply_update(const Array& w, const Array& dw, const cosface::Update& numbers,
+                  const std::vector<Array>& state) {
+  const auto apply =
+      w.dtype() == cosface::DType::kFloat64 ? cosface::apply_update<double> : cosface::apply_update<float>;
+  apply(cosface::weight_of(w), dw.data<void>(), w.size(1), cosface::bound(numbers, w, state), runtime());
 }
 
 // How many threads a call is spread over: fewer than torch has, if this module was built without OpenMP.
 int64_t threads() {
-  const int64_t parts = at::get_num_threads();
-  std::vector<std::thread::id> ids(parts);
-  runtime().parallel(parts, [&](int64_t part) { ids[part] = std::this_thread::get_id(); });
+  const cosface::Runtime torch_threads = runtime();
+  std::vector<std::thread::id> ids(torch_threads.threads);
+  torch_threads.parallel(torch_threads.threads, [&](int64_t part) { ids[part] = std::this_thread::get_id(); });
   return static_cast<int64_t>(std::set<std::thread::id>(ids.begin(), ids.end()).size());
 }
 
-void normal_(Tensor tensor, uint64_t seed, double std, int64_t start) {
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "normal_ needs a contiguous tensor, got strides ", tensor.strides(),
-                    ".");
-  cosface::use_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
-  cosface::fill_normal(tensor.mutable_data_ptr(), cosface::dtype_of(tensor), start, tensor.numel(), seed, std,
-                       runtime());
+void use_huge_pages(const Array& fresh) { cosface::use_huge_pages(fresh.data<void>(), fresh.bytes()); }
+
+void normal_(const Array& tensor, uint64_t seed, double std, int64_t start) {
+  use_huge_pages(tensor);
+  cosface::fill_normal(tensor.data<void>(), tensor.dtype(), start, tensor.numel(), seed, std, runtime());
 }
 
-#ifdef COSFACE_CUDA
-cosface::cuda::Device cuda_device(int index) {
-  int processors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-  return {c10::cuda::getCurrentCUDAStream().stream(), processors};
+// A tensor of this shape and the dtype of another, in the pages of one of its size that was freed or in fresh
+// ones; None if it is small or the system has no such pages.
+py::object take_pages(std::vector<int64_t> shape, const Array& like) {
+  struct Pages {
+    cosface::dlpack::Managed managed;
+    std::vector<int64_t> shape, strides;
+    size_t bytes;
+  };
+  auto pages = std::make_unique<Pages>();
+  pages->strides.resize(shape.size());
+  int64_t numel = 1;
+  for (size_t k = shape.size(); k-- > 0; numel *= shape[k]) pages->strides[k] = numel;
+  pages->bytes = numel * like.view().dtype.bits / 8;
+  void* data = pages->bytes < cosface::kManyBytes ? nullptr : cosface::take_pages(pages->bytes);
+  if (data == nullptr) return py::none();
+  pages->shape = std::move(shape);
+  pages->managed = {.major = torch.exchange->major, .minor = torch.exchange->minor, .context = pages.get()};
+  pages->managed.deleter = [](cosface::dlpack::Managed* managed) {
+    const std::unique_ptr<Pages> pages(static_cast<Pages*>(managed->context));
+    cosface::give_pages(managed->tensor.data, pages->bytes);
+  };
+  pages->managed.tensor = {.data = data,
+                           .device = {cosface::dlpack::kCpu, 0},
+                           .dim = static_cast<int32_t>(pages->shape.size()),
+                           .dtype = like.view().dtype,
+                           .shape = pages->shape.data(),
+                           .strides = pages->strides.data()};
+  void* tensor = nullptr;
+  if (torch.exchange->to_python(&pages->managed, &tensor) != 0) throw py::error_already_set();
+  pages.release();  // the tensor has it
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
 }
-#endif
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.attr("torch_version") = TORCH_VERSION;
+PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
-  py::class_<Options>(m, "Options")
-      .def(py::init([](std::optional<Tensor> classes, double gradient_tolerance, Tensor cache, int64_t entry_bytes,
-                       bool exact_cosines, bool normalize_weight, std::optional<Tensor> thresholds,
-                       std::optional<Tensor> negatives, bool moments, std::optional<Tensor> g_moments,
-                       int64_t subcenters, std::optional<std::string> sigmoid, std::optional<Tensor> polynomials,
-                       std::optional<Tensor> exponents) {
-             return Options{cosface::contiguous(classes),
-                            gradient_tolerance,
-                            std::move(cache),
-                            entry_bytes,
-                            exact_cosines,
-                            normalize_weight,
-                            std::move(thresholds),
-                            std::move(negatives),
-                            moments,
-                            std::move(g_moments),
-                            subcenters,
-                            {std::move(sigmoid), std::move(polynomials)},
-                            std::move(exponents)};
+  m.def("use_torch", cosface::use_torch);
+  py::class_<Call>(m, "Call")
+      .def(py::init([](Array x, Array w, Array targets, Array scale, bool bfloat16, std::optional<Array> classes,
+                       std::optional<Array> cache, std::optional<Array> thresholds, std::optional<Array> exponents,
+                       int64_t entry_bytes, bool exact_cosines, bool normalize_weight, double gradient_tolerance,
+                       int64_t subcenters, std::optional<std::array<double, 6>> negatives,
+                       std::optional<std::string> sigmoid, const std::optional<Polynomials>& polynomials) {
+             return Call{
+                 std::move(x),       std::move(w),     std::move(targets),    std::move(scale),     bfloat16,
+                 std::move(classes), std::move(cache), std::move(thresholds), std::move(exponents), entry_bytes,
+                 exact_cosines,      normalize_weight, gradient_tolerance,    subcenters,           negatives,
+                 std::move(sigmoid), polynomials};
            }),
-           py::kw_only(), py::arg("classes"), py::arg("gradient_tolerance"), py::arg("cache"),
-           py::arg("entry_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"), py::arg("thresholds"),
-           py::arg("negatives"), py::arg("moments"), py::arg("g_moments"), py::arg("subcenters"),
-           py::arg("sigmoid"), py::arg("polynomials"), py::arg("exponents"));
-  m.def(
-      "lmcl_forward",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, double margin,
-         const Options& options) {
-        return (cosface::in_double(x, w) ? forward<double> : forward<float>)(x, w, y, s, margin, options);
-      },
-      no_gil);
-  m.def(
-      "lmcl_backward",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& top,
-         const Tensor& log_sum, const Tensor& g_lse, const Tensor& g_cos, const Options& options, bool need_dx,
-         bool need_dw) {
-        return (cosface::in_double(x, w) ? backward<double> : backward<float>)(x, w, y, s, top, log_sum, g_lse,
-                                                                               g_cos, options, need_dx, need_dw,
-                                                                               {});
-      },
-      no_gil);
-  m.def(
-      "sigmoid",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& bias, const Tensor& g,
-         const Tensor& g_cos, const Options& options, bool need_dx, bool need_dw) {
-        return (cosface::in_double(x, w) ? sigmoid<double> : sigmoid<float>)(x, w, y, s, bias, g, g_cos, options,
-                                                                             need_dx, need_dw);
-      },
-      no_gil);
-  m.def(
-      "nearest",
-      [](const Tensor& x, const Tensor& w, int64_t k, bool normalize_weight,
-         const std::optional<Tensor>& exponents) {
-        return (cosface::in_double(x, w) ? nearest<double> : nearest<float>)(x, w, k, normalize_weight, exponents);
-      },
-      no_gil);
-  py::class_<Rule>(m, "Rule").def(py::init<double, double, int64_t, bool, std::string>(), py::kw_only(),
-                                  py::arg("scale"), py::arg("margin"), py::arg("ignore_index"),
-                                  py::arg("validate_labels"), py::arg("reduction"));
-  m.def(
-      "loss_forward",
-      [](const Tensor& x, const Tensor& w, const Tensor& labels, const Rule& rule, const Options& options) {
-        return (cosface::in_double(x, w) ? loss_forward<double> : loss_forward<float>)(x, w, labels, rule,
-                                                                                       options);
-      },
-      no_gil);
-  m.def(
-      "loss_backward",
-      [](const Tensor& x, const Tensor& w, const Tensor& targets, const Tensor& s, const Tensor& top,
-         const Tensor& log_sum, const Tensor& target_cos, const Tensor& g_loss, const Rule& rule,
-         const Options& options, bool need_dx, bool need_dw) {
-        return (cosface::in_double(x, w) ? loss_backward<double>
-                                         : loss_backward<float>)(x, w, targets, s, top, log_sum, target_cos,
-                                                                 g_loss, rule, options, need_dx, need_dw);
-      },
-      no_gil);
+           py::arg("x"), py::arg("w"), py::arg("targets"), py::arg("scale"), py::kw_only(), py::arg("bfloat16"),
+           py::arg("classes"), py::arg("cache"), py::arg("thresholds"), py::arg("exponents"),
+           py::arg("entry_bytes"), py::arg("exact_cosines"), py::arg("normalize_weight"),
+           py::arg("gradient_tolerance"), py::arg("subcenters"), py::arg("negatives"), py::arg("sigmoid"),
+           py::arg("polynomials"))
+      .def("forward", forward, no_gil)
+      .def("backward", backward, no_gil)
+      .def("backward_update", backward_update, no_gil)
+      .def("loss_forward", loss_forward, no_gil)
+      .def("loss_backward", loss_backward, no_gil)
+      .def("nearest", nearest, no_gil);
+  py::class_<Rule>(m, "Rule")
+      .def(py::init<double, double, int64_t, bool, std::string>(), py::kw_only(), py::arg("scale"),
+           py::arg("margin"), py::arg("ignore_index"), py::arg("validate_labels"), py::arg("reduction"))
+      .def_readonly("reduction", &Rule::reduction);
   py::class_<cosface::Update>(m, "Update")
       .def(py::init<>())
       .def_property(
@@ -439,29 +347,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("beta1", &cosface::Update::beta1)
       .def_readwrite("beta2", &cosface::Update::beta2)
       .def_readwrite("eps", &cosface::Update::eps);
-  m.def(
-      "lmcl_backward_update",
-      [](const Tensor& x, const Tensor& w, const Tensor& y, const Tensor& s, const Tensor& top,
-         const Tensor& log_sum, const Tensor& g_lse, const Tensor& g_cos, const Options& options,
-         const cosface::Update& update, const std::vector<Tensor>& state, bool need_dx) {
-        return (cosface::in_double(x, w) ? backward_update<double>
-                                         : backward_update<float>)(x, w, y, s, top, log_sum, g_lse, g_cos, options,
-                                                                   update, state, need_dx);
-      },
-      no_gil);
-  m.def("empty_bytes", [](int64_t bytes) { return empty({bytes}, at::kByte); });
   m.def("apply_update", apply_update, no_gil);
   m.def("normal_", normal_, no_gil);
-  m.def("use_huge_pages",
-        [](const Tensor& fresh) { cosface::use_huge_pages(fresh.mutable_data_ptr(), fresh.nbytes()); });
+  m.def("take_pages", take_pages);
+  m.def("use_huge_pages", use_huge_pages);
   m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);
   m.def("multiplies_bfloat16", cosface::multiplies_bfloat16, py::arg("gradient_tolerance"));
 #ifdef COSFACE_CUDA
-  cosface::cuda::define(m, [](const Tensor& tensor, auto body) {
-    const c10::cuda::CUDAGuard guard(tensor.device());
-    return body(cuda_device(tensor.get_device()));
-  });
+  // This module's runtime has a current device of its own.
+  cosface::cuda::define(m, [](const Array& tensor) { cudaSetDevice(tensor.view().device.index); });
   m.attr("cuda_version") = CUDART_VERSION;
 #endif
 }

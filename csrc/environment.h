@@ -1,11 +1,11 @@
 // Numbers that a user sets in the environment.
 #pragma once
 
-#include <c10/util/Exception.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 namespace cosface {
 
@@ -15,8 +15,10 @@ inline std::optional<int64_t> classes_in_environment(const char* name) {
   if (wanted == nullptr) return {};
   char* end = nullptr;
   const int64_t classes = std::strtoll(wanted, &end, 10);
-  TORCH_CHECK_VALUE(end != wanted && *end == '\0' && classes > 0, name,
-                    " must be a positive number of classes, got '", wanted, "'.");
+  if (end == wanted || *end != '\0' || classes <= 0) {
+    throw std::invalid_argument(std::string(name) + " must be a positive number of classes, got '" + wanted +
+                                "'.");
+  }
   return classes;
 }
 

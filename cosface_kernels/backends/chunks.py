@@ -1,5 +1,7 @@
 """The nearest classes in plain PyTorch, a chunk of classes at a time, for backends on a GPU."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ ENTRY_BYTES = 32  # that a cosine of a chunk takes at most: itself, its order an
 
 def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
     """As `reference.nearest`."""
-    contract.check_rows(x, w)
+    contract.check_nearest(x, w, k, options)
     dtype = compute_dtype(x, w)
     with torch.autocast(x.device.type, enabled=False):
         unit = F.normalize(x.to(dtype), eps=EPS)  # (N, D)
@@ -33,6 +35,16 @@ def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Ten
             classes = classes.gather(1, order)
             first += len(rows)
     return best, classes
+
+
+def classes_in_environment(name: str) -> int | None:
+    """None where the variable is not set; raises ValueError for what is no positive number."""
+    wanted = os.environ.get(name)
+    if wanted is None:
+        return None
+    if not wanted.isdecimal() or int(wanted) == 0:
+        raise ValueError(f"{name} must be a positive number of classes, got {wanted!r}.")
+    return int(wanted)
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a backend in Python asks of the tensors that the op hands it; csrc/tensor.h asks the same for those in C++.
+"""What a backend asks of the tensors that the op hands it.
 
 A kernel sees pointers alone: of a tensor that is too small it would read, or write, the memory of others.
 """
@@ -22,6 +22,14 @@ def check_rows(x: Tensor, w: Tensor) -> None:
     if x.dtype is FLOAT8:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}.")
     _check_one("w", w, (len(w), x.shape[1]), x.device)
+
+
+def check_nearest(x: Tensor, w: Tensor, k: int, options: Options) -> None:
+    """Of x (N, D), w (C, D) and how many classes of w are wanted; raises as `check` does."""
+    check_rows(x, w)
+    _check_exponents(options, w)
+    if not 1 <= k <= len(w):
+        raise ValueError(f"k must be in [1, {len(w)}], got {k}.")
 
 
 def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor, *upstream: Tensor) -> None:
@@ -49,8 +57,7 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     check_sigmoid(options)
     if options.polynomials is not None:
         _check_one("polynomials", options.polynomials, (2, 5), x.device)
-    if options.exponents is not None:
-        _check_one("exponents", options.exponents, (len(w),), x.device, torch.int8)
+    _check_exponents(options, w)
     if options.classes is not None:
         _check_one("classes", options.classes, (options.classes.numel(),), x.device, torch.int64)
         if x.device.type == "cpu":
@@ -133,6 +140,11 @@ def check_state(
         _check_one("dw", dw, tuple(w.shape), w.device)
     if finite is not None:
         _check_one("finite", finite, (), w.device, torch.bool)
+
+
+def _check_exponents(options: Options, w: Tensor) -> None:
+    if options.exponents is not None:
+        _check_one("exponents", options.exponents, (len(w),), w.device, torch.int8)
 
 
 def _check_one(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cosface_kernels.backends import contract
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import CACHE_BYTES, Options, Update, empty_cache
-from cosface_kernels.reference import operand_dtype
+from cosface_kernels.reference import compute_dtype, operand_dtype
 
 OPTIONS = {"classes", "updates", "normalize_weight", "thresholds", "negatives", "moments", "g_moments"}
 OPTIONS |= {"cache_bytes", "exact_cache", "gradient_tolerance", "subcenters", "sigmoid", "polynomials"}
@@ -46,21 +48,31 @@ def cache_size(x: Tensor, w: Tensor, options: Options) -> int:
 def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
-    cache = _C.empty_bytes(cache_size(x, w, options))
-    *results, moments = _C.lmcl_forward(x, w, targets, scale, margin, _kernel_options(options, x, w, cache))
+    contract.check(x, w, options, targets, scale)
+    cache = _empty((cache_size(x, w, options),), empty_cache(x))
+    call = _call(x, w, targets, scale, options, cache)
+    N, like = len(x), x.new_empty(0, dtype=compute_dtype(x, w))
+    results = [like.new_empty(shape) for shape in (N, N, N, targets.shape, N)]
+    moments = like.new_empty(4 if options.moments else 0, N)
+    call.forward(margin, results, moments if options.moments else None)
     return *results, cache, moments
 
 
 def backward(*tensors: Tensor, options: Options, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    x, w, *_, cache = tensors
-    return _C.lmcl_backward(*tensors[:-1], _kernel_options(options, x, w, cache), need_dx, need_dw)
+    x, w, targets, scale, *upstream, _ = tensors
+    contract.check(x, w, options, targets, scale, *upstream)
+    return _backward(*tensors, options=options, need_dx=need_dx, need_dw=need_dw)
 
 
 def sigmoid(
     *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, w, *_ = tensors
-    return _C.sigmoid(*tensors, _kernel_options(options, x, w, empty_cache(x)), need_dx, need_dw)
+    x, w, targets, scale, bias, g, g_cos = tensors
+    contract.check_sums(x, w, options, *tensors[2:])
+    sums = bias.new_empty(2, len(x))
+    rows = targets, scale, bias, -bias, g, g_cos, empty_cache(x)  # as backward takes them; there is no top to read
+    gradients = _backward(x, w, *rows, options=options, need_dx=need_dx, need_dw=need_dw, sums=sums)
+    return sums, *gradients
 
 
 def backward_update_(
@@ -68,13 +80,19 @@ def backward_update_(
 ) -> tuple[Tensor, Tensor]:
     if finite is not None and not finite:
         return backward(*tensors, options=options, need_dx=need_dx, need_dw=False)[::2]
-    x, w, *_, cache = tensors
-    kernel_options, numbers = _kernel_options(options, x, w, cache), kernel_update(update)
-    return _C.lmcl_backward_update(*tensors[:-1], kernel_options, numbers, state, need_dx)
+    x, w, targets, scale, *upstream, cache = tensors
+    contract.check(x, w, options, targets, scale, *upstream)
+    contract.check_state(w, state, update)
+    call = _call(x, w, targets, scale, options, cache)
+    dx, dscale = _empty_dx(x, w, need_dx), torch.empty_like(upstream[0])
+    call.backward_update(*_upstream(upstream, options), dx, dscale, kernel_update(update), state)
+    return x.new_empty(0) if dx is None else dx.to(x.dtype), dscale
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
-    _C.apply_update(w, dw, kernel_update(update), state)
+    contract.check_state(w, state, update, dw)
+    gradient = dw.to(torch.float32 if w.dtype is FLOAT8 else w.dtype).contiguous()
+    _C.apply_update(w, gradient, kernel_update(update), state)
 
 
 class _Loss(torch.autograd.Function):
@@ -82,20 +100,25 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, labels: Tensor, rule: Any, options: Options) -> Tensor:
-        cache = _C.empty_bytes(cache_size(x, w, options))
-        loss, *rows = _C.loss_forward(x, w, labels, rule, _kernel_options(options, x, w, cache))
+        N, like = len(x), x.new_empty(0, dtype=compute_dtype(x, w))
+        targets, scale, rows = labels.to(torch.int64, copy=True), like.new_empty(N), like.new_empty(5, N)
+        contract.check(x, w, options, targets, scale)
+        loss = like.new_empty(N if rule.reduction == "none" else ())
+        cache = _empty((cache_size(x, w, options),), empty_cache(x))
+        _call(x, w, targets, scale, options, cache).loss_forward(rule, rows, loss)
         ctx.rule, ctx.options = rule, options
-        ctx.save_for_backward(x, w, cache, *rows)
+        ctx.save_for_backward(x, w, targets, scale, rows, cache)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, cache, *rows = ctx.saved_tensors
+        x, w, targets, scale, rows, cache = ctx.saved_tensors
         need_dx, need_dw, *_ = ctx.needs_input_grad
-        options = _kernel_options(ctx.options, x, w, cache)
-        dx, dw = _C.loss_backward(x, w, *rows, g, ctx.rule, options, need_dx, need_dw)
-        return dx if need_dx else None, dw if need_dw else None, None, None, None
+        dx, dw = _empty_dx(x, w, need_dx), _empty(w.shape, w) if need_dw else None
+        call = _call(x, w, targets, scale, ctx.options, cache)
+        call.loss_backward(ctx.rule, rows, g.contiguous(), dx, dw)
+        return dx if dx is None else dx.to(x.dtype), dw, None, None, None
 
 
 def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) -> Tensor:
@@ -111,7 +134,12 @@ def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) ->
 
 
 def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
-    return _C.nearest(x, w, k, options.normalize_weight, options.exponents)
+    contract.check_nearest(x, w, k, options)
+    none = x.new_empty(0, dtype=torch.int64)
+    cos = x.new_empty(len(x), k, dtype=compute_dtype(x, w))
+    classes = none.new_empty(len(x), k)
+    _call(x, w, none, x.new_empty(0), options, None).nearest(k, cos, classes)
+    return cos, classes
 
 
 def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,25 +149,66 @@ def zeros_like(w: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros
 
 
-def _kernel_options(options: Options, x: Tensor, w: Tensor, cache: Tensor) -> Any:
-    return _C.Options(
-        classes=options.classes,
-        gradient_tolerance=options.gradient_tolerance,
+def normal_(tensor: Tensor, seed: int, std: float, start: int = 0) -> None:
+    """Fills a contiguous tensor with N(0, std^2), the elements of the seed's stream from `start` on."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"normal_ needs a contiguous tensor, got strides {tensor.stride()}.")
+    _C.normal_(tensor, seed, std, start)
+
+
+def _call(x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, options: Options, cache: Tensor | None) -> Any:
+    """What the kernels read, as they read it: in the dtype of all arithmetic, but for the weight."""
+    dtype, classes, tau, exponents = compute_dtype(x, w), options.classes, options.thresholds, options.exponents
+    return _C.Call(
+        x.to(dtype).contiguous(),
+        w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous(),
+        targets.contiguous(),
+        scale.to(dtype).contiguous(),
+        bfloat16=x.dtype is torch.bfloat16,
+        classes=None if classes is None else classes.contiguous(),
         cache=cache,
+        thresholds=None if tau is None else tau.to(dtype).contiguous(),
+        exponents=None if exponents is None else exponents.contiguous(),
         entry_bytes=options.entry_bytes(x, w),
         exact_cosines=options.keeps_exactly,
         normalize_weight=options.normalize_weight,
-        thresholds=options.thresholds,
-        negatives=options.negatives,
-        moments=options.moments,
-        g_moments=options.g_moments,
+        gradient_tolerance=options.gradient_tolerance,
         subcenters=options.subcenters,
+        negatives=None if options.negatives is None else options.coefficients(dtype).tolist(),
         sigmoid=options.sigmoid,
-        polynomials=options.polynomials,
-        exponents=options.exponents,
+        polynomials=None if options.polynomials is None else options.polynomials.tolist(),
     )
 
 
-def normal_(tensor: Tensor, seed: int, std: float, start: int = 0) -> None:
-    """Fills a contiguous tensor with N(0, std^2), the elements of the seed's stream from `start` on."""
-    _C.normal_(tensor, seed, std, start)
+def _upstream(upstream: list[Tensor], options: Options) -> tuple[list[Tensor], Tensor | None]:
+    """top, log_sum, g_lse and g_cos, and the gradients of the moments, if any."""
+    g_moments = options.g_moments
+    return [rows.contiguous() for rows in upstream], None if g_moments is None else g_moments.contiguous()
+
+
+def _backward(
+    *tensors: Tensor, options: Options, need_dx: bool, need_dw: bool, sums: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w, targets, scale, *upstream, cache = tensors
+    if need_dw and w.dtype is FLOAT8:
+        raise TypeError("A weight in float8 has no gradient of its own.")
+    dx = _empty_dx(x, w, need_dx)
+    dw = _empty((options.count(w), w.shape[1]), w) if need_dw else None
+    dscale = torch.empty_like(upstream[0])
+    call = _call(x, w, targets, scale, options, cache)
+    call.backward(*_upstream(upstream, options), dx, dw, dscale, sums)
+    return x.new_empty(0) if dx is None else dx.to(x.dtype), w.new_empty(0) if dw is None else dw, dscale
+
+
+def _empty_dx(x: Tensor, w: Tensor, needed: bool) -> Tensor | None:
+    return x.new_empty(x.shape, dtype=compute_dtype(x, w)) if needed else None
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised memory: for gigabytes, the pages of a tensor of the same size that was freed."""
+    pages = _C.take_pages(shape, like)
+    if pages is not None:
+        return pages
+    fresh = like.new_empty(shape)
+    _C.use_huge_pages(fresh)
+    return fresh

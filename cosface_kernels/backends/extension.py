@@ -1,8 +1,10 @@
 """The compiled module cosface_kernels._C, or None and why it cannot be imported."""
 
+import ctypes
 import importlib
-import re
+import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,27 +13,32 @@ from cosface_kernels.options import Update
 
 _C: Any = None
 import_error = ""
-REBUILD = "build it again with the PyTorch that runs: pip install --no-build-isolation ."
 
 
-def _release(version: str) -> list[str]:
-    """Major and minor: another of these has other symbols, or the same ones for other things."""
-    return re.findall(r"\d+", version)[:2]
+def give_torch_to(kernels: Any) -> None:
+    """What a module of kernels needs of torch, by address: its view of tensors and its threads.
+
+    Both are C interfaces that torch has kept since 2.10: DLPack's, and that of torch/csrc/stable/c/shim.h.
+    """
+    windows = Path(torch.__file__).parent / "lib" / "torch_cpu.dll"
+    module = torch._C.__file__  # with the libraries that it is linked with, but on Windows
+    library = ctypes.CDLL(str(windows) if sys.platform == "win32" else module)
+    functions = (library.torch_parallel_for, library.torch_get_num_threads)
+    addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    kernels.use_torch(torch.Tensor.__dlpack_c_exchange_api__, *addresses)
 
 
 try:
     _C = importlib.import_module("cosface_kernels._C")
-    built_for = getattr(_C, "torch_version", "(unknown)")
-    if _release(built_for) != _release(torch.__version__):
-        import_error = (
-            f"the compiled module cosface_kernels._C is for PyTorch {built_for}, and PyTorch "
-            f"{torch.__version__} runs: {REBUILD}"
-        )
-        _C = None
+    give_torch_to(_C)
 except ModuleNotFoundError as error:
     import_error = f"the compiled module cosface_kernels._C cannot be imported ({error}): it has not been built."
-except ImportError as error:  # a symbol that PyTorch lacks
-    import_error = f"the compiled module cosface_kernels._C cannot be imported ({error}): {REBUILD}"
+except (ImportError, AttributeError, OSError, RuntimeError) as error:
+    import_error = (
+        f"the compiled module cosface_kernels._C cannot be used with PyTorch {torch.__version__} ({error}): "
+        "build it again: pip install ."
+    )
+    _C = None
 
 
 def kernel_update(update: Update) -> Any:

@@ -89,7 +89,7 @@ def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) ->
 
 
 def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
-    contract.check_rows(x, w)
+    contract.check_nearest(x, w, k, options)
     with torch.autocast(x.device.type, enabled=False):
         return reference.nearest(x, _rows(w, options), k, options.normalize_weight)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support import where_taken
 from torch import Tensor
 
+from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Update
 
 N, C, D, S = 5, 400, 12, 90
@@ -148,6 +149,22 @@ def test_classes_ascend_within_the_weight(backend, op, place, value):
     call.arguments["classes"][place] = value
     with pytest.raises(ValueError, match=r"classes must ascend within \[0, 400\), got"):
         call()
+
+
+@pytest.mark.parametrize("k", [-1, 0, C + 1])
+def test_as_many_of_the_nearest_as_there_are(backend, k):
+    x, w = torch.ones(N, D, device=backend.device), torch.ones(C, D, device=backend.device)
+    with pytest.raises(ValueError, match=rf"k must be in \[1, 400\], got {k}\."):
+        torch.ops.cosface.nearest(x, w, k, True, backend.name)
+
+
+@pytest.mark.option("exponents")
+def test_the_nearest_need_an_exponent_of_each_row(backend):
+    x, w = torch.ones(N, D, device=backend.device), torch.ones(C, D, device=backend.device).to(FLOAT8)
+    for size, dtype, error in ((C - 1, torch.int8, ValueError), (C, torch.int64, TypeError)):
+        exponents = torch.zeros(size, dtype=dtype, device=backend.device)
+        with pytest.raises(error, match="exponents must "):
+            torch.ops.cosface.nearest(x, w, 3, False, backend.name, exponents)
 
 
 @st.composite

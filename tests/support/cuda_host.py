@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cosface_kernels.backends.cuda.driver import Device
+from cosface_kernels.backends.extension import give_torch_to
 from cosface_kernels.options import Options
 
 FOLDER = Path(__file__).parents[2] / "build" / ("asan/tests" if os.environ.get("COSFACE_SANITIZE") else "tests")
@@ -22,21 +24,23 @@ def _load(name: str, path: str | Path | None = None):
     return module
 
 
-def _backend():
+def _kernels():
     path = next(FOLDER.glob(f"cosface_cuda_host.{sys.implementation.cache_tag}*"), None)
     if path is None:
         raise ImportError(f"There is no cosface_cuda_host in {FOLDER}: `make build` makes it.")
-    backend = _load("cosface_kernels.backends.cuda")
-    backend._C = _load("cosface_cuda_host", path)
-    return backend
+    return _load("cosface_cuda_host", path)
 
 
-_cuda = _backend()
+KERNELS = _kernels()
+give_torch_to(KERNELS)
+# So small a workspace that even a test's problem is several chunks, and a row of one several blocks.
+DEVICE = Device(KERNELS, stream=0, processors=4, largest_workspace=1 << 15)
+_cuda = _load("cosface_kernels.backends.cuda")
+_cuda.device_of = lambda tensor: DEVICE
 cache_size, forward = _cuda.cache_size, _cuda.forward
 backward, sigmoid = _cuda.backward, _cuda.sigmoid
 backward_update_, apply_update_, nearest = _cuda.backward_update_, _cuda.apply_update_, _cuda.nearest
-module, kernel_options = _cuda._C, _cuda._kernel_options
-take_launches = module.take_launches  # how often each kernel was launched since the last call
+take_launches = KERNELS.take_launches  # how often each kernel was launched since the last call
 
 
 def unavailable() -> str | None:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import classes_in_environment
 from cosface_kernels.backends.triton import launch
 from cosface_kernels.backends.triton.cache import Saved
 from cosface_kernels.backends.triton.tiles import (
@@ -296,10 +296,8 @@ def _chunk_classes(x: Tensor, w: Tensor, options: Options, tile: Tile, *, rows_i
     gradient in float32. COSFACE_TRITON_CHUNK overrides it, rounded up to CHUNK_STEP.
     """
     (N, D), C, step = x.shape, options.count(w), CHUNK_STEP
-    if override := os.environ.get("COSFACE_TRITON_CHUNK"):
-        if not override.isdecimal() or int(override) == 0:
-            raise ValueError(f"COSFACE_TRITON_CHUNK must be a positive number of classes, got {override!r}.")
-        return cdiv(min(int(override), C), step) * step
+    if override := classes_in_environment("COSFACE_TRITON_CHUNK"):
+        return cdiv(min(override, C), step) * step
     row_blocks = cdiv(N, tile.n)
     return chunk_classes(
         N,
