@@ -180,9 +180,9 @@ struct Rule {
   }
 };
 
-// The call's targets are labels at first, and its scale is not filled. rows: (5, N), as of forward. loss: (), or
-// with reduction "none" (N).
-void loss_forward(const Call& call, const Rule& rule, const Array& rows, const Array& loss) {
+// What the sum of the losses is divided by. The call's targets are labels at first, and its scale is not filled.
+// rows: (5, N), as of forward.
+double loss_forward(const Call& call, const Rule& rule, const Array& rows) {
   in_dtype(call, [&]<typename T>(T) {
     const int64_t n = call.samples();
     int64_t* target = call.targets.data<int64_t>();
@@ -191,17 +191,11 @@ void loss_forward(const Call& call, const Rule& rule, const Array& rows, const A
     T* row = rows.data<T>();
     cosface::lmcl_forward<T>(call.batch<T>(), call.weight(), static_cast<T>(rule.margin), call.options(),
                              runtime(), {row, row + n, row + 2 * n, row + 3 * n, row + 4 * n});
-    double sum = 0;
     for (int64_t i = 0; i < n; ++i) {
       if (target[i] == Rule::kInvalid) row[i] = std::numeric_limits<T>::quiet_NaN();
-      sum += row[i];
-    }
-    if (rule.reduction == "none") {
-      std::copy_n(row, n, loss.data<T>());
-    } else {
-      *loss.data<T>() = static_cast<T>(sum / rule.divisor(target, n));
     }
   });
+  return rule.divisor(call.targets.data<int64_t>(), call.samples());
 }
 
 void loss_backward(const Call& call, const Rule& rule, const Array& rows, const Array& g_loss,

@@ -103,12 +103,12 @@ class _Loss(torch.autograd.Function):
         N, like = len(x), x.new_empty(0, dtype=compute_dtype(x, w))
         targets, scale, rows = labels.to(torch.int64, copy=True), like.new_empty(N), like.new_empty(5, N)
         contract.check(x, w, options, targets, scale)
-        loss = like.new_empty(N if rule.reduction == "none" else ())
         cache = _empty((cache_size(x, w, options),), empty_cache(x))
-        _call(x, w, targets, scale, options, cache).loss_forward(rule, rows, loss)
+        divisor = _call(x, w, targets, scale, options, cache).loss_forward(rule, rows)
         ctx.rule, ctx.options = rule, options
         ctx.save_for_backward(x, w, targets, scale, rows, cache)
-        return loss
+        losses = rows[0]
+        return losses.clone() if rule.reduction == "none" else losses.sum() / divisor
 
     @staticmethod
     @once_differentiable
