@@ -1,9 +1,9 @@
 // What the CPU and a GPU share of rows in float8_e4m3fn. Static for the reason that philox.h has.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "anywhere.h"
 
@@ -24,7 +24,8 @@ COSFACE_ANYWHERE static inline float from_float8(uint8_t h) {
 // but one and the lower of its last; as it was for a row of zeros, or one that is not finite. Within 2^127 of
 // floats.
 COSFACE_ANYWHERE static inline int8_t float8_exponent(double largest, int8_t before) {
-  if (!(largest > 0 && largest <= DBL_MAX)) return before;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (!(largest > 0 && largest < kInfinity)) return before;
   int exponent;
   const double fraction = std::frexp(largest, &exponent);  // in [1/2, 1); 448 = 7/8 2^9
   exponent -= fraction > 0.875 ? 8 : 9;

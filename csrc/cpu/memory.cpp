@@ -12,18 +12,6 @@
 #endif
 
 namespace cosface {
-namespace {
-
-struct Block {
-  void* data = nullptr;
-  size_t bytes = 0;
-};
-
-// Never destroyed: a gradient may be freed while the process ends.
-std::mutex& lock = *new std::mutex;
-Block kept;
-
-}  // namespace
 
 void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(COSFACE_HAS_MMAP) && defined(MADV_HUGEPAGE)
@@ -36,6 +24,19 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) 
 }
 
 #if defined(COSFACE_HAS_MMAP)
+
+namespace {
+
+struct Block {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+
+// Never destroyed: a gradient may be freed while the process ends.
+std::mutex& lock = *new std::mutex;
+Block kept;
+
+}  // namespace
 
 void* take_pages(size_t bytes) {
   const char* reuse = std::getenv("COSFACE_REUSE_GRADIENT");

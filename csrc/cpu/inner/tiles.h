@@ -203,7 +203,7 @@ void backward_of(T* z, int64_t classes, int64_t n, int64_t stride, const T* inv_
         const T from_top = shaped - top[i], p = exp(s[i] * from_top - log_sum[i]);
         const T t_neg = (g_lse[i] + b[i] * from_top) * p;
         const T g_neg = (s[i] * t_neg + b[i] * p + c[i]) * steep, g_other = is_second ? g_second[i] : g_neg;
-        t = is_target | is_second ? T(0) : t_neg;
+        t = (is_target | is_second) ? T(0) : t_neg;
         g = is_target ? g_cos[i] : g_other;
       } else {
         const T g_neg = g_lse[i] * exp(s[i] * (shaped - top[i]) - log_sum[i]);
