@@ -10,7 +10,7 @@ DEPENDENCIES := .venv/dependencies.stamp
 BUILT := .venv/built.stamp
 
 .PHONY: demo test environments gpu-check gpu-rehearse kernels cuda-check build lint docs wheel sanitize asan \
-  module-asan tsan native bench clean
+  module-asan tsan native cross bench clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/demo/demo.py
@@ -77,12 +77,25 @@ $(DOCS_VENV)/complete: Makefile
 	$(DOCS_VENV)/bin/pip install -q mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
 	touch $@
 
-# A wheel, installed into a folder of its own and run from there.
+# The sdist; the wheel that pip makes of it alone, with the newest of what builds it; and in a new environment with that
+# wheel, beside no source of the package, the README's quick start and the tests of the operator and of a head.
 wheel: $(DEPENDENCIES)
 	rm -rf build/wheel
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
-	$(BIN)/pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
-	cd build/wheel && PYTHONPATH=site $(CURDIR)/$(BIN)/python -P -m cosface_kernels.info
+	$(BIN)/python setup.py -q sdist -d build/wheel
+	mkdir build/wheel/source && tar xzf build/wheel/*.tar.gz -C build/wheel/source --strip-components 1
+	COSFACE_TESTS=1 COSFACE_CUDA=0 $(BIN)/pip wheel -q --no-deps -w build/wheel build/wheel/source
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install -q -c constraints.txt build/wheel/*.whl pytest pytest-xdist hypothesis numpy
+	rm -r build/wheel/source/cosface_kernels
+	cd build/wheel/source && ../venv/bin/python -m pytest -q -n $(JOBS) tests/core/test_correctness.py \
+	  tests/core/test_module.py tests/core/test_info.py "tests/packaging/test_docs.py::test_the_code_of_a_page_runs[README.md]"
+
+# The kernels for systems that are not here, by the clang of zig, which brings what each needs: compiled, not run, but for
+# aarch64's tests where qemu runs them.
+CROSS := aarch64-linux-musl aarch64-macos x86_64-windows-gnu
+cross: $(DEPENDENCIES)
+	test -d build/zig || $(BIN)/pip install -q --no-deps --target build/zig ziglang==0.17.1
+	for target in $(CROSS); do csrc/tests/cross.sh $$target || exit 1; done
 
 # The kernels and the threaded driver, without Python and torch. A sanitizer keeps the compiler from vectorising, so
 # the code as it ships runs too, with its buffers against guard pages.

@@ -294,6 +294,7 @@ py::object take_pages(std::vector<int64_t> shape, const Array& like) {
 PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("use_torch", cosface::use_torch);
+  m.attr("compiler") = COSFACE_COMPILER;
   py::class_<Call>(m, "Call")
       .def(py::init([](Array x, Array w, Array targets, Array scale, bool bfloat16, std::optional<Array> classes,
                        std::optional<Array> cache, std::optional<Array> thresholds, std::optional<Array> exponents,

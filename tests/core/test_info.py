@@ -42,6 +42,7 @@ def test_info_names_versions_and_backends():
     assert f"cosface_kernels {cosface_kernels.__version__}" in text
     assert torch.__version__ in text
     assert platform.python_version() in text
+    assert re.search(r"^compiled module: by .*, .*_C\..*\.(so|pyd)$", text, re.MULTILINE), text
     assert re.search("^backend cpu: available", text, re.MULTILINE), text
     assert re.search("^backend reference: available", text, re.MULTILINE), text
 
