@@ -45,7 +45,7 @@ from cosface_kernels.validation import check_integer
 if find_spec("safetensors") is None:
     raise ModuleNotFoundError(
         "cosface_kernels.checkpoint and cosface_kernels.convert need safetensors, which is not installed: "
-        "pip install safetensors, or cosface_kernels[checkpoint]."
+        "pip install safetensors."
     )
 
 # isort: split

@@ -24,7 +24,7 @@ try:
 except metadata.PackageNotFoundError as error:
     raise ModuleNotFoundError(
         "cosface_kernels.pml needs pytorch-metric-learning, which is not installed: "
-        'pip install "pytorch-metric-learning<3", or cosface_kernels[pml].'
+        'pip install "pytorch-metric-learning<3".'
     ) from error
 if VERSION.partition(".")[0] != "2":
     raise ImportError(
