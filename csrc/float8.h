@@ -20,12 +20,13 @@ COSFACE_ANYWHERE static inline float from_float8(uint8_t h) {
   return __builtin_bit_cast(float, bits | (uint32_t{h} & 0x80) << 24);
 }
 
+constexpr double kLargestDouble = std::numeric_limits<double>::max();
+
 // The exponent e with which a row's largest |v_k| 2^-e is in (224, 448], the upper half of float8's last binade
 // but one and the lower of its last; as it was for a row of zeros, or one that is not finite. Within 2^127 of
 // floats.
 COSFACE_ANYWHERE static inline int8_t float8_exponent(double largest, int8_t before) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  if (!(largest > 0 && largest < kInfinity)) return before;
+  if (!(largest > 0 && largest <= kLargestDouble)) return before;
   int exponent;
   const double fraction = std::frexp(largest, &exponent);  // in [1/2, 1); 448 = 7/8 2^9
   exponent -= fraction > 0.875 ? 8 : 9;
