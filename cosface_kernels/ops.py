@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.backends.contract import check_memory
 from cosface_kernels.float8 import FLOAT8
-from cosface_kernels.options import ARGUMENTS, Options, Update, empty_cache
+from cosface_kernels.options import ARGUMENTS, CACHE_ALIGNMENT, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, excess
 
 IGNORED, INVALID = -1, -2  # targets that are no class
@@ -355,6 +355,11 @@ def _that_cached(name: str | None, x: Tensor, w: Tensor, cache: Tensor, options:
         raise ValueError(
             f"cache must be what lmcl returned for these tensors and options, uint8 of shape {[size]}, got "
             f"{cache.dtype} of shape {list(cache.shape)}."
+        )
+    if cache.device != x.device or not cache.is_contiguous() or cache.data_ptr() % CACHE_ALIGNMENT:
+        raise ValueError(
+            f"cache must be on device {x.device}, contiguous and aligned to {CACHE_ALIGNMENT} bytes, as lmcl "
+            f"returned it; got strides {list(cache.stride())} at byte {cache.storage_offset()} of {cache.device}."
         )
     check_memory("cache", cache)
     return backend

@@ -14,6 +14,7 @@ from torch import Tensor
 
 KEPT_SHARE, KEPT_MIN = 1 / 6, 2**20  # of the entries of the softmax
 CACHE_HEADER = 64  # bytes
+CACHE_ALIGNMENT = 64  # bytes
 MOST_SUBCENTERS = 64  # of a class
 SIGMOIDS = ("cross_entropy", "angle")
 LARGEST_TILE = 256  # classes by which the last tile of backend `cpu` may pass the end

@@ -111,10 +111,11 @@ T* data_of(const std::optional<Array>& array) {
 
 // The addresses of torch's C functions, by cosface_kernels/backends/extension.py.
 inline void use_torch(const pybind11::capsule& exchange, uintptr_t parallel_for, uintptr_t count_threads) {
-  torch.exchange = exchange.get_pointer<dlpack::Exchange>();
-  if (torch.exchange->major != 1) {
-    throw std::runtime_error("it has version " + std::to_string(torch.exchange->major) + " of DLPack, not 1");
+  const auto* table = exchange.get_pointer<const dlpack::Exchange>();
+  if (table->major != 1) {
+    throw std::runtime_error("it has version " + std::to_string(table->major) + " of DLPack, not 1");
   }
+  torch.exchange = table;
   torch.parallel_for = reinterpret_cast<decltype(torch.parallel_for)>(parallel_for);
   torch.count_threads = reinterpret_cast<decltype(torch.count_threads)>(count_threads);
 }

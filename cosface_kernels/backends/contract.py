@@ -55,6 +55,7 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     if (options.thresholds is None) != (options.negatives is None):
         raise ValueError("thresholds and negatives must be given together.")
     check_sigmoid(options)
+    check_tolerance(options)
     if options.polynomials is not None:
         _check_one("polynomials", options.polynomials, (2, 5), x.device)
     _check_exponents(options, w)
@@ -89,6 +90,13 @@ def check_sigmoid(options: Options) -> None:
         raise ValueError(
             f"moments, thresholds and a gradient_tolerance belong to a softmax, got them with sigmoid {name!r}."
         )
+
+
+def check_tolerance(options: Options) -> None:
+    """That the backward of what is asked for can leave entries out; raises ValueError."""
+    for asked, name in ((options.moments, "moments"), (options.subcenters > 1, "subcenters")):
+        if asked and options.gradient_tolerance:
+            raise ValueError(f"{name} cannot have a gradient_tolerance, got {options.gradient_tolerance}.")
 
 
 def check_subcenters(subcenters: int, rows: int) -> None:
@@ -128,10 +136,10 @@ def check_state(
         raise ValueError(f"state must have exponents of each of {count} tensors in float8, got {len(exponents)}.")
     for rows in exponents:
         _check_one("exponents", rows, (len(w),), w.device, torch.int8)
+        _check_contiguous("exponents", rows)
     for name, rows in (("w", w), *(("state", values) for values in moments)):
         _check_one(name, rows, tuple(w.shape), w.device)
-        if not rows.is_contiguous():
-            raise ValueError(f"{name} must be contiguous to be moved in place, got strides {list(rows.stride())}.")
+        _check_contiguous(name, rows)
         if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16, FLOAT8):
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float8_e4m3fn to move, got {rows.dtype}."
@@ -140,6 +148,11 @@ def check_state(
         _check_one("dw", dw, tuple(w.shape), w.device)
     if finite is not None:
         _check_one("finite", finite, (), w.device, torch.bool)
+
+
+def _check_contiguous(name: str, moved: Tensor) -> None:
+    if not moved.is_contiguous():
+        raise ValueError(f"{name} must be contiguous to be moved in place, got strides {list(moved.stride())}.")
 
 
 def _check_exponents(options: Options, w: Tensor) -> None:

@@ -151,6 +151,44 @@ def test_classes_ascend_within_the_weight(backend, op, place, value):
         call()
 
 
+OTHERWISE_LAID_OUT = {
+    "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "offset": lambda t: torch.cat([t[:1], t])[1:],
+}
+
+
+@pytest.mark.parametrize("layout", OTHERWISE_LAID_OUT)
+@pytest.mark.parametrize("options", where_taken({"cache_bytes": 20_000}, {"gradient_tolerance": 0.01}))
+def test_a_cache_lies_in_memory_as_forward_left_it(backend, options, layout):
+    call = Call(backend, "lmcl_backward", **options)
+    call.arguments["cache"] = OTHERWISE_LAID_OUT[layout](call.arguments["cache"])
+    with pytest.raises(ValueError, match=r"^cache must be"):
+        call()
+
+
+@pytest.mark.parametrize("name", ["w", "momentum", "exponents"])
+def test_what_is_moved_is_contiguous(backend, name):
+    rows = torch.ones(C, D, device=backend.device).to(FLOAT8)
+    exponents = torch.zeros(C, dtype=torch.int8, device=backend.device)
+    moved = {"w": rows, "momentum": rows.float(), "exponents": exponents}
+    moved[name] = OTHERWISE_LAID_OUT["strided"](moved[name])
+    w, *state = moved.values()
+    with pytest.raises(ValueError, match=r"must be contiguous to be moved in place, got strides \[2"):
+        torch.ops.cosface.apply_update_(
+            w, torch.ones_like(w, dtype=torch.float32), state, *UPDATES["sgd"].flat(), backend.name
+        )
+
+
+@pytest.mark.parametrize("options", [{"moments": True}, {"subcenters": 2}], ids=str)
+@pytest.mark.option("gradient_tolerance", "moments", "subcenters")
+def test_a_tolerance_is_of_a_plain_softmax(backend, options):
+    problem = backend.problem(5, 40, 8)
+    inputs = problem.x, problem.w, problem.targets, problem.scale, 0.3, backend.name
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))} cannot have a gradient_tolerance, got 0\.1\.$"):
+        torch.ops.cosface.lmcl(*inputs, gradient_tolerance=0.1, **options)
+
+
 @pytest.mark.parametrize("k", [-1, 0, C + 1])
 def test_as_many_of_the_nearest_as_there_are(backend, k):
     x, w = torch.ones(N, D, device=backend.device), torch.ones(C, D, device=backend.device)

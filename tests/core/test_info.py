@@ -1,5 +1,6 @@
 """What runs here, why the rest does not, and how one backend is forced."""
 
+import ctypes
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from support import F32, make_problem, patience, run_python
 
 import cosface_kernels
 from cosface_kernels import cosface_loss
+from cosface_kernels.backends.extension import _C
 from cosface_kernels.backends.triton import launch
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
 from cosface_kernels.info import DTYPES, examine_device
@@ -100,6 +102,20 @@ def test_info_says_that_the_module_is_of_another_version(module, reason):
         assert re.search(f"backend {backend}: unavailable: .*cosface_kernels._C {reason}", done.stdout), (
             done.stdout
         )
+
+
+def test_a_torch_with_another_dlpack_is_refused():
+    """Its table of functions is then another, and where ours are in it nobody knows."""
+    table, new_capsule = (ctypes.c_uint32 * 32)(2), ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype, new_capsule.argtypes = (
+        ctypes.py_object,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+    )
+    capsule = new_capsule(ctypes.addressof(table), b"dlpack_exchange_api", None)
+    with pytest.raises(RuntimeError, match=r"^it has version 2 of DLPack, not 1$"):
+        _C.use_torch(capsule, 0, 0)
+    problem = make_problem(3, 5, 4, F32)
+    assert cosface_loss(problem.x, problem.w, problem.targets).isfinite()
 
 
 def test_a_module_that_lacks_symbols_is_to_be_built_again(tmp_path):
