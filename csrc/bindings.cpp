@@ -58,7 +58,8 @@ cosface::Runtime runtime() {
 // What a call of the op is given, as cosface_kernels/backends/cpu.py prepares it: contiguous, and in the dtype of
 // all arithmetic but for w, of whose rows the elements are adjacent.
 struct Call {
-  Array x, w, targets, scale;
+  Array x, w, targets;
+  std::optional<Array> scale;
   bool bfloat16;  // x was given in it
   std::optional<Array> classes, cache, thresholds, exponents;
   int64_t entry_bytes;  // at the front of the cache; the rest is for cosines
@@ -72,10 +73,12 @@ struct Call {
   int64_t samples() const { return x.size(0); }
   bool in_double() const { return x.dtype() == cosface::DType::kFloat64; }
 
+  // scales: of the samples, where the call has none.
   template <typename T>
-  cosface::Batch<T> batch() const {
+  cosface::Batch<T> batch(const std::vector<T>& scales = {}) const {
     const int64_t* y = targets.data<int64_t>();
-    cosface::Batch<T> batch{x.data<T>(), y, scale.data<T>(), samples(), x.size(1)};
+    const T* s = scale ? scale->data<T>() : scales.data();
+    cosface::Batch<T> batch{x.data<T>(), y, s, samples(), x.size(1)};
     batch.bfloat16 = bfloat16;
     if (targets.dim() == 2) batch.second = y + samples();
     if (negatives) {
@@ -180,19 +183,19 @@ struct Rule {
   }
 };
 
-// What the sum of the losses is divided by. The call's targets are labels at first, and its scale is not filled.
-// rows: (5, N), as of forward.
-double loss_forward(const Call& call, const Rule& rule, const Array& rows) {
+// What the sum of the losses is divided by. The call's targets are labels at first, and it has no scale. rows: (4,
+// N), what forward makes beside the losses.
+double loss_forward(const Call& call, const Rule& rule, const Array& losses, const Array& rows) {
   in_dtype(call, [&]<typename T>(T) {
     const int64_t n = call.samples();
     int64_t* target = call.targets.data<int64_t>();
     rule.to_targets(target, n, call.w.size(0));
-    std::fill_n(call.scale.data<T>(), n, static_cast<T>(rule.scale));
-    T* row = rows.data<T>();
-    cosface::lmcl_forward<T>(call.batch<T>(), call.weight(), static_cast<T>(rule.margin), call.options(),
-                             runtime(), {row, row + n, row + 2 * n, row + 3 * n, row + 4 * n});
+    const std::vector<T> scales(n, static_cast<T>(rule.scale));
+    T *loss = losses.data<T>(), *row = rows.data<T>();
+    cosface::lmcl_forward<T>(call.batch(scales), call.weight(), static_cast<T>(rule.margin), call.options(),
+                             runtime(), {loss, row, row + n, row + 2 * n, row + 3 * n});
     for (int64_t i = 0; i < n; ++i) {
-      if (target[i] == Rule::kInvalid) row[i] = std::numeric_limits<T>::quiet_NaN();
+      if (target[i] == Rule::kInvalid) loss[i] = std::numeric_limits<T>::quiet_NaN();
     }
   });
   return rule.divisor(call.targets.data<int64_t>(), call.samples());
@@ -202,9 +205,10 @@ void loss_backward(const Call& call, const Rule& rule, const Array& rows, const 
                    const std::optional<Array>& dx, const std::optional<Array>& dw) {
   in_dtype(call, [&]<typename T>(T) {
     const int64_t n = call.samples(), *target = call.targets.data<int64_t>();
-    const T *g = g_loss.data<T>(), *top = rows.data<T>() + n, *log_sum = top + n, *target_cos = log_sum + n;
+    const T *g = g_loss.data<T>(), *top = rows.data<T>(), *log_sum = top + n, *target_cos = log_sum + n;
     const T scale = static_cast<T>(rule.scale), margin = static_cast<T>(rule.margin);
     const T divisor = static_cast<T>(rule.divisor(target, n));
+    const std::vector<T> scales(n, scale);
     std::vector<T> g_lse(n), g_cos(n), dscale(n);
     for (int64_t i = 0; i < n; ++i) {
       const T g_i = (rule.reduction == "none" ? g[i] : g[0]) / divisor;
@@ -213,7 +217,7 @@ void loss_backward(const Call& call, const Rule& rule, const Array& rows, const 
       g_lse[i] = g_i / (1 + std::exp(-excess));
       g_cos[i] = -scale * g_lse[i];
     }
-    cosface::lmcl_backward<T>(call.batch<T>(), call.weight(), {top, log_sum, g_lse.data(), g_cos.data()},
+    cosface::lmcl_backward<T>(call.batch(scales), call.weight(), {top, log_sum, g_lse.data(), g_cos.data()},
                               call.options(), runtime(),
                               {cosface::data_of<T>(dx), cosface::data_of(dw), dscale.data()});
   });
@@ -257,7 +261,7 @@ void normal_(const Array& tensor, uint64_t seed, double std, int64_t start) {
 }
 
 // A tensor of this shape and the dtype of another, in the pages of one of its size that was freed or in fresh
-// ones; None if it is small or the system has no such pages.
+// ones; None if the system has no such pages.
 py::object take_pages(std::vector<int64_t> shape, const Array& like) {
   struct Pages {
     cosface::dlpack::Managed managed;
@@ -269,7 +273,7 @@ py::object take_pages(std::vector<int64_t> shape, const Array& like) {
   int64_t numel = 1;
   for (size_t k = shape.size(); k-- > 0; numel *= shape[k]) pages->strides[k] = numel;
   pages->bytes = numel * like.view().dtype.bits / 8;
-  void* data = pages->bytes < cosface::kManyBytes ? nullptr : cosface::take_pages(pages->bytes);
+  void* data = cosface::take_pages(pages->bytes);
   if (data == nullptr) return py::none();
   pages->shape = std::move(shape);
   pages->managed = {.major = torch.exchange->major, .minor = torch.exchange->minor, .context = pages.get()};
@@ -296,11 +300,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_torch", cosface::use_torch);
   m.attr("compiler") = COSFACE_COMPILER;
   py::class_<Call>(m, "Call")
-      .def(py::init([](Array x, Array w, Array targets, Array scale, bool bfloat16, std::optional<Array> classes,
-                       std::optional<Array> cache, std::optional<Array> thresholds, std::optional<Array> exponents,
-                       int64_t entry_bytes, bool exact_cosines, bool normalize_weight, double gradient_tolerance,
-                       int64_t subcenters, std::optional<std::array<double, 6>> negatives,
-                       std::optional<std::string> sigmoid, const std::optional<Polynomials>& polynomials) {
+      .def(py::init([](Array x, Array w, Array targets, std::optional<Array> scale, bool bfloat16,
+                       std::optional<Array> classes, std::optional<Array> cache, std::optional<Array> thresholds,
+                       std::optional<Array> exponents, int64_t entry_bytes, bool exact_cosines,
+                       bool normalize_weight, double gradient_tolerance, int64_t subcenters,
+                       std::optional<std::array<double, 6>> negatives, std::optional<std::string> sigmoid,
+                       const std::optional<Polynomials>& polynomials) {
              return Call{
                  std::move(x),       std::move(w),     std::move(targets),    std::move(scale),     bfloat16,
                  std::move(classes), std::move(cache), std::move(thresholds), std::move(exponents), entry_bytes,
@@ -345,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("apply_update", apply_update, no_gil);
   m.def("normal_", normal_, no_gil);
   m.def("take_pages", take_pages);
+  m.attr("MANY_BYTES") = cosface::kManyBytes;
   m.def("use_huge_pages", use_huge_pages);
   m.def("threads", threads, no_gil);
   m.def("instruction_set", cosface::instruction_set);

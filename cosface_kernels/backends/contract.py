@@ -174,11 +174,12 @@ def _check_one(
 
 def check_memory(name: str, tensor: Tensor) -> None:
     """That its storage holds all of it, which may have been freed or shrunk under it."""
-    if tensor.numel() and tensor.device.type != "meta":
-        last = tensor.storage_offset() + sum(
-            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        needed, there = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if (numel := tensor.numel()) and not tensor.is_meta:
+        span = numel
+        if not tensor.is_contiguous():
+            span = 1 + sum((size - 1) * by for size, by in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + span) * tensor.itemsize
+        there = tensor.untyped_storage().nbytes()
         if needed > there:
             raise ValueError(
                 f"{name} of shape {list(tensor.shape)} needs {needed} bytes of memory, but its storage has "

@@ -1,5 +1,6 @@
 """Backend `cpu`: the C++ kernels of csrc/cpu, for any CPU."""
 
+import math
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
-    cache = _empty((cache_size(x, w, options),), empty_cache(x))
+    cache = _empty(x, cache_size(x, w, options), dtype=torch.uint8)
     call = _call(x, w, targets, scale, options, cache)
     N, like = len(x), x.new_empty(0, dtype=compute_dtype(x, w))
     results = [like.new_empty(shape) for shape in (N, N, N, targets.shape, N)]
@@ -100,23 +101,22 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, labels: Tensor, rule: Any, options: Options) -> Tensor:
-        N, like = len(x), x.new_empty(0, dtype=compute_dtype(x, w))
-        targets, scale, rows = labels.to(torch.int64, copy=True), like.new_empty(N), like.new_empty(5, N)
-        contract.check(x, w, options, targets, scale)
-        cache = _empty((cache_size(x, w, options),), empty_cache(x))
-        divisor = _call(x, w, targets, scale, options, cache).loss_forward(rule, rows)
+        contract.check_rows(x, w)
+        targets, dtype = labels.to(torch.int64, copy=True), compute_dtype(x, w)
+        losses, rows = x.new_empty(len(x), dtype=dtype), x.new_empty(4, len(x), dtype=dtype)
+        cache = _empty(x, cache_size(x, w, options), dtype=torch.uint8)
+        divisor = _call(x, w, targets, None, options, cache).loss_forward(rule, losses, rows)
         ctx.rule, ctx.options = rule, options
-        ctx.save_for_backward(x, w, targets, scale, rows, cache)
-        losses = rows[0]
-        return losses.clone() if rule.reduction == "none" else losses.sum() / divisor
+        ctx.save_for_backward(x, w, targets, rows, cache)
+        return losses if rule.reduction == "none" else losses.sum().div_(divisor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, targets, scale, rows, cache = ctx.saved_tensors
+        x, w, targets, rows, cache = ctx.saved_tensors
         need_dx, need_dw, *_ = ctx.needs_input_grad
-        dx, dw = _empty_dx(x, w, need_dx), _empty(w.shape, w) if need_dw else None
-        call = _call(x, w, targets, scale, ctx.options, cache)
+        dx, dw = _empty_dx(x, w, need_dx), _empty(w, *w.shape) if need_dw else None
+        call = _call(x, w, targets, None, ctx.options, cache)
         call.loss_backward(ctx.rule, rows, g.contiguous(), dx, dw)
         return dx if dx is None else dx.to(x.dtype), dw, None, None, None
 
@@ -138,7 +138,7 @@ def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Ten
     none = x.new_empty(0, dtype=torch.int64)
     cos = x.new_empty(len(x), k, dtype=compute_dtype(x, w))
     classes = none.new_empty(len(x), k)
-    _call(x, w, none, x.new_empty(0), options, None).nearest(k, cos, classes)
+    _call(x, w, none, None, options, None).nearest(k, cos, classes)
     return cos, classes
 
 
@@ -156,14 +156,16 @@ def normal_(tensor: Tensor, seed: int, std: float, start: int = 0) -> None:
     _C.normal_(tensor, seed, std, start)
 
 
-def _call(x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, options: Options, cache: Tensor | None) -> Any:
+def _call(
+    x: Tensor, w: Tensor, targets: Tensor, scale: Tensor | None, options: Options, cache: Tensor | None
+) -> Any:
     """What the kernels read, as they read it: in the dtype of all arithmetic, but for the weight."""
     dtype, classes, tau, exponents = compute_dtype(x, w), options.classes, options.thresholds, options.exponents
     return _C.Call(
         x.to(dtype).contiguous(),
         w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous(),
         targets.contiguous(),
-        scale.to(dtype).contiguous(),
+        None if scale is None else scale.to(dtype).contiguous(),
         bfloat16=x.dtype is torch.bfloat16,
         classes=None if classes is None else classes.contiguous(),
         cache=cache,
@@ -193,7 +195,7 @@ def _backward(
     if need_dw and w.dtype is FLOAT8:
         raise TypeError("A weight in float8 has no gradient of its own.")
     dx = _empty_dx(x, w, need_dx)
-    dw = _empty((options.count(w), w.shape[1]), w) if need_dw else None
+    dw = _empty(w, options.count(w), w.shape[1]) if need_dw else None
     dscale = torch.empty_like(upstream[0])
     call = _call(x, w, targets, scale, options, cache)
     call.backward(*_upstream(upstream, options), dx, dw, dscale, sums)
@@ -204,11 +206,13 @@ def _empty_dx(x: Tensor, w: Tensor, needed: bool) -> Tensor | None:
     return x.new_empty(x.shape, dtype=compute_dtype(x, w)) if needed else None
 
 
-def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory: for gigabytes, the pages of a tensor of the same size that was freed."""
-    pages = _C.take_pages(shape, like)
-    if pages is not None:
-        return pages
-    fresh = like.new_empty(shape)
+    dtype = dtype or like.dtype
+    if math.prod(shape) * dtype.itemsize >= _C.MANY_BYTES:
+        pages = _C.take_pages(shape, like.new_empty(0, dtype=dtype))
+        if pages is not None:
+            return pages
+    fresh = like.new_empty(shape, dtype=dtype)
     _C.use_huge_pages(fresh)
     return fresh
