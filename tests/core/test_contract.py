@@ -174,7 +174,7 @@ def test_what_is_moved_is_contiguous(backend, name):
     moved = {"w": rows, "momentum": rows.float(), "exponents": exponents}
     moved[name] = OTHERWISE_LAID_OUT["strided"](moved[name])
     w, *state = moved.values()
-    with pytest.raises(ValueError, match=r"must be contiguous to be moved in place, got strides \[2"):
+    with pytest.raises((ValueError, RuntimeError), match=r"contiguous .*got strides [\[(]2"):
         torch.ops.cosface.apply_update_(
             w, torch.ones_like(w, dtype=torch.float32), state, *UPDATES["sgd"].flat(), backend.name
         )
