@@ -30,6 +30,8 @@ class CMakeBuild(build_ext):
         subprocess.run(
             [
                 cmake(), "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+                # Given anew, for where the last build had it, pip may have deleted it.
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",

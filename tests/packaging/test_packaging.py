@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from setuptools import Distribution, Extension
 
 import cosface_kernels
 
@@ -70,6 +71,20 @@ def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict:
     """The names that setup.py defines."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_each_build_says_where_its_ninja_is(setup_script, monkeypatch, tmp_path) -> None:
+    """pip deletes the environment of an isolated build, and CMake remembers the ninja that it had there."""
+    ninja = tmp_path / "ninja"
+    ninja.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    extension = Extension("cosface_kernels._C", sources=[])
+    build_ext = setup_script["CMakeBuild"](Distribution({"ext_modules": [extension]}))
+    build_ext.ensure_finalized()
+    build_ext.build_extension(extension)
+    assert f"-DCMAKE_MAKE_PROGRAM={ninja}" in commands[0]
 
 
 @pytest.mark.parametrize(
