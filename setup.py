@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
 
 
 def cuda_options() -> list[str]:
-    """CMake's, for CUDA kernels: where nvcc is, unless torch is there without CUDA, or COSFACE_CUDA=0."""
+    """CMake's, for CUDA kernels: where nvcc is, unless torch is there as +cpu, or COSFACE_CUDA=0."""
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
     wanted = os.environ.get("COSFACE_CUDA")

@@ -1,4 +1,4 @@
-"""The nearest classes in plain PyTorch, a chunk of classes at a time, for backends on a GPU."""
+"""What backends on a GPU share: how long a chunk of classes is, how a row of G is scaled, the nearest classes."""
 
 import os
 
@@ -8,9 +8,13 @@ from torch import Tensor
 
 from cosface_kernels import float8
 from cosface_kernels.backends import contract
-from cosface_kernels.options import WORKSPACE_BYTES, Options
+from cosface_kernels.float8 import FLOAT8
+from cosface_kernels.options import PLAIN, WORKSPACE_BYTES, Options
 from cosface_kernels.reference import EPS, compute_dtype
 
+CHUNK_STEP = 256  # classes; a multiple of every tile's, and rows of a chunk stay aligned to any load
+LAUNCH_FLOPS = 1 << 36  # of a product with a chunk, which longer ones would hide no better: 86 us at 800 TFLOP/s
+SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that the lift of G over a unit is finite in float32
 ENTRY_BYTES = 32  # that a cosine of a chunk takes at most: itself, its order and what topk makes of that
 
 
@@ -37,14 +41,59 @@ def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Ten
     return best, classes
 
 
-def classes_in_environment(name: str) -> int | None:
-    """None where the variable is not set; raises ValueError for what is no positive number."""
+def chunk_classes(
+    N: int, D: int, C: int, *, class_bytes: int, workspace_bytes: int, wave: int = CHUNK_STEP
+) -> int:
+    """Classes per chunk, a multiple of CHUNK_STEP.
+
+    As few chunks as the workspace and LAUNCH_FLOPS allow, of even sizes, each of whole waves where it can be.
+    """
+    affordable = workspace_bytes // class_bytes
+    step = wave if wave <= affordable else CHUNK_STEP
+    long_enough = cdiv(LAUNCH_FLOPS, 2 * max(N, 1) * D * step)
+    chunks = cdiv(C, step * max(min(affordable // step, long_enough), 1))
+    return cdiv(C, chunks * step) * step
+
+
+def chunk_in_environment(name: str, C: int) -> int | None:
+    """What the variable sets instead, rounded up to CHUNK_STEP; raises ValueError for no positive number."""
     wanted = os.environ.get(name)
     if wanted is None:
         return None
     if not wanted.isdecimal() or int(wanted) == 0:
         raise ValueError(f"{name} must be a positive number of classes, got {wanted!r}.")
-    return int(wanted)
+    return cdiv(min(int(wanted), C), CHUNK_STEP) * CHUNK_STEP
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def embeddings(x: Tensor, w: Tensor, options: Options) -> Tensor:
+    """Those to multiply: G has the length of rows in float8 where that counts, and float16 no range for it."""
+    scaled = w.dtype is FLOAT8 and not options.normalize_weight
+    return x.float() if scaled and x.dtype is torch.float16 else x
+
+
+def units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, options: Options = PLAIN) -> Tensor:
+    """(N,) powers of two that bound |G_ij| of each row, so that G / unit fits float16 whatever the loss's mean.
+
+    One per row and not one for all: then no row of dx depends on the rest of the batch.
+    What b adds with moments, b p (1 - s u) with u = top - N(cos) and p <= e^{-s u}, is at most |b|, whatever the
+    |w_j|: |1 - v| e^-v <= 1. Slopes of a sigmoid's polynomial are bounded where |cos| <= 1: beyond, of a weight
+    that is not normalised, they have float16's room above what G is lifted by, 16 times as much.
+    """
+    bound = (scale * g_lse).abs()  # (N,)
+    if options.polynomials is not None:
+        bound = bound * options.polynomials[1].abs().sum()
+    elif options.sigmoid:
+        bound = g_lse.abs()
+    if options.g_moments is not None:
+        bound = bound + options.g_moments.abs().sum(0)
+    of_targets = g_cos.abs() if g_cos.dim() == 1 else g_cos.abs().amax(0)
+    bound = torch.maximum(bound, of_targets)  # (N,)
+    bound = bound.where(bound < torch.inf, 0).clamp(SMALLEST_UNIT, LARGEST_UNIT)
+    return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from bench import launches
 from bench.hazards import pipeline
 from cosface_kernels import cosface_loss
 from cosface_kernels.backends import triton as backend_triton
+from cosface_kernels.backends.chunks import CHUNK_STEP, LAUNCH_FLOPS, units
 from cosface_kernels.backends.triton import backward_pass, forward_pass, launch
 from cosface_kernels.backends.triton import tiles as block_sizes
 from cosface_kernels.backends.triton.cache import Saved
@@ -58,12 +59,12 @@ H100 = {"processors": 132, "block_c": 128}
 )
 def test_chunks_fit_the_workspace_and_are_few(N, D, C, class_bytes, workspace_bytes, **device):
     chunk = block_sizes.chunk_classes(N, D, C, class_bytes=class_bytes, workspace_bytes=workspace_bytes, **device)
-    step, wave = block_sizes.CHUNK_STEP, math.lcm(256, device["block_c"] * device["processors"])
+    step, wave = CHUNK_STEP, math.lcm(256, device["block_c"] * device["processors"])
     assert chunk > 0
     assert chunk % step == 0
     assert chunk == step or chunk * class_bytes <= workspace_bytes
     assert chunk < C + wave  # a single one is no longer than it need be
-    assert 2 * N * D * (chunk - wave) < block_sizes.LAUNCH_FLOPS
+    assert 2 * N * D * (chunk - wave) < LAUNCH_FLOPS
     if wave * class_bytes <= workspace_bytes:
         assert device["row_blocks"] * chunk // device["block_c"] % device["processors"] == 0
 
@@ -131,12 +132,12 @@ def test_float16_g_neither_underflows_nor_overflows(backend, exponent):
 def test_unit_of_a_row_is_a_power_of_two_that_bounds_it(backend):
     g = torch.tensor([1e-30, 3e-9, 0.7, 1.0, 1e20], device=backend.device)
     scale = torch.full_like(g, 64.0)
-    bound, unit = scale * g, backward_pass._units(scale, g, -scale * g)
+    bound, unit = scale * g, units(scale, g, -scale * g)
     assert bool(((bound <= unit) & (unit <= 2 * bound)).all())
     assert torch.equal(torch.frexp(unit).mantissa, torch.full_like(unit, 0.5))
     odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 1e-45], device=backend.device)
-    assert bool(backward_pass._units(scale, odd, odd).isfinite().all())
-    assert bool((1 / backward_pass._units(scale, odd, odd) * 4096).isfinite().all())
+    assert bool(units(scale, odd, odd).isfinite().all())
+    assert bool((1 / units(scale, odd, odd) * 4096).isfinite().all())
 
 
 @pytest.mark.triton_only

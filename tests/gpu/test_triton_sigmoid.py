@@ -10,7 +10,8 @@ from support import BF16, F16, F32, relative_error
 from bench import launches
 from cosface_kernels import ops
 from cosface_kernels.backends import triton as backend_triton
-from cosface_kernels.backends.triton import backward_pass, launch
+from cosface_kernels.backends.chunks import units
+from cosface_kernels.backends.triton import launch
 from cosface_kernels.options import SIGMOIDS, Options
 
 pytestmark = pytest.mark.triton_only
@@ -136,7 +137,7 @@ def test_a_weight_that_is_not_normalised_in_float16(backend):
 @pytest.mark.parametrize("form", ["angle", STRAIGHT, CUBIC, ([0.0] * 5, [0.0, -3.0, 0.0, 2.0, 0.5])], ids=str)
 def test_unit_of_a_row_bounds_its_gradients(backend, form):
     g, scale = some(backend, 20), torch.full((20,), 30.0, device=backend.device)
-    unit = backward_pass._units(scale, g, 0 * g, Options(**asked(form, backend)))
+    unit = units(scale, g, 0 * g, Options(**asked(form, backend)))
     c = torch.linspace(-1, 1, 1001, device=backend.device)
     slope = torch.zeros_like(c) if form == "angle" else sum(k * c**i for i, k in enumerate(form[1]))
     bound = g.abs() if form == "angle" else (scale * g).abs() * slope.abs().max()

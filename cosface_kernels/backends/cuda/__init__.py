@@ -85,18 +85,17 @@ def sigmoid(
 def backward_update_(
     *tensors: Tensor, state: list[Tensor], finite: Tensor | None, update: Update, options: Options, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    x, w, *_ = tensors
+    w = tensors[1]
     contract.check_state(w, state, update, finite=finite)
-    with torch.cuda.device_of(x):
-        move = _move(device_of(x), w, state, update, options.classes, finite)
-        dx, _, dscale, _ = _backward(*tensors, options=options, need_dx=need_dx, need_dw=False, move=move)
+    move = _move(w, state, update, options.classes, finite)
+    dx, _, dscale, _ = _backward(*tensors, options=options, need_dx=need_dx, need_dw=False, move=move)
     return dx, dscale
 
 
 def apply_update_(w: Tensor, dw: Tensor, state: list[Tensor], update: Update) -> None:
     contract.check_state(w, state, update, dw)
     with torch.cuda.device_of(w):
-        driver.apply(device_of(w), w, dw, _move(device_of(w), w, state, update))
+        driver.apply(device_of(w), w, dw, _move(w, state, update))
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -119,16 +118,11 @@ def _backward(
 
 
 def _move(
-    device: Device,
-    w: Tensor,
-    state: list[Tensor],
-    update: Update,
-    classes: Tensor | None = None,
-    finite: Tensor | None = None,
+    w: Tensor, state: list[Tensor], update: Update, classes: Tensor | None = None, finite: Tensor | None = None
 ) -> driver.Move:
     numbers, chosen = kernel_update(update), None if classes is None else classes.contiguous()
 
-    def move(first: int, gradient: Tensor) -> None:
+    def move(device: Device, first: int, gradient: Tensor) -> None:
         index = None if chosen is None else chosen[first : first + len(gradient)]
         device.kernels.move_rows(gradient, w, index, first, numbers, state, finite, device.stream)
 

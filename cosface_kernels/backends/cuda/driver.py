@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 
 from cosface_kernels import float8
-from cosface_kernels.backends.chunks import classes_in_environment
+from cosface_kernels.backends.chunks import (
+    CHUNK_STEP,
+    cdiv,
+    chunk_classes,
+    chunk_in_environment,
+    embeddings,
+    units,
+)
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import WORKSPACE_BYTES, Options
 from cosface_kernels.reference import compute_dtype, operand_dtype
 
-CHUNK_STEP = 256  # classes; rows of a chunk stay aligned to any load
 KEPT_STEP = 8  # cosines; rows of the cache stay aligned to any load
 CACHE_STEP = 64  # bytes; where cosines begin in the cache
-LAUNCH_FLOPS = 1 << 36  # of a product with a chunk, as in backends/triton/tiles.py
 BLOCKS_PER_PROCESSOR = 4  # that share the rows of a chunk
-LEAST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # the lift of a gradient over a unit is finite in float32
-
-Move = Callable[[int, Tensor], None]  # by the number of the first class, and the gradient of the rows from it on
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,8 @@ class Device:
     largest_workspace: int = 1 << 62
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def round_up(a: int, step: int) -> int:
-    return ceil_div(a, step) * step
-
-
-def chunk_classes(n: int, d: int, classes: int, class_bytes: int, workspace_bytes: int) -> int:
-    """As few chunks as the workspace and LAUNCH_FLOPS allow, of even sizes. COSFACE_CUDA_CHUNK overrides it."""
-    long_enough = ceil_div(LAUNCH_FLOPS, 2 * max(n, 1) * d)
-    largest = max(min(workspace_bytes // class_bytes, long_enough) // CHUNK_STEP, 1)
-    chunks = ceil_div(classes, largest * CHUNK_STEP)
-    chunk = classes_in_environment("COSFACE_CUDA_CHUNK") or ceil_div(classes, chunks)
-    return round_up(min(chunk, classes), CHUNK_STEP)
+# On a device, from the first of some classes on, by the gradient of their rows.
+Move = Callable[[Device, int, Tensor], None]
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
@@ -90,7 +79,7 @@ class Cache:
             )
         self.w_inv_norm, self.x_inv_norm = memory[:needed].view(dtype).split([norms, n])
         of_cosine = dtype if dtype is torch.float64 else torch.int16
-        first, every = min(round_up(needed, CACHE_STEP), size), round_up(classes, KEPT_STEP)
+        first, every = min(cdiv(needed, CACHE_STEP) * CACHE_STEP, size), cdiv(classes, KEPT_STEP) * KEPT_STEP
         room = (size - first) // (max(n, 1) * of_cosine.itemsize)
         self.stride = room // CHUNK_STEP * CHUNK_STEP if room < every else every
         self.kept = min(self.stride, classes)
@@ -101,7 +90,7 @@ class Step:
     """One call's inputs, and a workspace that all chunks share.
 
     Attributes:
-        operand: what the matrix products multiply. float16 has no range for rows in float8 times their lengths.
+        operand: what the matrix products multiply.
         segments: blocks that share a row of a chunk.
     """
 
@@ -117,9 +106,10 @@ class Step:
     ) -> None:
         self.device, self.options = device, options
         self.normalize_weight = options.normalize_weight
+        x = embeddings(x, w, options)
         self.sums, self.operand = compute_dtype(x, w), operand_dtype(x.dtype, w.dtype)
         self.exponents = None if options.normalize_weight else options.exponents
-        if self.sums is torch.float64 or (self.exponents is not None and self.operand is torch.float16):
+        if self.sums is torch.float64:
             self.operand = self.sums
         self.new = functools.partial(torch.empty, device=x.device)
         self.new_sums = functools.partial(self.new, dtype=self.sums)
@@ -128,7 +118,9 @@ class Step:
         self.w = w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous()
         (self.n, self.d), self.classes = x.shape, options.count(w)
         workspace = min(options.workspace_bytes, device.largest_workspace)
-        self.chunk = chunk_classes(self.n, self.d, self.classes, self._class_bytes(), workspace)
+        self.chunk = chunk_in_environment("COSFACE_CUDA_CHUNK", self.classes) or chunk_classes(
+            self.n, self.d, self.classes, class_bytes=self._class_bytes(), workspace_bytes=workspace
+        )
         blocks = BLOCKS_PER_PROCESSOR * device.processors // max(self.n, 1)
         self.segments = max(1, min(blocks, self.chunk // CHUNK_STEP))
         self.is_alone = cache is None  # no forward precedes backward
@@ -226,22 +218,6 @@ def forward(step: Step, margin: float) -> list[Tensor]:
     return results
 
 
-def units(of_lse: Tensor, g_cos: Tensor, g_moments: Tensor | None) -> Tensor:
-    """(N,) powers of two that bound |G_ij| of each row, so that no row of dx depends on the rest of the batch.
-
-    of_lse: what p_ij multiplies at most. What b_i adds, b_i p_ij (1 - s_i (top_i - N(cos_ij))), is at most |b_i|:
-    |1 - v| e^-v <= 1.
-    """
-    of_negatives, of_targets = of_lse.abs(), g_cos.abs()
-    if g_moments is not None:
-        of_negatives = of_negatives + g_moments.abs().sum(0)
-    if of_targets.dim() == 2:
-        of_targets = of_targets.amax(0)
-    bound = torch.maximum(of_negatives, of_targets)
-    bound = bound.where(bound < torch.inf, 0).clamp(LEAST_UNIT, LARGEST_UNIT)
-    return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
-
-
 def any_of(*gradients: Tensor | None) -> Tensor:
     """(N,) whether the row of any of these, (N,) or (2, N) each, is not 0."""
     flows = [g.ne(0) if g.dim() == 1 else g.ne(0).any(0) for g in gradients if g is not None]
@@ -264,12 +240,8 @@ def backward(
     divided = step.operand is not torch.float16  # as csrc/cuda/kernels.h's is_divided
 
     polynomials = None if options.polynomials is None else options.polynomials.to(step.sums).contiguous()
-    of_lse = g_lse if is_sigmoid and polynomials is None else step.scale * g_lse
-    if polynomials is not None:
-        of_lse = of_lse * polynomials[1].abs().sum()  # of the slope, where |cos_ij| <= 1
-
     # Where a factor is 0, so is what it makes: a row without gradient takes no part, even if its x is not finite.
-    active, unit = any_of(g_lse, g_cos, g_moments), units(of_lse, g_cos, g_moments)
+    active, unit = any_of(g_lse, g_cos, g_moments), units(step.scale, g_lse, g_cos, options)
     largest_unit = unit.amax() if n else torch.ones((), dtype=step.sums, device=x.device)
     lift, x_lift = kernels.GRADIENT_LIFT, kernels.EMBEDDING_LIFT
     to_x_hat, from_dx_hat = unit / largest_unit * x_lift * active, unit / lift * active
@@ -313,7 +285,7 @@ def backward(
             if step.exponents is not None:
                 out.mul_(step.row_units(first, count))  # for what is stored of them
         if move:
-            move(first, sums)  # nothing after this reads these rows
+            move(step.device, first, sums)  # nothing after this reads these rows
     dx = step.new(0, dtype=x.dtype)
     if dx_hat is not None:
         dx = step.new(n, d, dtype=x.dtype)
@@ -336,6 +308,6 @@ def apply(device: Device, w: Tensor, dw: Tensor, move: Move) -> None:
     """Moves all rows of w by dw, chunk by chunk."""
     (classes, d), dtype = w.shape, compute_dtype(w, w)
     workspace = min(WORKSPACE_BYTES, device.largest_workspace)
-    chunk = chunk_classes(0, d, classes, d * dtype.itemsize, workspace)
+    chunk = chunk_classes(0, d, classes, class_bytes=d * dtype.itemsize, workspace_bytes=workspace)
     for first in range(0, classes, chunk):
-        move(first, dw[first : first + chunk].to(dtype).contiguous())
+        move(device, first, dw[first : first + chunk].to(dtype).contiguous())

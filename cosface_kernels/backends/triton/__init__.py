@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends import contract
-from cosface_kernels.backends.chunks import nearest
+from cosface_kernels.backends.chunks import embeddings, nearest
 from cosface_kernels.backends.triton import backward_pass, choice, forward_pass, launch
 from cosface_kernels.backends.triton.backward_pass import Move
 from cosface_kernels.backends.triton.cache import Saved, cache_size, nothing_saved, saved_in
@@ -101,7 +101,7 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
-    x = launch.embeddings(x, w, options)
+    x = embeddings(x, w, options)
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
@@ -162,7 +162,7 @@ def _tuned_backward(
     """dx, dw, dscale and, with a sigmoid, its sums, (2, N)."""
     x, w, *per_row, cache = tensors
     contract.check(x, w, options, *per_row)
-    wanted, x = x.dtype, launch.embeddings(x, w, options)
+    wanted, x = x.dtype, embeddings(x, w, options)
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)

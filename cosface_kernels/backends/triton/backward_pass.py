@@ -1,7 +1,6 @@
 """Launches of backward, chunk by chunk of classes."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,25 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends.chunks import classes_in_environment
+from cosface_kernels.backends.chunks import cdiv, chunk_in_environment, units
 from cosface_kernels.backends.triton import launch
 from cosface_kernels.backends.triton.cache import Saved
 from cosface_kernels.backends.triton.tiles import (
-    CHUNK_STEP,
     COLUMNS,
     GEMM_KERNELS,
     LIBRARY,
     ROWS,
     SPLITS,
     Tile,
-    cdiv,
     chunk_classes,
     row_block,
 )
-from cosface_kernels.options import PLAIN, Options
+from cosface_kernels.options import Options
 from cosface_kernels.reference import operand_dtype
 
-SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that G_LIFT over a unit is finite in float32
 INTERPRETED_WORKSPACE = 1 << 15  # bytes: several chunks even of problems as small as an interpreter can do
 
 Move = Callable[[int, Tensor], None]  # by the number of the first class and the gradient of it and those after it
@@ -155,7 +151,7 @@ class Backward:
     def _normalize_embeddings(self) -> None:
         x, w, (targets, scale, _, _, g_lse, g_cos) = self.x, self.w, self.per_row
         self.chosen, self.is_chosen = launch.chosen_rows(targets, self.options)
-        self.unit = _units(scale, g_lse, g_cos, self.options)  # (N,)
+        self.unit = units(scale, g_lse, g_cos, self.options)  # (N,)
         self.largest_unit = self.unit.amax()
         launch.kernels.normalize_embeddings[(cdiv(self.N, ROWS),)](
             x, launch.stored(w), self.chosen, self.saved.w_norm, self.saved.x_norm, targets, g_lse, g_cos,
@@ -268,36 +264,15 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) ->
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, options: Options = PLAIN) -> Tensor:
-    """(N,) powers of two that bound |G_ij| of each row, so that G / unit fits float16 whatever the loss's mean.
-
-    One per row and not one for all: then no row of dx depends on the rest of the batch.
-    With moments, G_ij = s (g_lse - b u) p + b p + c with u = top - N(cos), and p <= e^{-s u}: so s u p <= 1 / e,
-    whatever the |w_j|. Slopes of a sigmoid's polynomial are bounded where |cos| <= 1: beyond, of a weight that is
-    not normalised, they have float16's room above G_LIFT, 16 times as much.
-    """
-    bound = (scale * g_lse).abs()  # (N,)
-    if options.polynomials is not None:
-        bound = bound * options.polynomials[1].abs().sum()
-    elif options.sigmoid:
-        bound = g_lse.abs()
-    if options.g_moments is not None:
-        b, c = options.g_moments.abs()
-        bound, g_cos = bound + (1 + 1 / math.e) * b + c, g_cos.abs().amax(0)
-    bound = torch.maximum(bound, g_cos.abs())  # (N,)
-    bound = bound.where(bound < torch.inf, 0).clamp(SMALLEST_UNIT, LARGEST_UNIT)
-    return torch.ldexp(torch.ones_like(bound), torch.frexp(bound).exponent)
-
-
 def _chunk_classes(x: Tensor, w: Tensor, options: Options, tile: Tile, *, rows_in_float32: bool) -> int:
     """Classes per chunk of backward; see `tiles.chunk_classes`.
 
     A class takes its column of G, a slot of class_dot for each block of rows and, where that is not in dw yet, its
-    gradient in float32. COSFACE_TRITON_CHUNK overrides it, rounded up to CHUNK_STEP.
+    gradient in float32. COSFACE_TRITON_CHUNK overrides it.
     """
-    (N, D), C, step = x.shape, options.count(w), CHUNK_STEP
-    if override := classes_in_environment("COSFACE_TRITON_CHUNK"):
-        return cdiv(min(override, C), step) * step
+    (N, D), C = x.shape, options.count(w)
+    if chunk := chunk_in_environment("COSFACE_TRITON_CHUNK", C):
+        return chunk
     row_blocks = cdiv(N, tile.n)
     return chunk_classes(
         N,

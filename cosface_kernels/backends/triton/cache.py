@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import CHUNK_STEP
 from cosface_kernels.backends.triton.launch import ALIGNED_BYTES
-from cosface_kernels.backends.triton.tiles import CHUNK_STEP
 from cosface_kernels.options import Options
 
 ALIGNED = ALIGNED_BYTES // torch.float32.itemsize

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import cdiv
 from cosface_kernels.backends.triton import launch
 from cosface_kernels.backends.triton.cache import Saved
-from cosface_kernels.backends.triton.tiles import COLUMNS, ROWS, SPLITS, Tile, cdiv, row_block
+from cosface_kernels.backends.triton.tiles import COLUMNS, ROWS, SPLITS, Tile, row_block
 from cosface_kernels.options import Options
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import CHUNK_STEP
 from cosface_kernels.backends.triton import tiles
-from cosface_kernels.backends.triton.tiles import CHUNK_STEP, Key, Tile
+from cosface_kernels.backends.triton.tiles import Key, Tile
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Options
 from cosface_kernels.reference import operand_dtype
@@ -34,12 +35,6 @@ def chosen_rows(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
 def stored(rows: Tensor) -> Tensor:
     """Rows of w or of a state as the kernels read them: float8 as bytes, as not every architecture knows it."""
     return rows.view(torch.int8) if rows.dtype is FLOAT8 else rows
-
-
-def embeddings(x: Tensor, w: Tensor, options: Options) -> Tensor:
-    """Those to multiply: G has the length of rows in float8 where that counts, and float16 no range for it."""
-    scaled = w.dtype is FLOAT8 and not options.normalize_weight
-    return x.float() if scaled and x.dtype is torch.float16 else x
 
 
 def polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:

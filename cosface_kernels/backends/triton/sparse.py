@@ -31,12 +31,13 @@ import math
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import cdiv
 from cosface_kernels.backends.triton import choice, launch
 from cosface_kernels.backends.triton.backward_pass import Backward, Move
 from cosface_kernels.backends.triton.cache import Saved, entry_slots
 from cosface_kernels.backends.triton.choice import Trial
 from cosface_kernels.backends.triton.kernels import sparse as kernels
-from cosface_kernels.backends.triton.tiles import Tile, cdiv, plainest, row_block
+from cosface_kernels.backends.triton.tiles import Tile, plainest, row_block
 from cosface_kernels.options import Options
 
 SAMPLED_TILES, SAMPLE_SPLITS = 256, 32

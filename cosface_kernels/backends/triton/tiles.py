@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cosface_kernels.backends import chunks
 from cosface_kernels.float8 import FLOAT8
 
 MOVED, MOVED_COLUMNS = 2048, 512  # elements and most columns of a block of rows to move: 16 a thread
@@ -63,8 +64,6 @@ class Key:
     sigmoid: str | None = None
 
 
-CHUNK_STEP = 256  # a multiple of every tile's number of classes
-LAUNCH_FLOPS = 1 << 36  # of a product with a chunk, which longer ones would hide no better: 86 us at 800 TFLOP/s
 INTERPRETED = "interpreter"
 GEMM_KERNELS = ("class_statistics", "logit_gradients", "embedding_gradients", "weight_gradients")
 SPARSE_KERNELS = ("keep_entries", "sample_entries")  # likewise with a matrix product, for a gradient_tolerance
@@ -205,22 +204,13 @@ def chunk_classes(
     block_c: int,
     processors: int,
 ) -> int:
-    """Classes per chunk of backward, a multiple of CHUNK_STEP.
+    """Classes per chunk of backward, by `chunks.chunk_classes`.
 
-    As few chunks as the workspace and LAUNCH_FLOPS allow, of even sizes, each in whole waves where it can be: a
-    launch has `row_blocks` programs for every `block_c` classes, and its last wave takes as long with one program
-    as with one on every processor.
+    In whole waves where it can be: a launch has `row_blocks` programs for every `block_c` classes, and its last
+    wave takes as long with one program as with one on every processor.
     """
-    wave = math.lcm(block_c * processors // math.gcd(processors, row_blocks), CHUNK_STEP)
-    affordable = workspace_bytes // class_bytes
-    step = wave if wave <= affordable else CHUNK_STEP
-    long_enough = -(-LAUNCH_FLOPS // (2 * N * D * step))
-    chunks = -(-C // (step * max(min(affordable // step, long_enough), 1)))
-    return -(-C // (chunks * step)) * step
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    wave = math.lcm(block_c * processors // math.gcd(processors, row_blocks), chunks.CHUNK_STEP)
+    return chunks.chunk_classes(N, D, C, class_bytes=class_bytes, workspace_bytes=workspace_bytes, wave=wave)
 
 
 def row_block(dim: int, moved: int = MOVED) -> tuple[int, int]:

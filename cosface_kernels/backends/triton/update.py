@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import cdiv
 from cosface_kernels.backends.triton import launch
-from cosface_kernels.backends.triton.tiles import MOVED, MOVED_WHOLE, cdiv, row_block
+from cosface_kernels.backends.triton.tiles import MOVED, MOVED_WHOLE, row_block
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Options, Update
 
