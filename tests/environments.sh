@@ -4,26 +4,28 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# name, Python, torch, triton, numpy, the numpy of the interpreted suite (conftest.py says why it is another), and
-# whether the CUDA kernels are built: nvcc must suit the CUDA of that torch.
+# name, Python, which versions of what pyproject.toml asks for, torch, triton, numpy, the numpy of the interpreted suite
+# (conftest.py says why it is another), and whether the CUDA kernels are built: nvcc must suit the CUDA of that torch.
 environments="
-oldest 3.10 2.10.0 3.6.0 2.2.6 2.2.6 0
-gpu    3.12 2.11.0 3.6.0 2.5.2 2.3.5 1
+oldest 3.10 lowest-direct 2.10.0 3.6.0 1.26.0 1.26.0 0
+gpu    3.12 highest       2.11.0 3.6.0 2.5.2  2.3.5  1
+newest 3.13 highest       2.14.1 3.8.0 2.5.2  2.5.2  1
 "
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/cosface_kernels/environments
 export COSFACE_TESTS=1 COSFACE_TEST_PATIENCE=${COSFACE_TEST_PATIENCE:-3}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
-# What constraints.txt pins, in the versions that suit each Python, but for the linters.
-left_out='^(torch|triton|numpy|clang-format|mypy|pre-commit|ruff)$'
-packages=$(sed -n 's/==.*//p' constraints.txt | grep -vE "$left_out")
+build_tools=$(sed -n 's/^requires = \[\(.*\)\]$/\1/p' pyproject.toml | tr -d '",')
 
-# install HOME PYTHON TORCH TRITON NUMPY OTHER_NUMPY: once; HOME/complete says that it is done.
+# install HOME PYTHON VERSIONS TORCH TRITON NUMPY OTHER_NUMPY: once; HOME/complete says that it is done.
 install() {
   test -e "$1/complete" && return
   rm -rf "$1"
   "python$2" -m venv "$1/venv"
-  "$1/venv/bin/pip" install -q --upgrade "torch==$3" "triton==$4" "numpy==$5" $packages pytest-timeout pytest-xdist
-  "$1/venv/bin/pip" install -q --no-deps --target "$1/numpy" "numpy==$6"
+  "$1/venv/bin/pip" install -q uv
+  local uv=("$1/venv/bin/uv" pip install -q --python "$1/venv/bin/python")
+  "${uv[@]}" --resolution "$3" -r pyproject.toml --extra test "torch==$4" "triton==$5" "numpy==$6" $build_tools
+  "${uv[@]}" pytest-timeout
+  "${uv[@]}" --no-deps --target "$1/numpy" "numpy==$7"
   touch "$1/complete"
 }
 
@@ -53,7 +55,7 @@ check() {
 
 echo "| Python | torch | triton | numpy (interpreted) | CPU suite | interpreted suite | kernels for sm_90 |"
 echo "|---|---|---|---|---|---|---|"
-while read -r name python torch triton numpy other_numpy COSFACE_CUDA; do
+while read -r name python versions torch triton numpy other_numpy COSFACE_CUDA; do
   export COSFACE_CUDA
   [[ -z $name || ($# -gt 0 && " $* " != *" $name "*) ]] && continue
   echo -n "| $python | $torch | $triton | $numpy ($other_numpy) |"
@@ -61,6 +63,6 @@ while read -r name python torch triton numpy other_numpy COSFACE_CUDA; do
     echo " python$python is not on PATH |"
     continue
   fi
-  install "$cache/$name" "$python" "$torch" "$triton" "$numpy" "$other_numpy" </dev/null
+  install "$cache/$name" "$python" "$versions" "$torch" "$triton" "$numpy" "$other_numpy" </dev/null
   (check "$cache/$name" </dev/null)
 done <<<"$environments"
