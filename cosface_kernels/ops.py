@@ -25,11 +25,14 @@ IGNORED, INVALID = -1, -2  # targets that are no class
 
 
 def dispatches(*tensors: Tensor) -> bool:
-    """Whether torch must see an op: it traces, a mode or a subclass listens, or there is no memory to work on."""
+    """Whether torch must see an op: it traces, a mode or a subclass listens, or memory holds other numbers."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta for tensor in tensors)
+        or any(
+            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.is_neg()
+            for tensor in tensors
+        )
     )
 
 
@@ -41,8 +44,8 @@ class Op:
         self.function = self.eager = function
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        first = (argument for argument in arguments[:2] if isinstance(argument, Tensor))
-        return (self.registered if dispatches(*first) else self.eager)(*arguments, **options)
+        tensors = (each for each in (*arguments, *options.values()) if isinstance(each, Tensor))
+        return (self.registered if dispatches(*tensors) else self.eager)(*arguments, **options)
 
 
 @Op

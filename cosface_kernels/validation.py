@@ -164,6 +164,8 @@ def check_tensor(name: str, value: object) -> None:
             f"{name} must be a torch.Tensor, got {type(value).__name__} {reprlib.repr(value)}; torch.as_tensor "
             "makes one of it."
         )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, which to_dense makes it, got a tensor of layout {value.layout}.")
 
 
 def check_rows(embeddings: Tensor, weight: Tensor) -> None:

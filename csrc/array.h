@@ -75,6 +75,9 @@ class Array {
   Array() = default;
   explicit Array(pybind11::object tensor) : owner_(std::move(tensor)) {
     if (torch.exchange->from_python(owner_.ptr(), &view_) != 0) throw pybind11::error_already_set();
+    if (view_.data == nullptr && numel() != 0) {  // a wrapper of others, or zeros that torch does not store
+      throw pybind11::value_error("The kernels got a tensor without memory of its own.");
+    }
   }
 
   template <typename T>
@@ -110,8 +113,10 @@ T* data_of(const std::optional<Array>& array) {
 }
 
 // The addresses of torch's C functions, by cosface_kernels/backends/extension.py.
-inline void use_torch(const pybind11::capsule& exchange, uintptr_t parallel_for, uintptr_t count_threads) {
-  const auto* table = exchange.get_pointer<const dlpack::Exchange>();
+inline void use_torch(pybind11::handle exchange, uintptr_t parallel_for, uintptr_t count_threads) {
+  const auto* table =
+      static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+  if (table == nullptr) throw pybind11::error_already_set();
   if (table->major != 1) {
     throw std::runtime_error("it has version " + std::to_string(table->major) + " of DLPack, not 1");
   }

@@ -7,8 +7,11 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <exception>
+#include <functional>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -38,18 +41,31 @@ void require(int32_t error) {
   if (error != 0) throw std::runtime_error("torch could not run the kernels on its threads.");
 }
 
+// What torch's threads run. An exception must not pass through C: the first waits until all have ended.
+struct Work {
+  const std::function<void(int64_t)>& body;
+  std::once_flag failed;
+  std::exception_ptr error;
+
+  static void run(int64_t first, int64_t last, void* context) {
+    auto* work = static_cast<Work*>(context);
+    try {
+      for (int64_t part = first; part < last; ++part) work->body(part);
+    } catch (...) {
+      std::call_once(work->failed, [&] { work->error = std::current_exception(); });
+    }
+  }
+};
+
 cosface::Runtime runtime() {
   uint32_t threads = 1;
   require(torch.count_threads(&threads));
   return {
       static_cast<int>(threads),
       [](int64_t parts, const std::function<void(int64_t)>& body) {
-        const auto each = [](int64_t first, int64_t last, void* body) {
-          for (int64_t part = first; part < last; ++part) {
-            (*static_cast<const std::function<void(int64_t)>*>(body))(part);
-          }
-        };
-        require(torch.parallel_for(0, parts, 1, each, const_cast<std::function<void(int64_t)>*>(&body)));
+        Work work{body};
+        require(torch.parallel_for(0, parts, 1, Work::run, &work));
+        if (work.error) std::rethrow_exception(work.error);
       },
       cosface::classes_in_environment("COSFACE_CPU_TILE").value_or(0),
   };

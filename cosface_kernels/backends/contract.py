@@ -9,18 +9,17 @@ from torch import Tensor
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import MOST_SUBCENTERS, SIGMOIDS, Options, Update
 from cosface_kernels.reference import compute_dtype
+from cosface_kernels.validation import FLOAT_DTYPES, WEIGHT_DTYPES
 
 
 def check_rows(x: Tensor, w: Tensor) -> None:
     """Of x (N, D) and w (C, D); raises as `check` does."""
-    for name, rows in (("x", x), ("w", w)):
+    for name, rows, dtypes in (("x", x, FLOAT_DTYPES), ("w", w, WEIGHT_DTYPES)):
         if rows.dim() != 2 or not rows.shape[1]:
             raise ValueError(f"{name} must have shape (rows, D), got {list(rows.shape)}.")
-        if not rows.is_floating_point():
+        if rows.dtype not in dtypes:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {rows.dtype}.")
         check_memory(name, rows)
-    if x.dtype is FLOAT8:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}.")
     _check_one("w", w, (len(w), x.shape[1]), x.device)
 
 

@@ -117,7 +117,7 @@ class _Loss(torch.autograd.Function):
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx, dw = _empty_dx(x, w, need_dx), _empty(w, *w.shape) if need_dw else None
         call = _call(x, w, targets, None, ctx.options, cache)
-        call.loss_backward(ctx.rule, rows, g.contiguous(), dx, dw)
+        call.loss_backward(ctx.rule, rows, g.resolve_neg().contiguous(), dx, dw)
         return dx if dx is None else dx.to(x.dtype), dw, None, None, None
 
 

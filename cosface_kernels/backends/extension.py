@@ -33,10 +33,10 @@ try:
     give_torch_to(_C)
 except ModuleNotFoundError as error:
     import_error = f"the compiled module cosface_kernels._C cannot be imported ({error}): it has not been built."
-except (ImportError, AttributeError, OSError, RuntimeError) as error:
+except (ImportError, AttributeError, OSError, RuntimeError, ValueError) as error:
     import_error = (
         f"the compiled module cosface_kernels._C cannot be used with PyTorch {torch.__version__} ({error}): "
-        "build it again: pip install ."
+        "build it again, with PyTorch 2.10 or later: pip install ."
     )
     _C = None
 

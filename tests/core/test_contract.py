@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from support import where_taken
+from support import Backend, where_taken
 from torch import Tensor
 
 from cosface_kernels.float8 import FLOAT8
@@ -131,6 +131,19 @@ def test_what_does_not_fit_is_named(backend, op, name, wrong):
     call.arguments[name] = [change(values) for values in value] if isinstance(value, list) else change(value)
     with pytest.raises((ValueError, TypeError, RuntimeError), match=rf"\b({name}|cache)\b"):
         call()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["x", "w"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu], ids=str
+)
+def test_no_other_float_is_taken_for_one_that_is_read(op, name, dtype):
+    call = Call(Backend("cpu"), op)
+    if name in call.arguments:
+        call.arguments[name] = call.arguments[name].to(dtype)
+        with pytest.raises(TypeError, match=rf"^{name} must be .*, got {dtype}\.$"):
+            call()
 
 
 @pytest.mark.parametrize("op", OPS[:3])
@@ -258,3 +271,18 @@ def test_a_cache_of_others_is_refused(backend, options, data):
     call.arguments["cache"] = cache
     with contextlib.suppress(ValueError):
         call()
+
+
+def test_a_thread_says_what_it_found():
+    """The places of kept entries are looked at where they are read, on torch's threads."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(*shape, generator=generator) for shape in ((40, 16), (2000, 16), (2, 40)))
+    targets, scale = torch.arange(40), torch.full((40,), 64.0)
+    _, top, log_sum, *_, cache, _ = torch.ops.cosface.lmcl(
+        x, w, targets, scale, 0.3, "cpu", gradient_tolerance=0.01
+    )
+    cache[len(cache) // 3 :] = 255
+    with pytest.raises(ValueError, match=r"^cache must be what lmcl returned for these tensors and options\.$"):
+        torch.ops.cosface.lmcl_backward(
+            x, w, targets, scale, top, log_sum, *g, cache, True, True, "cpu", gradient_tolerance=0.01
+        )

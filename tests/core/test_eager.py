@@ -3,9 +3,10 @@
 import pytest
 import torch
 from support import BF16, F32, F64, Dtypes, make_problem
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosface_kernels import cosface_loss, ops
+from cosface_kernels import cosface_loss, nearest_classes, ops
 from cosface_kernels.reference import compute_dtype
 
 LABELS = {
@@ -96,3 +97,62 @@ def test_tensors_without_memory_take_the_op():
     loss = cosface_loss(x, w, torch.zeros(4, dtype=torch.int64, device="meta"), backend="reference")
     assert loss.device.type == "meta"
     assert loss.shape == ()
+
+
+def _with_pending_sign(t):
+    """As the imaginary part of a conjugate: memory holds -t."""
+    return torch._neg_view(-t)
+
+
+@pytest.mark.parametrize("whole_op", [False, True], ids=["one_call", "op"])
+@pytest.mark.parametrize("name", ["x", "w", "upstream"])
+def test_a_pending_sign_counts(backend, name, whole_op):
+    problem = backend.problem(6, 60, 16, F32)
+
+    def gradients(change):
+        given = {"x": problem.x, "w": problem.w, "upstream": torch.linspace(-1, 2, 6, device=backend.device)}
+        given[name] = change(given[name])
+        x, w = (given[rows].detach().requires_grad_() for rows in "xw")
+        result = backend.loss(x, w, problem.targets, reduction="none", return_stats=whole_op)
+        loss = result[0] if whole_op else result
+        return loss, *torch.autograd.grad(loss, (x, w), given["upstream"])
+
+    torch.testing.assert_close(gradients(_with_pending_sign), gradients(lambda t: t))
+
+
+def test_the_nearest_of_a_pending_sign(backend):
+    problem = backend.problem(6, 60, 16, F32)
+    want = nearest_classes(problem.x, problem.w, 3, backend=backend.name)
+    for x, w in ((_with_pending_sign(problem.x), problem.w), (problem.x, _with_pending_sign(problem.w))):
+        torch.testing.assert_close(nearest_classes(x, w, 3, backend=backend.name), want)
+
+
+def test_a_loss_that_is_an_imaginary_part():
+    problem = make_problem(6, 60, 16, F32)
+    x = problem.x.requires_grad_()
+    loss = cosface_loss(x, problem.w, problem.targets, backend="cpu")
+    (want,) = torch.autograd.grad(-loss, x, retain_graph=True)
+    (got,) = torch.autograd.grad(torch.complex(torch.zeros(()), loss).conj().imag, x)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("place", range(4), ids=["x", "w", "targets", "scale"])
+def test_a_subclass_in_any_place_is_seen(backend, place):
+    """Its own memory, if it has any, is not what it stands for."""
+    problem = backend.problem(6, 60, 16, F32)
+    inputs = [problem.x, problem.w, problem.targets, problem.scale]
+    want = ops.lmcl(*inputs, 0.35, backend.name)[0]
+    inputs[place] = TwoTensor(inputs[place], inputs[place].clone())
+    got = ops.lmcl(*inputs, 0.35, backend.name)[0]
+    assert isinstance(got, TwoTensor)
+    assert torch.equal(got.a, want)
+
+
+@pytest.mark.parametrize("name", ["x", "w", "upstream"])
+def test_zeros_that_are_not_stored_are_refused(name):
+    problem = make_problem(6, 60, 16, F32)
+    given = {"x": problem.x, "w": problem.w, "upstream": torch.ones(6)}
+    given[name] = torch._efficientzerotensor(given[name].shape)
+    x, w = given["x"].requires_grad_(), given["w"]
+    with pytest.raises(ValueError, match=r"^The kernels got a tensor without memory of its own\.$"):
+        cosface_loss(x, w, problem.targets, reduction="none", backend="cpu").backward(given["upstream"])

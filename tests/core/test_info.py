@@ -118,6 +118,25 @@ def test_a_torch_with_another_dlpack_is_refused():
     assert cosface_loss(problem.x, problem.w, problem.targets).isfinite()
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("del torch.Tensor.__dlpack_c_exchange_api__", "no attribute '__dlpack_c_exchange_api__'"),
+        ("torch.Tensor.__dlpack_c_exchange_api__ = 3", "invalid PyCapsule object"),
+        ("torch.Tensor.__dlpack_c_exchange_api__ = datetime.datetime_CAPI", "incorrect name"),
+        ("ctypes.CDLL = lambda path: types.SimpleNamespace()", "no attribute 'torch_parallel_for'"),
+    ],
+)
+def test_a_torch_without_the_interface_is_named(change, reason):
+    done = run_python(
+        "import ctypes, datetime, runpy, torch, types\n"
+        f"{change}\n"
+        "runpy.run_module('cosface_kernels.info', run_name='__main__')"
+    )
+    said = rf"backend cpu: unavailable: .* with PyTorch \S+ \(.*{reason}.*\): build it again, with PyTorch 2\.10"
+    assert re.search(said, done.stdout), done
+
+
 def test_a_module_that_lacks_symbols_is_to_be_built_again(tmp_path):
     """What an import of one for another system raises."""
     done = run_python(

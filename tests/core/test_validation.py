@@ -131,6 +131,17 @@ def test_not_floating(name, dtype):
     _refused(TypeError, f"{name} .*{dtype}", **{name: bad})
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("embeddings", "sparse"), ("weight", "sparse_csr"), ("weight", "mkldnn"), ("labels", "sparse")],
+)
+def test_not_dense(name, layout):
+    batch = _batch()
+    batch[name] = getattr(batch[name].detach(), f"to_{layout}")()
+    with pytest.raises(TypeError, match=f"^{name} must be dense, .*{layout}"):
+        cosface_loss(**batch)
+
+
 def test_embedding_size_mismatch_shows_both():
     _refused(ValueError, r"embeddings have size 128 but .* embedding_size 3\b", embeddings=torch.randn(4, 128))
 
