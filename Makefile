@@ -61,7 +61,9 @@ endif
 
 build: $(BUILT)
 
+# That the pinned versions suit each other is asked of PyPI, for a torch that is there already may need less.
 lint: $(BUILT)
+	$(BIN)/uv --no-config pip compile -q --python-platform x86_64-manylinux_2_28 constraints.txt -o build/resolved.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
@@ -70,7 +72,7 @@ lint: $(BUILT)
 # The pages of docs/ as a site in build/site. Its environment is its own, since it reads the sources and imports none.
 DOCS_VENV := build/docs-venv
 docs: $(DOCS_VENV)/complete
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 $(DOCS_VENV)/complete: Makefile
 	$(PYTHON) -m venv --clear $(DOCS_VENV)
@@ -78,17 +80,21 @@ $(DOCS_VENV)/complete: Makefile
 	touch $@
 
 # The sdist; the wheel that pip makes of it alone, with the newest of what builds it; and in a new environment with that
-# wheel, beside no source of the package, the README's quick start and the tests of the operator and of a head.
+# wheel, beside no source of the package, the README's quick start and the tests of the operator and of a head. Under each
+# of several torches: `make wheel TORCH="2.10.0 2.14.1"`.
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 wheel: $(DEPENDENCIES)
 	rm -rf build/wheel
 	$(BIN)/python setup.py -q sdist -d build/wheel
 	mkdir build/wheel/source && tar xzf build/wheel/*.tar.gz -C build/wheel/source --strip-components 1
 	COSFACE_TESTS=1 COSFACE_CUDA=0 $(BIN)/pip wheel -q --no-deps -w build/wheel build/wheel/source
-	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/pip install -q -c constraints.txt build/wheel/*.whl pytest pytest-xdist hypothesis numpy
 	rm -r build/wheel/source/cosface_kernels
-	cd build/wheel/source && ../venv/bin/python -m pytest -q -n $(JOBS) tests/core/test_correctness.py \
-	  tests/core/test_module.py tests/core/test_info.py "tests/packaging/test_docs.py::test_the_code_of_a_page_runs[README.md]"
+	set -e; cd build/wheel; for torch in $(TORCH); do \
+	  $(PYTHON) -m venv --clear venv; \
+	  venv/bin/pip install -q torch==$$torch *.whl $$(grep -E "^(hypothesis|numpy|pytest|pytest-xdist)=" ../../constraints.txt); \
+	  (cd source && ../venv/bin/python -m pytest -q -n $(JOBS) tests/core/test_correctness.py tests/core/test_module.py \
+	    tests/core/test_info.py "tests/packaging/test_docs.py::test_the_code_of_a_page_runs[README.md]"); \
+	done
 
 # The kernels for systems that are not here, by the clang of zig, which brings what each needs: compiled, not run, but for
 # aarch64's tests where qemu runs them.
@@ -129,6 +135,8 @@ clean:
 	rm -rf .venv build *.egg-info cosface_kernels/_C*.so
 
 $(DEPENDENCIES): constraints.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('make needs Python 3.11 or newer, for which \
+	constraints.txt pins versions, and $(PYTHON) is older: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r constraints.txt
 	touch $@

@@ -1,8 +1,10 @@
 """Builds cosface_kernels._C with CMake and Ninja. The list of sources and flags is in CMakeLists.txt."""
 
 import importlib.metadata
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 NO_CUDA = ["-DCOSFACE_CUDA=OFF"]
+CACHED = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS")  # which CMake reads in its first run alone
 
 
 class CMakeBuild(build_ext):
@@ -21,12 +24,10 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # kept, so that a second build is quick
         sanitize = os.environ.get("COSFACE_SANITIZE", "")  # CMake's option, as `make asan` sets it
         cuda = cuda_options()
         usual = f"cmake-{sys.implementation.cache_tag}" + ("" if cuda == NO_CUDA else "-cuda")
-        build = ROOT / "build" / ("asan" if sanitize else usual)
-        build.mkdir(parents=True, exist_ok=True)
+        build = build_folder("asan" if sanitize else usual)
         subprocess.run(
             [
                 cmake(), "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
@@ -45,12 +46,28 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake(), "--build", str(build), "--target", *targets], check=True)
 
 
+def build_folder(name: str) -> Path:
+    """Kept, so that a second build is quick, but emptied where CMake's cache is of another place or compiler."""
+    folder = ROOT / "build" / name
+    settings = "\n".join([str(ROOT), *(f"{key}={os.environ.get(key, '')}" for key in CACHED)])
+    of_this_cache = folder / "settings"
+    if not of_this_cache.exists() or of_this_cache.read_text("utf-8") != settings:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        of_this_cache.write_text(settings, "utf-8")
+    return folder
+
+
 def cuda_options() -> list[str]:
-    """CMake's, for CUDA kernels: where nvcc is, unless torch is there as +cpu, or COSFACE_CUDA=0."""
+    """CMake's, for CUDA kernels: where nvcc is, unless torch is there as +cpu, or as COSFACE_CUDA says."""
+    wanted = os.environ.get("COSFACE_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"COSFACE_CUDA must be 0 or 1, got {wanted!r}.")
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
-    wanted = os.environ.get("COSFACE_CUDA")
-    if nvcc is None or wanted == "0" or (wanted is None and torch_version().endswith("+cpu")):
+    nvcc = (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None) or shutil.which("nvcc")
+    if wanted == "1" and nvcc is None:
+        sys.exit("COSFACE_CUDA=1 asks for CUDA kernels, and nvcc is neither in CUDA_HOME's bin nor on PATH.")
+    if nvcc is None or wanted == "0" or (not wanted and torch_version().endswith("+cpu")):
         return NO_CUDA
     return ["-DCOSFACE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}"]
 
@@ -80,14 +97,18 @@ def architectures() -> str:
 
 def check_tools() -> None:
     """Says in a sentence what a build lacks, before CMake says it in fifty."""
-    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in compilers):
         sys.exit(
             f"cosface_kernels needs a C++20 compiler to build, and found none of: {', '.join(compilers)}. "
             "Install g++ 11 or clang++ 14 or newer, or name one in the environment variable CXX."
         )
-    for name, path in (("cmake", cmake()), ("ninja", shutil.which("ninja"))):
-        if not path:
+    for name, found in (
+        ("cmake", cmake()),
+        ("ninja", shutil.which("ninja")),
+        ("pybind11", importlib.util.find_spec("pybind11")),
+    ):
+        if not found:
             sys.exit(f"cosface_kernels needs {name} to build: `pip install {name}`.")
 
 

@@ -19,9 +19,9 @@ REDUCTIONS = ("none", "sum", "mean")
 
 
 def warn(message: str) -> None:
-    """Of the user's line, however many calls of this package and of torch's modules lie between."""
+    """Of the user's line, however many calls of this package and of torch lie between."""
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(("cosface_kernels.", "torch.nn.")):
+    while frame.f_back and frame.f_globals["__name__"].startswith(("cosface_kernels.", "torch.")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

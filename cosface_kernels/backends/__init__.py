@@ -27,13 +27,13 @@ A backend is a module with these functions; `cosface_kernels.reference` defines 
 """
 
 import os
-import warnings
 from typing import Protocol
 
 from torch import Tensor
 
 from cosface_kernels.backends import cpu, cuda, reference, triton
 from cosface_kernels.options import PLAIN, Options, Update
+from cosface_kernels.validation import warn
 
 
 class Backend(Protocol):
@@ -101,9 +101,7 @@ def select(name: str | None, x: Tensor, w: Tensor, options: Options = PLAIN) -> 
             reason = backend.unsupported(x, w, options) or backend.unavailable()
         if reason is None:
             if reasons and backend is reference:
-                warnings.warn(
-                    f"The reference runs, with all logits in memory, because {' '.join(reasons)}", stacklevel=2
-                )
+                warn(f"The reference runs, with all logits in memory, because {' '.join(reasons)}")
             return backend
         reasons.append(f"backend {candidate!r} cannot run: {reason}")
     raise RuntimeError(" ".join(reasons))

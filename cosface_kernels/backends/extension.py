@@ -32,7 +32,11 @@ try:
     _C = importlib.import_module("cosface_kernels._C")
     give_torch_to(_C)
 except ModuleNotFoundError as error:
-    import_error = f"the compiled module cosface_kernels._C cannot be imported ({error}): it has not been built."
+    import_error = (
+        f"the compiled module cosface_kernels._C cannot be imported ({error}): it has not been built where Python "
+        f"imports the package, in {Path(__file__).parents[1]}. Leave that clone, if `pip install .` was run in "
+        "it, or run `pip install -e .` there."
+    )
 except (ImportError, AttributeError, OSError, RuntimeError, ValueError) as error:
     import_error = (
         f"the compiled module cosface_kernels._C cannot be used with PyTorch {torch.__version__} ({error}): "

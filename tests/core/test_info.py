@@ -88,7 +88,7 @@ def test_info_says_why_a_backend_is_missing():
             "types.SimpleNamespace()",
             r"cannot be used with PyTorch \S+ \(.*'use_torch'\): build it again",
         ),
-        ("None", r"cannot be imported \(.*\): it has not been built"),
+        ("None", r"cannot be imported \(.*\): it has not been built .* in \S+\. Leave that clone"),
     ],
 )
 def test_info_says_that_the_module_is_of_another_version(module, reason):

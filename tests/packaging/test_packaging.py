@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,5 +123,46 @@ def test_cuda_is_built_if_nvcc_is_there_and_torch_may_have_it(setup_script, monk
     monkeypatch.setenv("COSFACE_CUDA", "0")
     assert options() == off
     monkeypatch.delenv("COSFACE_CUDA")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert (options() == off) == (torch == "2.13.0+cpu")
     nvcc.unlink()
     assert options() == off
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [("1", "nvcc is neither in CUDA_HOME's bin nor on PATH"), ("off", "0 or 1, got 'off'")]
+)
+def test_cuda_that_cannot_be_had_is_refused(setup_script, monkeypatch, tmp_path, wanted, message) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("COSFACE_CUDA", wanted)
+    with pytest.raises(SystemExit, match=message):
+        setup_script["cuda_options"]()
+
+
+def test_a_build_folder_is_of_one_compiler_and_place(setup_script, monkeypatch, tmp_path) -> None:
+    """What CMake has found in its first run it keeps, whatever the environment says later."""
+    folder = setup_script["build_folder"]
+    monkeypatch.setitem(folder.__globals__, "ROOT", tmp_path)
+    for name in setup_script["CACHED"]:
+        monkeypatch.delenv(name, raising=False)
+    object_file = folder("cmake") / "kernels.o"
+    object_file.touch()
+    assert folder("cmake") == object_file.parent
+    assert object_file.exists()
+    monkeypatch.setenv("CXX", "clang++")
+    assert not list(folder("cmake").glob("*.o"))
+    object_file.touch()
+    shutil.copytree(tmp_path / "build", tmp_path / "moved" / "build")
+    monkeypatch.setitem(folder.__globals__, "ROOT", tmp_path / "moved")
+    assert not list(folder("cmake").glob("*.o"))
+
+
+@pytest.mark.parametrize("compiler", ["  ", "c++ -m64", "'/a folder/c++' -m64"])
+def test_a_compiler_is_named_as_a_shell_would(setup_script, monkeypatch, compiler) -> None:
+    check, found = setup_script["check_tools"], []
+    monkeypatch.setattr("shutil.which", lambda name: found.append(name) or name)
+    monkeypatch.setenv("CXX", compiler)
+    check()
+    assert found[0] in ("c++", "/a folder/c++")
