@@ -35,16 +35,19 @@ gpu-check: $(BUILT)
 gpu-rehearse: $(BUILT)
 	PYTHON=$(BIN)/python bash bench/gpu.sh rehearse
 
-# Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed. Then with the oldest
+# Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942, with the Triton whose compiler the blocks
+# were chosen by; no GPU needed. Then with the oldest
 # Triton that is taken, which is torch 2.11's too, for Hopper and more sizes of an embedding. Last, what each tile is
 # predicted to take.
+TRITON := 3.9.0
 OLDEST_TRITON := 3.6.0
-kernels: $(BUILT)
-	$(BIN)/python -m bench kernels --dim 512,515 --json build/kernels.json
-	test -d build/triton-$(OLDEST_TRITON) || $(BIN)/pip install -q --no-deps --target build/triton-$(OLDEST_TRITON) \
-	  triton==$(OLDEST_TRITON)
+kernels: $(BUILT) build/triton-$(TRITON) build/triton-$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m bench kernels --dim 512,515 --json build/kernels.json
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --dim 512,515,64 --json build/kernels-oldest.json
 	$(BIN)/python -m bench model build/kernels.json --kernels-too --specialized
+
+build/triton-%: | $(BUILT)
+	$(BIN)/pip install -q --no-deps --target $@ triton==$*
 
 # Compiles the CUDA kernels and, for one architecture, a module that has them; no GPU needed, nor a torch that knows one.
 cuda-check: $(BUILT)

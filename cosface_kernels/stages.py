@@ -62,8 +62,7 @@ class Settings(NamedTuple):
     subcenters: int = 1
     exponents: Tensor | None = None  # (C_r,) of a weight in float8
 
-    @property
-    def subtracted(self) -> float:
+    def subtracted(self) -> float:  # a method: torch 2.10 compiles no property of a NamedTuple
         """m of the op, which knows no other margin."""
         return 0.0 if callable(self.margin) else float(self.margin)
 
@@ -341,7 +340,14 @@ def over_own_classes(
     if getattr(weight, optim.MARK, False):
         lmcl = partial(optim.lmcl, weight, whole_gradient=isinstance(margin, Margin) and margin.reads_weight)
     *results, cache, moments = lmcl(
-        own.x, own.w, own.targets, own.scale, settings.subtracted, settings.backend, classes=own.chosen, **options
+        own.x,
+        own.w,
+        own.targets,
+        own.scale,
+        settings.subtracted(),
+        settings.backend,
+        classes=own.chosen,
+        **options,
     )
     return Part((*results, moments), cache, own.scale, own.targets, own.num_classes)
 
@@ -403,7 +409,7 @@ def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tens
     elif loss is not None and loss.shape == valid.shape and not callable(margin) and rows.smoothing is None:
         return loss
     else:
-        psi = margin(target_cos) if callable(margin) else target_cos - settings.subtracted  # (M,)
+        psi = margin(target_cos) if callable(margin) else target_cos - settings.subtracted()  # (M,)
         check_per_sample("the margin's result", psi, rows.targets)
         loss = rows.cross_entropy(top, log_sum, psi, s)  # (M,)
     return torch.where(valid, loss, 0)
