@@ -36,9 +36,8 @@ gpu-rehearse: $(BUILT)
 	PYTHON=$(BIN)/python bash bench/gpu.sh rehearse
 
 # Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942, with the Triton whose compiler the blocks
-# were chosen by; no GPU needed. Then with the oldest
-# Triton that is taken, which is torch 2.11's too, for Hopper and more sizes of an embedding. Last, what each tile is
-# predicted to take.
+# were chosen by; no GPU needed. Then with the oldest Triton that is taken, which is torch 2.11's too, for Hopper and more
+# sizes of an embedding. Last, what each tile is predicted to take.
 TRITON := 3.9.0
 OLDEST_TRITON := 3.6.0
 kernels: $(BUILT) build/triton-$(TRITON) build/triton-$(OLDEST_TRITON)

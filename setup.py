@@ -51,10 +51,10 @@ def build_folder(name: str) -> Path:
     folder = ROOT / "build" / name
     settings = "\n".join([str(ROOT), *(f"{key}={os.environ.get(key, '')}" for key in CACHED)])
     of_this_cache = folder / "settings"
-    if not of_this_cache.exists() or of_this_cache.read_text("utf-8") != settings:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        of_this_cache.write_text(settings, "utf-8")
+    if of_this_cache.exists() and of_this_cache.read_text("utf-8") != settings:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    of_this_cache.write_text(settings, "utf-8")
     return folder
 
 
