@@ -133,17 +133,17 @@ def test_what_does_not_fit_is_named(backend, op, name, wrong):
         call()
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["x", "w"])
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in OPS for name in "xw" if (op, name) != ("apply_update_", "x")]
+)
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu], ids=str
 )
 def test_no_other_float_is_taken_for_one_that_is_read(op, name, dtype):
     call = Call(Backend("cpu"), op)
-    if name in call.arguments:
-        call.arguments[name] = call.arguments[name].to(dtype)
-        with pytest.raises(TypeError, match=rf"^{name} must be .*, got {dtype}\.$"):
-            call()
+    call.arguments[name] = call.arguments[name].to(dtype)
+    with pytest.raises(TypeError, match=rf"^{name} must be .*, got {dtype}\.$"):
+        call()
 
 
 @pytest.mark.parametrize("op", OPS[:3])

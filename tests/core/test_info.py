@@ -81,6 +81,21 @@ def test_info_says_why_a_backend_is_missing():
     assert "reference: available" in done.stdout
 
 
+@pytest.mark.parametrize("head", ["FusedCosFaceLoss", "FusedCurricularFaceLoss"])
+def test_the_reference_says_once_on_the_users_line_why_it_runs(head):
+    done = run_python(
+        "import sys, torch\n"
+        "sys.modules['cosface_kernels._C'] = None\n"
+        f"from cosface_kernels import {head}\n"
+        f"head = {head}(10, 8)\n"
+        "for _ in range(2):\n"
+        "    head(torch.randn(4, 8), torch.arange(4)).backward()\n"
+    )
+    said = [line for line in done.stderr.splitlines() if "The reference runs" in line]
+    assert len(said) == 1, done
+    assert said[0].startswith("<string>:6: UserWarning: "), done
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [

@@ -81,6 +81,7 @@ def test_each_build_says_where_its_ninja_is(setup_script, monkeypatch, tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setitem(setup_script["build_folder"].__globals__, "ROOT", tmp_path)
     extension = Extension("cosface_kernels._C", sources=[])
     build_ext = setup_script["CMakeBuild"](Distribution({"ext_modules": [extension]}))
     build_ext.ensure_finalized()
