@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import patience
 
-from bench import machine, step
+from bench import kernels, machine, step
 from bench.__main__ import main
 from bench.implementations import IMPLEMENTATIONS, Implementation, Problem, Step, UnavailableError
 from bench.process import FailedError, Worker
@@ -306,6 +306,20 @@ def test_kernel_report_refuses_the_interpreter(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["kernels"]) == 2
     assert "cannot share a process" in capsys.readouterr().err
+
+
+def test_kernel_report_refuses_an_architecture_that_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["kernels", "--arch", "sm_90,sm_77"]) == 2
+    assert "got sm_77." in capsys.readouterr().err
+
+
+def test_kernel_report_goes_on_where_a_compiler_fails(monkeypatch):
+    monkeypatch.setattr(kernels, "compile_case", lambda case: torch.zeros(1).view(2))
+    case = next(kernels.all_cases(["sm_90"], 512))
+    row, complaints = kernels.examine(case)
+    assert complaints[0].startswith("cannot be compiled (RuntimeError: shape '[2]' is invalid")
+    assert case.kernel in kernels._line(row)
 
 
 def test_distributed_prints_rows_and_a_prediction(tmp_path, capsys):

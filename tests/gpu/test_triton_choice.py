@@ -10,6 +10,7 @@ from support import BF16, F16, F32, check_result, evaluate, random_upstream
 from support.gluon_host import TorchKernels
 
 from bench import launches
+from bench.kernels import ARCHITECTURES
 from cosface_kernels import ops
 from cosface_kernels.backends.triton import choice, launch
 from cosface_kernels.backends.triton.choice import Trial, choose
@@ -24,6 +25,7 @@ from cosface_kernels.backends.triton.tiles import (
 )
 
 KERNEL = "class_statistics"
+CAPABILITIES = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 3): "sm_100", (12, 0): "sm_80"}
 KEY = Key("sm_90", 512, torch.bfloat16, torch.bfloat16, torch.bfloat16, 256)
 RIGHT = torch.arange(12.0).view(3, 4), torch.tensor([1.0, 2.0, torch.nan])
 
@@ -335,3 +337,12 @@ def test_launches_with_the_library_are_counted_by_kernel(backend):
         lmcl_with(backend, LIBRARY_KERNELS, problem, random_upstream(problem, "loss"))
     assert "project_weight_gradients" in names
     assert not set(names) & set(LIBRARY_KERNELS)
+
+
+@pytest.mark.parametrize(("capability", "architecture"), CAPABILITIES.items())
+def test_a_gpu_takes_the_blocks_of_an_architecture_that_is_compiled_for(monkeypatch, capability, architecture):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.architecture.__wrapped__(torch.device("cuda")) == architecture
+    assert architecture in ARCHITECTURES

@@ -131,8 +131,10 @@ def architecture(device: torch.device) -> str:
     if INTERPRETED:
         return tiles.INTERPRETED
     if torch.version.hip is not None:
-        return str(_device(device).gcnArchName).split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        name = str(_device(device).gcnArchName).split(":")[0]
+    else:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return tiles.ALIKE.get(name, name)
 
 
 @functools.cache

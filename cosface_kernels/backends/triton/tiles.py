@@ -65,6 +65,10 @@ class Key:
 
 
 INTERPRETED = "interpreter"
+# Architectures that take the blocks of another, whose matrix units are theirs: on sm_80 none of these needs more
+# than the 99 KiB of shared memory that the smaller GPUs have.
+ALIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80", "sm_121": "sm_80", "sm_103": "sm_100"}
+ALIKE |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
 GEMM_KERNELS = ("class_statistics", "logit_gradients", "embedding_gradients", "weight_gradients")
 SPARSE_KERNELS = ("keep_entries", "sample_entries")  # likewise with a matrix product, for a gradient_tolerance
 
@@ -86,7 +90,7 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
 # Where an architecture holds more: warp-group products read both operands from shared memory. Where it holds less:
 # on sm_80 and sm_100 a block of TABLE would spill 8 to 24 bytes.
 OVERRIDES: dict[tuple[str, int, str], tuple[Tile, ...]] = {
-    ("class_statistics", 4, "sm_80"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)),
+    ("class_statistics", 4, "sm_80"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3)),
     ("logit_gradients", 2, "sm_80"): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 32, 8, 2), Tile(16, 64, 64, 4, 3)),
     ("weight_gradients", 2, "sm_80"): (*TABLE["weight_gradients", 2][:2], Tile(16, 64, 64, 4, 3)),
     ("embedding_gradients", 2, "sm_100"): (
@@ -114,13 +118,14 @@ WITH_OPTIONS: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("class_statistics", 2): (Tile(64, 128, 32, 8, 3), Tile(16, 128, 32, 4, 3)),
     ("logit_gradients", 2): (Tile(64, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
     ("class_statistics", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
-    ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
+    ("logit_gradients", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 3)),
 }
 # Where the first block of a table, plain or with options, spills or is more than the shared memory: kernel, bytes,
 # architecture, plain.
 TOO_LARGE = {
     ("class_statistics", 2, "sm_80", True),
     ("class_statistics", 4, "sm_100", False),
+    ("logit_gradients", 4, "sm_100", False),
     ("class_statistics", 2, "gfx942", True),
     ("logit_gradients", 2, "gfx942", True),
     *(("keep_entries", 4, arch, plain) for arch in ("sm_80", "sm_100") for plain in (True, False)),
@@ -128,7 +133,7 @@ TOO_LARGE = {
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
-    "class_statistics": (Tile(64, 32, 32, 8, 1), Tile(32, 64, 32, 4, 1)),
+    "class_statistics": (Tile(64, 32, 32, 8, 1), Tile(32, 64, 32, 8, 1)),
     "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 8, 1)),
     "embedding_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 16, 32, 4, 1)),
     "weight_gradients": (Tile(64, 64, 32, 8, 1), Tile(32, 64, 32, 4, 1)),

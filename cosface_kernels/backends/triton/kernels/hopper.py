@@ -199,12 +199,6 @@ def class_statistics(
 
 
 @gluon.jit
-def _halves(values):
-    """Of the columns."""
-    return values.reshape((values.shape[0], 2, values.shape[1] // 2)).permute((0, 2, 1)).split()
-
-
-@gluon.jit
 def _row_numbers(targets, scale, top, log_sum, g_lse, g_cos, x_norm, unit, N, row_block, BLOCK_N: gl.constexpr):
     """What `_gradients` reads of each row, in shared memory: registers would spill, be it numbers or addresses."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

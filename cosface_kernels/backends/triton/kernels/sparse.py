@@ -198,8 +198,9 @@ def keep_entries(
         left = tl.sum(kept.to(tl.int32), 1)
         last = tl.full((BLOCK_N,), -1, tl.int32)
         # One of each row at a time, since rows have few: places for all at once, a running count along the rows,
-        # would take more registers than the product leaves.
-        for _ in range(0, tl.max(left, 0)):
+        # would take more registers than the product leaves. Triton 3.6 and 3.7 fail on sm_100 where the length of
+        # a for loop follows from a product.
+        while tl.max(left, 0) > 0:
             is_next = (cos > least[:, None]) & (classes[None, :] > last[:, None])
             last = tl.min(tl.where(is_next, classes[None, :], 2147483647), 1)
             value = tl.max(tl.where(classes[None, :] == last[:, None], cos, -float("inf")), 1)
@@ -319,7 +320,8 @@ def entry_embedding_gradients(
     inverse = 1 / tl.maximum(norm, EPS)
     dot = tl.where(norm > EPS, tl.load(row_dot + row), 0.0)  # no projection where the norm was clamped
     x_mask = d < tl.where(end > 0, D, 0)
-    x_row = tl.load(x + row * x_row_stride + d * x_column_stride, mask=x_mask, other=0.0).to(tl.float32)
+    place = row * x_row_stride + d.to(tl.int64) * x_column_stride
+    x_row = tl.load(x + place, mask=x_mask, other=0.0).to(tl.float32)
     gradient = (tl.sum(sums, 0) - dot * (x_row * inverse)) * inverse
     tl.store(dx + row * D + d, tl.where(x_mask, gradient, 0.0).to(dx.dtype.element_ty), mask=d < D)
 
