@@ -6,7 +6,7 @@ That runs forward once more inside backward, which must see the state that the f
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 REMEMBERED = 32  # forward passes before a backward
 
 
-class _Pass(NamedTuple):
+@dataclass(eq=False)
+class _Pass:
     labels: Tensor  # (N,)
     digest: Tensor  # 0-d, tells apart passes with the same labels
     state: list[Tensor]  # before the pass
+    taken_by: int = -1  # the latest backward that ran it again
 
 
 _passes: WeakKeyDictionary[nn.Module, deque[_Pass]] = WeakKeyDictionary()  # not copied or saved with the module
@@ -56,7 +58,10 @@ def _digest(embeddings: Tensor) -> Tensor:
 
 
 def _first_run(passes: deque[_Pass], embeddings: Tensor, labels: Tensor) -> _Pass:
-    """The newest of those whose embeddings are closest: recomputation may round otherwise."""
+    """The newest of those whose embeddings are closest, for recomputation may round otherwise.
+
+    Of passes with equal batches one backward gets each once, in its order: the newest first.
+    """
     same = [each for each in reversed(passes) if torch.equal(each.labels, labels)]
     if not same:
         raise RuntimeError(
@@ -64,8 +69,10 @@ def _first_run(passes: deque[_Pass], embeddings: Tensor, labels: Tensor) -> _Pas
             f"last {REMEMBERED} forward passes of this head had, and so the state of its first run is not known: "
             "call backward sooner, or leave the head outside the checkpoint, since it keeps no logits."
         )
-    digest = _digest(embeddings)
-    return min(same, key=lambda each: float((each.digest - digest).abs()))
+    digest, backward = _digest(embeddings), torch._C._current_graph_task_id()
+    found = min(same, key=lambda each: (float((each.digest - digest).abs()), each.taken_by == backward))
+    found.taken_by = backward
+    return found
 
 
 @torch.no_grad()

@@ -164,12 +164,20 @@ def in_its_dtype(state: Tensor, moved: Tensor) -> Tensor:
     return moved if moved.dtype == state.dtype else state.to(moved.device)
 
 
+def kept_for_backward(state: Tensor) -> Tensor:
+    """The same 0-d number. What is cheap, a compiled backward computes again, from a buffer that has changed by then.
+
+    A running sum is not cheap to torch.compile, which keeps it.
+    """
+    return state.reshape(1).cumsum(0).reshape(())
+
+
 def mean_and_std(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation over the valid samples, 0-d float64; nan if there are too few."""
     count = valid.sum()
     values = values.double()  # (N,)
     mean = values.where(valid, 0).sum() / count
-    return mean, ((values - mean).where(valid, 0).square().sum() / (count - 1)).sqrt()
+    return mean, ((values - mean).where(valid, 0).square().sum() / (count - 1).clamp_min(0)).sqrt()
 
 
 def update_average(average: Tensor, value: Tensor, rate: float) -> None:

@@ -13,6 +13,7 @@ from cosface_kernels.margins.base import (
     Rows,
     check_counts,
     check_rate,
+    kept_for_backward,
     mean_and_std,
     taken,
     update_average,
@@ -91,7 +92,7 @@ class AnnealedSphereFaceMargin(SphereFaceMargin):
     @property
     def annealing(self) -> Tensor:
         """lambda, 0-d."""
-        return (self.base / (1 + self.gamma * self.step)).clamp_min(self.lambda_min)
+        return (self.base / (1 + self.gamma * kept_for_backward(self.step))).clamp_min(self.lambda_min)
 
     def forward(self, cos: Tensor, rows: Rows | None = None) -> Tensor:
         if self.training:

@@ -57,6 +57,34 @@ STATEFUL = (
 TABLES = ("kappaface", "class_margin", "class_margin_arc", "adam_softmax", *SIGMOIDS[:-1])
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_compiled_head_has_its_gradients(name):
+    """Also where its backward would compute again, from state that forward has changed since."""
+    torch._dynamo.reset()
+    x, w, labels = formula_problem("random")
+    head, other = make_head(name, w), make_head(name, w)
+    compiled = torch.compile(other, backend="aot_eager")
+    for _ in range(2):
+        (leaf,), (other_leaf,) = as_leaves(x), as_leaves(x)
+        torch.manual_seed(0)
+        loss = head(leaf, labels)
+        torch.manual_seed(0)
+        other_loss = compiled(other_leaf, labels)
+        torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=0)
+        got = torch.autograd.grad(other_loss, (other_leaf, other.weight))
+        want = torch.autograd.grad(loss, (leaf, head.weight))
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_statistics_of_too_few_samples_are_nan(count):
+    values = torch.randn(5)
+    mean, std = margins.mean_and_std(values, torch.arange(5) < count)
+    torch.testing.assert_close(mean, values[:count].double().mean(), equal_nan=True)
+    want = values[:count].double().std() if count > 1 else torch.tensor(math.nan).double()
+    torch.testing.assert_close(std, want, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ignored_samples_count_for_nothing(name):
     """Neither in the loss nor in a statistic, whatever they hold."""

@@ -66,6 +66,21 @@ def test_equals_a_run_without(make, rate, reentrant, whole, restore_threads):
         assert int(again.head.sampler.draws) == 3 * 3 * (2 if make is FusedAdaCosLoss else 1)
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("make", HEADS)
+def test_equal_batches_of_one_backward_have_the_state_of_their_own_pass(make, rate):
+    torch.manual_seed(0)
+    head = make(C, D, sample_rate=rate)
+    x, labels = 3 * torch.randn(N, D), torch.randint(C, (N,))
+    gradients = []
+    for wrap in (lambda module, *batch: module(*batch), lambda *call: checkpoint(*call, use_reentrant=False)):
+        (leaf, labels), module = _leaves((x, labels)), copy.deepcopy(head)
+        loss = sum(wrap(module, leaf, labels) for _ in range(3))
+        gradients += [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)]
+    for again in gradients[1:]:
+        assert relative_error(again, gradients[0]) < 1e-6
+
+
 def _leaves(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """For the reentrant kind something must need a gradient."""
     x, labels = batch
