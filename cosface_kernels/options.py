@@ -116,6 +116,12 @@ class Options:
     def keeps_exactly(self) -> bool:
         return self.cache_bytes is None if self.exact_cache is None else self.exact_cache
 
+    @property
+    def keeps_cosines(self) -> bool:
+        """Whether a backend may; with a tolerance and a limit it keeps entries alone."""
+        entries_alone = self.gradient_tolerance and self.cache_bytes is not None
+        return self.cache_bytes != 0 and not entries_alone and not self.sigmoid
+
     def entry_bytes(self, x: Tensor, w: Tensor) -> int:
         """Of the entries of the softmax, each a cosine and 16 bits, where there is a tolerance.
 
@@ -135,11 +141,8 @@ class Options:
 
     def cosine_bytes(self, x: Tensor, w: Tensor, by_default: int = 0) -> int:
         """Of cosines: cache_bytes, or fewer if that is more than all."""
-        if self.sigmoid:
-            return 0
-        entries_alone = self.gradient_tolerance and self.cache_bytes is not None
-        most = 0 if entries_alone else by_default if self.cache_bytes is None else self.cache_bytes
-        if most < CACHE_HEADER:
+        most = by_default if self.cache_bytes is None else self.cache_bytes
+        if not self.keeps_cosines or most < CACHE_HEADER:
             return 0
         dtype = compute_dtype(x, w)
         itemsize = dtype.itemsize if self.keeps_exactly or dtype is torch.float64 else 2
@@ -156,7 +159,7 @@ class Options:
             differs = isinstance(value, Tensor) or (value or None) != (default or None)
             if differs and name not in {"workspace_bytes", *supported}:
                 return f"option {name!r} is not on this backend yet."
-        if self.cache_bytes and not (self.gradient_tolerance or self.normalize_weight or self.keeps_exactly):
+        if self.keeps_cosines and not (self.normalize_weight or self.keeps_exactly):
             return "it keeps cosines alone in 16 bits, so that without normalize_weight an exact_cache is needed."
         return None
 

@@ -165,7 +165,7 @@ def in_its_dtype(state: Tensor, moved: Tensor) -> Tensor:
 
 
 def kept_for_backward(state: Tensor) -> Tensor:
-    """The same 0-d number. What is cheap, a compiled backward computes again, from a buffer that has changed by then.
+    """The same 0-d number. What is cheap, a compiled backward computes again, of a buffer that changed meanwhile.
 
     A running sum is not cheap to torch.compile, which keeps it.
     """

@@ -46,7 +46,7 @@ class Lists {
         limit_(parts_ * n, std::numeric_limits<T>::quiet_NaN()) {}  // which no cosine is at most
 
   // Of a part's samples.
-  const T* limit(int64_t part) const { return &limit_[part * n_]; }
+  const T* limit(int64_t part) const { return limit_.data() + part * n_; }
 
   void add(int64_t part, int64_t i, Candidate<T> candidate) {
     const int64_t at = part * n_ + i;

@@ -25,11 +25,11 @@ struct TileSize {
 constexpr TileSize kTile{252, 14};
 constexpr TileSize kBfloat16Tile{256, 32};
 
-// Uninitialised memory, aligned for the widest registers.
+// Uninitialised memory, aligned for the widest registers; of no numbers a null pointer, as what is not wanted has.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(operator new(sizeof(T) * n, kAlign))) {}
+  explicit Buffer(int64_t n) : data_(n > 0 ? static_cast<T*>(operator new(sizeof(T) * n, kAlign)) : nullptr) {}
   operator T*() const { return data_.get(); }
 
  private:

@@ -345,7 +345,7 @@ void Keeper<T>::finish(const Runtime& runtime) {
   if (std::accumulate(wanted.begin(), wanted.end(), 0.0) > kMostExact * all) return cache_.clear();
 
   std::vector<double> pruned(parts * n);
-  runtime.parallel(parts, [&](int64_t part) { prune(part, cut.data(), top.data(), &pruned[part * n]); });
+  runtime.parallel(parts, [&](int64_t part) { prune(part, cut.data(), top.data(), pruned.data() + part * n); });
   for (int64_t i = 0; i < n; ++i) {
     double rows = 0;
     for (int64_t part = 0; part < parts; ++part) {

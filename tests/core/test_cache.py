@@ -19,6 +19,7 @@ from support import (
 )
 from torch import Tensor
 
+from cosface_kernels import margin_softmax_loss
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.optim import FusedSGD
 from cosface_kernels.options import CACHE_BYTES, LARGEST_TILE, Options
@@ -218,11 +219,36 @@ def test_takes_an_integer_of_numpy(backend):
     assert bool(head.weight.grad.any())
 
 
-def test_a_weight_that_is_not_normalized_is_refused(backend):
+@pytest.mark.parametrize("options", [{"cache_bytes": 1000}, {"exact_cache": False}], ids=str)
+def test_a_weight_that_is_not_normalized_is_refused(backend, options):
     problem = backend.problem(2, 5, 3)
     arguments = (problem.x, problem.w, problem.targets, problem.scale, 0.35)
     with pytest.raises(RuntimeError, match="without normalize_weight an exact_cache is needed"):
-        backend.lmcl(*arguments, cache_bytes=1000, normalize_weight=False)
+        backend.lmcl(*arguments, normalize_weight=False, **options)
+
+
+# What is kept by default, too, where it is asked not to be exact; whether a tolerance stands beside it or not.
+@pytest.mark.parametrize("exact", [None, True, False])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+@pytest.mark.parametrize("cache_bytes", [None, 0, 1000, 10**6])
+def test_cosines_beyond_one_are_kept_exactly_or_refused(exact, tolerance, cache_bytes):
+    torch.manual_seed(0)
+    x, w, labels = torch.randn(40, 32), torch.randn(300, 32), torch.arange(40)
+
+    def gradients(**options):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        losses = {"margin": 0.0, "scale": 1.0, "normalize_weight": False, "backend": "cpu"}
+        return torch.autograd.grad(margin_softmax_loss(*leaves, labels, **losses, **options), leaves)
+
+    options = {"exact_cache": exact, "cache_bytes": cache_bytes, "gradient_tolerance": tolerance}
+    keeps_cosines = cache_bytes is None or (cache_bytes > 0 and tolerance == 0)
+    keeps_exactly = cache_bytes is None if exact is None else exact
+    if keeps_cosines and not keeps_exactly:
+        with pytest.raises(RuntimeError, match="an exact_cache is needed"):
+            gradients(**options)
+        return
+    for got, want in zip(gradients(**options), gradients(), strict=True):
+        assert relative_error(got, want) < max(tolerance, 1e-5)
 
 
 @pytest.mark.parametrize("rows", ["x", "w"])

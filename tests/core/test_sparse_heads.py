@@ -105,6 +105,18 @@ def test_module_returns_what_it_dropped():
     assert 0 < float((sparse - x.grad).norm() / x.grad.norm()) < 0.1
 
 
+def test_a_frozen_head_gives_embeddings_the_same_gradient():
+    gradients = []
+    for frozen in (False, True):
+        head, x, labels = head_and_batch(gradient_tolerance=0.1)
+        head.requires_grad_(not frozen)
+        loss, stats = head(x.requires_grad_(), labels, return_stats=True)
+        assert not stats.sparsity.exact.any()
+        loss.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 def test_nothing_is_kept_where_there_is_no_gradient():
     head, x, labels = head_and_batch(gradient_tolerance=1e-3)
     with torch.no_grad():
