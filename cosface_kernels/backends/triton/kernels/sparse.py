@@ -368,14 +368,15 @@ def entry_weight_gradients(
     sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     dots = tl.zeros((BLOCK_C,), tl.float32)
     for k in range(0, tl.max(count, 0)):
-        is_entry = k < count
-        # Without a mask, on which Triton 3.6 fails at D = 64: the last entry again where a class has fewer.
+        # Another entry, which counts for nothing, where a class has fewer. Triton 3.6 and 3.7 fail where one mask
+        # is used for both a vector and, along D, a matrix.
         at = tl.load(places + tl.maximum(start + tl.minimum(k, count - 1), 0))
         rows = at // slots
-        factor = tl.load(g + at, mask=is_entry, other=0.0)
-        dots += factor * tl.load(cosines + at, mask=is_entry, other=0.0)
-        factor *= 1 / tl.maximum(tl.load(x_norm + rows, mask=is_entry, other=1.0), EPS)
-        mask = is_entry[:, None] & is_d
+        of_entry = tl.where(k < count, tl.load(g + at), 0.0)
+        dots += tl.where(of_entry != 0.0, of_entry * tl.load(cosines + at), 0.0)
+        inverse = 1 / tl.maximum(tl.load(x_norm + rows), EPS)
+        factor = tl.where(of_entry != 0.0, of_entry * inverse, 0.0)
+        mask = (factor != 0.0)[:, None] & is_d
         tile = tl.load(x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask, other=0.0)
         sums += factor[:, None] * tile.to(tl.float32)
     if NORMALIZE:
