@@ -354,7 +354,7 @@ def _destination(key: str, saved: TensorStorageMetadata, likeness: Mapping[str, 
         )
     places = (key, key.rpartition("/")[0], key.removesuffix(OF_STATE))
     like = next((likeness[place] for place in places if place in likeness), None)
-    if like is not None and saved.size in (like.shape, like.shape[:1]):
+    if like is not None and like.dim() and saved.size in (like.shape, like.shape[:1]):
         rows = own_rows(like)
         return beside(like, rows.new_zeros(len(rows), *saved.size[1:], dtype=dtype))
     return _empty(saved)
