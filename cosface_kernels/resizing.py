@@ -291,7 +291,7 @@ def check_init(init: tuple[Tensor, Tensor], weight: Tensor, num_classes: int) ->
 
 
 def replace_(weight: Tensor, rows: Tensor) -> None:
-    """Gives the parameter other rows (C_new, D), laid out like its own, so that all that hold it hold these."""
+    """Gives the parameter other rows (C_new, ...), laid out like its own, so that all that hold it hold these."""
     weight.grad = None
     torch.autograd.graph.increment_version(weight)  # a graph of before must not go backward through other rows
     # Of a graph that is still alive autograd keeps the gradient's shape, unless the dtype changes in between.

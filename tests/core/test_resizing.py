@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.formulas import LOSSES
 
 from cosface_kernels import (
     FusedAdaCosLoss,
@@ -206,6 +207,23 @@ def test_a_loss_of_before_has_no_backward(kind, keep):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sub_center_arcface"])
+def test_a_loss_of_before_does_not_keep_the_gradients_shapes(name):
+    """Of no parameter that has a number of each class, in a loop where `loss` is still the last one."""
+    for make in OPTIMIZERS.values():
+        head = LOSSES[name][0](37, D)
+        optimizer = make(head.parameters())
+        x, labels = torch.randn(3, D), torch.tensor([0, 1, 2])
+        losses = []
+        for keep in (None, None, [2, 1, 0]):
+            losses.append(head(x, labels))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+            head.resize_classes_(keep, 1, optimizer=optimizer)
+        assert head.num_classes == 4
 
 
 @pytest.mark.parametrize(
