@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.formulas import LOSSES
+from torch.nn.utils import parametrize, prune
 
 from cosface_kernels import (
     FusedAdaCosLoss,
@@ -182,6 +183,8 @@ def test_refuses_an_init(init, message):
 
 def test_refuses_another_optimizer_or_the_middle_of_a_step():
     head = FusedCosFaceLoss(C, D)
+    with pytest.raises(ValueError, match=r"must be a torch.optim.Optimizer or None, got 3\."):
+        head.resize_classes_(new=1, optimizer=3)
     with pytest.raises(ValueError, match="must hold the head's weight, got a SGD without it"):
         head.resize_classes_(new=1, optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
     optimizer = FusedSGD(head.parameters(), lr=0.1)
@@ -247,6 +250,42 @@ def test_refuses_a_state_that_is_not_of_each_class(kind, message):
     assert head.num_classes == len(head.weight) == C
 
 
+CHANGES = {
+    "resize_classes_": lambda head: head.resize_classes_([1, 0], 2),
+    "drop_subcenters_": lambda head: head.drop_subcenters_(),
+    "float8": lambda head: head.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.orthogonal,
+        lambda head: prune.l1_unstructured(head, "weight", 0.1),
+    ],
+    ids=["weight_norm", "orthogonal", "prune"],
+)
+def test_a_weight_that_is_computed_gets_no_other_rows(wrap, change):
+    head = FusedCosFaceLoss(C, D, subcenters=2 if change == "drop_subcenters_" else 1)
+    wrap(head)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"must be a Parameter .* got a Tensor of shape \(\d+, 5\) that is computed"
+    ):
+        CHANGES[change](head)
+    assert (head.num_classes, head.subcenters * C, head.weight.dtype) == (C, len(head.weight), torch.float32)
+    torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_parametrization_that_gives_the_parameter_itself_is_none():
+    head = FusedCosFaceLoss(C, D)
+    parametrize.register_parametrization(head, "weight", torch.nn.Identity())
+    head.resize_classes_(new=2)
+    assert head(torch.randn(1, D), torch.tensor([C + 1])).isfinite()
+
+
 class _Affine(Margin):
     def __init__(self):
         super().__init__()
@@ -297,6 +336,20 @@ def test_a_sampler_draws_from_the_new_classes():
     loss = head(torch.randn(2, D), torch.tensor([0, 39]))
     loss.backward()
     assert head.weight.grad.coalesce().indices().numel() == 20
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_momentum_of_sampled_classes_stays_sparse(nesterov):
+    head = FusedCosFaceLoss(100, D, sample_rate=0.3)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov)
+    for keep in ([5, 0, 1], [2, 0]):
+        for _ in range(2):
+            _step(head, optimizer, torch.randn(2, D), torch.tensor([0, 1]))
+        before = optimizer.state[head.weight]["momentum_buffer"].to_dense()
+        head.resize_classes_(keep, 60, optimizer=optimizer)
+        moment = optimizer.state[head.weight]["momentum_buffer"]
+        assert moment.is_sparse
+        assert torch.equal(moment.to_dense(), torch.cat([before[keep], torch.zeros(60, D)]))
 
 
 def test_the_bounds_of_adacos_follow():
