@@ -1,6 +1,7 @@
 """Classes that come, go and change their labels: the weight, and all else that is known of each."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from cosface_kernels import (
     FusedCosFaceLoss,
     FusedKappaFaceLoss,
     FusedMarginLoss,
+    FusedSphereFace2Loss,
+    FusedUniFaceLoss,
     convert,
 )
 from cosface_kernels.margins import Margin
@@ -356,6 +359,27 @@ def test_the_bounds_of_adacos_follow():
     head = FusedAdaCosLoss(10, D)
     head.resize_classes_(new=990)
     assert head.margin.bounds == FusedAdaCosLoss(1000, D).margin.bounds
+
+
+GIVEN = "kappaface", "class_margin", "class_margin_arc"  # numbers of each class, which no reset gives again
+FIRST_STATES = {
+    **{name: make for name, (make, _) in LOSSES.items() if name not in ("sub_center_arcface", *GIVEN)},
+    "adacos of its own scale": partial(FusedAdaCosLoss, scale=9.0),
+    "sphereface2 of another scale": partial(FusedSphereFace2Loss, scale=16.0, kind="A"),
+    "uniface of its own bias": partial(FusedUniFaceLoss, bias=3.0),
+    "uniface of sampled classes": partial(FusedUniFaceLoss, sample_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_STATES)
+def test_a_reset_after_it_is_that_of_a_head_of_as_many_classes(name):
+    head, fresh = (FIRST_STATES[name](count, D) for count in (20, 300))
+    head(30 * torch.randn(3, D), torch.arange(3)).sum().backward()
+    head.resize_classes_(new=280)
+    for each in (head, fresh):
+        torch.manual_seed(0)
+        each.reset_parameters()
+    torch.testing.assert_close(head.state_dict(), fresh.state_dict(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_margins_that_learn_follow_with_their_state():
