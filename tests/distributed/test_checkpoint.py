@@ -421,6 +421,8 @@ def test_refuses_other_objects(tmp_path):
             TypeError, match=r"process_group must be a torch.distributed.ProcessGroup or None, got 1"
         ):
             call(*arguments, odd=Odd(1), process_group=1)
+        with pytest.raises(TypeError, match=r"folder must be a path, got None\."):
+            call(None, *arguments[1:], odd=Odd(1))
     assert not list(tmp_path.iterdir())
 
 
