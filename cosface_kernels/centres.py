@@ -77,6 +77,7 @@ class ClassCentres(nn.Module):
         return self
 
     def _replace_weight(self, rows: Tensor, exponents: Tensor | None) -> None:
+        resizing.check_replaceable(self.weight)
         self.weight_exponent = None if exponents is None else beside(self.weight, exponents)
         resizing.replace_(self.weight, beside(self.weight, rows))
         self._leave_to_its_rank()

@@ -109,7 +109,7 @@ def save(
     if rank == 0:
         content = {"step": int(step), "objects": structure, "shared": shared}
         tensors[STRUCTURE] = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-    partial = _on_first(lambda: _begin(Path(folder), step), process_group)
+    partial = _on_first(lambda: _begin(_path(folder), step), process_group)
     with _storage(f"writing {partial}", process_group, not dist.is_initialized()):
         save_state_dict(
             {key: tensor.contiguous() for key, tensor in tensors.items()},  # as safetensors has them
@@ -202,8 +202,15 @@ def load_tensor(folder: str | os.PathLike[str], name: str) -> Tensor:
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:
     """The complete checkpoint of a folder that was written last, or the folder if it is one, or None."""
-    complete = [Path(folder)] if NAME.fullmatch(Path(folder).name) else _complete(Path(folder))
+    path = _path(folder)
+    complete = [path] if NAME.fullmatch(path.name) else _complete(path)
     return complete[-1] if complete else None
+
+
+def _path(folder: str | os.PathLike[str]) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path, got {folder!r}.")
+    return Path(folder)
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -354,7 +361,7 @@ def _destination(key: str, saved: TensorStorageMetadata, likeness: Mapping[str, 
         )
     places = (key, key.rpartition("/")[0], key.removesuffix(OF_STATE))
     like = next((likeness[place] for place in places if place in likeness), None)
-    if like is not None and saved.size in (like.shape, like.shape[:1]):
+    if like is not None and like.dim() and saved.size in (like.shape, like.shape[:1]):
         rows = own_rows(like)
         return beside(like, rows.new_zeros(len(rows), *saved.size[1:], dtype=dtype))
     return _empty(saved)

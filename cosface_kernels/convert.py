@@ -36,7 +36,7 @@ from cosface_kernels import (
 from cosface_kernels.distributed import Exchange, beside, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.resizing import Keep
-from cosface_kernels.validation import check_exponents
+from cosface_kernels.validation import WEIGHT_DTYPES, check_exponents
 
 # isort: split
 import safetensors
@@ -148,9 +148,10 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str], weight_exponent: T
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: weight_exponent is missing.
+        TypeError: the weight is no tensor, such as a head.
+        ValueError: the weight is no matrix or in a dtype that no head has, or weight_exponent is missing.
     """
-    check_exponents(weight, weight_exponent, needed=True)
+    _check_weight(weight, weight_exponent)
     tensors = {NAME: weight.detach()}
     if weight_exponent is not None:
         scale = float8.units(own_rows(weight_exponent), torch.float32).flatten()
@@ -197,12 +198,11 @@ def load_weight_(
 
     Raises:
         TypeError: the weight is no tensor, such as a head.
-        ValueError: the file's shape is not the weight's, or without its classes; a label of keep does not fit; it
-            is no file of `save_weight`; or weight_exponent is missing.
+        ValueError: the weight is no matrix or in a dtype that no head has; the file's shape is not the weight's,
+            or without its classes; a label of keep does not fit; it is no file of `save_weight`; or
+            weight_exponent is missing.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, such as head.weight, got {type(weight).__name__}.")
-    check_exponents(weight, weight_exponent, needed=True)
+    _check_weight(weight, weight_exponent)
     with _weights(path) as file:
         rows, scale = _rows_and_scale(file, path)
         theirs = tuple(rows.get_shape())
@@ -230,6 +230,14 @@ def load_weight_(
                 of_block = scale and scale[block][chosen]
                 _put(weight, weight_exponent, here.to(weight.device), rows[block][chosen], of_block)
     return weight
+
+
+def _check_weight(weight: Tensor, weight_exponent: Tensor | None) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, such as head.weight, got {type(weight).__name__}.")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight must be in a dtype that a head can have, got {weight.dtype}.")
+    check_exponents(_matrix(weight, "weight"), weight_exponent, needed=True)
 
 
 def _put(

@@ -404,6 +404,7 @@ class FusedAdaCosLoss(FusedMarginLoss):
     """
 
     margin: AdaCosMargin
+    _first_of_classes = False  # whether the first s is that of the number of classes
 
     def __init__(
         self,
@@ -413,12 +414,14 @@ class FusedAdaCosLoss(FusedMarginLoss):
         scale: float | None = None,
         **options: Unpack[HeadOptions],
     ) -> None:
+        of_classes = scale is None
         if scale is None:
             check_positive("num_classes - 2, of which AdaCos takes a logarithm,", num_classes - 2)
             scale = _adacos_scale(num_classes)
         check_scale(scale)
         psi = AdaCosMargin(margin, scale, bounds=_adacos_bounds(num_classes))
         super().__init__(num_classes, embedding_size, psi, torch.tensor(float(scale)), **options)
+        self._first_of_classes = of_classes
 
     @property
     def scale(self) -> Tensor:
@@ -440,6 +443,8 @@ class FusedAdaCosLoss(FusedMarginLoss):
     def resize_classes_(self, *arguments: Any, **options: Any) -> Self:
         super().resize_classes_(*arguments, **options)
         self.margin.bounds = _adacos_bounds(self.num_classes)
+        if self._first_of_classes:
+            self.margin._initial["scale"] = _adacos_scale(self.num_classes)
         return self
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cosface_kernels import float8
@@ -25,14 +26,19 @@ def fit_(state_dict: dict[str, Any], head: Any, prefix: str, assigns: bool, erro
     """
     draws, weight, theirs = (f"{prefix}{name}" for name in ("sampler.draws", "weight", "W"))
     if weight not in state_dict and theirs in state_dict:  # (D, C), of pytorch-metric-learning 2.x
-        state_dict[weight] = state_dict.pop(theirs).T.contiguous()
+        given = state_dict.pop(theirs)
+        state_dict[weight] = given.T.contiguous() if _is_matrix(given) else given
     if head.sampler is None:  # the number of draws is nothing to a head that draws none
         state_dict.pop(draws, None)
     else:
         state_dict.setdefault(draws, head.sampler.draws)
     sharded = [isinstance(tensor, DTensor) for tensor in (state_dict.get(weight, head.weight), head.weight)]
     restored = weight in state_dict and (assigns or sharded[0] == sharded[1])
-    if sharded[0] != sharded[1] and not assigns:
+    if not _is_matrix(given := state_dict.get(weight, head.weight)):
+        restored = False
+        errors.append(f"{weight} must be a tensor with two dimensions, got {_seen(given)} in the state.")
+        state_dict[weight] = head.weight
+    elif sharded[0] != sharded[1] and not assigns:
         there, here = ("sharded over ranks" if each else "whole" for each in sharded)
         errors.append(SHARDED_OR_WHOLE.format(weight=weight, there=there, here=here))
         state_dict[weight] = head.weight
@@ -48,6 +54,14 @@ def fit_(state_dict: dict[str, Any], head: Any, prefix: str, assigns: bool, erro
     else:
         state_dict.pop(exponents, None)
     return restored
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
+def _seen(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _fit_float8(state_dict: dict[str, Any], head: Any, weight: str, exponents: str, errors: list[str]) -> None:
@@ -76,9 +90,9 @@ def _wrong_exponents(rows: Any, exponents: Any) -> str:
     """What the state does with them, or nothing where they are those of the rows."""
     if exponents is None:
         return "lacks"
-    if exponents.shape == rows.shape[:1] and exponents.dtype is torch.int8:
+    if isinstance(exponents, Tensor) and exponents.shape == rows.shape[:1] and exponents.dtype is torch.int8:
         return ""
-    return f"has {exponents.dtype} of shape {tuple(exponents.shape)} and not int8 of {(len(rows),)} as"
+    return f"has {_seen(exponents)} and not int8 of {(len(rows),)} as"
 
 
 def _other_size(count: int, head: Any) -> str:

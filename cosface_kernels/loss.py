@@ -251,7 +251,8 @@ class FusedMarginLoss(ClassCentres):
             The head.
 
         Raises:
-            ValueError: a label, `init` or the optimizer does not fit; nothing has been changed.
+            ValueError: a label, `init` or the optimizer does not fit, or the weight is computed from another, as
+                by weight_norm; nothing has been changed.
             RuntimeError: backward has moved the weight and the step is not over.
 
         Source of the means: Qi et al., Low-Shot Learning with Imprinted Weights, arXiv:1712.07136.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -61,6 +61,9 @@ def resize_(
         }
 
     with ranks.agreement(facts, ranks.weight):
+        check_replaceable(weight)
+        if not isinstance(optimizer, Optimizer | None):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer or None, got {optimizer!r}.")
         optim.check_between_steps(weight, optimizer)
         if len(weight) != num_classes:  # by another head with the same parameter
             raise ValueError(
@@ -290,8 +293,18 @@ def check_init(init: tuple[Tensor, Tensor], weight: Tensor, num_classes: int) ->
     return embeddings.detach().to(weight.device), labels.long().to(weight.device)
 
 
+def check_replaceable(weight: Tensor) -> None:
+    """Raises ValueError for what a module computes anew from its parameters, which would keep the old rows."""
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            "the head's weight must be a Parameter to be given other rows, got a "
+            f"{type(weight).__name__} of shape {tuple(weight.shape)} that is computed from another, as by "
+            "weight_norm or prune: remove that first."
+        )
+
+
 def replace_(weight: Tensor, rows: Tensor) -> None:
-    """Gives the parameter other rows (C_new, D), laid out like its own, so that all that hold it hold these."""
+    """Gives the parameter other rows (C_new, ...), laid out like its own, so that all that hold it hold these."""
     weight.grad = None
     torch.autograd.graph.increment_version(weight)  # a graph of before must not go backward through other rows
     # Of a graph that is still alive autograd keeps the gradient's shape, unless the dtype changes in between.
@@ -341,12 +354,18 @@ def resized_states(
     for parameter in parameters:
         if parameter in optimizer.state:
             states[parameter] = {
-                name: take_rows_(resized_zeros(moment, len(sources)), moment, sources)
+                name: _resized(moment, sources)
                 if isinstance(moment, Tensor) and _is_of_each_class(moment, parameter)
                 else moment
                 for name, moment in optimizer.state[parameter].items()
             }
     return states
+
+
+def _resized(moment: Tensor, sources: Tensor) -> Tensor:
+    rows = moment.to_dense()  # that of sampled classes is sparse in torch.optim.SGD
+    rows = take_rows_(resized_zeros(rows, len(sources)), rows, sources)
+    return rows.to_sparse(1) if moment.is_sparse else rows
 
 
 def resized_zeros(tensor: Tensor, num_classes: int) -> Tensor:

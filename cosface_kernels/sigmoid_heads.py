@@ -1,9 +1,10 @@
 """The heads of losses in which each class counts on its own."""
 
 import math
+from typing import Any
 
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from cosface_kernels.loss import FusedMarginLoss, HeadOptions
 from cosface_kernels.margins import SFaceMargin, SphereFace2Margin, UniFaceMargin, defaults
@@ -63,6 +64,9 @@ class FusedUniFaceLoss(FusedMarginLoss):
     Source: CVI-SZU/UniFace (head.py): m = 0.4, s = 64, l = 1, r = 1.
     """
 
+    margin: UniFaceMargin
+    _first_of_classes = False  # whether the first bias is that of the number of classes
+
     def __init__(
         self,
         num_classes: int,
@@ -75,13 +79,26 @@ class FusedUniFaceLoss(FusedMarginLoss):
         **options: Unpack[HeadOptions],
     ) -> None:
         check_positive("num_classes", num_classes)
+        of_classes = bias is None
         if bias is None:
             rate = options.get("sample_rate", 1.0)
             check_interval("sample_rate", rate, "(0, 1]", math.ulp(0.0), math.nextafter(1, 2))
-            bias = math.log(10 * num_classes * rate)
+            bias = _uniface_bias(num_classes, rate)
         super().__init__(
             num_classes, embedding_size, UniFaceMargin(margin, bias=bias, balance=balance), scale, **options
         )
+        self._first_of_classes = of_classes
+
+    def resize_classes_(self, *arguments: Any, **options: Any) -> Self:
+        super().resize_classes_(*arguments, **options)
+        if self._first_of_classes:
+            rate = 1.0 if self.sampler is None else self.sampler.rate
+            self.margin.initial = _uniface_bias(self.num_classes, rate)
+        return self
+
+
+def _uniface_bias(num_classes: int, sample_rate: float) -> float:
+    return math.log(10 * num_classes * sample_rate)
 
 
 class FusedSFaceLoss(FusedMarginLoss):

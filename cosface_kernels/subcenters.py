@@ -142,6 +142,11 @@ def drop_(head: Any, embeddings: Tensor | None, labels: Tensor | None, optimizer
             raise ValueError(f"labels must have shape (M,), got shape {tuple(labels.shape)}.")
         targets = ops.targets(labels, head.num_classes, int(head.ignore_index))
         embeddings = embeddings.detach()
+        wrong = ~embeddings.isfinite().all(1) & (targets >= 0)  # (M,)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            seen = embeddings[row][~embeddings[row].isfinite()][0].item()
+            raise ValueError(f"embeddings must be finite, got {seen} at row {row}.")
     exponents = head.weight_exponent
     keep = dominant(weight, targets, embeddings, head.subcenters, head.normalize_weight, exponents)
     *_, head.weight_exponent = resizing.resize_(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import cos_of_sum
 from cosface_kernels.margins.base import Margin, Rows, check_counts, taken
+from cosface_kernels.resizing import replace_
 from cosface_kernels.validation import check_interval, check_margin
 
 
@@ -61,7 +62,7 @@ class ClassMargin(Margin):
         margins = self.margins.detach()
         margins = taken(margins, sources, margins.mean().expand(len(sources)))
         if isinstance(self.margins, nn.Parameter):
-            self.margins.grad, self.margins.data = None, margins
+            replace_(self.margins, margins)
         else:
             self.margins = margins
 

@@ -141,6 +141,8 @@ class SphereFace2Margin(BiasedMargin):
     arXiv:2108.01513; ydwen/opensphere (model/head/sphereface2.py): m = 0.4, s = 40, lambda = 0.7, t = 3, w = 50.
     """
 
+    scale = defaults.SPHEREFACE2_SCALE  # of one that was pickled before it kept its own
+
     def __init__(
         self,
         margin: float = defaults.SPHEREFACE2_MARGIN,
@@ -166,8 +168,8 @@ class SphereFace2Margin(BiasedMargin):
             raise ValueError(f"t must be an integer from 1 to 4, got {t!r}.")
         check_interval("weight", weight, "(0, inf)", math.ulp(0.0), math.inf)
         self.kind, self.margin, self.t = kind, margin, int(t)
-        self.weighting, self.weight = weighting, weight
-        super().__init__(self._first_bias(float(scale), num_classes), straight_through=straight_through)
+        self.weighting, self.weight, self.scale = weighting, weight, float(scale)
+        super().__init__(self._first_bias(self.scale, num_classes), straight_through=straight_through)
         coefficients = [2 ** (1 - self.t) * math.comb(self.t, k) for k in range(self.t + 1)]
         coefficients[0] += self._added - 1
         self.polynomials = polynomials(coefficients, straight_through=straight_through)
@@ -200,6 +202,10 @@ class SphereFace2Margin(BiasedMargin):
         if ratio == 1:
             return -(a_y + a_j) / 2
         return math.log((root + ratio - 1) / 2) - a_y  # the same, where 1 - ratio + root would cancel
+
+    def resize_classes_(self, sources: Tensor, counts: Tensor) -> None:
+        super().resize_classes_(sources, counts)
+        self.initial = self._first_bias(self.scale, len(sources))
 
     def terms(self, scale: Tensor, rows: Rows) -> SigmoidTerms:
         bias = self._bias_of(scale, rows)  # (N,)

@@ -294,6 +294,55 @@ def test_what_is_no_weight_is_not_loaded(tmp_path):
         convert.load_weight_(FusedCosFaceLoss(3, 2), tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (
+            FusedCosFaceLoss(3, 2),
+            TypeError,
+            r"weight must be a torch.Tensor, such as head.weight, got FusedCos",
+        ),
+        (3, TypeError, r"weight must be a torch.Tensor, such as head.weight, got int\."),
+        (torch.ones(3), ValueError, r"weight should be a tensor with two dimensions, got shape \(3,\)"),
+        (torch.ones(()), ValueError, r"weight should be a tensor with two dimensions, got shape \(\)"),
+        (torch.ones(3, 2).long(), ValueError, r"weight must be in a dtype that a head can have, got torch.int64"),
+        (
+            torch.ones(3, 2) + 1j,
+            ValueError,
+            r"weight must be in a dtype that a head can have, got torch.complex",
+        ),
+    ],
+    ids=["head", "number", "vector", "scalar", "integers", "complex"],
+)
+def test_what_is_no_weight_is_neither_saved_nor_filled(tmp_path, weight, error, message):
+    safetensors.torch.save_file({"weight": torch.ones(3, 2)}, tmp_path / "good")
+    for call, path in ((convert.save_weight, tmp_path / "new"), (convert.load_weight_, tmp_path / "good")):
+        with pytest.raises(error, match=message):
+            call(weight, path)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("entry", ["W", "weight"])
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (3, "3"),
+        ("text", "'text'"),
+        (torch.tensor(2.0), r"torch\.float32 of shape \(\)"),
+        (torch.ones(8), r".*\(8,\)"),
+    ],
+    ids=["number", "text", "scalar", "vector"],
+)
+def test_a_state_without_a_matrix_is_refused(entry, value, got, dtype, assign):
+    head = FusedCosFaceLoss(8, 8, dtype=dtype)
+    before = {name: each.clone() for name, each in head.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"weight must be a tensor with two dimensions, got {got} in the state"):
+        head.load_state_dict({entry: value}, assign=assign)
+    torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
+
+
 def test_several_centres_a_class_are_seen_by_their_number(tmp_path, capsys):
     """SubCenterArcFaceLoss has a W of (D, 3 C) by default."""
     torch.save({"W": torch.randn(8, 30)}, tmp_path / "loss.pt")

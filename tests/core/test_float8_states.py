@@ -75,9 +75,10 @@ def test_its_name_tells_the_dtype():
         (lambda e: e[:1], r"has torch\.int8 of shape \(1,\)"),
         (lambda e: e.long() + 300, r"has torch\.int64 of shape \(50,\)"),
         (lambda e: e + 0.5, r"has torch\.float32 of shape \(50,\)"),
+        (lambda e: 3, "has 3"),
         (lambda e: None, "lacks"),
     ],
-    ids=["one", "wide", "fractions", "none"],
+    ids=["one", "wide", "fractions", "number", "none"],
 )
 def test_exponents_of_a_state_are_those_of_its_rows(dtype, change, got):
     state, head = _head(init_std=1.0).state_dict(), _head(dtype)

@@ -1,11 +1,14 @@
 """Classes that come, go and change their labels: the weight, and all else that is known of each."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.formulas import LOSSES
+from torch.nn.utils import parametrize, prune
 
 from cosface_kernels import (
     FusedAdaCosLoss,
@@ -13,6 +16,8 @@ from cosface_kernels import (
     FusedCosFaceLoss,
     FusedKappaFaceLoss,
     FusedMarginLoss,
+    FusedSphereFace2Loss,
+    FusedUniFaceLoss,
     convert,
 )
 from cosface_kernels.margins import Margin
@@ -181,6 +186,8 @@ def test_refuses_an_init(init, message):
 
 def test_refuses_another_optimizer_or_the_middle_of_a_step():
     head = FusedCosFaceLoss(C, D)
+    with pytest.raises(ValueError, match=r"must be a torch.optim.Optimizer or None, got 3\."):
+        head.resize_classes_(new=1, optimizer=3)
     with pytest.raises(ValueError, match="must hold the head's weight, got a SGD without it"):
         head.resize_classes_(new=1, optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
     optimizer = FusedSGD(head.parameters(), lr=0.1)
@@ -208,6 +215,23 @@ def test_a_loss_of_before_has_no_backward(kind, keep):
     assert torch.equal(head.weight, before)
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sub_center_arcface"])
+def test_a_loss_of_before_does_not_keep_the_gradients_shapes(name):
+    """Of no parameter that has a number of each class, in a loop where `loss` is still the last one."""
+    for make in OPTIMIZERS.values():
+        head = LOSSES[name][0](37, D)
+        optimizer = make(head.parameters())
+        x, labels = torch.randn(3, D), torch.tensor([0, 1, 2])
+        losses = []
+        for keep in (None, None, [2, 1, 0]):
+            losses.append(head(x, labels))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+            head.resize_classes_(keep, 1, optimizer=optimizer)
+        assert head.num_classes == 4
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [(torch.optim.Adafactor, r"row_var of Adafactor, shape \(7, 1\)"), (torch.optim.LBFGS, "of LBFGS, list")],
@@ -227,6 +251,42 @@ def test_refuses_a_state_that_is_not_of_each_class(kind, message):
     with pytest.raises(ValueError, match=message):
         head.resize_classes_([1, 0], optimizer=optimizer)
     assert head.num_classes == len(head.weight) == C
+
+
+CHANGES = {
+    "resize_classes_": lambda head: head.resize_classes_([1, 0], 2),
+    "drop_subcenters_": lambda head: head.drop_subcenters_(),
+    "float8": lambda head: head.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.orthogonal,
+        lambda head: prune.l1_unstructured(head, "weight", 0.1),
+    ],
+    ids=["weight_norm", "orthogonal", "prune"],
+)
+def test_a_weight_that_is_computed_gets_no_other_rows(wrap, change):
+    head = FusedCosFaceLoss(C, D, subcenters=2 if change == "drop_subcenters_" else 1)
+    wrap(head)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"must be a Parameter .* got a Tensor of shape \(\d+, 5\) that is computed"
+    ):
+        CHANGES[change](head)
+    assert (head.num_classes, head.subcenters * C, head.weight.dtype) == (C, len(head.weight), torch.float32)
+    torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_parametrization_that_gives_the_parameter_itself_is_none():
+    head = FusedCosFaceLoss(C, D)
+    parametrize.register_parametrization(head, "weight", torch.nn.Identity())
+    head.resize_classes_(new=2)
+    assert head(torch.randn(1, D), torch.tensor([C + 1])).isfinite()
 
 
 class _Affine(Margin):
@@ -281,10 +341,45 @@ def test_a_sampler_draws_from_the_new_classes():
     assert head.weight.grad.coalesce().indices().numel() == 20
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_momentum_of_sampled_classes_stays_sparse(nesterov):
+    head = FusedCosFaceLoss(100, D, sample_rate=0.3)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov)
+    for keep in ([5, 0, 1], [2, 0]):
+        for _ in range(2):
+            _step(head, optimizer, torch.randn(2, D), torch.tensor([0, 1]))
+        before = optimizer.state[head.weight]["momentum_buffer"].to_dense()
+        head.resize_classes_(keep, 60, optimizer=optimizer)
+        moment = optimizer.state[head.weight]["momentum_buffer"]
+        assert moment.is_sparse
+        assert torch.equal(moment.to_dense(), torch.cat([before[keep], torch.zeros(60, D)]))
+
+
 def test_the_bounds_of_adacos_follow():
     head = FusedAdaCosLoss(10, D)
     head.resize_classes_(new=990)
     assert head.margin.bounds == FusedAdaCosLoss(1000, D).margin.bounds
+
+
+GIVEN = "kappaface", "class_margin", "class_margin_arc"  # numbers of each class, which no reset gives again
+FIRST_STATES = {
+    **{name: make for name, (make, _) in LOSSES.items() if name not in ("sub_center_arcface", *GIVEN)},
+    "adacos of its own scale": partial(FusedAdaCosLoss, scale=9.0),
+    "sphereface2 of another scale": partial(FusedSphereFace2Loss, scale=16.0, kind="A"),
+    "uniface of its own bias": partial(FusedUniFaceLoss, bias=3.0),
+    "uniface of sampled classes": partial(FusedUniFaceLoss, sample_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_STATES)
+def test_a_reset_after_it_is_that_of_a_head_of_as_many_classes(name):
+    head, fresh = (FIRST_STATES[name](count, D) for count in (20, 300))
+    head(30 * torch.randn(3, D), torch.arange(3)).sum().backward()
+    head.resize_classes_(new=280)
+    for each in (head, fresh):
+        torch.manual_seed(0)
+        each.reset_parameters()
+    torch.testing.assert_close(head.state_dict(), fresh.state_dict(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_margins_that_learn_follow_with_their_state():

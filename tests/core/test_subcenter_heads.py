@@ -246,7 +246,7 @@ def test_without_samples_the_longest_stays(backend):
     assert torch.equal(head.weight.norm(dim=1), before.norm(dim=2).amax(1))
 
 
-@pytest.mark.parametrize("spoil", ["alone", "label", "shape", "optimizer", "shared"])
+@pytest.mark.parametrize("spoil", ["alone", "label", "nan", "infinite", "shape", "optimizer", "shared"])
 def test_what_cannot_be_dropped_changes_nothing(backend, spoil):
     head = _head(backend)
     x, labels = _batch(backend)
@@ -255,6 +255,10 @@ def test_what_cannot_be_dropped_changes_nothing(backend, spoil):
         arguments, message = [x], "embeddings and labels must be given together"
     elif spoil == "label":
         labels[3], message = C, rf"labels must be in \[0, {C}\) .* got {C} at row 3"
+    elif spoil in ("nan", "infinite"):
+        x = x.detach()
+        x[2, 1], x[4, 3], labels[2] = torch.nan, -torch.inf if spoil == "infinite" else torch.nan, -100
+        arguments, message = [x, labels], rf"embeddings must be finite, got {x[4, 3].item()} at row 4\."
     elif spoil == "shape":
         arguments, message = [x[:, 1:], labels], "embeddings have size 11"
     elif spoil == "optimizer":

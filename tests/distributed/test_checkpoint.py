@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from support import patience, run_python
+from support.formulas import LOSSES
 from support.ranks import LARGEST_WORLD
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint
-from cosface_kernels.optim import FusedSGD
+from cosface_kernels.optim import FusedAdamW, FusedSGD
 
 CLASSES, DIM = 7, 6
 
@@ -257,6 +260,30 @@ def test_holds_no_pickle(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path, **Run(seed=1).objects) == 1
 
 
+MOMENTA = partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW, partial(FusedSGD, momentum=0.9), FusedAdamW
+
+
+@pytest.mark.parametrize("kind", MOMENTA, ids=["SGD", "AdamW", "FusedSGD", "FusedAdamW"])
+def test_the_state_of_parameters_of_any_shape(tmp_path, kind):
+    """Of every head, with a scale that learns, if it does not set its scale itself."""
+    shapes = [(), (1,), (3,), (0,), (0, 4), (2, 0)]
+    for name, (make, _) in LOSSES.items():
+        others = nn.ParameterList([torch.ones(shape) for shape in shapes])
+        saved = nn.ModuleList([make(37, DIM), others])
+        if name != "adacos":
+            saved[0].scale = nn.Parameter(torch.tensor(16.0))
+        loaded = copy.deepcopy(saved)
+        optimizer, other = (kind(model.parameters(), lr=0.01) for model in (saved, loaded))
+        loss = saved[0](30 * torch.ones(2, DIM), torch.arange(2))
+        (loss + sum(each.square().sum() for each in others)).backward()
+        optimizer.step()
+        checkpoint.save(tmp_path, 1, keep=1, model=saved, optimizer=optimizer)
+        checkpoint.load(tmp_path, model=loaded, optimizer=other)
+        want, got = (each.state_dict()["state"] for each in (optimizer, other))
+        for key, state in want.items():
+            assert all(torch.equal(got[key][of], moment) for of, moment in state.items()), (name, key)
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     run = Run()
     checkpoint.save(tmp_path, 1, **run.objects)
@@ -394,6 +421,8 @@ def test_refuses_other_objects(tmp_path):
             TypeError, match=r"process_group must be a torch.distributed.ProcessGroup or None, got 1"
         ):
             call(*arguments, odd=Odd(1), process_group=1)
+        with pytest.raises(TypeError, match=r"folder must be a path, got None\."):
+            call(None, *arguments[1:], odd=Odd(1))
     assert not list(tmp_path.iterdir())
 
 
