@@ -35,14 +35,13 @@ gpu-check: $(BUILT)
 gpu-rehearse: $(BUILT)
 	PYTHON=$(BIN)/python bash bench/gpu.sh rehearse
 
-# Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942, with the Triton whose compiler the blocks
-# were chosen by; no GPU needed. Then with the oldest Triton that is taken, which is torch 2.11's too, for Hopper and more
-# sizes of an embedding. Last, what each tile is predicted to take.
-TRITON := 3.9.0
+# Compiles every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942, with the Triton of the pinned torch; no GPU
+# needed. Then with the oldest Triton that is taken, which is torch 2.11's too, for Hopper and Blackwell. `environments`
+# does so with the newest. Last, what each tile is predicted to take.
 OLDEST_TRITON := 3.6.0
-kernels: $(BUILT) build/triton-$(TRITON) build/triton-$(OLDEST_TRITON)
-	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m bench kernels --dim 512,515 --json build/kernels.json
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90 --dim 512,515,64 --json build/kernels-oldest.json
+kernels: $(BUILT) build/triton-$(OLDEST_TRITON)
+	$(BIN)/python -m bench kernels --dim 512,515,64 --json build/kernels.json
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m bench kernels --arch sm_90,sm_100 --dim 512,515,64 --json build/kernels-oldest.json
 	$(BIN)/python -m bench model build/kernels.json --kernels-too --specialized
 
 build/triton-%: | $(BUILT)
@@ -120,13 +119,14 @@ asan tsan native: $(DEPENDENCIES)
 	cmake --build $(FOLDER)
 	ctest --test-dir $(FOLDER) --output-on-failure -j2
 
-# The module as it is built, under AddressSanitizer, called with what does not fit; backend `reference` calls none of it.
+# The module as it is built, under AddressSanitizer, called with what does not fit, and with options of any kind; backend
+# `reference` calls none of it.
 module-asan: export COSFACE_SANITIZE = address,undefined
 module-asan: asan
 	COSFACE_TESTS=1 $(BIN)/python setup.py -q build --build-lib build/asan/site
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" PYTHONMALLOC=malloc \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -P -m pytest -p no:cacheprovider -n $(JOBS) -k "not reference" \
-	  -o "pythonpath=build/asan/site" tests/core/test_contract.py
+	  -o "pythonpath=build/asan/site" tests/core/test_contract.py tests/core/test_wanted.py
 
 bench: $(BUILT)
 	$(BIN)/python -m bench step --batch 256 --dim 512 --classes 1000000 \

@@ -115,8 +115,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "kernels",
         help="ahead-of-time report of the Triton kernels",
-        description="Compiles every Triton kernel for each architecture, dtype and tile; fails on a spill, on too "
-        "much shared memory, and where a matrix product does not use the matrix units.",
+        description="Compiles every Triton kernel for each architecture, dtype and tile; fails where the compiler "
+        f"does, on more than {MOST_SPILLED} bytes spilled a thread, on too much shared memory, and where a matrix "
+        "product does not use the matrix units.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, separated by commas")

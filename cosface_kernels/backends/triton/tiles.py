@@ -1,7 +1,8 @@
 """Block sizes of the Triton kernels: a small table per architecture; `choice.py` chooses among its entries.
 
-The table is short because little else survives ahead-of-time compilation: on every architecture a candidate must
-not spill registers, must fit into shared memory and must use the matrix units: `make kernels` checks it.
+The table is short because little else survives ahead-of-time compilation: on every architecture a candidate may
+spill 16 bytes a thread, in which versions of the compiler differ, must fit into shared memory and must use the matrix
+units: `make kernels` checks it.
 """
 
 import math
