@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels: a small table per architecture; `choice.py` chooses among its entries.
 
 The table is short because little else survives ahead-of-time compilation: on every architecture a candidate may
-spill 16 bytes a thread, in which versions of the compiler differ, must fit into shared memory and must use the matrix
+spill 16 bytes a thread, by which compilers differ, must fit into shared memory and must use the matrix
 units: `make kernels` checks it.
 """
 
