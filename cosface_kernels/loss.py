@@ -35,6 +35,7 @@ from cosface_kernels.validation import (
     check_margin,
     check_positive,
     check_reduction,
+    check_sample_rate,
     check_scale,
     check_table,
 )
@@ -165,6 +166,8 @@ class FusedMarginLoss(ClassCentres):
         check_dtype(dtype)
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
+        check_sample_rate(sample_rate)
+        check_integer("sample_seed", sample_seed)
         check_use(margin, label_smoothing, gradient_tolerance)
         check_subcenters(
             subcenters, sharded=process_group is not None, gradient_tolerance=gradient_tolerance, margin=margin
@@ -195,7 +198,6 @@ class FusedMarginLoss(ClassCentres):
         own = own_classes(self.weight)
         self.sampler = None
         if sample_rate != 1:
-            check_integer("sample_seed", sample_seed)
             self.sampler = ClassSampler(
                 len(own) // self.subcenters, sample_rate, sample_seed + own.start, device=device
             )
@@ -319,7 +321,8 @@ class FusedMarginLoss(ClassCentres):
                 batch, of this rank's samples. Each is weighted by how often it occurs in them, over the largest of
                 these counts.
             ref_emb, ref_labels: None, or the embeddings and labels themselves; others are refused, as by the
-                classification losses of pytorch-metric-learning, in whose call they have these places.
+                classification losses of pytorch-metric-learning, in whose call they have these places. Without
+                ref_emb, ref_labels are not looked at, as there.
             sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's; (N, 2) for two
                 labels of a sample, which need it; the mean is then over the sum of both.
             return_stats: also return `LossStats`, which costs no further pass over the weight but with a
