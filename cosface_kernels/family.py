@@ -437,6 +437,8 @@ class FusedAdaCosLoss(FusedMarginLoss):
         if self.training:
             with torch.no_grad():
                 super()._loss(embeddings, labels, margin, sample_weight=arguments.get("sample_weight"))
+            if self.sampler is not None:
+                self.sampler.draws -= 1  # the loss is over the classes by which the scale was set
         return super()._loss(embeddings, labels, self.margin.margin, **arguments)
 
     def resize_classes_(self, *arguments: Any, **options: Any) -> Self:
