@@ -1,6 +1,7 @@
 """What a head owns: its class centres, and in float8 the exponents of their rows."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class ClassCentres(nn.Module):
         else:
             weight = empty_weight(rows, embedding_size, process_group, device, dtype)
         device = weight.device
+        for name, state in chain(self.named_parameters(), self.named_buffers()):
+            if state.is_meta and not weight.is_meta:
+                raise ValueError(
+                    f"{name} must have a value on {device}, as the weight does, got a tensor on meta."
+                )
         super()._apply(lambda state: state.to(device))  # type: ignore[no-untyped-call]  # what there is already
         self.weight = nn.Parameter(weight)
         self.register_buffer("weight_exponent", zero_exponents(weight) if weight.dtype is FLOAT8 else None)

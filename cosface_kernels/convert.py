@@ -94,11 +94,14 @@ def from_pytorch_metric_learning(state: Mapping[str, Tensor], num_classes: int |
             their number tells.
 
     Raises:
+        TypeError: the state is none, such as the loss itself.
         KeyError: the state has neither, or more than one.
         ValueError: it is no matrix, or has not num_classes centres.
 
     Source: pytorch-metric-learning 2.9, losses/large_margin_softmax_loss.py; 3.0's page of `BaseProxyLoss`.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a state_dict, got {type(state).__name__}.")
     name, entry = _pml_entry(state)
     matrix = _matrix(state[name], name).detach()
     weight = (matrix.T if entry == "W" else matrix).contiguous()

@@ -23,6 +23,7 @@ on one process, so that averaging the backbone's gradient over the ranks makes i
 """
 
 import functools
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -206,8 +207,16 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
 
     Returns:
         The 0-d norm of all gradients before clipping, the same on every rank.
+
+    Raises:
+        TypeError: something is no parameter, such as a head.
     """
-    meshes = _by_mesh([parameters] if isinstance(parameters, Tensor) else parameters)
+    several = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
+    given: list[Any] = list(parameters) if several else [parameters]
+    for each in given:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"clip_grad_norm_ takes parameters, got {type(each).__name__} {reprlib.repr(each)}.")
+    meshes = _by_mesh(given)
     norms = []
     for members in meshes:
         norm = get_total_norm([_entries(p.grad) for p in members if p.grad is not None], norm_type)
@@ -263,7 +272,10 @@ class Local:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = self.whole = weight
-        self.num_classes = weight.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def classes(self) -> range:

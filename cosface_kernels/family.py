@@ -37,7 +37,7 @@ from cosface_kernels.margins import (
 from cosface_kernels.sigmoid_heads import FusedSFaceLoss as FusedSFaceLoss
 from cosface_kernels.sigmoid_heads import FusedSphereFace2Loss as FusedSphereFace2Loss
 from cosface_kernels.sigmoid_heads import FusedUniFaceLoss as FusedUniFaceLoss
-from cosface_kernels.validation import check_numbers, check_positive, check_scale
+from cosface_kernels.validation import check_margin, check_numbers, check_positive
 
 
 class FusedNormalizedSoftmaxLoss(FusedCosFaceLoss):
@@ -198,6 +198,7 @@ class FusedSoftmaxLoss(FusedMarginLoss):
         scale: float | Tensor = 1.0,
         **options: Unpack[HeadOptions],
     ) -> None:
+        check_margin(margin)
         if margin != 0:
             raise ValueError(f"margin must be 0, because the plain softmax has none, got {margin!r}.")
         super().__init__(num_classes, embedding_size, margin, scale, **options)
@@ -292,6 +293,7 @@ class FusedKappaFaceLoss(FusedMarginLoss):
                 f"KappaFace needs class_counts, the number of training samples of each of the {num_classes} "
                 "classes, got None."
             )
+        check_positive("num_classes", num_classes)
         psi = KappaFaceMargin(class_counts, margin, temperature=temperature, gamma=gamma)
         if len(psi.class_counts) != num_classes:
             raise ValueError(f"class_counts must hold {num_classes} counts, got {len(psi.class_counts)}.")
@@ -414,13 +416,13 @@ class FusedAdaCosLoss(FusedMarginLoss):
         scale: float | None = None,
         **options: Unpack[HeadOptions],
     ) -> None:
+        check_positive("num_classes", num_classes)
         of_classes = scale is None
         if scale is None:
             check_positive("num_classes - 2, of which AdaCos takes a logarithm,", num_classes - 2)
             scale = _adacos_scale(num_classes)
-        check_scale(scale)
         psi = AdaCosMargin(margin, scale, bounds=_adacos_bounds(num_classes))
-        super().__init__(num_classes, embedding_size, psi, torch.tensor(float(scale)), **options)
+        super().__init__(num_classes, embedding_size, psi, psi.scale.clone(), **options)
         self._first_of_classes = of_classes
 
     @property
@@ -438,6 +440,8 @@ class FusedAdaCosLoss(FusedMarginLoss):
         if self.training:
             with torch.no_grad():
                 super()._loss(embeddings, labels, margin, sample_weight=arguments.get("sample_weight"))
+            if self.sampler is not None:
+                self.sampler.draws -= 1  # the loss is over the classes by which the scale was set
         return super()._loss(embeddings, labels, self.margin.margin, **arguments)
 
     def resize_classes_(self, *arguments: Any, **options: Any) -> Self:

@@ -173,7 +173,8 @@ def margin_softmax_loss(
     settings = stages.Settings(
         of_each_class(margin), reduction, ignore_index, validate_labels, backend, gradient_tolerance,
         normalize_embeddings, normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
-        label_smoothing, entropy, subcenters, None if weight_exponent is None else own_rows(weight_exponent),
+        label_smoothing, entropy, subcenters,
+        own_rows(weight_exponent) if isinstance(weight_exponent, Tensor) else None,
     )  # fmt: skip
     weights = sample_weight, class_weight, indices_tuple
     facts = partial(stages.facts, settings, weight, labels, scale, weights, return_stats)

@@ -20,7 +20,7 @@ from cosface_kernels.distributed import own_classes, several_ranks, warn_of_drif
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.margins import ClassMargin, Margin, SigmoidMargin, defaults, of_each_class
-from cosface_kernels.margins.base import check_use, taken
+from cosface_kernels.margins.base import check_use, in_its_dtype, taken
 from cosface_kernels.nearest import NearestClasses, nearest_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 from cosface_kernels.recomputation import state_of_pass
@@ -35,6 +35,7 @@ from cosface_kernels.validation import (
     check_margin,
     check_positive,
     check_reduction,
+    check_sample_rate,
     check_scale,
     check_table,
 )
@@ -79,7 +80,8 @@ class FusedMarginLoss(ClassCentres):
         ignore_index: label of samples that have no loss and no gradient.
         validate_labels: raise for a label out of range, which waits for the device; None: on the CPU alone. If not
             validated, the loss of such a sample is nan.
-        class_weight: (C,) factor of the loss of each class's samples, all of them on every rank.
+        class_weight: (C,) factor of the loss of each class's samples, all of them on every rank; in float32,
+            whatever the dtype of the head.
         backend: name of a backend, or None for the first that can run; see `python -m cosface_kernels.info`.
         gradient_tolerance: softmax mass that backward may leave out of every sample, 0 for exact gradients; see
             `cosface_kernels.functional.Sparsity`.
@@ -165,6 +167,8 @@ class FusedMarginLoss(ClassCentres):
         check_dtype(dtype)
         check_cache(cache_bytes, exact_cache)
         check_integer("workspace_bytes", workspace_bytes, 0)
+        check_sample_rate(sample_rate)
+        check_integer("sample_seed", sample_seed)
         check_use(margin, label_smoothing, gradient_tolerance)
         check_subcenters(
             subcenters, sharded=process_group is not None, gradient_tolerance=gradient_tolerance, margin=margin
@@ -195,7 +199,6 @@ class FusedMarginLoss(ClassCentres):
         own = own_classes(self.weight)
         self.sampler = None
         if sample_rate != 1:
-            check_integer("sample_seed", sample_seed)
             self.sampler = ClassSampler(
                 len(own) // self.subcenters, sample_rate, sample_seed + own.start, device=device
             )
@@ -212,6 +215,13 @@ class FusedMarginLoss(ClassCentres):
             self.sampler.reset_parameters()
         if isinstance(self.margin, Margin):
             self.margin.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        class_weight = self.class_weight
+        super()._apply(fn, recurse)
+        if class_weight is not None:
+            self.class_weight = in_its_dtype(class_weight, self.get_buffer("class_weight"))
+        return self
 
     def _warn_of_theory(self) -> None:
         if not callable(self.margin):
@@ -320,7 +330,8 @@ class FusedMarginLoss(ClassCentres):
                 batch, of this rank's samples. Each is weighted by how often it occurs in them, over the largest of
                 these counts.
             ref_emb, ref_labels: None, or the embeddings and labels themselves; others are refused, as by the
-                classification losses of pytorch-metric-learning, in whose call they have these places.
+                classification losses of pytorch-metric-learning, in whose call they have these places. Without
+                ref_emb, ref_labels are not looked at, as there.
             sample_weight: (N,) factor of each sample's loss, times `class_weight` and the miner's; (N, 2) for two
                 labels of a sample, which need it; the mean is then over the sum of both.
             return_stats: also return `LossStats`, which costs no further pass over the weight but with a

@@ -60,10 +60,10 @@ def nearest_classes(
     ranks = placement(weight)
     with ranks.agreement(lambda: {"k": k, "normalization": (normalize_embeddings, normalize_weight)}, embeddings):
         check_rows(embeddings, weight)
-        check_exponents(weight, weight_exponent, needed=not normalize_weight)
         check_name(backend)
         check_flag("normalize_embeddings", normalize_embeddings)
         check_flag("normalize_weight", normalize_weight)
+        check_exponents(weight, weight_exponent, needed=not normalize_weight)
         check_integer("k", k, 1)
         if k > weight.shape[0]:
             raise ValueError(f"k must be at most num_classes, {weight.shape[0]}, got {k}.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cosface_kernels.validation import check_per_sample, check_tensor
+from cosface_kernels.validation import check_per_sample, check_tensor, vector_of
 
 
 def combined(
@@ -76,8 +76,10 @@ def of_each_class(values: Tensor | Sequence[float] | None, num_classes: int) -> 
     """
     if values is None:
         return None
-    weight = values.detach() if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
+    weight = vector_of("class_weight", values).detach()
     check_class_weight(weight, num_classes)
+    if weight.is_meta:
+        raise ValueError("class_weight must have values, got a tensor on meta.")
     weight = weight.to(torch.float32, copy=True)
     wrong = ~((weight >= 0) & (weight < math.inf))
     if wrong.any():

@@ -2,14 +2,13 @@
 
 import functools
 import math
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from cosface_kernels.validation import check_integer
+from cosface_kernels.validation import check_integer, check_sample_rate
 
 TAKE_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)  # of torch.optim
 ADVICE = "take FusedSGD or FusedAdamW, which move the drawn rows, or sample_rate=1"
@@ -56,8 +55,7 @@ class ClassSampler(nn.Module):
         super().__init__()
         check_integer("num_classes", num_classes, 0)
         check_integer("seed", seed)
-        if not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
-            raise ValueError(f"sample_rate must be in (0, 1], got {rate!r}.")
+        check_sample_rate(rate)
         self.num_classes = num_classes
         self.rate = rate
         self.seed = seed

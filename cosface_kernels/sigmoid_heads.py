@@ -8,7 +8,7 @@ from typing_extensions import Self, Unpack
 
 from cosface_kernels.loss import FusedMarginLoss, HeadOptions
 from cosface_kernels.margins import SFaceMargin, SphereFace2Margin, UniFaceMargin, defaults
-from cosface_kernels.validation import check_interval, check_positive
+from cosface_kernels.validation import check_margin, check_positive, check_sample_rate, number_of
 
 
 class FusedSphereFace2Loss(FusedMarginLoss):
@@ -35,13 +35,9 @@ class FusedSphereFace2Loss(FusedMarginLoss):
         straight_through: bool = False,
         **options: Unpack[HeadOptions],
     ) -> None:
-        if isinstance(scale, Tensor) and (scale.dim() or scale.is_meta):
-            raise ValueError(
-                f"scale must be a number or a 0-d tensor with a value, by which the bias starts, got {scale!r}."
-            )
         psi = SphereFace2Margin(
             margin,
-            scale=float(scale.detach() if isinstance(scale, Tensor) else scale),
+            scale=number_of(scale, "from which the bias follows"),
             num_classes=num_classes,
             kind=kind,
             weighting=weighting,
@@ -82,7 +78,7 @@ class FusedUniFaceLoss(FusedMarginLoss):
         of_classes = bias is None
         if bias is None:
             rate = options.get("sample_rate", 1.0)
-            check_interval("sample_rate", rate, "(0, 1]", math.ulp(0.0), math.nextafter(1, 2))
+            check_sample_rate(rate)
             bias = _uniface_bias(num_classes, rate)
         super().__init__(
             num_classes, embedding_size, UniFaceMargin(margin, bias=bias, balance=balance), scale, **options
@@ -119,6 +115,7 @@ class FusedSFaceLoss(FusedMarginLoss):
         b: float = defaults.SFACE_B,
         **options: Unpack[HeadOptions],
     ) -> None:
+        check_margin(margin)
         if margin != 0:
             raise ValueError(f"margin must be 0, because SFace has none, got {margin!r}.")
         super().__init__(num_classes, embedding_size, SFaceMargin(k=k, a=a, b=b), scale, **options)

@@ -180,7 +180,9 @@ def check(
             f"the weight must have {settings.subcenters} rows of each class, its subcenters, got "
             f"{weight.shape[0]} rows."
         )
-    if settings.sampler:
+    if settings.sampler is not None:
+        if not isinstance(settings.sampler, ClassSampler):
+            raise TypeError(f"sampler must be a ClassSampler, got {settings.sampler!r}.")
         check_sampler(settings.sampler.num_classes, settings.classes_of(ranks.weight.shape[0]))
     check_labels(labels, embeddings)
     check_reduction(settings.reduction)
@@ -188,6 +190,8 @@ def check(
     check_scale(scale)
     check_integer("ignore_index", settings.ignore_index)
     check_flag("validate_labels", settings.validate_labels)
+    check_flag("normalize_embeddings", settings.normalize_embeddings)
+    check_flag("normalize_weight", settings.normalize_weight)
     check_cache(settings.cache_bytes, settings.exact_cache)
     check_integer("workspace_bytes", settings.workspace_bytes, 0)
     if isinstance(settings.margin, ClassMargin):
@@ -196,6 +200,8 @@ def check(
         check_margin(settings.margin)
     if isinstance(scale, Tensor) and scale.dim():
         check_per_sample("scale", scale, labels if labels.dim() == 1 else labels[:, 0])
+    if isinstance(scale, Tensor) and scale.is_meta and not embeddings.is_meta:
+        raise ValueError(f"scale must have a value on {embeddings.device}, as the embeddings do, got {scale!r}.")
     margin = settings.margin
     if weight.dtype is FLOAT8 and isinstance(margin, Margin) and margin.reads_weight:
         raise ValueError(

@@ -16,6 +16,7 @@ from cosface_kernels.float8 import FLOAT8
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*FLOAT_DTYPES, FLOAT8)
 REDUCTIONS = ("none", "sum", "mean")
+LARGEST = 2.0**63  # from which torch takes no integer; the product of two is finite in float32
 
 
 def warn(message: str) -> None:
@@ -31,13 +32,23 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def is_number(value: object) -> bool:
+    """A real one; a bool, which Python takes for 0 or 1, is a flag."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_positive(name: str, value: int) -> None:
-    if not isinstance(value, numbers.Integral) or value <= 0:
+    if not is_integer(value) or value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    check_integer(name, value)
 
 
 def check_integer(name: str, value: int, least: float = -math.inf) -> None:
-    if not isinstance(value, numbers.Integral) or value < least:
+    if not is_integer(value) or value < least:
         kind = "an integer" if least == -math.inf else f"an integer of at least {least}"
         raise ValueError(f"{name} must be {kind}, got {value!r}.")
     if not -(2**63) <= value < 2**63:
@@ -46,7 +57,7 @@ def check_integer(name: str, value: int, least: float = -math.inf) -> None:
 
 def check_numbers(name: str, values: Sequence[float], count: int) -> Any:
     """The values, as a tuple of `count`."""
-    is_numbers = isinstance(values, Sequence) and all(isinstance(value, numbers.Real) for value in values)
+    is_numbers = isinstance(values, Sequence) and all(map(is_number, values))
     if not is_numbers or len(values) != count:
         raise ValueError(f"{name} must be {count} numbers, got {values!r}.")
     return tuple(values)
@@ -58,7 +69,7 @@ def check_flag(name: str, value: bool | None) -> None:
 
 
 def check_stats(return_stats: bool | int, entropy: bool) -> None:
-    if not isinstance(return_stats, numbers.Integral) or return_stats < 0:
+    if not isinstance(return_stats, numbers.Integral) or not 0 <= return_stats < 2**63:
         raise ValueError(f"return_stats must be True, False or a number k of classes, got {return_stats!r}.")
     if not isinstance(entropy, bool):
         raise ValueError(f"entropy must be True or False, got {entropy!r}.")
@@ -75,7 +86,7 @@ def check_cache(cache_bytes: int | None, exact_cache: bool | None) -> None:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in WEIGHT_DTYPES:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in WEIGHT_DTYPES):
         raise ValueError(f"dtype must be float64, float32, bfloat16, float16 or float8_e4m3fn, got {dtype!r}.")
 
 
@@ -88,6 +99,7 @@ def check_exponents(weight: Tensor, exponents: Tensor | None, *, needed: bool) -
                 "head.weight_exponent."
             )
         return
+    check_tensor("weight_exponent", exponents)
     fits = exponents.shape == weight.shape[:1] and exponents.dtype == torch.int8
     if weight.dtype is not FLOAT8 or not fits or exponents.device != weight.device:
         raise ValueError(
@@ -109,8 +121,14 @@ def check_one_number(name: str, value: object) -> None:
 
 def check_margin(margin: float) -> None:
     check_one_number("margin", margin)
-    if not isinstance(margin, numbers.Real) or not -math.inf < margin < math.inf:
+    if not is_number(margin) or not -math.inf < margin < math.inf:
         raise ValueError(f"margin must be a finite number, got {margin!r}.")
+    check_magnitude("margin", margin)
+
+
+def check_magnitude(name: str, value: float) -> None:
+    if not abs(value) < LARGEST:
+        raise ValueError(f"{name} must be less than 2^63 in magnitude, got {value!r}.")
 
 
 def check_table(margins: Tensor, num_classes: int) -> None:
@@ -119,20 +137,25 @@ def check_table(margins: Tensor, num_classes: int) -> None:
 
 
 def check_interval(name: str, value: float, interval: str, low: float, high: float) -> None:
-    """low <= value < high, which the message calls `interval`."""
+    """low <= value < high, which the message calls `interval`, and less than LARGEST."""
     check_one_number(name, value)
-    if not isinstance(value, numbers.Real) or not low <= value < high:
-        degrees = "radians" in interval and isinstance(value, numbers.Real) and high <= value <= 180
+    if not is_number(value) or not low <= value < high:
+        degrees = "radians" in interval and is_number(value) and high <= value <= 180
         hint = f"; if these are degrees, give {math.radians(value):.4g}" if degrees else ""
         raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}.")
+    check_magnitude(name, value)
 
 
 def check_finite(name: str, value: float) -> None:
     check_interval(name, value, "(-inf, inf)", -sys.float_info.max, math.inf)
 
 
+def check_sample_rate(rate: float) -> None:
+    check_interval("sample_rate", rate, "(0, 1]", math.ulp(0.0), math.nextafter(1, 2))
+
+
 def check_tolerance(tolerance: float) -> None:
-    if not isinstance(tolerance, numbers.Real) or not 0 <= tolerance < 1:
+    if not is_number(tolerance) or not 0 <= tolerance < 1:
         raise ValueError(f"gradient_tolerance must be in [0, 1), got {tolerance!r}.")
 
 
@@ -145,16 +168,27 @@ def check_scale(scale: float | Tensor, *, of_head: bool = False) -> None:
     if of_head and isinstance(scale, Tensor) and scale.dim():
         raise ValueError(f"scale of a head must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
     if not isinstance(scale, Tensor):
-        if not isinstance(scale, numbers.Real) or not 0 < scale < math.inf:
+        if not is_number(scale) or not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale!r}.")
+        check_magnitude("scale", scale)
+    elif scale.dtype is torch.bool or scale.is_complex():
+        raise ValueError(f"scale must be a real number, got a tensor of {scale.dtype}.")
     elif not torch.compiler.is_compiling() and scale.device.type == "cpu":
         wrong = scale.isinf() | ((scale < 0) if scale.dim() else ~(scale > 0))
         if wrong.any():
             raise ValueError(f"scale must be positive and finite, got {scale[wrong][0].item()}.")
 
 
+def number_of(scale: float | Tensor, why: str) -> float:
+    """The value of a head's scale, for what starts from it."""
+    if isinstance(scale, Tensor) and scale.is_meta:
+        raise ValueError(f"scale must have a value, {why}, got a tensor on meta.")
+    check_scale(scale, of_head=True)
+    return float(scale.detach() if isinstance(scale, Tensor) else scale)
+
+
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}.")
 
 
@@ -166,6 +200,17 @@ def check_tensor(name: str, value: object) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, which to_dense makes it, got a tensor of layout {value.layout}.")
+
+
+def vector_of(name: str, values: Tensor | Sequence[float]) -> Tensor:
+    """A tensor as it is, and numbers as one on the CPU."""
+    try:
+        vector = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of torch, by what it finds inside
+        raise ValueError(f"{name} must be a vector of numbers, got {reprlib.repr(values)}.") from None
+    if vector.is_complex():
+        raise ValueError(f"{name} must be real numbers, got {reprlib.repr(values)}.")
+    return vector
 
 
 def check_rows(embeddings: Tensor, weight: Tensor) -> None:
@@ -181,7 +226,8 @@ def check_rows(embeddings: Tensor, weight: Tensor) -> None:
             f"embeddings have size {embeddings.shape[1]} but the weight expects embedding_size {weight.shape[1]}."
         )
     for name, size in (("num_classes", weight.shape[0]), ("embedding_size", weight.shape[1])):
-        check_positive(name, size)
+        if size <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {size}.")
     if embeddings.device != weight.device:
         raise ValueError(
             f"embeddings and weight must be on one device, got {embeddings.device} and {weight.device}."

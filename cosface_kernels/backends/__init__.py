@@ -79,7 +79,7 @@ BACKENDS: dict[str, Backend] = {"triton": triton, "cuda": cuda, "cpu": cpu, "ref
 
 def check_name(name: str | None) -> None:
     """Raises ValueError, with the valid names, for a backend that does not exist."""
-    if name is not None and name not in BACKENDS:
+    if name is not None and (not isinstance(name, str) or name not in BACKENDS):
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}.")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cosface_kernels.reference import excess, softplus
-from cosface_kernels.validation import check_interval, check_per_sample, check_tolerance
+from cosface_kernels.validation import check_flag, check_interval, check_per_sample, check_tolerance, vector_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Margin(nn.Module):
 
     def __init__(self, *, straight_through: bool = False) -> None:
         super().__init__()
+        check_flag("straight_through", straight_through)
         self.straight_through = straight_through
         self._initial: dict[str, float] = {}
 
@@ -215,11 +216,7 @@ def check_counts(class_counts: Tensor | Sequence[int]) -> Tensor:
     Raises:
         ValueError: they are no vector of numbers of at least 1.
     """
-    counts = class_counts
-    try:
-        counts = counts if isinstance(counts, Tensor) else torch.as_tensor(counts, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        counts = torch.empty((), device="cpu")  # is none
-    if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= 1).all()):
+    counts = vector_of("class_counts", class_counts)
+    if counts.dim() != 1 or counts.numel() == 0 or counts.is_meta or not bool((counts >= 1).all()):
         raise ValueError(f"class_counts must be a vector of positive counts, got {class_counts!r}.")
     return counts.double()

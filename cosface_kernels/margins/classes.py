@@ -11,7 +11,7 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import cos_of_sum
 from cosface_kernels.margins.base import Margin, Rows, check_counts, taken
 from cosface_kernels.resizing import replace_
-from cosface_kernels.validation import check_interval, check_margin
+from cosface_kernels.validation import check_flag, check_interval, check_margin, check_positive, vector_of
 
 
 class ClassMargin(Margin):
@@ -35,10 +35,11 @@ class ClassMargin(Margin):
 
     def __init__(self, margins: Tensor | Sequence[float], *, arc: bool = False) -> None:
         super().__init__()
-        table = margins if isinstance(margins, Tensor) else torch.tensor(margins, device="cpu")
+        check_flag("arc", arc)
+        table = vector_of("margins", margins)
         if table.dim() != 1 or not table.numel():
             raise ValueError(f"margins must be a vector, one for each class, got shape {tuple(table.shape)}.")
-        if table.is_complex() or table.dtype == torch.bool:
+        if table.dtype == torch.bool:
             raise ValueError(f"margins must be numbers, got {table.dtype}.")
         if not table.is_floating_point():
             table = table.to(torch.get_default_dtype())
@@ -103,6 +104,7 @@ class AdaMSoftmaxMargin(ClassMargin):
         *,
         regularizer: float = defaults.ADAM_SOFTMAX_REGULARIZER,
     ) -> None:
+        check_positive("num_classes", num_classes)
         check_interval("margin", margin, "[0, 1]", 0, math.nextafter(1, 2))
         check_interval("regularizer", regularizer, "[0, inf)", 0, math.inf)
         super().__init__(nn.Parameter(torch.full((num_classes,), float(margin), device="cpu")))

@@ -10,7 +10,7 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos
 from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, update_average
 from cosface_kernels.margins.target import ArcFaceMargin
-from cosface_kernels.validation import check_finite, check_interval, check_numbers
+from cosface_kernels.validation import check_finite, check_flag, check_interval, check_numbers
 
 
 class CurricularFaceMargin(ArcFaceMargin):
@@ -64,6 +64,7 @@ class MVSoftmaxMargin(Margin):
         self, margin: float = defaults.MV_SOFTMAX_MARGIN, *, t: float = defaults.MV_SOFTMAX_T, arc: bool = False
     ) -> None:
         super().__init__()
+        check_flag("arc", arc)
         check_interval("margin", margin, "[0, pi) radians" if arc else "[0, 2)", 0, math.pi if arc else 2)
         check_interval("t", t, "[0, inf)", 0, math.inf)
         self.margin, self.t, self.arc = margin, t, arc
@@ -197,6 +198,7 @@ class CombinedMargin(Margin):
         check_finite("m3", margins[2])
         if filter_above is not None:
             check_interval("filter_above", filter_above, "[0, 1]", 0, math.nextafter(1, 2))
+        check_flag("guard", guard)
         self.margins, self.filter_above = tuple(margins), filter_above or None
         self.guard = not straight_through if guard is None else guard
         self.reshapes_negatives = self.filter_above is not None

@@ -17,6 +17,7 @@ from cosface_kernels.validation import (
     check_margin,
     check_per_sample,
     check_positive,
+    is_integer,
 )
 
 Polynomials = tuple[tuple[float, ...], tuple[float, ...]]
@@ -155,7 +156,7 @@ class SphereFace2Margin(BiasedMargin):
         weight: float = defaults.SPHEREFACE2_WEIGHT,
         straight_through: bool = False,
     ) -> None:
-        if kind not in ("C", "A", "M"):
+        if not isinstance(kind, str) or kind not in ("C", "A", "M"):
             raise ValueError(f"kind must be 'C', 'A' or 'M', got {kind!r}.")
         if kind == "A":
             check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
@@ -164,7 +165,7 @@ class SphereFace2Margin(BiasedMargin):
         check_positive("num_classes", num_classes)
         check_interval("scale", scale, "(0, inf)", math.ulp(0.0), math.inf)
         check_interval("weighting", weighting, "(0, 1)", math.ulp(0.0), 1)
-        if isinstance(t, bool) or t not in (1, 2, 3, 4):
+        if not is_integer(t) or t not in (1, 2, 3, 4):
             raise ValueError(f"t must be an integer from 1 to 4, got {t!r}.")
         check_interval("weight", weight, "(0, inf)", math.ulp(0.0), math.inf)
         self.kind, self.margin, self.t = kind, margin, int(t)

@@ -20,7 +20,7 @@ from cosface_kernels.margins.base import (
 )
 from cosface_kernels.margins.target import CosFaceMargin, SphereFaceMargin
 from cosface_kernels.reference import softplus
-from cosface_kernels.validation import check_interval, check_margin, check_numbers
+from cosface_kernels.validation import check_interval, check_margin, check_numbers, number_of
 
 UNIT_NORM = 1e-2  # norms that are all this close to 1 are those of normalised embeddings, in any dtype
 
@@ -46,6 +46,7 @@ class AdaCosMargin(CosFaceMargin):
 
     def __init__(self, margin: float, scale: float, *, bounds: Sequence[float] | None = None) -> None:
         super().__init__(margin)
+        scale = number_of(scale, "from which the bounds follow")
         self.bounds = check_numbers("bounds", (scale / 4, 4 * scale) if bounds is None else bounds, 2)
         check_interval("the smallest scale", self.bounds[0], "(0, inf)", math.ulp(0.0), math.inf)
         check_interval("the largest scale", self.bounds[1], "[smallest, inf)", self.bounds[0], math.inf)

@@ -96,6 +96,7 @@ class LSoftmaxMargin(SphereFaceMargin):
 
     Args:
         margin: m >= 1, the factor of the angle.
+        straight_through: the gradient of |w_y| psi = <x_i, w_y> / |x_i|.
 
     Source: Liu et al., Large-Margin Softmax, arXiv:1612.02295, Eq. 4-6.
     """

@@ -40,6 +40,17 @@ def test_class_weight_is_saved_and_moves_with_the_head():
     assert "class_weight" not in FusedCosFaceLoss(C, D).state_dict()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+def test_another_dtype_of_the_head_leaves_class_weights_alone(dtype):
+    values = torch.tensor([1e-9, 1.003, 1e9]).repeat(C)[:C]
+    head = FusedCosFaceLoss(C, D, class_weight=values).to(dtype)
+    assert head.weight.dtype == dtype
+    for each in (head, head.float(), FusedCosFaceLoss(C, D, class_weight=values, dtype=dtype)):
+        assert each.class_weight.dtype == torch.float32
+        assert torch.equal(each.class_weight, values)
+    assert head.to("meta", torch.float16).class_weight.is_meta
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

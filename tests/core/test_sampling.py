@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import Backend, evaluate, random_upstream, relative_error
 
+import cosface_kernels
 from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, cosface_loss
 from cosface_kernels.distributed import clip_grad_norm_
 from cosface_kernels.optim import FusedAdamW, FusedSGD
@@ -75,6 +76,19 @@ def test_equals_the_full_loss_at_rate_1(backend):
     assert relative_error(got.dx, want.dx) < 1e-6
     assert relative_error(got.dw.to_dense(), want.dw) < 1e-6
     assert make_head(1.0).sampler is None
+
+
+@pytest.mark.parametrize("name", [name for name in cosface_kernels.__all__ if name.startswith("Fused")])
+def test_every_pass_over_a_batch_has_its_draw(name):
+    options = {"FusedMarginLoss": {"margin": 0.35}, "FusedKappaFaceLoss": {"class_counts": [1] * C}}.get(name, {})
+    head, drawn = getattr(cosface_kernels, name)(C, D, sample_rate=0.1, **options), []
+    head.sampler.register_forward_hook(lambda *call: drawn.append(call[2][0]))
+    for batch in range(3):
+        drawn.clear()
+        head(5 * torch.randn(8, D), torch.randint(C, (8,)))
+        assert int(head.sampler.draws) == batch + 1
+        for classes in drawn:
+            assert torch.equal(classes, drawn[0])
 
 
 @pytest.mark.option("updates", "classes")

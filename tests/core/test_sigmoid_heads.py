@@ -248,8 +248,8 @@ def test_another_dtype_rounds_the_weight_alone(kind):
         (lambda: FusedUniFaceLoss(C, D, sample_rate=None), r"sample_rate must be in \(0, 1\], got None"),
         (lambda: FusedUniFaceLoss(-C, D), f"num_classes must be a positive integer, got -{C}"),
         (lambda: FusedSphereFace2Loss(0, D), "num_classes must be a positive integer, got 0"),
-        (lambda: FusedSphereFace2Loss(C, D, scale=torch.ones(3)), "scale must be a number or a 0-d tensor with a"),
-        (lambda: FusedSphereFace2Loss(C, D, scale=-3), r"scale must be in \(0, inf\), got -3"),
+        (lambda: FusedSphereFace2Loss(C, D, scale=torch.ones(3)), r"scale of a head must be .*, got shape \(3,\)"),
+        (lambda: FusedSphereFace2Loss(C, D, scale=-3), "scale must be positive and finite, got -3"),
         (lambda: FusedSphereFace2Loss(C, D, t=True), "t must be an integer from 1 to 4, got True"),
     ],
 )
