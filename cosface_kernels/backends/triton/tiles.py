@@ -1,8 +1,8 @@
 """Block sizes of the Triton kernels: a small table per architecture; `choice.py` chooses among its entries.
 
 The table is short because little else survives ahead-of-time compilation: on every architecture a candidate may
-spill 16 bytes a thread, by which compilers differ, must fit into shared memory and must use the matrix
-units: `make kernels` checks it.
+spill 16 bytes a thread, by which compilers differ, must fit into shared memory and must use the matrix units:
+`make kernels` checks it.
 """
 
 import math
@@ -131,6 +131,8 @@ TOO_LARGE = {
     ("logit_gradients", 2, "gfx942", True),
     *(("keep_entries", 4, arch, plain) for arch in ("sm_80", "sm_100") for plain in (True, False)),
 }
+# Likewise where a loop over the columns has one step.
+TOO_LARGE_FOR_ONE_STEP = {("class_statistics", 2, "sm_100")}
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
@@ -168,7 +170,8 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
         blocks = FLOAT8_BLOCKS_ON_SM_80 if key.architecture == "sm_80" else FLOAT8_BLOCKS
         tiles = tuple(blocks.get(tile, tile) for tile in tiles)
         tiles = tuple(replace(tile, warps=FLOAT8_WARPS.get(kernel, tile.warps)) for tile in tiles)
-    if (kernel, size, key.architecture, key.plain) in TOO_LARGE:
+    one_step = key.dim <= tiles[0].d and (kernel, size, key.architecture) in TOO_LARGE_FOR_ONE_STEP
+    if one_step or (kernel, size, key.architecture, key.plain) in TOO_LARGE:
         return tiles[1:]
     large = LARGE.get((kernel, key.architecture)) if key.x == key.w == torch.bfloat16 and key.plain else None
     return (*tiles, large) if large else tiles
