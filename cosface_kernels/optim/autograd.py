@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops
 from cosface_kernels.backends import select
+from cosface_kernels.derivatives import once_differentiable
 from cosface_kernels.distributed import shard_like
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient
@@ -86,6 +87,7 @@ class _MovesRows(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ignore[no-untyped-def]
         adds, whole = _wanted(ctx)
         x, w, targets, scale, top, log_sum, target_cos, cache, moments = ctx.saved_tensors
@@ -97,7 +99,8 @@ class _MovesRows(torch.autograd.Function):
         options = replace(ctx.options, g_moments=g.g_moments)
         dx, dw, dscale = _gradients(ctx, tensors, options, adds, whole)
         of_scale = dscale + g.dscale if need_dscale else None
-        return dx if need_dx else None, None, None, of_scale, None, None, None, None, dw
+        gradients = dx if need_dx else None, None, None, of_scale, None, None, None, None, dw
+        return gradients, (x, scale, ctx.weight)
 
 
 class _MovesRowsBySigmoids(torch.autograd.Function):
@@ -111,6 +114,7 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
         return added, target_cos.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, g_cos):  # type: ignore[no-untyped-def]
         adds, whole = _wanted(ctx)
         x, w, targets, scale, bias, mass = ctx.saved_tensors
@@ -118,7 +122,8 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
         dx, dw, dscale = _gradients(ctx, tensors, ctx.options, adds, whole)
         need_dx, _, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
         rows = dscale if need_dscale else None, ops.bias_gradient(g, mass) if need_dbias else None
-        return dx if need_dx else None, None, None, *rows, None, None, None, None, dw
+        gradients = dx if need_dx else None, None, None, *rows, None, None, None, None, dw
+        return gradients, (x, scale, bias, ctx.weight)
 
 
 def _enter(node: Any, backend: str | None, options: Options, owner: Any, weight: Tensor) -> None:
