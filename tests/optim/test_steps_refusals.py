@@ -8,8 +8,8 @@ from support import run_python
 from support.steps import C, D, Pair, batch, make_head, rules, state_tensors, usual
 from torch import nn
 
-from cosface_kernels import margin_softmax_loss
-from cosface_kernels.optim import FusedSGD, row_optimizer
+from cosface_kernels import FusedCosFaceLoss, FusedUniFaceLoss, margin_softmax_loss
+from cosface_kernels.optim import FusedAdamW, FusedSGD, row_optimizer
 from cosface_kernels.sampling import ClassSampler
 
 
@@ -31,14 +31,40 @@ def test_a_gradient_that_comes_too_late_is_refused_by_step(late):
     usual(head)
 
 
-def test_a_gradient_that_torch_finds_too_late_is_refused():
-    """It saw the weight before its rows moved."""
-    head = make_head()
-    optimizer = FusedSGD(head.parameters(), lr=0.1)
-    loss = head.weight.square().sum() + head(*batch())
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda head, layer: head.weight.square().sum(),
+        lambda head, layer: head.get_logits(batch()[0]).square().mean(),
+        lambda head, layer: _raises(layer.weight),
+    ],
+    ids=["square", "get_logits", "hook"],
+)
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_a_backward_that_raises_after_rows_moved_is_refused_by_step(kind, other):
+    """Two of them saw the weight before its rows moved, which torch finds."""
+    head, layer = make_head(kind), nn.Linear(D, D)
+    optimizer = FusedSGD([*layer.parameters(), *head.parameters()], lr=0.1)
+    before = head.weight.detach().clone()
+    loss = other(head, layer)
+    loss = loss + head(layer(batch()[0]), batch()[1])
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|modified inplace|from a hook"):
         loss.backward()
+    assert not torch.equal(head.weight, before)
+    with pytest.raises(RuntimeError, match=r"backward then raised: .* half an update"):
+        optimizer.step()
+    optimizer.zero_grad()
     optimizer.step()
+    usual(head)
+    optimizer.step()
+
+
+def _raises(weight):
+    def hook(gradient):
+        raise RuntimeError("from a hook")
+
+    weight.register_hook(hook)
+    return 0.0
 
 
 @pytest.mark.parametrize("kind", ["hook", "post_accumulate_grad_hook"])
