@@ -19,7 +19,7 @@ from cosface_kernels.backends import select
 from cosface_kernels.distributed import agreed, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import finiteness
-from cosface_kernels.optim.checks import MOVABLE, check_group, check_weight
+from cosface_kernels.optim.checks import MOVABLE, check_flag, check_group, check_weight
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient, has_ordinary_gradient
 from cosface_kernels.optim.ownership import (
     MARK,
@@ -114,6 +114,7 @@ class RowOptimizer(Optimizer):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
         if not isinstance(seed, numbers.Integral):
             raise ValueError(f"seed must be an integer, got {seed!r}.")
+        check_flag("accumulate", accumulate)
         check_group(defaults)
         super().__init__(params, defaults)
 
@@ -167,6 +168,8 @@ class RowOptimizer(Optimizer):
             RuntimeError: nothing has been moved by this call, since a weight is half-way through a step that was
                 interrupted, is another optimizer's by now, or had moved when backward raised.
         """
+        if not (closure is None or callable(closure)):
+            raise TypeError(f"closure must be a function or None, got {closure!r}.")
         loss = None
         if closure is not None:
             with torch.enable_grad():

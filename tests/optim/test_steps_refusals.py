@@ -233,6 +233,15 @@ dist.destroy_process_group()
     [
         ({"lr": "0.1"}, TypeError, "lr must be a number, got '0.1'"),
         ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+        ({"momentum": None, "nesterov": True}, TypeError, "momentum must be a number, got None"),
+        ({"dampening": "a"}, TypeError, "dampening must be a number, got 'a'"),
+        ({"dampening": float("nan")}, ValueError, "dampening must be finite, got nan"),
+        ({"lr": float("inf")}, ValueError, "lr must be finite, got inf"),
+        ({"lr": torch.ones(2)}, TypeError, r"lr must be a number, got tensor\(\[1., 1.\]\)"),
+        *(
+            ({name: "False"}, ValueError, f"{name} must be True or False, got 'False'")
+            for name in ("accumulate", "maximize", "nesterov")
+        ),
         ({"max_row_norm": float("nan")}, ValueError, "max_row_norm must not be negative, got nan"),
         ({"gradient_factor": float("nan")}, ValueError, "gradient_factor must be finite, got nan"),
         ({"seed": 1.5}, ValueError, "seed must be an integer, got 1.5"),
@@ -245,7 +254,15 @@ def test_options_that_are_none_are_refused_when_made(options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("gradient_factor", float("inf")), ("max_row_norm", -1.0), ("lr", float("nan"))]
+    ("name", "value"),
+    [
+        ("gradient_factor", float("inf")),
+        ("max_row_norm", -1.0),
+        ("lr", float("nan")),
+        ("momentum", -1.0),
+        ("dampening", float("nan")),
+        ("maximize", "no"),
+    ],
 )
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("after_forward", [False, True])
@@ -264,7 +281,7 @@ def test_options_of_a_group_are_looked_at_before_each_step(name, value, accumula
         (head(*batch()) if loss is None else loss).backward()
         optimizer.step()
 
-    with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must .* got {value!r}"):
         step()
     group[name] = right
     for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
@@ -272,6 +289,25 @@ def test_options_of_a_group_are_looked_at_before_each_step(name, value, accumula
     optimizer.zero_grad()
     usual(head)
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0\.9"),
+        ({"betas": "ab"}, r"betas must be two numbers in \[0, 1\), got 'ab'"),
+        ({"eps": float("inf")}, "eps must be finite, got inf"),
+        ({"amsgrad": 1}, "amsgrad must be True or False, got 1"),
+    ],
+)
+def test_options_that_are_none_of_adamw(options, message):
+    with pytest.raises(ValueError, match=message):
+        FusedAdamW(make_head().parameters(), **options)
+
+
+def test_a_closure_is_a_function():
+    with pytest.raises(TypeError, match="closure must be a function or None, got True"):
+        FusedSGD(make_head().parameters()).step(True)
 
 
 def test_options_of_the_optimizer_are_no_groups():
