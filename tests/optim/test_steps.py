@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support.steps import C, D, Pair, batch, both_losses_at_once, make_head, rules, usual
 from torch import nn
 
-from cosface_kernels import FusedLSoftmaxLoss
+from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, margin_softmax_loss
 from cosface_kernels.optim import FusedSGD
 
 
@@ -119,6 +119,36 @@ def test_moves_nothing(fused, torchs, options, call):
     assert torch.equal(head.weight, before)
     usual(head)
     assert not torch.equal(head.weight, before)
+
+
+class WithWeight(nn.Module):
+    def __init__(self, num_classes, embedding_size, backend):
+        super().__init__()
+        self.weight, self.backend = nn.Parameter(torch.empty(num_classes, embedding_size)), backend
+
+    def forward(self, x, labels):
+        return margin_softmax_loss(x, self.weight, labels, margin=0.3, backend=self.backend)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.share_memory, nn.Module.double, lambda module: module.to("cpu", torch.float64)],
+    ids=["share_memory", "double", "to"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, WithWeight])
+@pytest.mark.parametrize("swaps", [False, True])
+def test_a_module_may_change_between_backward_and_step(change, kind, swaps, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: swaps)
+    pair = Pair(kind=kind)
+
+    def backward(head, optimizer):
+        usual(head)
+        change(head)
+        assert head.weight.grad.dtype == head.weight.dtype
+
+    pair.step(backward)
+    pair.check()
+    pair.step(usual)
+    pair.check()
 
 
 def test_gradient_of_the_embeddings_is_the_same_however_it_is_asked_for():
