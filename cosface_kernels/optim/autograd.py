@@ -161,6 +161,8 @@ def _wanted(node: Any) -> tuple[bool, bool]:
     """Whether this backward is to add to the weight's gradient, and whether a whole one is needed."""
     weight, ownership = node.weight, node.owner._ownership(node.weight)
     ownership.nodes.discard(node)
+    if not weight.requires_grad:
+        return False, False  # frozen after forward
     if ownership.phase == SKIPPED and node.owner._scaler() is None:
         weight.grad = None  # what moved nothing is nothing to add to
     try:

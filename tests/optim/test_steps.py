@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support.steps import C, D, Pair, batch, both_losses_at_once, make_head, rules, usual
 from torch import nn
 
-from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, margin_softmax_loss
+from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, FusedUniFaceLoss, margin_softmax_loss
 from cosface_kernels.optim import FusedSGD
 
 
@@ -119,6 +119,28 @@ def test_moves_nothing(fused, torchs, options, call):
     assert torch.equal(head.weight, before)
     usual(head)
     assert not torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+@rules
+def test_a_weight_that_is_frozen_after_forward_does_not_move(fused, torchs, options, kind):
+    pair, gradients = Pair(fused, torchs, options, kind), []
+
+    def backward(head, optimizer):
+        x, labels = batch()
+        loss = head(x, labels)
+        head.requires_grad_(False)
+        loss.backward()
+        gradients.append(x.grad)
+
+    before = pair.heads[0].weight.detach().clone()
+    pair.step(backward)
+    torch.testing.assert_close(*gradients)
+    assert all(torch.equal(head.weight, before) for head in pair.heads)
+    for head in pair.heads:
+        head.requires_grad_(True)
+    pair.step(usual)
+    pair.check()
 
 
 class WithWeight(nn.Module):
