@@ -1,10 +1,13 @@
 """What moves the rows of a head and what adds up: a test for each row of docs/optimizers.md."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.steps import C, D, Pair, batch, both_losses_at_once, make_head, rules, usual
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, FusedUniFaceLoss, margin_softmax_loss
 from cosface_kernels.optim import FusedSGD
@@ -141,6 +144,19 @@ def test_a_weight_that_is_frozen_after_forward_does_not_move(fused, torchs, opti
         head.requires_grad_(True)
     pair.step(usual)
     pair.check()
+
+
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_moves_the_weight_itself_where_saved_tensors_are_copied(kind):
+    """As save_on_cpu does on a GPU."""
+    heads = make_head(kind), make_head(kind)
+    for head, hooks in zip(heads, (nullcontext(), saved_tensors_hooks(torch.clone, torch.clone)), strict=True):
+        optimizer = FusedSGD(head.parameters(), lr=0.1)
+        with hooks:
+            loss = head(*batch())
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(heads[0].weight, heads[1].weight)
 
 
 class WithWeight(nn.Module):

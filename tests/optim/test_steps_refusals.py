@@ -176,6 +176,18 @@ def test_what_accumulates_can_be_captured_but_for_its_step(fused, torchs, option
     pair.check()
 
 
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_a_weight_that_was_changed_before_backward_is_refused(kind):
+    head = make_head(kind)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    loss = head(*batch())
+    with torch.no_grad():
+        head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"shape \(60, 16\) has been modified by an inplace operation"):
+        loss.backward()
+    assert not optimizer.state
+
+
 def test_a_weight_whose_memory_was_replaced_before_backward_is_refused():
     head = make_head()
     optimizer = FusedSGD(head.parameters(), lr=0.1)
