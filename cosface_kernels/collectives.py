@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
+
+from cosface_kernels.derivatives import once_differentiable
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -32,13 +33,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         dtype = torch.promote_types(grad.dtype, torch.float32)
         most = max(1, *ctx.counts)
         own = grad.new_empty(most, *grad.shape[1:], dtype=dtype)
         with naming("summing the embeddings' gradient", ctx.group):
             reduce_scatter(own, _pad(grad.to(dtype), ctx.counts, most), group=ctx.group)
-        return own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
+        return (own[: ctx.counts[dist.get_rank(ctx.group)]].to(grad.dtype), None, None), ()
 
 
 class _Combine(torch.autograd.Function):
@@ -74,7 +75,7 @@ class _Combine(torch.autograd.Function):
         through = torch.cat([g_log_sum, torch.where(g_means != 0, g_means * (averaged - means), 0)])  # (1 + L, N)
         g_l = torch.where(through != 0, through * share, 0).sum(0)  # (N,)
         g_averaged = torch.where(g_means != 0, g_means * share, 0)  # (L, N)
-        return g_l, g_summed, g_averaged, None
+        return (g_l, g_summed, g_averaged, None), (l_r, averaged)
 
 
 class _Replicate(torch.autograd.Function):
@@ -85,8 +86,8 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return _mean(grad, ctx.group), None
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return (_mean(grad, ctx.group), None), ()
 
 
 class _Add(torch.autograd.Function):
@@ -102,8 +103,8 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return _mean(grad, ctx.group), None
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return (_mean(grad, ctx.group), None), ()
 
 
 def _mean(grad: Tensor, group: ProcessGroup) -> Tensor:
@@ -121,7 +122,6 @@ class _DenseGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         return grad.to_dense() if grad.is_sparse else grad
 
@@ -133,7 +133,6 @@ class _ScaleGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return grad * ctx.factor, None
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.backends.contract import check_memory
+from cosface_kernels.derivatives import once_differentiable
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import ARGUMENTS, CACHE_ALIGNMENT, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, excess
@@ -439,6 +439,7 @@ def of_all_classes(dw: Tensor, classes: Tensor | None, shape: torch.Size) -> Ten
     )
 
 
+@once_differentiable
 def _backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ignore[no-untyped-def]
     x, w, targets, scale, top, log_sum, target_cos, cache, moments, *tensors = ctx.saved_tensors
     options = [number if tensor is None else tensor for number, tensor in zip(ctx.options, tensors, strict=True)]
@@ -450,9 +451,8 @@ def _backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ig
     )  # fmt: skip
     dw = of_all_classes(dw, options[0], w.shape)
     none = (None,) * (len(ctx.needs_input_grad) - 4)
-    return (
-        dx if need_dx else None, dw if need_dw else None, None, dscale + g.dscale if need_dscale else None, *none
-    )  # fmt: skip
+    of_scale = dscale + g.dscale if need_dscale else None
+    return (dx if need_dx else None, dw if need_dw else None, None, of_scale, *none), (x, w, scale)
 
 
 class _Lmcl(torch.autograd.Function):
@@ -464,7 +464,7 @@ class _Lmcl(torch.autograd.Function):
         _setup_context(ctx, arguments, outputs)
         return outputs
 
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
 
 def _eager_lmcl(*arguments: Any, **options: Any) -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cosface_kernels import ops, optim
+from cosface_kernels.derivatives import once_differentiable
 from cosface_kernels.distributed import Exchange, Local
 from cosface_kernels.margins import Rows, SigmoidMargin
 from cosface_kernels.margins.sigmoid import Polynomials
@@ -38,12 +38,12 @@ class _OnePass(torch.autograd.Function):
         )
         added, mass = sums
         ctx.save_for_backward(dx, dw, dscale, factor * mass, added, classes)
-        ctx.shape = w.shape
+        ctx.inputs = x, w, scale, bias, factor  # not saved: they may change, since the gradients are made
         return (factor * added).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         dx, dw, *rows, classes = ctx.saved_tensors
         need_dx, need_dw, _, *of_rows = ctx.needs_input_grad[:6]
         # of a row without any, also where g is not finite
@@ -57,8 +57,9 @@ class _OnePass(torch.autograd.Function):
                 dw = dw * g.to(dw.dtype)
             elif ops.dispatches(dw, g) or dw.device.type != "cpu" or g != 1:  # elsewhere the question would wait
                 dw.mul_(g)
-            dw = ops.of_all_classes(dw, classes, ctx.shape)
-        return dx, dw if need_dw else None, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 6)
+            dw = ops.of_all_classes(dw, classes, ctx.inputs[1].shape)
+        none = (None,) * (len(ctx.needs_input_grad) - 6)
+        return (dx, dw if need_dw else None, None, *rows, *none), ctx.inputs
 
 
 class _TwoPasses(torch.autograd.Function):
@@ -75,7 +76,7 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, g_cos: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, g_cos: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         x, w, targets, scale, bias, mass, classes, *tensors = ctx.saved_tensors
         options = [each if tensor is None else tensor for each, tensor in zip(ctx.options, tensors, strict=True)]
         need_dx, need_dw, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
@@ -84,7 +85,8 @@ class _TwoPasses(torch.autograd.Function):
         )
         dw = ops.of_all_classes(dw, classes, w.shape) if need_dw else None
         rows = dscale if need_dscale else None, ops.bias_gradient(g, mass) if need_dbias else None
-        return dx if need_dx else None, dw, None, *rows, *(None,) * (len(ctx.needs_input_grad) - 5)
+        none = (None,) * (len(ctx.needs_input_grad) - 5)
+        return (dx if need_dx else None, dw, None, *rows, *none), (x, w, scale, bias)
 
 
 def loss(

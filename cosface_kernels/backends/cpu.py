@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cosface_kernels.backends import contract
 from cosface_kernels.backends.extension import _C, import_error, kernel_update
+from cosface_kernels.derivatives import once_differentiable
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import CACHE_BYTES, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, operand_dtype
@@ -112,13 +112,13 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         x, w, targets, rows, cache = ctx.saved_tensors
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx, dw = _empty_dx(x, w, need_dx), _empty(w, *w.shape) if need_dw else None
         call = _call(x, w, targets, None, ctx.options, cache)
         call.loss_backward(ctx.rule, rows, g.resolve_neg().contiguous(), dx, dw)
-        return dx if dx is None else dx.to(x.dtype), dw, None, None, None
+        return (dx if dx is None else dx.to(x.dtype), dw, None, None, None), (x, w)
 
 
 def loss(x: Tensor, w: Tensor, labels: Tensor, options: Options, **rule: Any) -> Tensor:

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from cosface_kernels import ops
 from cosface_kernels.backends import select
+from cosface_kernels.derivatives import once_differentiable
 from cosface_kernels.distributed import shard_like
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient
@@ -77,27 +78,29 @@ class _MovesRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, targets, scale, margin, backend, options, owner, weight):  # type: ignore[no-untyped-def]
         ctx.margin = margin
-        _enter(ctx, backend, options, owner, weight)
+        _enter(ctx, w, backend, options, owner, weight)
         outputs = ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
         _, top, log_sum, target_cos, max_neg, cache, moments = outputs
         ctx.set_materialize_grads(False)  # that of a cache would be as large
         ctx.mark_non_differentiable(top, max_neg, cache, *([] if len(moments) else [moments]))
-        ctx.save_for_backward(x, w, targets, scale, top, log_sum, target_cos, cache, moments)
+        ctx.save_for_backward(x, targets, scale, top, log_sum, target_cos, cache, moments)
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ignore[no-untyped-def]
         adds, whole = _wanted(ctx)
-        x, w, targets, scale, top, log_sum, target_cos, cache, moments = ctx.saved_tensors
+        x, targets, scale, top, log_sum, target_cos, cache, moments = ctx.saved_tensors
         need_dx, _, _, need_dscale, *_ = ctx.needs_input_grad
         g = ops.fold(
             targets, scale, top, log_sum, target_cos, ctx.margin, moments, g_loss, g_log_sum, g_cos, g_moments
         )
-        tensors = (x, w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache)
+        tensors = (x, ctx.w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache)
         options = replace(ctx.options, g_moments=g.g_moments)
         dx, dw, dscale = _gradients(ctx, tensors, options, adds, whole)
         of_scale = dscale + g.dscale if need_dscale else None
-        return dx if need_dx else None, None, None, of_scale, None, None, None, None, dw
+        gradients = dx if need_dx else None, None, None, of_scale, None, None, None, None, dw
+        return gradients, (x, scale, ctx.weight)
 
 
 class _MovesRowsBySigmoids(torch.autograd.Function):
@@ -105,24 +108,27 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, targets, scale, bias, target_cos, backend, options, owner, weight):  # type: ignore[no-untyped-def]
-        _enter(ctx, backend, options, owner, weight)
+        _enter(ctx, w, backend, options, owner, weight)
         added, mass = ops.sigmoid_sums(x, w, targets, scale, bias, backend, *options.flat())
-        ctx.save_for_backward(x, w, targets, scale, bias, mass)
+        ctx.save_for_backward(x, targets, scale, bias, mass)
         return added, target_cos.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, g_cos):  # type: ignore[no-untyped-def]
         adds, whole = _wanted(ctx)
-        x, w, targets, scale, bias, mass = ctx.saved_tensors
-        tensors = (x, w, targets, scale, torch.zeros_like(bias), -bias, g, g_cos, empty_cache(x))
+        x, targets, scale, bias, mass = ctx.saved_tensors
+        tensors = (x, ctx.w, targets, scale, torch.zeros_like(bias), -bias, g, g_cos, empty_cache(x))
         dx, dw, dscale = _gradients(ctx, tensors, ctx.options, adds, whole)
         need_dx, _, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
         rows = dscale if need_dscale else None, ops.bias_gradient(g, mass) if need_dbias else None
-        return dx if need_dx else None, None, None, *rows, None, None, None, None, dw
+        gradients = dx if need_dx else None, None, None, *rows, None, None, None, None, dw
+        return gradients, (x, scale, bias, ctx.weight)
 
 
-def _enter(node: Any, backend: str | None, options: Options, owner: Any, weight: Tensor) -> None:
+def _enter(node: Any, w: Tensor, backend: str | None, options: Options, owner: Any, weight: Tensor) -> None:
     node.backend, node.options, node.owner, node.weight = backend, options, owner, weight
+    node.w, node.version = w, w._version  # not saved: a hook on what is, such as save_on_cpu's, would move a copy
     node.whole_gradient = False
     owner._ownership(weight).nodes.add(node)
 
@@ -135,6 +141,11 @@ def _gradients(
     tensors: those of ops.lmcl_backward.
     """
     weight, need_dx = node.weight, node.needs_input_grad[0]
+    if node.w._version != node.version:
+        raise RuntimeError(
+            f"A weight of shape {tuple(weight.shape)} has been modified by an inplace operation between forward "
+            "and backward, which needs it as it was: call backward first."
+        )
     if whole and weight.dtype is FLOAT8:
         raise RuntimeError(
             f"A weight in float8, of shape {tuple(weight.shape)} here, has no gradient as a whole, which another "
@@ -156,6 +167,8 @@ def _wanted(node: Any) -> tuple[bool, bool]:
     """Whether this backward is to add to the weight's gradient, and whether a whole one is needed."""
     weight, ownership = node.weight, node.owner._ownership(node.weight)
     ownership.nodes.discard(node)
+    if not weight.requires_grad:
+        return False, False  # frozen after forward
     if ownership.phase == SKIPPED and node.owner._scaler() is None:
         weight.grad = None  # what moved nothing is nothing to add to
     try:

@@ -13,6 +13,10 @@ from cosface_kernels.optim.ownership import owner_of
 
 MOVABLE = (torch.float64, torch.float32, torch.bfloat16, FLOAT8)
 
+FLAGS = ("maximize", "nesterov", "amsgrad")
+NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps", "gradient_factor", "max_row_norm")
+SIGNED = ("dampening", "gradient_factor")
+
 
 def check_weight(weight: Tensor) -> None:
     rows = placement(weight).weight
@@ -40,31 +44,43 @@ def check_gradient(weight: Tensor, exponents: Tensor | None) -> None:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """The options that both rules have."""
-    check_not_negative(**{name: group[name] for name in ("lr", "weight_decay", "max_row_norm")})
+    """The options of either rule."""
+    for name in (name for name in FLAGS if name in group):
+        check_flag(name, group[name])
+    for name in (name for name in NUMBERS if name in group):
+        number = _number(name, group[name])
+        if not number >= 0 and name not in SIGNED:
+            raise ValueError(f"{name} must not be negative, got {group[name]}.")
+        if not math.isfinite(number) and name != "max_row_norm":
+            raise ValueError(f"{name} must be finite, got {group[name]}.")
     length = group.get("weight_norm")  # of an optimizer that was pickled before there was one
-    if length is not None:
-        _check_number("weight_norm", length)
-        if not 0 < length < math.inf:
-            raise ValueError(f"weight_norm must be None, or positive and finite, got {length}.")
-    _check_number("gradient_factor", group["gradient_factor"])
-    if not math.isfinite(group["gradient_factor"]):
-        raise ValueError(f"gradient_factor must be finite, got {group['gradient_factor']}.")
+    if length is not None and not 0 < _number("weight_norm", length) < math.inf:
+        raise ValueError(f"weight_norm must be None, or positive and finite, got {length}.")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            f"nesterov needs a positive momentum and no dampening, got momentum {group['momentum']} and "
+            f"dampening {group['dampening']}."
+        )
+    if "betas" in group:
+        _check_betas(group["betas"])
 
 
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real | Tensor):
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) and not (isinstance(value, Tensor) and value.numel() == 1):
         raise TypeError(f"{name} must be a number, got {value!r}.")
+    return float(value)
 
 
-def check_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        _check_number(name, value)
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}.")
-
-
-def check_betas(betas: tuple[float, float]) -> tuple[float, float]:
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}.")
-    return betas
+def _check_betas(betas: tuple[float, float]) -> None:
+    try:
+        beta1, beta2 = betas
+        fit = 0 <= beta1 < 1 and 0 <= beta2 < 1
+    except (TypeError, ValueError):
+        fit = False
+    if not fit:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}.")

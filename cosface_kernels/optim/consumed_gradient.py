@@ -11,8 +11,8 @@ from cosface_kernels.optim.ownership import REFUSED, Ownership, ownership_of
 class ConsumedGradient(Tensor):
     """weight.grad between backward and `step()`: the gradient's shape and no numbers.
 
-    GradScaler.unscale_ finds in it whether the gradient was finite. Anything else, such as the norm that clipping
-    needs, raises and says what to do instead.
+    GradScaler.unscale_ finds in it whether the gradient was finite, and Module.to and share_memory take it along.
+    Anything else, such as the norm that clipping needs, raises and says what to do instead.
     """
 
     _finite: bool
@@ -31,6 +31,9 @@ class ConsumedGradient(Tensor):
     def __init__(self, *_: object) -> None:
         super().__init__()
 
+    def share_memory_(self) -> "ConsumedGradient":
+        return self  # there is none
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ConsumedGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -38,6 +41,11 @@ class ConsumedGradient(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         if func is torch.ops.aten.detach.default:
             return args[0]
+        if func is torch.ops.aten._to_copy.default:  # of Module.to, for the weight's new dtype and device
+            dtype, device = (kwargs.get(name) or getattr(args[0], name) for name in ("dtype", "device"))
+            gradient = Tensor._make_wrapper_subclass(cls, args[0].shape, dtype=dtype, device=device)
+            vars(gradient).update(vars(args[0]))
+            return gradient
         of_optimizer = any(isinstance(argument, torch.nn.Parameter) for argument in args[:2])
         if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor) and not of_optimizer:
             args[0]._ownership.phase = REFUSED

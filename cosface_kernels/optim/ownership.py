@@ -53,6 +53,10 @@ class Ownership:
                 "head.load_state_dict(...), then optimizer.load_state_dict(...)."
             )
 
+    def end_backward(self) -> None:
+        if self.phase == REFUSED:
+            self.phase = MOVED
+
     def end_step(self) -> None:
         self.phase, self.finite = IDLE, None
 

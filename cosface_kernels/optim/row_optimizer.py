@@ -19,7 +19,7 @@ from cosface_kernels.backends import select
 from cosface_kernels.distributed import agreed, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import finiteness
-from cosface_kernels.optim.checks import MOVABLE, check_group, check_weight
+from cosface_kernels.optim.checks import MOVABLE, check_flag, check_group, check_weight
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient, has_ordinary_gradient
 from cosface_kernels.optim.ownership import (
     MARK,
@@ -75,8 +75,8 @@ class RowOptimizer(Optimizer):
         TypeError, ValueError: an option is out of its range, or a head's weight is not one; the message shows the
             value.
         RuntimeError: in whatever reads a weight after a step that was interrupted; in a second backward before
-            `step()`, and in a `step()` after that or after a gradient that came too late; in backward, for a
-            gradient that is not finite.
+            `step()`, and in a `step()` after that, after a gradient that came too late or after a backward that
+            raised when rows had moved; in backward, for a gradient that is not finite.
     """
 
     rule: str
@@ -114,6 +114,7 @@ class RowOptimizer(Optimizer):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
         if not isinstance(seed, numbers.Integral):
             raise ValueError(f"seed must be an integer, got {seed!r}.")
+        check_flag("accumulate", accumulate)
         check_group(defaults)
         super().__init__(params, defaults)
 
@@ -165,8 +166,10 @@ class RowOptimizer(Optimizer):
 
         Raises:
             RuntimeError: nothing has been moved by this call, since a weight is half-way through a step that was
-                interrupted, is another optimizer's by now, or has a gradient that came after its rows had moved.
+                interrupted, is another optimizer's by now, or had moved when backward raised.
         """
+        if not (closure is None or callable(closure)):
+            raise TypeError(f"closure must be a function or None, got {closure!r}.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -195,7 +198,7 @@ class RowOptimizer(Optimizer):
             )
         if ownership.phase == REFUSED:
             raise RuntimeError(
-                f"A weight of shape {tuple(weight.shape)} has moved by one gradient, and another was refused: "
+                f"A weight of shape {tuple(weight.shape)} has moved by one gradient, and backward then raised: "
                 "step() would end half an update. Call zero_grad() to go on with the first alone."
             )
         if not ownership.is_head or not has_ordinary_gradient(weight):
@@ -403,6 +406,8 @@ class RowOptimizer(Optimizer):
             dx, dscale = ops.lmcl_backward_update_(
                 *tensors, state, all_finite, *update.flat(), need_dx, backend, *options.flat()
             )
+        ownership.phase = REFUSED  # unless this backward ends: whatever raises in it leaves half an update
+        torch.autograd.Variable._execution_engine.queue_callback(ownership.end_backward)
         weight.grad = ConsumedGradient(weight, ownership.finite is not finiteness.never, loss_scale)
         if all_finite is not None:
             self._count_skipped(~all_finite)

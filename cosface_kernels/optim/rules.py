@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosface_kernels.optim.checks import check_betas, check_not_negative
 from cosface_kernels.optim.row_optimizer import RowOptimizer
 
 
@@ -52,12 +51,6 @@ class FusedSGD(RowOptimizer):
         nonfinite: str = "raise",
         seed: int = 0,
     ) -> None:
-        check_not_negative(momentum=momentum)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(
-                f"nesterov needs a positive momentum and no dampening, got momentum {momentum} and "
-                f"dampening {dampening}."
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -121,8 +114,6 @@ class FusedAdamW(RowOptimizer):
         nonfinite: str = "raise",
         seed: int = 0,
     ) -> None:
-        check_not_negative(eps=eps)
-        check_betas(betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -145,7 +136,7 @@ class FusedAdamW(RowOptimizer):
         )
 
     def own_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = check_betas(group["betas"])
+        beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
     def state_names_of(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ import torch
 from support import BF16, F32, F64, check_backend, evaluate, random_upstream
 from torch.utils.checkpoint import checkpoint
 
+import cosface_kernels
 from cosface_kernels import margin_softmax_loss
+from cosface_kernels.optim import FusedSGD
 
 
 @pytest.mark.parametrize(
@@ -207,10 +209,48 @@ def test_change_between_forward_and_backward_is_noticed(backend, changed):
 def test_second_derivative_is_refused_not_wrong(backend):
     problem = backend.problem(4, 9, 8, F64, scale=3.0)
     x = problem.x.requires_grad_()
-    loss = backend.loss(x, problem.w, problem.targets, scale=3.0)
-    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(dx.square().sum(), x)
+    w, scale = problem.w.requires_grad_(), problem.scale.requires_grad_()
+    for outputs in (
+        backend.loss(x, w, problem.targets, scale=scale),
+        torch.ops.cosface.lmcl(x, w, problem.targets, scale, 0.3, backend.name)[0].sum(),
+    ):
+        plain = torch.autograd.grad(outputs, (x, w, scale), retain_graph=True)
+        gradients = torch.autograd.grad(outputs, (x, w, scale), create_graph=True)
+        assert all(torch.equal(*pair) for pair in zip(gradients, plain, strict=True))
+        for gradient in gradients:
+            for of in (x, w, scale):
+                with pytest.raises(NotImplementedError, match="no second derivative"):
+                    torch.autograd.grad(outputs + gradient.square().sum(), of, retain_graph=True)
+
+
+HEADS = [getattr(cosface_kernels, name) for name in cosface_kernels.__all__ if name.startswith("Fused")]
+
+
+@pytest.mark.parametrize("optimizer", [None, FusedSGD])
+@pytest.mark.parametrize("kind", HEADS, ids=lambda kind: kind.__name__)
+def test_a_penalty_on_the_gradient_of_a_head_is_refused_not_dropped(kind, optimizer):
+    own = {"FusedMarginLoss": {"margin": 0.3}, "FusedKappaFaceLoss": {"class_counts": range(1, 13)}}
+    head = kind(12, 8, **own.get(kind.__name__, {}))
+    owner = optimizer and optimizer(head.parameters(), lr=0.1)
+    x, labels = torch.randn(4, 8, requires_grad=True), torch.arange(4)
+    for asks in (
+        lambda penalty: torch.autograd.grad(head(x, labels) + penalty, x),
+        lambda penalty: penalty.backward(),
+    ):
+        (g,) = torch.autograd.grad(head(3 * x, labels), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="The loss has no second derivative"):
+            asks(g.square().sum())
+    if owner:
+        owner.step()
+
+
+def test_a_penalty_on_the_gradient_of_a_checkpoint_is_refused(backend):
+    problem = backend.problem(8, 70, 16, F32)
+    x = problem.x.requires_grad_()
+    loss = checkpoint(lambda x: backend.loss(x, problem.w, problem.targets), x, use_reentrant=False)
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="The loss has no second derivative"):
+        torch.autograd.grad(backend.loss(x, problem.w, problem.targets) + g.square().sum(), x)
 
 
 def test_tensor_hooks(backend):

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from cosface_kernels import (
     FusedCosFaceLoss,
     FusedMarginLoss,
+    FusedUniFaceLoss,
     cosface_loss,
     margin_softmax_loss,
 )
@@ -225,3 +226,22 @@ def test_weights_that_are_sharded_otherwise_are_refused(ranks):
     for columns, whole in ranks.results(2, _on_other_meshes):
         assert "Shard(dim=1)" in columns
         assert "Replicate()" in whole
+
+
+def _penalty(rank, group, kind):
+    scale = nn.Parameter(torch.tensor(8.0)) if kind is FusedCosFaceLoss else 8.0
+    head = kind(7, 5, scale=scale, process_group=group)
+    x = torch.randn(2, 5, requires_grad=True)
+    messages = []
+    for of in [x, scale] if kind is FusedCosFaceLoss else [x]:
+        (g,) = torch.autograd.grad(head(x, torch.tensor([0, 6])), of, create_graph=True)
+        with pytest.raises(NotImplementedError) as refusal:
+            torch.autograd.grad(x.sum() + g.square().sum(), x)
+        messages.append(str(refusal.value))
+    return messages
+
+
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_a_penalty_on_a_gradient_is_refused_not_dropped(ranks, kind):
+    for messages in ranks.results(2, _penalty, kind):
+        assert all(message.startswith("The loss has no second derivative") for message in messages)

@@ -1,12 +1,15 @@
 """What moves the rows of a head and what adds up: a test for each row of docs/optimizers.md."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.steps import C, D, Pair, batch, both_losses_at_once, make_head, rules, usual
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from cosface_kernels import FusedLSoftmaxLoss
+from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, FusedUniFaceLoss, margin_softmax_loss
 from cosface_kernels.optim import FusedSGD
 
 
@@ -119,6 +122,71 @@ def test_moves_nothing(fused, torchs, options, call):
     assert torch.equal(head.weight, before)
     usual(head)
     assert not torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+@rules
+def test_a_weight_that_is_frozen_after_forward_does_not_move(fused, torchs, options, kind):
+    pair, gradients = Pair(fused, torchs, options, kind), []
+
+    def backward(head, optimizer):
+        x, labels = batch()
+        loss = head(x, labels)
+        head.requires_grad_(False)
+        loss.backward()
+        gradients.append(x.grad)
+
+    before = pair.heads[0].weight.detach().clone()
+    pair.step(backward)
+    torch.testing.assert_close(*gradients)
+    assert all(torch.equal(head.weight, before) for head in pair.heads)
+    for head in pair.heads:
+        head.requires_grad_(True)
+    pair.step(usual)
+    pair.check()
+
+
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_moves_the_weight_itself_where_saved_tensors_are_copied(kind):
+    """As save_on_cpu does on a GPU."""
+    heads = make_head(kind), make_head(kind)
+    for head, hooks in zip(heads, (nullcontext(), saved_tensors_hooks(torch.clone, torch.clone)), strict=True):
+        optimizer = FusedSGD(head.parameters(), lr=0.1)
+        with hooks:
+            loss = head(*batch())
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+class WithWeight(nn.Module):
+    def __init__(self, num_classes, embedding_size, backend):
+        super().__init__()
+        self.weight, self.backend = nn.Parameter(torch.empty(num_classes, embedding_size)), backend
+
+    def forward(self, x, labels):
+        return margin_softmax_loss(x, self.weight, labels, margin=0.3, backend=self.backend)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.share_memory, nn.Module.double, lambda module: module.to("cpu", torch.float64)],
+    ids=["share_memory", "double", "to"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, WithWeight])
+@pytest.mark.parametrize("swaps", [False, True])
+def test_a_module_may_change_between_backward_and_step(change, kind, swaps, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: swaps)
+    pair = Pair(kind=kind)
+
+    def backward(head, optimizer):
+        usual(head)
+        change(head)
+        assert head.weight.grad.dtype == head.weight.dtype
+
+    pair.step(backward)
+    pair.check()
+    pair.step(usual)
+    pair.check()
 
 
 def test_gradient_of_the_embeddings_is_the_same_however_it_is_asked_for():

@@ -8,8 +8,8 @@ from support import run_python
 from support.steps import C, D, Pair, batch, make_head, rules, state_tensors, usual
 from torch import nn
 
-from cosface_kernels import margin_softmax_loss
-from cosface_kernels.optim import FusedSGD, row_optimizer
+from cosface_kernels import FusedCosFaceLoss, FusedUniFaceLoss, margin_softmax_loss
+from cosface_kernels.optim import FusedAdamW, FusedSGD, row_optimizer
 from cosface_kernels.sampling import ClassSampler
 
 
@@ -31,14 +31,40 @@ def test_a_gradient_that_comes_too_late_is_refused_by_step(late):
     usual(head)
 
 
-def test_a_gradient_that_torch_finds_too_late_is_refused():
-    """It saw the weight before its rows moved."""
-    head = make_head()
-    optimizer = FusedSGD(head.parameters(), lr=0.1)
-    loss = head.weight.square().sum() + head(*batch())
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda head, layer: head.weight.square().sum(),
+        lambda head, layer: head.get_logits(batch()[0]).square().mean(),
+        lambda head, layer: _raises(layer.weight),
+    ],
+    ids=["square", "get_logits", "hook"],
+)
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_a_backward_that_raises_after_rows_moved_is_refused_by_step(kind, other):
+    """Two of them saw the weight before its rows moved, which torch finds."""
+    head, layer = make_head(kind), nn.Linear(D, D)
+    optimizer = FusedSGD([*layer.parameters(), *head.parameters()], lr=0.1)
+    before = head.weight.detach().clone()
+    loss = other(head, layer)
+    loss = loss + head(layer(batch()[0]), batch()[1])
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|modified inplace|from a hook"):
         loss.backward()
+    assert not torch.equal(head.weight, before)
+    with pytest.raises(RuntimeError, match=r"backward then raised: .* half an update"):
+        optimizer.step()
+    optimizer.zero_grad()
     optimizer.step()
+    usual(head)
+    optimizer.step()
+
+
+def _raises(weight):
+    def hook(gradient):
+        raise RuntimeError("from a hook")
+
+    weight.register_hook(hook)
+    return 0.0
 
 
 @pytest.mark.parametrize("kind", ["hook", "post_accumulate_grad_hook"])
@@ -150,6 +176,18 @@ def test_what_accumulates_can_be_captured_but_for_its_step(fused, torchs, option
     pair.check()
 
 
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_a_weight_that_was_changed_before_backward_is_refused(kind):
+    head = make_head(kind)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    loss = head(*batch())
+    with torch.no_grad():
+        head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"shape \(60, 16\) has been modified by an inplace operation"):
+        loss.backward()
+    assert not optimizer.state
+
+
 def test_a_weight_whose_memory_was_replaced_before_backward_is_refused():
     head = make_head()
     optimizer = FusedSGD(head.parameters(), lr=0.1)
@@ -207,6 +245,15 @@ dist.destroy_process_group()
     [
         ({"lr": "0.1"}, TypeError, "lr must be a number, got '0.1'"),
         ({"momentum": None}, TypeError, "momentum must be a number, got None"),
+        ({"momentum": None, "nesterov": True}, TypeError, "momentum must be a number, got None"),
+        ({"dampening": "a"}, TypeError, "dampening must be a number, got 'a'"),
+        ({"dampening": float("nan")}, ValueError, "dampening must be finite, got nan"),
+        ({"lr": float("inf")}, ValueError, "lr must be finite, got inf"),
+        ({"lr": torch.ones(2)}, TypeError, r"lr must be a number, got tensor\(\[1., 1.\]\)"),
+        *(
+            ({name: "False"}, ValueError, f"{name} must be True or False, got 'False'")
+            for name in ("accumulate", "maximize", "nesterov")
+        ),
         ({"max_row_norm": float("nan")}, ValueError, "max_row_norm must not be negative, got nan"),
         ({"gradient_factor": float("nan")}, ValueError, "gradient_factor must be finite, got nan"),
         ({"seed": 1.5}, ValueError, "seed must be an integer, got 1.5"),
@@ -219,7 +266,15 @@ def test_options_that_are_none_are_refused_when_made(options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("gradient_factor", float("inf")), ("max_row_norm", -1.0), ("lr", float("nan"))]
+    ("name", "value"),
+    [
+        ("gradient_factor", float("inf")),
+        ("max_row_norm", -1.0),
+        ("lr", float("nan")),
+        ("momentum", -1.0),
+        ("dampening", float("nan")),
+        ("maximize", "no"),
+    ],
 )
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("after_forward", [False, True])
@@ -238,7 +293,7 @@ def test_options_of_a_group_are_looked_at_before_each_step(name, value, accumula
         (head(*batch()) if loss is None else loss).backward()
         optimizer.step()
 
-    with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must .* got {value!r}"):
         step()
     group[name] = right
     for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
@@ -246,6 +301,25 @@ def test_options_of_a_group_are_looked_at_before_each_step(name, value, accumula
     optimizer.zero_grad()
     usual(head)
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0\.9"),
+        ({"betas": "ab"}, r"betas must be two numbers in \[0, 1\), got 'ab'"),
+        ({"eps": float("inf")}, "eps must be finite, got inf"),
+        ({"amsgrad": 1}, "amsgrad must be True or False, got 1"),
+    ],
+)
+def test_options_that_are_none_of_adamw(options, message):
+    with pytest.raises(ValueError, match=message):
+        FusedAdamW(make_head().parameters(), **options)
+
+
+def test_a_closure_is_a_function():
+    with pytest.raises(TypeError, match="closure must be a function or None, got True"):
+        FusedSGD(make_head().parameters()).step(True)
 
 
 def test_options_of_the_optimizer_are_no_groups():
