@@ -44,7 +44,7 @@ from cosface_kernels import collectives, ops
 from cosface_kernels.collectives import naming
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.softmax import Softmax
-from cosface_kernels.validation import check_integer, check_positive, warn
+from cosface_kernels.validation import check_integer, check_positive, is_integer, warn
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> range:
@@ -60,9 +60,8 @@ def class_range(num_classes: int, rank: int, world_size: int) -> range:
     """
     check_integer("num_classes", num_classes, 0)
     check_positive("world_size", world_size)
-    check_integer("rank", rank, 0)
-    if rank >= world_size:
-        raise ValueError(f"rank must be in [0, {world_size}), got {rank}.")
+    if not is_integer(rank) or not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank!r}.")
     most = -(-num_classes // world_size)
     return range(min(rank * most, num_classes), min((rank + 1) * most, num_classes))
 
