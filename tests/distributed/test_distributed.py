@@ -166,8 +166,8 @@ def test_shares_are_those_of_dtensor(ranks, world, classes):
     ("arguments", "message"),
     [
         (("3", 0, 4), "num_classes must be an integer of at least 0, got '3'"),
-        ((10, 1.0, 4), r"rank must be an integer of at least 0, got 1\.0"),
-        ((10, -1, 4), "rank must be an integer of at least 0, got -1"),
+        ((10, 1.0, 4), r"rank must be in \[0, 4\), got 1\.0"),
+        ((10, -1, 4), r"rank must be in \[0, 4\), got -1"),
         ((10, 4, 4), r"rank must be in \[0, 4\), got 4"),
         ((10, 0, 0), "world_size must be a positive integer, got 0"),
     ],
