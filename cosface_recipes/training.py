@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,18 +29,21 @@ from tqdm import tqdm
 from tqdm.std import EMA
 
 from cosface_kernels import checkpoint
+from cosface_kernels.collectives import agree
 from cosface_kernels.margins import KappaFaceMargin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_recipes.batches import Batches, Seeded, detach_worker, mix
 from cosface_recipes.config import Config, difference, dump, load
 from cosface_recipes.data.augmentation import make_transform
 from cosface_recipes.data.image_datasets import open_dataset
-from cosface_recipes.evaluation.held_out import Result, evaluate, table
+from cosface_recipes.evaluation.held_out import Result, check, evaluate, table
 from cosface_recipes.export import Description, export
 from cosface_recipes.initial import load_backbone, load_head, save_head
 from cosface_recipes.losses import ClassSums, make_head
 from cosface_recipes.models import make_model
 from cosface_recipes.schedule import make_schedule, stretch
+
+T = TypeVar("T")
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,8 +119,7 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if not config.train:
             raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
-        if missing := [path for path in config.test if not Path(path).exists()]:  # before hours of training
-            raise FileNotFoundError(f"There is no test data {', '.join(missing)}.")
+        self.first(lambda: check(config))  # before hours of training
         transform = make_transform(config.augmentation, config.image_size)
         self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
         config, warning = fit_batch(config, len(self.data), self.world)
@@ -219,9 +222,12 @@ class Training:
             init = Path(self.config.init)
             load_backbone(self.network, init)
             self.say(f"The backbone is that of {init}. {load_head(self.head, init, self.data)}")
-        if self.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            file.write_text(dump(self.config), encoding="utf-8")
+        self.first(self.keep_settings)
+
+    def keep_settings(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        file = self.output / SETTINGS
+        file.write_text(dump(self.config), encoding="utf-8")
 
     def run(self) -> list[Result] | None:
         """Train, evaluate, export. None if a SIGTERM came first."""
@@ -353,16 +359,28 @@ class Training:
         checkpoint.save(self.output / CHECKPOINTS, self.step, **self.state)
 
     def evaluate(self) -> list[Result]:
-        """On the first process; the others wait."""
-        results = []
-        if self.rank == 0 and self.config.test:
-            results = evaluate(self.result, self.config, self.device)
-            for result in results:
-                self.scalars({f"test/{result.name}/{name}": rate for name, rate in result.rates.items()})
+        if not self.config.test:
+            return []
+        results = self.first(lambda: evaluate(self.result, self.config, self.device)) or []
+        for result in results:
+            self.scalars({f"test/{result.name}/{name}": rate for name, rate in result.rates.items()})
+        if results:
             tqdm.write(f"step {self.step:,}\n{table(results)}", file=sys.stdout)
-        if self.world > 1:
-            dist.barrier()
         return results
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Work of the first process; the others wait, and end with its sentence where it fails."""
+        result, refusal = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:
+                refusal = error
+        if self.world > 1:
+            agree(dist.group.WORLD, self.device, {}, refusal=refusal)
+        if refusal is not None:
+            raise refusal
+        return result
 
     def export(self, results: Sequence[Result]) -> None:
         save_head(self.head, self.output, self.data, self.rank == 0)

@@ -98,15 +98,13 @@ def cross_validate(
         ValueError: there are fewer pairs than folds, or a fold lacks genuine or impostor pairs.
     """
     distances, same = np.asarray(distances, np.float64), np.asarray(same, bool)
-    if len(distances) != len(same) or len(same) < folds:
-        raise ValueError(f"{len(distances)} distances and {len(same)} pairs cannot make {folds} folds.")
-    fold = np.repeat(np.arange(folds), [len(part) for part in np.array_split(same, folds)])
+    if len(distances) != len(same):
+        raise ValueError(f"There are {len(distances)} distances and {len(same)} pairs.")
+    fold = split(same, folds)
     grid, fine = np.arange(0, 4, 0.01), np.arange(0, 4, 0.001)
     results = []
     for k in range(folds):
         train, test = fold != k, fold == k
-        if len(np.unique(same[train])) < 2 or len(np.unique(same[test])) < 2:
-            raise ValueError(f"Fold {k}, or the others together, lack genuine or impostor pairs.")
         accepted_genuine, accepted_impostors = _accepted(distances[train], same[train], grid)
         right = accepted_genuine - accepted_impostors  # plus the number of impostors
         threshold = grid[right.argmax()]
@@ -116,6 +114,17 @@ def cross_validate(
         below = distances[test] < strict
         results.append((accuracy, threshold, below[same[test]].mean(), below[~same[test]].mean()))
     return CrossValidation(*np.array(results).T)
+
+
+def split(same: np.ndarray, folds: int = 10) -> np.ndarray:
+    """(n,) the fold of each pair, or what `cross_validate` raises of pairs that cannot be verified in folds."""
+    if len(same) < folds:
+        raise ValueError(f"{len(same)} pairs cannot make {folds} folds.")
+    fold = np.repeat(np.arange(folds), [len(part) for part in np.array_split(same, folds)])
+    for k in range(folds):
+        if len(np.unique(same[fold != k])) < 2 or len(np.unique(same[fold == k])) < 2:
+            raise ValueError(f"Fold {k}, or the others together, lack genuine or impostor pairs.")
+    return fold
 
 
 def _accepted(distances: np.ndarray, same: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

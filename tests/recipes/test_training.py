@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import patience
+from support.evaluation import colour_of, encoded, write_images
 from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_two, losses, some_glyphs
 
 import glyphs_to_records
@@ -21,6 +22,7 @@ from cosface_kernels import checkpoint
 from cosface_recipes import batches, export, recognition, training
 from cosface_recipes.data import glyphs
 from cosface_recipes.data.image_datasets import open_dataset
+from cosface_recipes.data.pairs import write_bin
 
 
 def test_each_epoch_is_an_order_of_its_own_and_the_processes_share_each_batch():
@@ -234,6 +236,53 @@ def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
 def test_a_training_that_cannot_start_says_why(settings, change, message):
     with pytest.raises(SystemExit, match=message):
         train.main(as_arguments(dataclasses.replace(settings, **change)))
+
+
+def bad_test_data(kind: str, folder: Path) -> Path:
+    people = {"one image each": [0, 1, 2, 3], "one identity": [0, 0, 0, 0]}.get(kind, [0, 0, 1, 1])
+    if kind.startswith("pairs"):
+        same = [True] * 20 if kind == "pairs of one kind" else [True, False] * 10
+        images = [b"no image" if (i, kind) == (3, "pairs of no image") else encoded((i, 0, 0)) for i in range(40)]
+        write_bin(folder / "test.bin", images, same)
+        return folder / "test.bin"
+    names = [f"{label}/{i}.png" for i, label in enumerate(people)]
+    write_images(folder / "test", names, [colour_of(i, 0) for i in range(4)])
+    if kind == "no image":
+        (folder / "test" / names[2]).write_bytes(b"no image")
+    return folder / "test" / "0" if kind == "no identity" else folder / "test"
+
+
+BAD_TEST_DATA = {
+    "no identity": r"has no sub-folder with images",
+    "one image each": r"4 test images of 4 identities make 0 genuine and 6 impostor pairs",
+    "one identity": r"4 test images of 1 identities make 6 genuine and 0 impostor pairs",
+    "no image": r"The sample 1/2\.png cannot be read",
+    "pairs of one kind": r"Fold 0, or the others together, lack genuine or impostor pairs",
+    "pairs of no image": r"The sample test\.bin:3 cannot be read",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEST_DATA)
+def test_test_data_that_cannot_be_measured_end_a_training_before_its_first_step(settings, data, tmp_path, kind):
+    bad = bad_test_data(kind, tmp_path)
+    settings = dataclasses.replace(settings, test=(str(data / "test"), str(bad)), evaluate_every=0)
+    with pytest.raises(
+        SystemExit, match=rf"The test data {re.escape(str(bad))} cannot be used: .*{BAD_TEST_DATA[kind]}"
+    ):
+        train.main(as_arguments(settings))
+    assert not Path(settings.output).exists()
+
+
+def test_what_ends_the_first_process_ends_the_others_with_its_sentence(settings, tmp_path):
+    bad = bad_test_data("one identity", tmp_path)
+    process = launch(
+        dataclasses.replace(settings, test=(str(bad),)),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    )
+    _, err = process.communicate(timeout=patience(240))
+    sentences = [line for line in err.splitlines() if f"The test data {bad} cannot be used" in line]
+    assert sorted(line.partition("The test")[0] for line in sentences) == ["", "rank 0 refused: "]
+    assert f"{Path(train.__file__).name}\", line" not in err
 
 
 def test_half_precision_trains(settings, without_export):
