@@ -196,7 +196,13 @@ class Training:
         if checkpoint.latest(folder) is not None:
             if not self.config.resume:
                 raise ValueError(f"{folder} exists: --resume goes on from it, another --output starts anew.")
-            old = load(file)
+            try:
+                old = load(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"The settings of the training in {folder} cannot be read: {error} --resume goes on when they "
+                    f"are in {file} again, as --config takes them."
+                ) from error
             if changed := difference(old, self.config):
                 raise ValueError(f"{folder} is of another training: {changed}.")
             try:
@@ -226,8 +232,9 @@ class Training:
 
     def keep_settings(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        file = self.output / SETTINGS
-        file.write_text(dump(self.config), encoding="utf-8")
+        written = self.output / f"{SETTINGS}.new"  # the file is whole at any time
+        written.write_text(dump(self.config), encoding="utf-8")
+        written.replace(self.output / SETTINGS)
 
     def run(self) -> list[Result] | None:
         """Train, evaluate, export. None if a SIGTERM came first."""

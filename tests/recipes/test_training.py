@@ -282,7 +282,7 @@ def test_what_ends_the_first_process_ends_the_others_with_its_sentence(settings,
     _, err = process.communicate(timeout=patience(240))
     sentences = [line for line in err.splitlines() if f"The test data {bad} cannot be used" in line]
     assert sorted(line.partition("The test")[0] for line in sentences) == ["", "rank 0 refused: "]
-    assert f"{Path(train.__file__).name}\", line" not in err
+    assert f'{Path(train.__file__).name}", line' not in err
 
 
 def test_half_precision_trains(settings, without_export):
@@ -304,6 +304,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(settings, caps
     shutil.rmtree(newest)
     train.main(as_arguments(settings))
     assert "steps 4 to 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "", "epochs", "batch_siz"], ids=repr)
+def test_damaged_settings_of_a_training_are_named_with_what_to_do(settings, content, without_export):
+    settings = dataclasses.replace(settings, epochs=1, test=(), resume=True)
+    train.main(as_arguments(settings))
+    file = Path(settings.output) / training.SETTINGS
+    whole = file.read_text()
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=rf"cannot be read: .* --resume goes on when they are in {file} again"):
+        train.main(as_arguments(settings))
+    file.write_text(whole)
+    train.main(as_arguments(settings))
 
 
 def test_each_process_needs_two_images(settings):
