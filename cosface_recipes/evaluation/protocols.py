@@ -242,9 +242,7 @@ def identify(
     Raises:
         ValueError: no identity has two photos, or there are fewer distractors than asked for.
     """
-    sizes = sorted(set(sizes))
-    if not sizes or not 0 < sizes[0] <= sizes[-1] <= len(distractors):
-        raise ValueError(f"sizes must be from 1 to {len(distractors)}, the number of distractors, got {sizes}.")
+    sizes = check_sizes(sizes, len(distractors))
     unit = normalised(probes)
     first, second = _mates(labels)
     if len(first) == 0:
@@ -264,6 +262,14 @@ def identify(
         found = mate[:, None] >= nearest[second]  # (pairs, ranks)
         rates[end] = found.double().mean(0).cpu().numpy()
     return Identification(rates, curve)
+
+
+def check_sizes(sizes: Sequence[int], distractors: int) -> list[int]:
+    """The sizes ascending, each once, or what `identify` raises of more than there are distractors."""
+    sizes = sorted(set(sizes))
+    if not sizes or not 0 < sizes[0] <= sizes[-1] <= distractors:
+        raise ValueError(f"sizes must be from 1 to {distractors}, the number of distractors, got {sizes}.")
+    return sizes
 
 
 def _mates(labels: Tensor) -> tuple[Tensor, Tensor]:

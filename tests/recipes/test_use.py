@@ -261,7 +261,9 @@ def test_identities_without_a_usable_photo_are_left_out(photos, tmp_path, export
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        (embed, "{photos} --output x.pkl", r"Features are saved as \.npz or \.safetensors, got x\.pkl"),
+        (embed, "{photos} --output x.pkl", r"x\.pkl should end in \.npz or \.safetensors\."),
+        (embed, "{photos} --output {photos}", r"photos should end in \.npz or"),
+        (embed, "{photos} --output {features}/x.npz", r"x\.npz cannot be written: .*x\.npz is no folder"),
         (
             embed,
             "{photos}/none.mp4 --output x.npz",
@@ -275,7 +277,7 @@ def test_identities_without_a_usable_photo_are_left_out(photos, tmp_path, export
             "{empty}/none.png --output x.npz",
             r"There is no photo .*none\.png",
         ),
-        (enroll, "{photos} --output x.pkl", r"A gallery is saved as \.npz or \.safetensors, got x\.pkl"),
+        (enroll, "{photos} --output x.pkl", r"x\.pkl should end in \.npz or \.safetensors\."),
         (
             enroll,
             "{empty}/none --output x.npz",
