@@ -164,6 +164,12 @@ def test_a_detector_that_is_none_is_refused(detectors, name, message):
         load_detector(name)
 
 
+@pytest.mark.parametrize("name", ["json:loads", "math:sqrt", "builtins:open", "operator:index"])
+def test_a_function_that_takes_no_photograph_is_named_with_it(photos, exported, detectors, name):
+    with pytest.raises(SystemExit, match=r"^The detector failed on .*Ann.1\.png: \w*Error: "):
+        run(verify_faces, exported, photos / "Ann", photos / "Bo", "--detector", name)
+
+
 def test_a_detector_that_returns_something_else_is_refused(photos, tmp_path, exported, detectors):
     with pytest.raises(
         SystemExit, match=r"A detector must return \(5, 2\) finite numbers or None; of .* \[\[1, 2\]"
