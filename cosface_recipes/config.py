@@ -50,7 +50,7 @@ class Config:
     test: tuple[str, ...] = ()  # test data of other identities: folders, .rec files, LFW-style .bin files
     output: str = "build/run"  # folder of the checkpoint, the logs and the exported model
     resume: bool = False  # go on from the output folder's checkpoint, if there is one
-    init: str = ""  # trained weights to begin with: model.safetensors, or a torch.save'd state_dict (backbone.pth)
+    init: str = ""  # trained weights to begin with: a training's output or model.safetensors, or a backbone.pth
 
     image_size: int = 112  # pixels of an image's side
     color: Literal["rgb", "gray"] = "rgb"  # how images are read

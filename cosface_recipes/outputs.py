@@ -1,4 +1,4 @@
-"""Files that a command will write, checked before its hours of work."""
+"""Files that a command writes: checked before its hours of work, and with the mode that open() gives."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
         raise ValueError(f"{path} cannot be written: {found} is no folder.")
     if not os.access(found, os.W_OK):
         raise ValueError(f"{path} cannot be written: there is no permission to write {found}.")
+
+
+def give_mode_of_open(path: Path) -> None:
+    """Of a file that safetensors has written, for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -37,7 +37,7 @@ from cosface_recipes.config import Config, difference, dump, load
 from cosface_recipes.data.augmentation import make_transform
 from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.evaluation.held_out import Result, check, evaluate, table
-from cosface_recipes.export import Description, export
+from cosface_recipes.export import Description, export, weights_of
 from cosface_recipes.initial import load_backbone, load_head, save_head
 from cosface_recipes.losses import ClassSums, make_head
 from cosface_recipes.models import make_model
@@ -225,7 +225,7 @@ class Training:
                     f"where the schedule of {self.steps:,} has it at step {self.step:,}."
                 )
         elif self.config.init:
-            init = Path(self.config.init)
+            init = weights_of(Path(self.config.init))
             load_backbone(self.network, init)
             self.say(f"The backbone is that of {init}. {load_head(self.head, init, self.data)}")
         self.first(self.keep_settings)
@@ -463,6 +463,11 @@ def device_of(config: Config) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # a build without such devices, or meta
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"PyTorch cannot compute on device {config.device!r} here: {reason}.") from error
     return device
 
 

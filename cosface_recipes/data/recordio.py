@@ -197,8 +197,8 @@ class RecordFile:
             labels = np.array([self._label(key, self.record(key)) for key in self.keys.tolist()], np.int64)
         if self._property and (wrong := np.flatnonzero((labels < 0) | (labels >= self.num_classes))).size:
             raise RecordError(
-                f"The record of key {self.keys[wrong[0]]} in {self.path} has the label {labels[wrong[0]]}, and the "
-                f"{self.num_classes} classes of {self.path.with_name('property')} are those below."
+                f"The record of key {self.keys[wrong[0]]} in {self.path} has the label {labels[wrong[0]]}, and "
+                f"the {self.num_classes} classes of {self.path.with_name('property')} are those below."
             )
         return labels
 
