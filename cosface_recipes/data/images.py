@@ -41,6 +41,10 @@ KINDS = f"Images are files that end in {', '.join(sorted(SUFFIXES))}; convert ot
 class CorruptSampleError(ValueError):
     """A sample that cannot be read; the message has its key."""
 
+    def __init__(self, message: str):
+        # A DataLoader makes a worker's error again, of its traceback, at whose end the message stands.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
+
 
 def visible_files(folder: Path) -> list[Path]:
     """The files below a folder, in the order of their paths, without hidden ones; links are followed.
