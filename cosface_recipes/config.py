@@ -7,9 +7,12 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import tyro
@@ -35,6 +38,7 @@ FREE_TO_CHANGE = {
     "far",
 }
 PEAKS = {"sgd": 0.1, "adamw": 1e-3}
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # YAML 1.1's
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
 
 
@@ -46,7 +50,7 @@ class Config:
     test: tuple[str, ...] = ()  # test data of other identities: folders, .rec files, LFW-style .bin files
     output: str = "build/run"  # folder of the checkpoint, the logs and the exported model
     resume: bool = False  # go on from the output folder's checkpoint, if there is one
-    init: str = ""  # trained weights to begin with: model.safetensors, or a torch.save'd state_dict (backbone.pth)
+    init: str = ""  # trained weights to begin with: a training's output or model.safetensors, or a backbone.pth
 
     image_size: int = 112  # pixels of an image's side
     color: Literal["rgb", "gray"] = "rgb"  # how images are read
@@ -157,8 +161,15 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Config:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     file, options = parser.parse_known_args(argv)
-    arguments = [*(read(file.config) if file.config else []), *options]
-    return tyro.cli(Config, args=arguments, description=description, config=(tyro.conf.DisallowNone,))
+    of_file = read(file.config) if file.config else []
+    try:
+        return tyro.cli(
+            Config, args=[*of_file, *options], description=description, config=(tyro.conf.DisallowNone,)
+        )
+    except SystemExit as end:
+        if end.code and of_file:
+            print(f"The configuration {file.config} was read as {shlex.join(of_file)}", file=sys.stderr)
+        raise
 
 
 def load(path: Path) -> Config:
@@ -166,10 +177,19 @@ def load(path: Path) -> Config:
     return parse(["--config", str(path)])
 
 
+class WordLoader(yaml.SafeLoader):
+    """Leaves `no` a word, which YAML 1.1 reads as false: `amp: no` is one of three names."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def read(path: Path) -> list[str]:
     """The settings in a YAML file, as options of the command line."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), WordLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The configuration {path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -182,14 +202,19 @@ def read(path: Path) -> list[str]:
             advice = f"; did you mean {close[0]}?" if close else "."
             raise ValueError(f"There is no setting {name!r}, which {path} has{advice}")
         option = name.replace("_", "-")
-        if isinstance(getattr(Config, name), bool) and not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r} in {path}.")
-        if isinstance(value, bool):
-            options.append(f"--{option}" if value else f"--no-{option}")
+        if isinstance(getattr(Config, name), bool):
+            if str(value).lower() not in BOOLEANS:
+                raise ValueError(f"{name} must be true or false, got {value!r} in {path}.")
+            options.append(f"--{option}" if BOOLEANS[str(value).lower()] else f"--no-{option}")
         elif isinstance(value, list):
+            if wrong := [item for item in value if re.match("--|-[A-Za-z]", str(item))]:
+                raise ValueError(f"{name} cannot have {wrong[0]!r}, which {path} has: it would be an option.")
             options += [f"--{option}", *map(str, value)]
         elif isinstance(value, dict) and name == "loss_options":
-            options += [f"--{option}", *(f"{key}={json.dumps(item)}" for key, item in value.items())]
+            items = {key: item if isinstance(item, str) else json.dumps(item) for key, item in value.items()}
+            options += [f"--{option}", *(f"{key}={item}" for key, item in items.items())]
+        elif isinstance(value, dict):
+            raise ValueError(f"{name} cannot be {value!r}, which {path} has.")
         elif value is not None:  # an empty value stands for the default
             options.append(f"--{option}={value}")
     return options

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cosface_recipes.models import make_model
+from cosface_recipes.outputs import give_mode_of_open
 
 ONNX, WEIGHTS, DESCRIPTION = "model.onnx", "model.safetensors", "model.json"
 CHANNELS = {"rgb": 3, "gray": 1}
@@ -75,6 +76,7 @@ def export(backbone: nn.Module, description: Description, folder: Path) -> float
     backbone = backbone.cpu().eval()
     weights = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    give_mode_of_open(folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description), indent=1) + "\n")
     size = description.image_size
     images = torch.rand(4, description.channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cosface_kernels import FusedMarginLoss, convert
 from cosface_recipes.data.image_datasets import ImageDataset
 from cosface_recipes.export import WEIGHTS
+from cosface_recipes.outputs import give_mode_of_open
 
 HEAD, IDENTITIES = "head.safetensors", "identities.json"
 SHOWN = 6  # names in a message
@@ -72,7 +73,11 @@ def load_head(head: FusedMarginLoss, file: Path, data: ImageDataset) -> str:
     weights, names = file.with_name(HEAD), file.with_name(IDENTITIES)
     if file.name != WEIGHTS or not weights.is_file():
         return f"The head is new: there is no {HEAD} beside {file.name}."
-    if json.loads(names.read_text(encoding="utf-8")) != identities(data):
+    try:
+        theirs = json.loads(names.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"The head is new: {names}, which tells whose {weights} is, cannot be read: {error}."
+    if theirs != identities(data):
         return f"The head is new: {weights} is of other identities."
     try:
         convert.load_weight_(head.weight, weights, weight_exponent=head.weight_exponent)
@@ -86,6 +91,8 @@ def save_head(head: FusedMarginLoss, folder: Path, data: ImageDataset, first: bo
     if first:
         (folder / IDENTITIES).write_text(json.dumps(identities(data)) + "\n", encoding="utf-8")
     convert.save_weight(head.weight, folder / HEAD, head.weight_exponent)
+    if first:
+        give_mode_of_open(folder / HEAD)
 
 
 def identities(data: ImageDataset) -> list[str] | int:

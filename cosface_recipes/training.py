@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,18 +29,21 @@ from tqdm import tqdm
 from tqdm.std import EMA
 
 from cosface_kernels import checkpoint
+from cosface_kernels.collectives import agree
 from cosface_kernels.margins import KappaFaceMargin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_recipes.batches import Batches, Seeded, detach_worker, mix
 from cosface_recipes.config import Config, difference, dump, load
 from cosface_recipes.data.augmentation import make_transform
 from cosface_recipes.data.image_datasets import open_dataset
-from cosface_recipes.evaluation.held_out import Result, evaluate, table
-from cosface_recipes.export import Description, export
+from cosface_recipes.evaluation.held_out import Result, check, evaluate, table
+from cosface_recipes.export import Description, export, weights_of
 from cosface_recipes.initial import load_backbone, load_head, save_head
 from cosface_recipes.losses import ClassSums, make_head
 from cosface_recipes.models import make_model
 from cosface_recipes.schedule import make_schedule, stretch
+
+T = TypeVar("T")
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,8 +119,7 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if not config.train:
             raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
-        if missing := [path for path in config.test if not Path(path).exists()]:  # before hours of training
-            raise FileNotFoundError(f"There is no test data {', '.join(missing)}.")
+        self.first(lambda: check(config))  # before hours of training
         transform = make_transform(config.augmentation, config.image_size)
         self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
         config, warning = fit_batch(config, len(self.data), self.world)
@@ -193,7 +196,13 @@ class Training:
         if checkpoint.latest(folder) is not None:
             if not self.config.resume:
                 raise ValueError(f"{folder} exists: --resume goes on from it, another --output starts anew.")
-            old = load(file)
+            try:
+                old = load(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"The settings of the training in {folder} cannot be read: {error} --resume goes on when they "
+                    f"are in {file} again, as --config takes them."
+                ) from error
             if changed := difference(old, self.config):
                 raise ValueError(f"{folder} is of another training: {changed}.")
             try:
@@ -216,12 +225,16 @@ class Training:
                     f"where the schedule of {self.steps:,} has it at step {self.step:,}."
                 )
         elif self.config.init:
-            init = Path(self.config.init)
+            init = weights_of(Path(self.config.init))
             load_backbone(self.network, init)
             self.say(f"The backbone is that of {init}. {load_head(self.head, init, self.data)}")
-        if self.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            file.write_text(dump(self.config), encoding="utf-8")
+        self.first(self.keep_settings)
+
+    def keep_settings(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        written = self.output / f"{SETTINGS}.new"  # the file is whole at any time
+        written.write_text(dump(self.config), encoding="utf-8")
+        written.replace(self.output / SETTINGS)
 
     def run(self) -> list[Result] | None:
         """Train, evaluate, export. None if a SIGTERM came first."""
@@ -353,16 +366,28 @@ class Training:
         checkpoint.save(self.output / CHECKPOINTS, self.step, **self.state)
 
     def evaluate(self) -> list[Result]:
-        """On the first process; the others wait."""
-        results = []
-        if self.rank == 0 and self.config.test:
-            results = evaluate(self.result, self.config, self.device)
-            for result in results:
-                self.scalars({f"test/{result.name}/{name}": rate for name, rate in result.rates.items()})
+        if not self.config.test:
+            return []
+        results = self.first(lambda: evaluate(self.result, self.config, self.device)) or []
+        for result in results:
+            self.scalars({f"test/{result.name}/{name}": rate for name, rate in result.rates.items()})
+        if results:
             tqdm.write(f"step {self.step:,}\n{table(results)}", file=sys.stdout)
-        if self.world > 1:
-            dist.barrier()
         return results
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Work of the first process; the others wait, and end with its sentence where it fails."""
+        result, refusal = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:
+                refusal = error
+        if self.world > 1:
+            agree(dist.group.WORLD, self.device, {}, refusal=refusal)
+        if refusal is not None:
+            raise refusal
+        return result
 
     def export(self, results: Sequence[Result]) -> None:
         save_head(self.head, self.output, self.data, self.rank == 0)
@@ -438,6 +463,11 @@ def device_of(config: Config) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # a build without such devices, or meta
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"PyTorch cannot compute on device {config.device!r} here: {reason}.") from error
     return device
 
 

@@ -57,10 +57,13 @@ def read_face(path: Path, color: str, size: int, detector: Detector) -> Image.Im
     Raises:
         NoFaceError: there is none.
         CorruptSampleError: the photograph cannot be read.
-        ValueError: the detector returns something else than five points.
+        ValueError: the detector fails, or returns something else than five points.
     """
     photograph = read_image(path, "rgb")
-    landmarks = detector(np.asarray(photograph))
+    try:
+        landmarks = detector(np.asarray(photograph))
+    except Exception as error:  # a function of the user's, or none that takes a photograph
+        raise ValueError(f"The detector failed on {path}: {type(error).__name__}: {error}") from error
     if landmarks is None:
         raise NoFaceError(f"The detector finds no face in {path}.")
     points = np.asarray(landmarks, float)

@@ -40,11 +40,13 @@ class ImageDataset(Dataset[Any]):
         keys: a name per sample, for messages.
         labels: (n,) int64.
         num_classes: labels are below it.
+        advice: what to do about a sample that cannot be read.
     """
 
     keys: list[str]
     labels: Tensor
     num_classes: int
+    advice = "Mend it or take it away."
 
     def __init__(
         self,
@@ -83,8 +85,7 @@ class ImageDataset(Dataset[Any]):
             except UNREADABLE as error:
                 message = f"The sample {self.keys[i]} cannot be read: {error}"
                 if self.on_corrupt == "raise":
-                    advice = "Mend it or take it away; with --on-corrupt skip a command leaves it out."
-                    raise CorruptSampleError(f"{message}. {advice}") from error
+                    raise CorruptSampleError(f"{message}. {self.advice}") from error
                 if not self._corrupt[i]:
                     log.warning("%s. Skipped.", message)
                 self._corrupt[i] = True
@@ -199,4 +200,6 @@ def open_dataset(
     """A .rec file or a folder with train.rec, else a folder of images."""
     path = Path(path)
     is_record = path.suffix == ".rec" or (path / "train.rec").is_file()
-    return (RecordDataset if is_record else ImageFolder)(path, transform, on_corrupt, color)
+    dataset = (RecordDataset if is_record else ImageFolder)(path, transform, on_corrupt, color)
+    dataset.advice = "Mend it or take it away; with --on-corrupt skip a command leaves it out."
+    return dataset

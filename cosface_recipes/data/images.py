@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import struct
 import zlib
 from collections import Counter
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # none that Pillow hands to another program
 MODES = {"gray": "L", "rgb": "RGB"}
+BETWEEN = {"LAB": "RGB", "La": "LA"}  # the one mode that Pillow converts these to
 # How an image is turned upright, by its EXIF orientation (Exif 2.32, tag 0x0112), as OpenCV turns it.
 UPRIGHT: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,17 +41,29 @@ KINDS = f"Images are files that end in {', '.join(sorted(SUFFIXES))}; convert ot
 class CorruptSampleError(ValueError):
     """A sample that cannot be read; the message has its key."""
 
+    def __init__(self, message: str):
+        # A DataLoader makes a worker's error again, of its traceback, at whose end the message stands.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
+
 
 def visible_files(folder: Path) -> list[Path]:
-    """The files below a folder, in the order of their paths, without hidden ones.
+    """The files below a folder, in the order of their paths, without hidden ones; links are followed.
 
-    A system leaves hidden files beside images, macOS one of the same suffix beside each (._1.jpg).
+    A system leaves hidden files beside images, macOS one of the same suffix beside each (._1.jpg). A folder that
+    several links lead to is entered once, and none above this one. A link that leads nowhere is a file, one that
+    cannot be read.
     """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
-    )
+    found: list[Path] = []
+    entered = {str(path) for path in folder.resolve().parents}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.is_file() or not path.exists()]
+    return sorted(found)
 
 
 def is_image(path: Path) -> bool:
@@ -64,17 +78,21 @@ def image_files(folder: Path) -> list[Path]:
 def identity_files(folder: Path) -> dict[str, list[Path]]:
     """The images below each sub-folder that has any, by its name, in the order of the names.
 
-    What is left out is logged as a warning: files of other kinds, and sub-folders that have no images.
+    What is left out is logged as a warning: files of other kinds, links that lead nowhere, and sub-folders that
+    have no images.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"The image folder {folder} does not exist or is not a folder.")
-    subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    subfolders = [path for path in visible if path.is_dir()]
     found = {path.name: visible_files(path) for path in subfolders}
     files = {name: [path for path in paths if is_image(path)] for name, paths in found.items()}
     kinds = Counter(path.suffix.lower() or path.name for paths in found.values() for path in paths)
     others = [f"{kind} ({count})" for kind, count in sorted(kinds.items()) if kind not in SUFFIXES]
     if others:
         warn_once(f"Files in {folder} that are left out: {', '.join(others)}. {KINDS}")
+    if nowhere := [path.name for path in visible if not path.exists()]:
+        warn_once(f"{len(nowhere)} links in {folder} lead nowhere, {nowhere[0]!r} first.")
     if empty := [name for name, paths in files.items() if not paths]:
         warn_once(f"{len(empty)} of the {len(files)} sub-folders of {folder} have no images, {empty[0]!r} first.")
     return {name: paths for name, paths in files.items() if paths}
@@ -93,13 +111,23 @@ def decode(data: bytes | Path, color: str = "rgb") -> Image.Image:
 
     Args:
         color: "rgb" or "gray".
+
+    Raises:
+        One of UNREADABLE: it is something else, damaged, or of floating-point numbers.
     """
     source = data if isinstance(data, Path) else io.BytesIO(data)
-    with Image.open(source, formats=FORMATS) as image:
+    try:
+        opened = Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError as error:  # which shows the address of a BytesIO
+        raise UnidentifiedImageError(f"it is none of {', '.join(FORMATS)}") from error
+    with opened as image:
         image.load()  # turns a TIFF upright, and then removes the orientation
         method = UPRIGHT.get(orientation(image))
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers; which one is white, only their writer knows")
         eight_bits = upper_byte(image) if image.mode.startswith("I") else image
-        converted = eight_bits.convert(MODES[color])
+        between = BETWEEN.get(image.mode)
+        converted = (eight_bits.convert(between) if between else eight_bits).convert(MODES[color])
     return converted if method is None else converted.transpose(method)
 
 

@@ -30,6 +30,7 @@ class PairedImages(ImageFiles):
 
     pairs: Tensor
     same: Tensor
+    advice = "Mend it: an image of a pair cannot be left out."
 
 
 def read_bin(path: str | Path) -> tuple[list[bytes | np.ndarray], np.ndarray]:

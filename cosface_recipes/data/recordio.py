@@ -186,10 +186,21 @@ class RecordFile:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(n,) int64. Without a side-car, the first access reads the header of every image."""
+        """(n,) int64. Without a side-car, the first access reads the header of every image.
+
+        Raises:
+            RecordError: a label is none of the classes of `property`.
+        """
         if self._side_car is not None:
-            return np.asarray(self._side_car)
-        return np.array([self._label(key, self.record(key)) for key in self.keys.tolist()], np.int64)
+            labels = np.asarray(self._side_car)
+        else:
+            labels = np.array([self._label(key, self.record(key)) for key in self.keys.tolist()], np.int64)
+        if self._property and (wrong := np.flatnonzero((labels < 0) | (labels >= self.num_classes))).size:
+            raise RecordError(
+                f"The record of key {self.keys[wrong[0]]} in {self.path} has the label {labels[wrong[0]]}, and "
+                f"the {self.num_classes} classes of {self.path.with_name('property')} are those below."
+            )
+        return labels
 
     @property
     def num_classes(self) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cosface_recipes.outputs import give_mode_of_open
+
 MATRIX = struct.Struct("<4i")  # rows, columns, bytes per row, type
 FLOAT32 = 5  # OpenCV's CV_32F
 TEXTS = "texts"  # in the metadata of .safetensors, which hold no text otherwise
@@ -88,6 +90,7 @@ def save_features(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
         texts = {name: array.tolist() for name, array in arrays.items() if array.dtype.kind == "U"}
         numbers = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name not in texts}
         save_file(numbers, path, {TEXTS: json.dumps(texts)} if texts else None)
+        give_mode_of_open(path)
     elif path.suffix == ".npz":
         np.savez(path, **arrays)
     else:

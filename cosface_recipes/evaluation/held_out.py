@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cosface_recipes.config import Config
-from cosface_recipes.data.image_datasets import open_dataset
-from cosface_recipes.data.pairs import open_bin
+from cosface_recipes.data.image_datasets import ImageDataset, open_dataset
+from cosface_recipes.data.pairs import PairedImages, open_bin
 from cosface_recipes.evaluation.collect import Embedder
-from cosface_recipes.evaluation.protocols import cross_validate, pair_distances
+from cosface_recipes.evaluation.protocols import cross_validate, pair_distances, split
 from cosface_recipes.evaluation.verification import Curve, check_kinds, compare_all, count_all
 from cosface_recipes.tables import aligned, percent
 
@@ -43,7 +43,29 @@ class Result:
 
 def evaluate(network: nn.Module, config: Config, device: torch.device) -> list[Result]:
     """Each test set in turn."""
-    embedder = Embedder(
+    embedder = embedder_of(network, config, device)
+    return [verify(embedder, Path(path), config.far) for path in config.test]
+
+
+def check(config: Config) -> None:
+    """Reads every image of the test sets, and raises what `evaluate` would after hours of training."""
+    if missing := [path for path in config.test if not Path(path).exists()]:
+        raise FileNotFoundError(f"There is no test data {', '.join(missing)}.")
+    embedder = embedder_of(lambda images: images.new_empty(len(images), 0), config, torch.device("cpu"))
+    for path in config.test:
+        try:
+            data = open_test(embedder, Path(path))
+            labels = embedder.embed(data)[1]
+            if isinstance(data, PairedImages):
+                split(data.same.numpy())
+            else:
+                check_kinds(labels)
+        except ValueError as error:
+            raise ValueError(f"The test data {path} cannot be used: {error}") from error
+
+
+def embedder_of(network: Callable[[Tensor], Tensor], config: Config, device: torch.device) -> Embedder:
+    return Embedder(
         network,
         config.image_size,
         config.color,
@@ -53,20 +75,25 @@ def evaluate(network: nn.Module, config: Config, device: torch.device) -> list[R
         on_corrupt=config.on_corrupt,
         progress=False,
     )
-    return [verify(embedder, Path(path), config.far) for path in config.test]
+
+
+def open_test(embedder: Embedder, path: Path) -> ImageDataset:
+    """A .bin file of pairs, else a folder of identities or a .rec file."""
+    if path.suffix == ".bin":
+        return open_bin(path, **embedder.options)
+    return open_dataset(path, on_corrupt=embedder.on_corrupt, **embedder.options)
 
 
 def verify(embedder: Embedder, path: Path, far: float) -> Result:
     """A test set: ten-fold accuracy of a .bin file, all pairs of a folder of identities or a .rec file."""
-    if path.suffix == ".bin":
-        return verify_pairs(embedder, path)
-    data = open_dataset(path, on_corrupt=embedder.on_corrupt, **embedder.options)
+    data = open_test(embedder, path)
+    if isinstance(data, PairedImages):
+        return verify_pairs(embedder, path, data)
     return compare_pairs(path.name, *embedder.embed(data), far, embedder.device)
 
 
-def verify_pairs(embedder: Embedder, path: Path) -> Result:
+def verify_pairs(embedder: Embedder, path: Path, data: PairedImages) -> Result:
     """LFW's protocol, at the mean of the folds' thresholds."""
-    data = open_bin(path, **embedder.options)
     folds = cross_validate(pair_distances(embedder.embed(data)[0]), data.same)
     rates = {"accuracy": folds.accuracy, "VAL@FAR=0.001": float(folds.vals.mean())}
     chosen = f"best accuracy on {len(data.same):,} pairs of {path.name}"
@@ -88,8 +115,8 @@ def compare_pairs(
         curve = compare_all(embeddings, labels)
         rates = {"rank-1": curve.rank1}
     else:
+        check_kinds(labels)
         curve = count_all(embeddings, labels, device)
-        check_kinds(labels, *curve.pairs)
         rates = {}
     rates |= {f"TAR@FAR={far:g}": curve.tar_at_far(far) for far in FARS}
     impostors = curve.pairs[1]

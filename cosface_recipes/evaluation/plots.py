@@ -9,6 +9,13 @@ from pathlib import Path
 from cosface_recipes.evaluation.verification import Curve
 
 
+def suffixes() -> list[str]:
+    """Of the files that can be drawn."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return [f".{name}" for name in FigureCanvasBase.get_supported_filetypes()]
+
+
 @contextmanager
 def figure(path: Path, title: str, **settings):
     """Axes that are saved to `path` when the block ends."""

@@ -98,15 +98,13 @@ def cross_validate(
         ValueError: there are fewer pairs than folds, or a fold lacks genuine or impostor pairs.
     """
     distances, same = np.asarray(distances, np.float64), np.asarray(same, bool)
-    if len(distances) != len(same) or len(same) < folds:
-        raise ValueError(f"{len(distances)} distances and {len(same)} pairs cannot make {folds} folds.")
-    fold = np.repeat(np.arange(folds), [len(part) for part in np.array_split(same, folds)])
+    if len(distances) != len(same):
+        raise ValueError(f"There are {len(distances)} distances and {len(same)} pairs.")
+    fold = split(same, folds)
     grid, fine = np.arange(0, 4, 0.01), np.arange(0, 4, 0.001)
     results = []
     for k in range(folds):
         train, test = fold != k, fold == k
-        if len(np.unique(same[train])) < 2 or len(np.unique(same[test])) < 2:
-            raise ValueError(f"Fold {k}, or the others together, lack genuine or impostor pairs.")
         accepted_genuine, accepted_impostors = _accepted(distances[train], same[train], grid)
         right = accepted_genuine - accepted_impostors  # plus the number of impostors
         threshold = grid[right.argmax()]
@@ -116,6 +114,17 @@ def cross_validate(
         below = distances[test] < strict
         results.append((accuracy, threshold, below[same[test]].mean(), below[~same[test]].mean()))
     return CrossValidation(*np.array(results).T)
+
+
+def split(same: np.ndarray, folds: int = 10) -> np.ndarray:
+    """(n,) the fold of each pair, or what `cross_validate` raises of pairs that cannot be verified in folds."""
+    if len(same) < folds:
+        raise ValueError(f"{len(same)} pairs cannot make {folds} folds.")
+    fold = np.repeat(np.arange(folds), [len(part) for part in np.array_split(same, folds)])
+    for k in range(folds):
+        if len(np.unique(same[fold != k])) < 2 or len(np.unique(same[fold == k])) < 2:
+            raise ValueError(f"Fold {k}, or the others together, lack genuine or impostor pairs.")
+    return fold
 
 
 def _accepted(distances: np.ndarray, same: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -233,9 +242,7 @@ def identify(
     Raises:
         ValueError: no identity has two photos, or there are fewer distractors than asked for.
     """
-    sizes = sorted(set(sizes))
-    if not sizes or not 0 < sizes[0] <= sizes[-1] <= len(distractors):
-        raise ValueError(f"sizes must be from 1 to {len(distractors)}, the number of distractors, got {sizes}.")
+    sizes = check_sizes(sizes, len(distractors))
     unit = normalised(probes)
     first, second = _mates(labels)
     if len(first) == 0:
@@ -255,6 +262,14 @@ def identify(
         found = mate[:, None] >= nearest[second]  # (pairs, ranks)
         rates[end] = found.double().mean(0).cpu().numpy()
     return Identification(rates, curve)
+
+
+def check_sizes(sizes: Sequence[int], distractors: int) -> list[int]:
+    """The sizes ascending, each once, or what `identify` raises of more than there are distractors."""
+    sizes = sorted(set(sizes))
+    if not sizes or not 0 < sizes[0] <= sizes[-1] <= distractors:
+        raise ValueError(f"sizes must be from 1 to {distractors}, the number of distractors, got {sizes}.")
+    return sizes
 
 
 def _mates(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -191,6 +191,7 @@ def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
         labels: (n,) identities; at least one identity with two images, and two identities.
     """
     unit = normalised(embeddings)  # (n, D)
+    check_kinds(labels)
     n = len(unit)
     column = torch.arange(n)
     genuine, impostor = [], []
@@ -207,7 +208,6 @@ def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
         hits += int((mate & (similarity > best_other)).sum())
         mates += int(mate.sum())
     scores = [torch.cat(parts).sort(descending=True).values for parts in (genuine, impostor)]
-    check_kinds(labels, *map(len, scores))
     return Scores(*scores, rank1=hits / mates)
 
 
@@ -233,9 +233,13 @@ def count_all(embeddings: Tensor, labels: Tensor, device: torch.device | str = "
     return histogram
 
 
-def check_kinds(labels: Tensor, genuine: int, impostors: int) -> None:
+def check_kinds(labels: Tensor) -> None:
+    """Raises ValueError where images of these identities, (n,), make no genuine or no impostor pair."""
+    photos = labels.unique(return_counts=True)[1]
+    genuine = int((photos * (photos - 1)).sum()) // 2
+    impostors = len(labels) * (len(labels) - 1) // 2 - genuine
     if genuine == 0 or impostors == 0:
         raise ValueError(
-            f"{len(labels)} test images of {len(labels.unique())} identities make {genuine} genuine and "
+            f"{len(labels)} test images of {len(photos)} identities make {genuine} genuine and "
             f"{impostors} impostor pairs; both kinds are needed."
         )

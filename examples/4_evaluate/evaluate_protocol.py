@@ -51,6 +51,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cosface_recipes.data.images import image_files
 from cosface_recipes.data.pairs import read_bin
 from cosface_recipes.evaluation import held_out, reports
 from cosface_recipes.evaluation.collect import (
@@ -68,9 +69,13 @@ from cosface_recipes.evaluation.collect import (
     read_ijb_searches,
 )
 from cosface_recipes.evaluation.features import checked, load_features, save_features
-from cosface_recipes.evaluation.plots import plot_cmc, plot_roc
+from cosface_recipes.evaluation.plots import plot_cmc, plot_roc, suffixes
+from cosface_recipes.evaluation.protocols import check_sizes
 from cosface_recipes.evaluation.reports import Report
+from cosface_recipes.evaluation.verification import allowed
 from cosface_recipes.export import load
+from cosface_recipes.outputs import check_output
+from cosface_recipes.recognition import FILES
 
 PER_SAMPLE = ("labels", "names", "videos", "templates", "media", "scores", "probe")
 OF_SUBJECTS = ("gallery_1", "gallery_2", "probes")
@@ -87,6 +92,8 @@ NEEDED = {
     "retrieval": ("labels",),
     "identification": ("labels",),
 }
+OF_IMAGES = {"lfw": ("data", "pairs"), "ytf": ("data", "pairs")}  # options that a model needs; others data alone
+OTHERS = {"megaface": ("distractors",), "identification": ("gallery",)}  # options that are needed always
 OF_TEMPLATES = {"ijb": read_ijb_pairs, "ijb-1n": read_ijb_searches}
 OF_ARRAYS = {
     "lfw": reports.report_pairs,
@@ -102,15 +109,15 @@ SEARCHES = {"retrieval": reports.report_retrieval, "identification": reports.rep
 def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
     """What the protocol is computed from, from images or from a file."""
     if args.protocol in SEARCHES:
-        return load_labeled(args, embedder, required(args, "data") if embedder else args.features)
+        return load_labeled(args, embedder, args.data if embedder else args.features)
     if embedder:
-        folder = required(args, "data")
+        folder = args.data
         if args.protocol == "lfw":
-            arrays = collect_lfw(embedder, folder, required(args, "pairs"))
+            arrays = collect_lfw(embedder, folder, args.pairs)
         elif args.protocol == "bin":
             arrays = collect_bin(embedder, folder)
         elif args.protocol == "ytf":
-            arrays = collect_ytf(embedder, folder, required(args, "pairs"))
+            arrays = collect_ytf(embedder, folder, args.pairs)
         elif args.protocol in OF_TEMPLATES:
             about = OF_TEMPLATES[args.protocol](folder, args.target)  # before hours of embedding
             arrays = collect_ijb(embedder, folder, args.target) | about
@@ -158,10 +165,32 @@ def check_gallery(arrays: Arrays, gallery: Arrays) -> None:
         raise ValueError(f"The features are of the model {models[0]}, and the gallery's of {models[1]}.")
 
 
-def required(args: argparse.Namespace, name: str) -> Path:
-    if (value := getattr(args, name)) is None:
-        raise ValueError(f"Protocol {args.protocol} needs --{name}.")
-    return value
+def check_options(args: argparse.Namespace) -> None:
+    """What can be told before hours of embedding."""
+    if (args.model is None) == (args.features is None):
+        raise ValueError("Either --model or --features is needed, and not both.")
+    if args.save and args.protocol == "folder" and args.model:
+        raise ValueError("--protocol folder saves no features; embed.py does.")
+    for name in (*(OF_IMAGES.get(args.protocol, ("data",)) if args.model else ()), *OTHERS.get(args.protocol, ())):
+        if getattr(args, name) is None:
+            raise ValueError(f"Protocol {args.protocol} needs --{name}.")
+    for path in (args.features, args.data, args.pairs, args.distractors, args.gallery, *(args.noise or ())):
+        if path and not path.exists():
+            raise FileNotFoundError(f"There is no {path}.")
+    if args.model and args.protocol in (*SEARCHES, "megaface"):
+        for path in (args.data, args.gallery, args.distractors):
+            if path and path.is_dir() and not image_files(path):
+                raise ValueError(f"The folder {path} has no images.")
+    if args.on_corrupt == "skip" and (args.protocol != "folder" or args.features or args.data.suffix == ".bin"):
+        raise ValueError("--on-corrupt skip is for the images of --protocol folder, and for none of a .bin file.")
+    allowed(args.far, 0)
+    if args.save:
+        check_output(args.save, FILES)
+    for path in (args.roc, args.cmc):
+        if path:
+            check_output(path, suffixes())
+    if args.json:
+        check_output(args.json)
 
 
 def check(arrays: Arrays, protocol: str) -> None:
@@ -186,32 +215,47 @@ def check(arrays: Arrays, protocol: str) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    if (args.model is None) == (args.features is None):
-        raise ValueError("Either --model or --features is needed, and not both.")
+    check_options(args)
     embedder = load_embedder(args) if args.model else None
     if args.protocol == "folder" and embedder:
-        if args.save:
-            raise ValueError("--protocol folder saves no features; embed.py does.")
-        return reports.report_folder(held_out.verify(embedder, required(args, "data"), args.far))
+        return reports.report_folder(held_out.verify(embedder, args.data, args.far))
+    # What is sought in comes first, so that of a file no fault shows after the embedding.
+    gallery = load_labeled(args, embedder, args.gallery) if args.protocol in SEARCHES and args.gallery else None
+    others = load_distractors(args, embedder) if args.protocol == "megaface" else None
     arrays = load_arrays(args, embedder)
     if args.save:
         save_features(args.save, arrays)
     if args.protocol == "folder":
         return reports.report_labeled(arrays, args.features.name, args.far)
-    if args.protocol == "retrieval" and args.gallery is None:
-        return reports.report_retrieval(arrays, None)
     if args.protocol in SEARCHES:
-        gallery = load_labeled(args, embedder, required(args, "gallery"))
-        check_gallery(arrays, gallery)
+        if gallery:
+            check_gallery(arrays, gallery)
         return SEARCHES[args.protocol](arrays, gallery)
-    if args.protocol != "megaface":
+    if others is None:
         return OF_ARRAYS[args.protocol](arrays)
-    path = required(args, "distractors")
-    others = collect_images(embedder, path) if embedder and path.is_dir() else load_features(path)
     noise: dict[str, int] | None = None
     if args.noise:
         arrays, others, noise = reports.cleaned(arrays, others, args.noise)
     return reports.report_megaface(arrays, others["features"], args.sizes, noise)
+
+
+def load_distractors(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
+    path = args.distractors
+    arrays = None if embedder and path.is_dir() else load_features(path)
+    if args.sizes:
+        check_sizes(args.sizes, len(arrays["features"] if arrays else image_files(path)))
+    return arrays or collect_images(embedder, path)
+
+
+def write_outputs(args: argparse.Namespace, report: Report) -> None:
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        rows = {name: None if value != value else value for name, value in report.rows.items()}  # JSON has no NaN
+        args.json.write_text(json.dumps({"protocol": args.protocol, **rows}, indent=1) + "\n")
+    if args.roc and report.curves:
+        plot_roc(report.curves, args.roc)
+    if args.cmc and report.cmc:
+        plot_cmc(report.cmc, args.cmc, args.protocol)
 
 
 def load_embedder(args: argparse.Namespace) -> Embedder:
@@ -226,6 +270,14 @@ def load_embedder(args: argparse.Namespace) -> Embedder:
         args.workers,
         on_corrupt=args.on_corrupt,
     )
+
+
+def sizes(text: str) -> list[int]:
+    """Numbers of the command line, by comma."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"sizes are whole numbers, by comma, got {text!r}") from None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -243,7 +295,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sizes",
-        type=lambda text: [int(n) for n in text.split(",")],
+        type=sizes,
         help="megaface: numbers of distractors, by comma",
     )
     parser.add_argument(
@@ -277,17 +329,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         report = run(args)
+        print(report)
+        write_outputs(args, report)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(str(error))
-    print(report)
-    if args.roc and report.curves:
-        plot_roc(report.curves, args.roc)
-    if args.cmc and report.cmc:
-        plot_cmc(report.cmc, args.cmc, args.protocol)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        rows = {name: None if value != value else value for name, value in report.rows.items()}  # JSON has no NaN
-        args.json.write_text(json.dumps({"protocol": args.protocol, **rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

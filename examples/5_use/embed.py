@@ -22,6 +22,7 @@ import numpy as np
 
 from cosface_recipes.data.images import SUFFIXES, image_files
 from cosface_recipes.evaluation.features import save_features
+from cosface_recipes.outputs import check_output
 from cosface_recipes.recognition import FILES, Recognizer, add_options, open_recognizer
 
 
@@ -61,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     args = parser.parse_args(argv)
     try:
-        if args.output.suffix not in FILES:  # before hours of embedding
-            raise ValueError(f"Features are saved as {' or '.join(FILES)}, got {args.output}.")
+        check_output(args.output, FILES)
         recognizer = open_recognizer(args)
         arrays = embed(recognizer, args.photos)
         save_features(args.output, arrays)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosface_recipes.outputs import check_output
 from cosface_recipes.recognition import FILES, add_options, enroll, open_recognizer
 
 
@@ -23,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     args = parser.parse_args(argv)
     try:
-        if args.output.suffix not in FILES:
-            raise ValueError(f"A gallery is saved as {' or '.join(FILES)}, got {args.output}.")
+        check_output(args.output, FILES)
         recognizer = open_recognizer(args)
         gallery = enroll(recognizer, args.gallery)
         gallery.save(args.output)

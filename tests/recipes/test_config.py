@@ -1,5 +1,6 @@
 """The settings of a training and the schedule of its learning rate."""
 
+import dataclasses
 import math
 import re
 
@@ -30,7 +31,8 @@ def test_the_configurations_are_valid(file):
     [
         ("epochs: many", r"--epochs: could not convert string to float: 'many'"),
         ("batch_size: 2.5", r"--batch-size: invalid literal for int\(\) with base 10: '2\.5'"),
-        ("batch_size: true", r"--batch-size"),
+        ("batch_size: true", r"--batch-size: .* 'true'"),
+        ("batch_size: 16.0", r"--batch-size: .* '16\.0'"),
         ("milestones: [0.8, 0.5]", r"milestones must rise between 0 and 1, got \[0\.8, 0\.5\]\."),
         ("schedule: step", r"schedule step needs milestones"),
         ("schedule: linear", r"invalid choice 'linear' .*--schedule.* Expected one of \('polynomial', 'cosine',"),
@@ -59,7 +61,24 @@ def test_a_bad_setting_is_refused_with_its_value(tmp_path, capsys, text, message
     file.write_text(text)
     with pytest.raises(SystemExit):
         config.parse(["--config", str(file)])
-    assert re.search(message, said(capsys))
+    printed = said(capsys)
+    assert re.search(message, printed)
+    assert f"The configuration {file} was read as --" in printed
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(config.Config)])
+def test_no_is_false_where_a_setting_is_true_or_false_and_a_word_elsewhere(tmp_path, capsys, name):
+    file = tmp_path / "some.yaml"
+    file.write_text(f"{name}: no")
+    boolean = isinstance(getattr(config.Config, name), bool)
+    option = f"--no-{name}" if boolean else f"--{name.replace('_', '-')}=no"
+    results = []
+    for arguments in ([option], ["--config", str(file)]):
+        try:
+            results.append(config.parse(arguments))
+        except SystemExit:
+            results.append(said(capsys).partition(" The configuration ")[0])
+    assert results[0] == results[1]
 
 
 def test_an_unknown_option_is_refused_with_the_one_that_was_meant(capsys):
@@ -74,6 +93,10 @@ def test_an_unknown_option_is_refused_with_the_one_that_was_meant(capsys):
         ("epoch: 3", r"There is no setting 'epoch', which .*some\.yaml has; did you mean epochs\?"),
         ("3: 3", r"There is no setting 3, which .*some\.yaml has\."),
         ("flip: sometimes", r"flip must be true or false, got 'sometimes' in .*some\.yaml\."),
+        ("flip: 1", r"flip must be true or false, got 1 in .*some\.yaml\."),
+        ("test: [a, --resume]", r"test cannot have '--resume', which .*some\.yaml has: it would be an option\."),
+        ("test: [a, -h]", r"test cannot have '-h', which .*some\.yaml has"),
+        ("train: {a: b}", r"train cannot be \{'a': 'b'\}, which .*some\.yaml has\."),
         ("- 3", r"must be lines of `name: value`, got \[3\]\."),
         ("{", r"is not YAML"),
     ],

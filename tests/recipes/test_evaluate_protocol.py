@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from support.evaluation import colour_of, evaluate, identity_features, png, printed, write_ijb, write_images
 
+import evaluate_protocol
 import train
 from cosface_recipes import config, export
 from cosface_recipes.data.pairs import write_bin
-from cosface_recipes.evaluation import held_out
+from cosface_recipes.evaluation import collect, held_out
 from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.evaluation.protocols import cross_validate, pair_distances
 
@@ -156,13 +157,69 @@ def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys)
         ("--protocol lfw --features nothing.npz", r"nothing\.npz"),
         ("--protocol folder --features {probes} --far 2", r"acceptance rate must be from 0 to 1, got 2\.0"),
         ("--protocol folder --features {probes} --far nan", r"acceptance rate must be from 0 to 1, got nan"),
-        ("--protocol lfw --features {lfw} --save x.pkl", r"Features are saved as .* got x\.pkl"),
+        ("--protocol lfw --features {lfw} --save x.pkl", r"x\.pkl should end in \.npz or \.safetensors\."),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(lfw, megaface, arguments, message):
     probes, others = megaface
     with pytest.raises(SystemExit, match=message):
         evaluate(*arguments.format(lfw=lfw, probes=probes, others=others).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--protocol lfw", r"Protocol lfw needs --pairs\."),
+        ("--protocol ytf", r"Protocol ytf needs --pairs\."),
+        ("--protocol megaface", r"Protocol megaface needs --distractors\."),
+        ("--protocol megaface --distractors {images} --sizes 1,99999", r"sizes must be from 1 to 4, .*99999"),
+        ("--protocol megaface --distractors {images} --noise none.txt", r"There is no none\.txt\."),
+        ("--protocol megaface --distractors {empty}", r"The folder .*empty has no images\."),
+        ("--protocol identification", r"Protocol identification needs --gallery\."),
+        ("--protocol identification --gallery none", r"There is no none\."),
+        ("--protocol retrieval --gallery {images}/A/1.png", r"Features are a \.npz or \.safetensors file"),
+        ("--protocol retrieval --gallery {empty}", r"The folder .*empty has no images\."),
+        ("--protocol retrieval --on-corrupt skip", r"--on-corrupt skip is for the images of --protocol folder"),
+        ("--protocol folder --data {images}/x.bin --on-corrupt skip", r"and for none of a \.bin file\."),
+        ("--protocol folder --far 2", r"acceptance rate must be from 0 to 1, got 2\.0"),
+        ("--protocol retrieval --save x.h5", r"x\.h5 should end in \.npz or \.safetensors\."),
+        ("--protocol retrieval --roc x.pgn", r"x\.pgn should end in .*\.png"),
+        ("--protocol retrieval --cmc x", r"x should end in .*\.png"),
+        ("--protocol retrieval --json {images}", r"images is a folder, not the name of a file to write\."),
+        ("--protocol retrieval --json {images}/A/1.png/x", r"x cannot be written: .*1\.png is no"),
+        ("--protocol retrieval --save {images}/A/1.png/x.npz", r"x\.npz cannot be written: .*1\.png is no"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused_before_the_first_embedding(tmp_path, exported, monkeypatch, arguments, message):
+    def embed(*_):
+        pytest.fail("an image was embedded")
+
+    monkeypatch.setattr(collect.Embedder, "embed", embed)
+    images = tmp_path / "images"
+    write_images(images, [f"{name}/{i}.png" for name in "AB" for i in (1, 2)], [colour_of(i, 0) for i in range(4)])
+    write_bin(images / "x.bin", [b""] * 40, [True, False] * 10)
+    (tmp_path / "empty").mkdir()
+    arguments = arguments.format(images=images, empty=tmp_path / "empty").split()
+    with pytest.raises(SystemExit, match=message):
+        evaluate("--model", exported, "--data", images, *arguments)
+
+
+def test_sizes_are_numbers(capsys):
+    with pytest.raises(SystemExit):
+        evaluate("--protocol", "megaface", "--sizes", "10,abc")
+    assert "argument --sizes: sizes are whole numbers, by comma, got '10,abc'" in capsys.readouterr().err
+
+
+def test_figures_are_written_where_a_curve_cannot_be(lfw, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device.")
+
+    monkeypatch.setattr(evaluate_protocol, "plot_roc", full)
+    with pytest.raises(SystemExit, match=r"^No space left on device\.$"):
+        evaluate(
+            "--protocol", "lfw", "--features", lfw, "--roc", tmp_path / "x.png", "--json", tmp_path / "x.json"
+        )
+    assert json.loads((tmp_path / "x.json").read_text())["protocol"] == "lfw"
 
 
 @pytest.mark.parametrize(

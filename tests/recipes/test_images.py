@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosface_recipes.data.image_datasets import CorruptSampleError, ImageFolder
+from cosface_recipes.data.image_datasets import CorruptSampleError, ImageFolder, open_dataset
 from cosface_recipes.data.images import SUFFIXES, decode, identity_files, image_files
 
 LEFT, RIGHT = (200, 10, 10), (10, 10, 200)
@@ -67,15 +67,64 @@ def test_the_upper_byte_of_16_bits_counts(suffix, color):
     np.testing.assert_array_equal(decoded, np.repeat(bytes_[..., None], 1 if color == "gray" else 3, 2))
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "La", "CMYK", "YCbCr", "LAB"])
 @pytest.mark.parametrize("color", ["gray", "rgb"])
 def test_every_mode_becomes_the_one_that_is_asked_for(photo, mode, color):
-    source = photo.convert("RGB" if mode == "CMYK" else mode)
-    file = io.BytesIO()
-    photo.convert(mode).save(file, "TIFF")
+    stored, file = photo.convert("LA" if mode == "La" else mode), io.BytesIO()
+    stored.save(file, "TIFF")
+    source = stored.convert("RGB") if mode == "LAB" else stored
+    data = file.getvalue()
+    if mode == "La":  # Pillow reads it, and does not write it: gray that is multiplied by its opacity of 1
+        data = data.replace(b"\x52\x01\3\0\1\0\0\0\2", b"\x52\x01\3\0\1\0\0\0\1")
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.mode == "La"
     np.testing.assert_array_equal(
-        np.asarray(decode(file.getvalue(), color)), np.asarray(source.convert({"gray": "L", "rgb": "RGB"}[color]))
+        np.asarray(decode(data, color)), np.asarray(source.convert({"gray": "L", "rgb": "RGB"}[color]))
     )
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Image.new("F", (8, 8), 0.5), r"its pixels are floating-point numbers"),
+        (b"no image", r"it is none of JPEG, PNG, WEBP, BMP, PPM, TIFF$"),
+    ],
+    ids=["floats", "text"],
+)
+def test_what_is_no_image_of_known_white_says_so(tmp_path, content, message, in_memory):
+    file = tmp_path / "x.tiff"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        content.save(file)
+    with pytest.raises((OSError, ValueError), match=f"^{message}"):
+        decode(file.read_bytes() if in_memory else file)
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_are_said(tmp_path, caplog):
+    elsewhere = tmp_path / "elsewhere"
+    for i in range(3):
+        write(elsewhere / "deep" / f"{i}.png")
+    folder = tmp_path / "faces"
+    write(folder / "ann" / "1.png")
+    (folder / "ann" / "more").symlink_to(elsewhere)
+    (folder / "ann" / "again").symlink_to(elsewhere / "deep")
+    (folder / "ann" / "up").symlink_to(folder)
+    (folder / "bo").symlink_to(elsewhere)
+    write(folder / "dee" / "1.png")
+    (folder / "cem").symlink_to(tmp_path / "gone")
+    with caplog.at_level(logging.WARNING):
+        files = identity_files(folder)
+    assert [path.relative_to(folder).as_posix() for path in files["ann"]] == [
+        "ann/1.png",
+        *(f"ann/again/{i}.png" for i in range(3)),
+    ]
+    assert len(files["bo"]) == 3
+    assert f"1 links in {folder} lead nowhere, 'cem' first." in caplog.messages
+    (folder / "ann" / "0.png").symlink_to(elsewhere / "gone.png")
+    with pytest.raises(CorruptSampleError, match=r"ann/0\.png cannot be read: .*No such file"):
+        ImageFolder(folder)[0]
 
 
 def test_hidden_files_and_folders_are_no_images_and_no_identities(tmp_path):
@@ -118,4 +167,4 @@ def test_messages_say_what_to_do(tmp_path):
     (tmp_path / "ann").mkdir()
     (tmp_path / "ann" / "1.jpg").write_bytes(b"no image")
     with pytest.raises(CorruptSampleError, match=r"ann/1\.jpg cannot be read.*--on-corrupt skip"):
-        ImageFolder(tmp_path)[0]
+        open_dataset(tmp_path)[0]

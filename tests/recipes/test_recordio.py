@@ -357,6 +357,20 @@ def test_a_corrupt_companion_file_is_named(tmp_path, name, content, message):
         RecordFile(tmp_path)[0]
 
 
+@pytest.mark.parametrize("with_side_car", [True, False])
+def test_a_label_that_is_no_class_of_the_property_is_named_with_both(tmp_path, with_side_car):
+    with RecordWriter(tmp_path, (8, 8), num_classes=2) as writer:
+        for label in (0, 1, 2):
+            writer.write(b"image", label)
+    if not with_side_car:
+        (tmp_path / "train.labels.npy").unlink()
+    message = r"key 3 in .*train\.rec has the label 2, and the 2 classes of .*property are those below"
+    with pytest.raises(RecordError, match=message):
+        _ = RecordFile(tmp_path).labels
+    (tmp_path / "property").write_text("3,8,8\n")
+    assert RecordFile(tmp_path).labels.tolist() == [0, 1, 2]
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no record file .*train\.rec\."):
         RecordFile(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import patience
+from support.evaluation import colour_of, encoded, write_images
 from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_two, losses, some_glyphs
 
 import glyphs_to_records
@@ -21,6 +22,7 @@ from cosface_kernels import checkpoint
 from cosface_recipes import batches, export, recognition, training
 from cosface_recipes.data import glyphs
 from cosface_recipes.data.image_datasets import open_dataset
+from cosface_recipes.data.pairs import write_bin
 
 
 def test_each_epoch_is_an_order_of_its_own_and_the_processes_share_each_batch():
@@ -215,7 +217,7 @@ def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
     settings = dataclasses.replace(settings, train=str(folder), epochs=1.5, test=(), workers=workers)
     train.main(as_arguments(dataclasses.replace(settings, on_corrupt="skip")))
     assert "1 images could not be read and were skipped: train.rec:1" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"The sample train\.rec:1 cannot be read"):
+    with pytest.raises(SystemExit, match=r"^The sample train\.rec:1 cannot be read: .* leaves it out\.$"):
         train.main(as_arguments(dataclasses.replace(settings, output=str(tmp_path / "stops"))))
 
 
@@ -227,6 +229,9 @@ def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
         ({"model": "vgg"}, "model must be one of"),
         ({"test": ("/no/such",)}, "There is no test data /no/such"),
         ({"device": "gpu"}, "device must be one of PyTorch's, such as cpu or cuda, got 'gpu'"),
+        ({"device": "meta"}, "PyTorch cannot compute on device 'meta' here: .* meta tensors"),
+        ({"device": "hpu"}, "PyTorch cannot compute on device 'hpu' here: "),
+        ({"device": "vulkan"}, r"PyTorch cannot compute on device 'vulkan' here: [^.]*'aten::\w+\.[^.]*\.$"),
         ({"device": "cuda:99"}, r"PyTorch sees \d+ GPUs, and device is 'cuda:99'"),
     ],
     ids=str,
@@ -234,6 +239,53 @@ def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
 def test_a_training_that_cannot_start_says_why(settings, change, message):
     with pytest.raises(SystemExit, match=message):
         train.main(as_arguments(dataclasses.replace(settings, **change)))
+
+
+def bad_test_data(kind: str, folder: Path) -> Path:
+    people = {"one image each": [0, 1, 2, 3], "one identity": [0, 0, 0, 0]}.get(kind, [0, 0, 1, 1])
+    if kind.startswith("pairs"):
+        same = [True] * 20 if kind == "pairs of one kind" else [True, False] * 10
+        images = [b"no image" if (i, kind) == (3, "pairs of no image") else encoded((i, 0, 0)) for i in range(40)]
+        write_bin(folder / "test.bin", images, same)
+        return folder / "test.bin"
+    names = [f"{label}/{i}.png" for i, label in enumerate(people)]
+    write_images(folder / "test", names, [colour_of(i, 0) for i in range(4)])
+    if kind == "no image":
+        (folder / "test" / names[2]).write_bytes(b"no image")
+    return folder / "test" / "0" if kind == "no identity" else folder / "test"
+
+
+BAD_TEST_DATA = {
+    "no identity": r"has no sub-folder with images",
+    "one image each": r"4 test images of 4 identities make 0 genuine and 6 impostor pairs",
+    "one identity": r"4 test images of 1 identities make 6 genuine and 0 impostor pairs",
+    "no image": r"The sample 1/2\.png cannot be read",
+    "pairs of one kind": r"Fold 0, or the others together, lack genuine or impostor pairs",
+    "pairs of no image": r"The sample test\.bin:3 cannot be read: .* an image of a pair cannot be left out\.$",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEST_DATA)
+def test_test_data_that_cannot_be_measured_end_a_training_before_its_first_step(settings, data, tmp_path, kind):
+    bad = bad_test_data(kind, tmp_path)
+    settings = dataclasses.replace(settings, test=(str(data / "test"), str(bad)), evaluate_every=0)
+    with pytest.raises(
+        SystemExit, match=rf"The test data {re.escape(str(bad))} cannot be used: .*{BAD_TEST_DATA[kind]}"
+    ):
+        train.main(as_arguments(settings))
+    assert not Path(settings.output).exists()
+
+
+def test_what_ends_the_first_process_ends_the_others_with_its_sentence(settings, tmp_path):
+    bad = bad_test_data("one identity", tmp_path)
+    process = launch(
+        dataclasses.replace(settings, test=(str(bad),)),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    )
+    _, err = process.communicate(timeout=patience(240))
+    sentences = [line for line in err.splitlines() if f"The test data {bad} cannot be used" in line]
+    assert sorted(line.partition("The test")[0] for line in sentences) == ["", "rank 0 refused: "]
+    assert f'{Path(train.__file__).name}", line' not in err
 
 
 def test_half_precision_trains(settings, without_export):
@@ -255,6 +307,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(settings, caps
     shutil.rmtree(newest)
     train.main(as_arguments(settings))
     assert "steps 4 to 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "", "epochs", "batch_siz"], ids=repr)
+def test_damaged_settings_of_a_training_are_named_with_what_to_do(settings, content, without_export):
+    settings = dataclasses.replace(settings, epochs=1, test=(), resume=True)
+    train.main(as_arguments(settings))
+    file = Path(settings.output) / training.SETTINGS
+    whole = file.read_text()
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=rf"cannot be read: .* --resume goes on when they are in {file} again"):
+        train.main(as_arguments(settings))
+    file.write_text(whole)
+    train.main(as_arguments(settings))
 
 
 def test_each_process_needs_two_images(settings):

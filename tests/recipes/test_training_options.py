@@ -240,6 +240,36 @@ def test_weights_come_back_the_head_where_the_identities_agree(trained, data, tm
     assert torch.equal(training_.network.state_dict()[FIRST], state[f"network/{FIRST}"])
 
 
+def test_a_folder_of_a_training_begins_another_with_its_head(trained, tmp_path, capsys):
+    state = everything(trained.output)
+    training_ = begun(dataclasses.replace(trained, init=trained.output, output=str(tmp_path / "again"), seed=1))
+    assert "of the same identities" in capsys.readouterr().out
+    assert torch.equal(training_.head.weight, state["head/weight"])
+
+
+@pytest.mark.parametrize("content", [None, "", '["00", '], ids=repr)
+def test_a_head_of_identities_that_cannot_be_read_is_left(trained, tmp_path, capsys, content):
+    names = Path(trained.output) / initial.IDENTITIES
+    names.unlink()
+    if content is not None:
+        names.write_text(content)
+    begun(dataclasses.replace(trained, init=trained.output, output=str(tmp_path / "again")))
+    assert re.search(rf"The head is new: {names}, .* cannot be read: .*\.$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_a_training_leaves_has_the_mode_of_open(settings):
+    before = os.umask(0o027)
+    try:
+        train.main(as_arguments(dataclasses.replace(settings, epochs=1, test=())))
+    finally:
+        os.umask(before)
+    files = [path for path in Path(settings.output).iterdir() if path.is_file()]
+    assert {path.name for path in files} >= {export.WEIGHTS, export.ONNX, export.DESCRIPTION, initial.HEAD}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: "0o640" for path in files
+    }
+
+
 def test_a_state_dict_of_torch_save_is_a_backbone_too(trained, tmp_path, capsys):
     file = tmp_path / "backbone.pth"
     torch.save(load_file(Path(trained.output) / export.WEIGHTS), file)

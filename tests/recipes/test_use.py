@@ -164,6 +164,12 @@ def test_a_detector_that_is_none_is_refused(detectors, name, message):
         load_detector(name)
 
 
+@pytest.mark.parametrize("name", ["json:loads", "math:sqrt", "builtins:open", "operator:index"])
+def test_a_function_that_takes_no_photograph_is_named_with_it(photos, exported, detectors, name):
+    with pytest.raises(SystemExit, match=r"^The detector failed on .*Ann.1\.png: \w*Error: "):
+        run(verify_faces, exported, photos / "Ann", photos / "Bo", "--detector", name)
+
+
 def test_a_detector_that_returns_something_else_is_refused(photos, tmp_path, exported, detectors):
     with pytest.raises(
         SystemExit, match=r"A detector must return \(5, 2\) finite numbers or None; of .* \[\[1, 2\]"
@@ -261,7 +267,9 @@ def test_identities_without_a_usable_photo_are_left_out(photos, tmp_path, export
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        (embed, "{photos} --output x.pkl", r"Features are saved as \.npz or \.safetensors, got x\.pkl"),
+        (embed, "{photos} --output x.pkl", r"x\.pkl should end in \.npz or \.safetensors\."),
+        (embed, "{photos} --output {photos}", r"photos should end in \.npz or"),
+        (embed, "{photos} --output {features}/x.npz", r"x\.npz cannot be written: .*x\.npz is no folder"),
         (
             embed,
             "{photos}/none.mp4 --output x.npz",
@@ -275,7 +283,7 @@ def test_identities_without_a_usable_photo_are_left_out(photos, tmp_path, export
             "{empty}/none.png --output x.npz",
             r"There is no photo .*none\.png",
         ),
-        (enroll, "{photos} --output x.pkl", r"A gallery is saved as \.npz or \.safetensors, got x\.pkl"),
+        (enroll, "{photos} --output x.pkl", r"x\.pkl should end in \.npz or \.safetensors\."),
         (
             enroll,
             "{empty}/none --output x.npz",

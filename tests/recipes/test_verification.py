@@ -246,8 +246,8 @@ def test_an_impossible_rate_accepts_nothing():
 @pytest.mark.parametrize(
     ("distances", "same", "message"),
     [
-        (np.ones(9), np.ones(9, bool), "9 distances and 9 pairs cannot make 10 folds"),
-        (np.ones(20), np.ones(21, bool), "20 distances and 21 pairs cannot"),
+        (np.ones(9), np.ones(9, bool), "9 pairs cannot make 10 folds"),
+        (np.ones(20), np.ones(21, bool), "There are 20 distances and 21 pairs"),
         (np.ones(40), np.arange(40) < 20, "Fold 0, or the others together, lack genuine or impostor pairs"),
     ],
 )

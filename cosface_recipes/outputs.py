@@ -1,0 +1,33 @@
+"""Files that a command writes: checked before its hours of work, and with the mode that open() gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+
+def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
+    """Raises ValueError where a file of this name cannot be written, or should end otherwise.
+
+    >>> check_output(Path("features.pkl"), (".npz", ".safetensors"))
+    Traceback (most recent call last):
+        ...
+    ValueError: features.pkl should end in .npz or .safetensors.
+    """
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path} should end in {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not the name of a file to write.")
+    found = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if found != path and not found.is_dir():
+        raise ValueError(f"{path} cannot be written: {found} is no folder.")
+    if not os.access(found, os.W_OK):
+        raise ValueError(f"{path} cannot be written: there is no permission to write {found}.")
+
+
+def give_mode_of_open(path: Path) -> None:
+    """Of a file that safetensors has written, for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
