@@ -176,6 +176,7 @@ def agree(
     facts: Mapping[str, object],
     count: int = 0,
     refusal: Exception | None = None,
+    about: str = "the batch",
 ) -> list[int]:
     """Every rank's count, once no rank has refused and all know the same facts; waits for the device.
 
@@ -186,7 +187,7 @@ def agree(
     said = {name: str(fact) for name, fact in facts.items()}
     own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
     table = own.new_empty(dist.get_world_size(group) * 3)
-    with naming("agreeing on the batch", group):
+    with naming(f"agreeing on {about}", group):
         all_gather(table, own, group=group)
     counts, refused, digests = table.view(-1, 3).T.tolist()
     if not any(refused) and len(set(digests)) == 1:

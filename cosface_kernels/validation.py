@@ -68,11 +68,15 @@ def check_flag(name: str, value: bool | None) -> None:
         raise ValueError(f"{name} must be True, False or None, got {value!r}.")
 
 
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_stats(return_stats: bool | int, entropy: bool) -> None:
     if not isinstance(return_stats, numbers.Integral) or not 0 <= return_stats < 2**63:
         raise ValueError(f"return_stats must be True, False or a number k of classes, got {return_stats!r}.")
-    if not isinstance(entropy, bool):
-        raise ValueError(f"entropy must be True or False, got {entropy!r}.")
+    check_bool("entropy", entropy)
     if entropy and not return_stats:
         raise ValueError(
             f"entropy is one of the stats, so that return_stats must be True or k, got {return_stats!r}."

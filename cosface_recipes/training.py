@@ -384,7 +384,7 @@ class Training:
             except Exception as error:
                 refusal = error
         if self.world > 1:
-            agree(dist.group.WORLD, self.device, {}, refusal=refusal)
+            agree(dist.group.WORLD, self.device, {}, refusal=refusal, about="what the first process does alone")
         if refusal is not None:
             raise refusal
         return result

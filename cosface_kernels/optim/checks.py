@@ -1,7 +1,6 @@
 """What the optimizers refuse of weights and options."""
 
 import math
-import numbers
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from cosface_kernels.distributed import placement
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.optim.ownership import owner_of
+from cosface_kernels.validation import check_bool, is_number
 
 MOVABLE = (torch.float64, torch.float32, torch.bfloat16, FLOAT8)
 
@@ -46,7 +46,7 @@ def check_gradient(weight: Tensor, exponents: Tensor | None) -> None:
 def check_group(group: dict[str, Any]) -> None:
     """The options of either rule."""
     for name in (name for name in FLAGS if name in group):
-        check_flag(name, group[name])
+        check_bool(name, group[name])
     for name in (name for name in NUMBERS if name in group):
         number = _number(name, group[name])
         if not number >= 0 and name not in SIGNED:
@@ -65,13 +65,8 @@ def check_group(group: dict[str, Any]) -> None:
         _check_betas(group["betas"])
 
 
-def check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}.")
-
-
 def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+    if not is_number(value) and not (isinstance(value, Tensor) and value.numel() == 1):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     return float(value)
 

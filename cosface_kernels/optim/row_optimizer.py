@@ -19,7 +19,7 @@ from cosface_kernels.backends import select
 from cosface_kernels.distributed import agreed, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import finiteness
-from cosface_kernels.optim.checks import MOVABLE, check_flag, check_group, check_weight
+from cosface_kernels.optim.checks import MOVABLE, check_group, check_weight
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient, has_ordinary_gradient
 from cosface_kernels.optim.ownership import (
     MARK,
@@ -34,7 +34,7 @@ from cosface_kernels.optim.ownership import (
 )
 from cosface_kernels.optim.state import check_state, convert_, loaded_state, step_count, zero_state
 from cosface_kernels.options import Options, Update
-from cosface_kernels.validation import is_capturing
+from cosface_kernels.validation import check_bool, is_capturing
 
 NONFINITE = ("raise", "skip")
 OF_THE_OPTIMIZER = ("accumulate", "state_dtype", "grad_scaler", "nonfinite", "seed")  # and of no group
@@ -114,7 +114,7 @@ class RowOptimizer(Optimizer):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
         if not isinstance(seed, numbers.Integral):
             raise ValueError(f"seed must be an integer, got {seed!r}.")
-        check_flag("accumulate", accumulate)
+        check_bool("accumulate", accumulate)
         check_group(defaults)
         super().__init__(params, defaults)
 

@@ -100,8 +100,8 @@ def _device(device: torch.device) -> Any:
 
 def key(x: Tensor, w: Tensor, options: Options) -> Key:
     bucket = triton.next_power_of_2(len(x))
-    keeps_cosines = options.cache_bytes and not options.gradient_tolerance
-    special = options.thresholds is not None or options.moments or options.sigmoid or keeps_cosines
+    keeps = options.cache_bytes and options.keeps_cosines
+    special = options.thresholds is not None or options.moments or options.sigmoid or keeps
     plain = options.normalize_weight and not special
     # The library and the specialised kernels multiply all rows of x with neighbouring rows of w.
     whole = not INTERPRETED and x.dtype == w.dtype and options.classes is None and not options.gradient_tolerance
