@@ -16,6 +16,7 @@ CHUNK_STEP = 256  # classes; a multiple of every tile's, and rows of a chunk sta
 LAUNCH_FLOPS = 1 << 36  # of a product with a chunk, which longer ones would hide no better: 86 us at 800 TFLOP/s
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that the lift of G over a unit is finite in float32
 ENTRY_BYTES = 32  # that a cosine of a chunk takes at most: itself, its order and what topk makes of that
+ROW_COPIES = 2  # of a row of w at most, in the dtype of cosines: upcast, and times what it is divided by
 
 
 def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,8 @@ def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Ten
         unit = F.normalize(x.to(dtype), eps=EPS)  # (N, D)
         best, classes = unit.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         first = 0
-        for rows in w.split(max(1, WORKSPACE_BYTES // (ENTRY_BYTES * max(len(x), 1)))):
+        class_bytes = ENTRY_BYTES * len(x) + ROW_COPIES * x.shape[1] * dtype.itemsize
+        for rows in w.split(max(1, WORKSPACE_BYTES // class_bytes)):
             rows = rows.to(dtype)
             if options.normalize_weight:
                 rows = F.normalize(rows, eps=EPS)
