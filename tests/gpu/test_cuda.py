@@ -25,6 +25,7 @@ from bench import cuda_kernels
 from bench.__main__ import main
 from cosface_kernels import cosface_loss, ops, reference
 from cosface_kernels.backends import BACKENDS, cuda
+from cosface_kernels.backends.cuda import driver
 from cosface_kernels.options import Options, Update
 
 HOST = Backend("cuda_host", interpreted=True)
@@ -161,6 +162,26 @@ def _both_passes(problem, options, *, zeroed=0):
     with cuda_host.Calls() as of_backward:
         dx, dw, _ = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
     return cache, of_forward, of_backward, (dx, dw)
+
+
+@pytest.fixture
+def sums_in_float16():
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    yield
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+def test_float16_is_upcast_where_torch_may_sum_in_float16(sums_in_float16, monkeypatch):
+    """Its products in float32 are not there then; `cuda_host` would not miss them."""
+    operands, multiply = set(), driver.multiply
+
+    def note(out, a, b, **accumulate):
+        operands.update((a.dtype, b.dtype))
+        multiply(out, a, b, **accumulate)
+
+    monkeypatch.setattr(driver, "multiply", note)
+    check_backend(HOST, make_problem(9, 300, 24, F16))
+    assert operands == {torch.float32}
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
