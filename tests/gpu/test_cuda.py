@@ -1,5 +1,6 @@
 """Backend `cuda` beyond the op's suite, which runs on `cuda_host`: chunks, refusals, the compiler's report."""
 
+import functools
 import math
 import re
 import types
@@ -17,6 +18,7 @@ from support import (
     check_backend,
     cuda_host,
     evaluate,
+    evaluate_oracle,
     make_problem,
     random_upstream,
     relative_error,
@@ -164,6 +166,27 @@ def _both_passes(problem, options, *, zeroed=0):
     with cuda_host.Calls() as of_backward:
         dx, dw, _ = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
     return cache, of_forward, of_backward, (dx, dw)
+
+
+@pytest.mark.parametrize("opposite", [False, True], ids=["near", "opposite"])
+def test_a_cosine_beyond_one_is_kept_as_one(opposite, monkeypatch):
+    """As TensorFloat-32 makes them, of embeddings at a wrong class's centre and of those opposite to all."""
+    multiply = driver.multiply
+
+    def multiply_beyond(out, a, b, **accumulate):
+        multiply(out, a, b, **accumulate)
+        out.mul_(1 + 2.0**-10)
+
+    problem = make_problem(9, 300, 24, scale=16.0)
+    if opposite:
+        problem.w.copy_(problem.w[0].clone())
+    problem.x.copy_(-problem.w[:9] if opposite else problem.w[(problem.targets + 1) % 300])
+    upstream = random_upstream(problem, "loss")
+    want = evaluate_oracle(problem, upstream)
+    monkeypatch.setattr(driver, "multiply", multiply_beyond)
+    for cache_bytes in (0, 10**6):
+        got = evaluate(functools.partial(HOST.lmcl, cache_bytes=cache_bytes), problem, upstream)
+        assert relative_error(got.dscale, want.dscale) < 0.05, cache_bytes
 
 
 @pytest.fixture
