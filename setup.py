@@ -82,7 +82,7 @@ def torch_version() -> str:
 
 def architectures() -> str:
     """TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", in CMake's words: "80-real;90"."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;8.0;9.0;10.0+PTX"
     names = []
     for architecture in wanted.replace(" ", ";").replace(",", ";").split(";"):
         number = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", architecture)

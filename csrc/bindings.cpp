@@ -373,7 +373,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiplies_bfloat16", cosface::multiplies_bfloat16, py::arg("gradient_tolerance"));
 #ifdef COSFACE_CUDA
   // This module's runtime has a current device of its own.
-  cosface::cuda::define(m, [](const Array& tensor) { cudaSetDevice(tensor.view().device.index); });
+  cosface::cuda::define(m, [](const Array& tensor) {
+    const int device = tensor.view().device.index;
+    if (cudaSetDevice(device) != cudaSuccess) {
+      throw std::runtime_error("CUDA device " + std::to_string(device) +
+                               " cannot be used: " + cudaGetErrorString(cudaGetLastError()) + ".");
+    }
+  });
   m.attr("cuda_version") = CUDART_VERSION;
 #endif
 }

@@ -16,6 +16,7 @@ CHUNK_STEP = 256  # classes; a multiple of every tile's, and rows of a chunk sta
 LAUNCH_FLOPS = 1 << 36  # of a product with a chunk, which longer ones would hide no better: 86 us at 800 TFLOP/s
 SMALLEST_UNIT, LARGEST_UNIT = 2.0**-100, 2.0**100  # so that the lift of G over a unit is finite in float32
 ENTRY_BYTES = 32  # that a cosine of a chunk takes at most: itself, its order and what topk makes of that
+ROW_COPIES = 2  # of a row of w at most, in the dtype of cosines: upcast, and times what it is divided by
 
 
 def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,8 @@ def nearest(x: Tensor, w: Tensor, k: int, options: Options) -> tuple[Tensor, Ten
         unit = F.normalize(x.to(dtype), eps=EPS)  # (N, D)
         best, classes = unit.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         first = 0
-        for rows in w.split(max(1, WORKSPACE_BYTES // (ENTRY_BYTES * max(len(x), 1)))):
+        class_bytes = ENTRY_BYTES * len(x) + ROW_COPIES * x.shape[1] * dtype.itemsize
+        for rows in w.split(max(1, WORKSPACE_BYTES // class_bytes)):
             rows = rows.to(dtype)
             if options.normalize_weight:
                 rows = F.normalize(rows, eps=EPS)
@@ -70,9 +72,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def embeddings(x: Tensor, w: Tensor, options: Options) -> Tensor:
-    """Those to multiply: G has the length of rows in float8 where that counts, and float16 no range for it."""
-    scaled = w.dtype is FLOAT8 and not options.normalize_weight
-    return x.float() if scaled and x.dtype is torch.float16 else x
+    """Those to multiply: G has the length of rows that count, and float16 no range for it.
+
+    Of rows in float8 by their exponents, of others where the slope of N(cos) grows with cos.
+    """
+    sloping = options.thresholds is not None or options.polynomials is not None
+    of_any_length = not options.normalize_weight and (sloping or w.dtype is FLOAT8)
+    return x.float() if of_any_length and x.dtype is torch.float16 else x
 
 
 def units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, options: Options = PLAIN) -> Tensor:
@@ -80,8 +86,8 @@ def units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, options: Options = PLAIN)
 
     One per row and not one for all: then no row of dx depends on the rest of the batch.
     What b adds with moments, b p (1 - s u) with u = top - N(cos) and p <= e^{-s u}, is at most |b|, whatever the
-    |w_j|: |1 - v| e^-v <= 1. Slopes of a sigmoid's polynomial are bounded where |cos| <= 1: beyond, of a weight
-    that is not normalised, they have float16's room above what G is lifted by, 16 times as much.
+    |w_j|: |1 - v| e^-v <= 1. Slopes are bounded where |cos| <= 1; of a weight that is not normalised, where it may
+    be more, `embeddings` leaves no float16 to fit.
     """
     bound = (scale * g_lse).abs()  # (N,)
     if options.polynomials is not None:
@@ -90,6 +96,9 @@ def units(scale: Tensor, g_lse: Tensor, g_cos: Tensor, options: Options = PLAIN)
         bound = g_lse.abs()
     if options.g_moments is not None:
         bound = bound + options.g_moments.abs().sum(0)
+    if options.thresholds is not None:
+        r, u, v = options.coefficients(bound.dtype)[3:].abs()
+        bound = bound * torch.maximum(r, u + v)
     of_targets = g_cos.abs() if g_cos.dim() == 1 else g_cos.abs().amax(0)
     bound = torch.maximum(bound, of_targets)  # (N,)
     bound = bound.where(bound < torch.inf, 0).clamp(SMALLEST_UNIT, LARGEST_UNIT)

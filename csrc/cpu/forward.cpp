@@ -117,7 +117,8 @@ void forward(const Batch<T>& batch, const Weight& weight, T margin, const Option
     }
     results.max_neg[i] = top_cos == kLowest ? -std::numeric_limits<T>::infinity() : top_cos;
     results.top[i] = top == kLowest ? 0 : top;
-    results.log_sum[i] = static_cast<T>(std::log(sum));
+    // No exponential here is above 1, as those of a negative scale are: no loss rather than a wrong one.
+    results.log_sum[i] = batch.s[i] < 0 ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(std::log(sum));
     const T z = results.log_sum[i] + batch.s[i] * (results.top[i] - (results.target_cos[i] - margin));
     results.loss[i] = batch.y[i] < 0 ? 0 : softplus(z);
   }

@@ -114,7 +114,7 @@ __global__ void sigmoid_gradients_kernel(Chunk<T> chunk, Upstream<T> upstream, c
         gradient = g_cos;
       } else if (active) {
         const T cos = cosines.values[l];
-        const T shaped = kByAngle ? -std::acos(cos > 1 ? 1 : cos < -1 ? -1 : cos) : polynomial(value, cos);
+        const T shaped = kByAngle ? -std::acos(within_one(cos)) : polynomial(value, cos);
         const T logit = s * shaped - log_sum, e = std::exp(-std::fabs(logit));
         const T p = (logit > 0 ? 1 : e) / (1 + e);
         mass += p;

@@ -19,8 +19,15 @@ __device__ inline double cosine(double dot, double x_inv_norm, double w_inv_norm
 constexpr float kCosineStep = 1.0f / 32767;
 constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
 
+// nan passes.
+template <typename T>
+__device__ T within_one(T cos) {
+  return cos > 1 ? 1 : cos < -1 ? -1 : cos;
+}
+
+// The products of TensorFloat-32 make cosines of up to 1 + 2^-10, of which the integer would wrap around to -1.
 __device__ inline int16_t keep(float cos) {
-  return static_cast<int16_t>(__builtin_bit_cast(uint32_t, cos * 32767.0f + kRoundToInteger));
+  return static_cast<int16_t>(__builtin_bit_cast(uint32_t, within_one(cos) * 32767.0f + kRoundToInteger));
 }
 __device__ inline double keep(double cos) { return cos; }
 __device__ inline float recall(int16_t kept) { return kept * kCosineStep; }

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support import BF16, F32, F64, Problem, relative_error
+from support import BF16, F16, F32, F64, Problem, relative_error
 from torch import Tensor
 
 from cosface_kernels import ops, optim, reference
@@ -141,6 +141,14 @@ def test_ragged_sizes(backend, sizes, targets):
 def test_half_precision(backend):
     problem = backend.problem(16, 300, 32, BF16, scale=4.0)
     _check(backend, problem, _two(problem), _options(problem, None))
+
+
+@pytest.mark.parametrize("normalize_weight", [True, False], ids=["hat", "raw"])
+def test_slopes_beyond_float16_s_room(backend, normalize_weight):
+    problem = backend.problem(16, 300, 32, F16, regime="wrong", scale=4.0)
+    options = _options(problem, "linear", normalize_weight=normalize_weight)
+    options["negatives"] = torch.tensor([0.0, 41.0, 40.0], device=problem.x.device)
+    _check(backend, problem, problem.targets, options)
 
 
 @pytest.mark.parametrize("used", ["lse", "target_cos", "mean", "sum"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 
 import hypothesis
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from support import BF16, F16, F32, F64, MIXED_DTYPES, SAME_DTYPES, relative_error, run_python
 from support.memory import FORGET
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cosface_kernels import (
     FusedCosFaceLoss,
@@ -22,7 +25,7 @@ from cosface_kernels import (
 )
 from cosface_kernels.backends import chunks
 from cosface_kernels.optim import FusedSGD
-from cosface_kernels.options import PLAIN
+from cosface_kernels.options import PLAIN, Options
 
 MIB = 2**20
 
@@ -148,10 +151,46 @@ def test_chunks_of_any_size(monkeypatch):
     x, w = torch.randn(9, 8), torch.randn(100, 8)
     want = reference.nearest(x, w, 12)
     for classes in (1, 7, 33, 100, 1000):
-        monkeypatch.setattr(chunks, "WORKSPACE_BYTES", chunks.ENTRY_BYTES * 9 * classes)
+        class_bytes = chunks.ENTRY_BYTES * 9 + chunks.ROW_COPIES * 8 * 4
+        monkeypatch.setattr(chunks, "WORKSPACE_BYTES", class_bytes * classes)
         got = chunks.nearest(x, w, 12, PLAIN)
         assert torch.equal(got[1], want[1])
         torch.testing.assert_close(got[0], want[0])
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that results of operators have taken at once, in memory that is not the inputs'."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self.seen = {each.untyped_storage().data_ptr() for each in inputs}
+        self.bytes = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in (each.untyped_storage() for each in tree_leaves(result) if isinstance(each, Tensor)):
+            place = storage.data_ptr()
+            if storage.nbytes() and place not in self.seen:
+                self.seen.add(place)
+                self.bytes += storage.nbytes()
+                self.most = max(self.most, self.bytes)
+                weakref.finalize(storage, self._free, place, storage.nbytes())
+        return result
+
+    def _free(self, place: int, size: int) -> None:
+        self.seen.remove(place)
+        self.bytes -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("samples", [1, 16, 256])
+def test_memory_of_chunks_counts_their_rows(monkeypatch, samples, dtype):
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", MIB)
+    x, w = torch.randn(samples, 128), torch.randn(20_000, 128).to(dtype)
+    for options in (PLAIN, Options(normalize_weight=False, exponents=torch.zeros(20_000, dtype=torch.int8))):
+        with Live(x, w) as live:
+            chunks.nearest(x, w, 5, options)
+        assert MIB / 4 < live.most < 1.5 * MIB
 
 
 def test_candidates_of_many_samples_take_turns():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import (
     BF16,
+    F16,
     F32,
     F64,
     Problem,
@@ -107,6 +108,20 @@ def test_ragged_sizes(backend, sizes, normalize_weight):
 def test_half_precision(backend, normalize_weight):
     problem = backend.problem(16, 300, 32, BF16, scale=4.0)
     _check(backend, problem, _options(problem, "linear", normalize_weight))
+
+
+@pytest.mark.parametrize("length", [None, 1.0, 30.0])
+@pytest.mark.parametrize(
+    "negatives", [(0.0, 41.0, 40.0), (1.0, 0.3, 0.0), (0, 1, 0, -50, 0, 1), (1, 0, 0, 1, 9, -40)]
+)
+def test_slopes_beyond_float16_s_room(backend, length, negatives):
+    """At the cosines of embeddings at a wrong class's centre; of rows of any length where they count."""
+    problem = backend.problem(16, 300, 32, F16, regime="wrong", scale=4.0 / (length or 1))
+    options = _options(problem, "linear", length is None)
+    options["negatives"] = torch.tensor(negatives, dtype=torch.float32, device=problem.x.device)
+    if length is not None:
+        problem.w.copy_(length * F.normalize(problem.w))
+    _check(backend, problem, options)
 
 
 def test_zero_rows(backend):

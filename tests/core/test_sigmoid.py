@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import BF16, F32, F64, Problem
+from support import BF16, F16, F32, F64, Problem
 from torch import Tensor
 
 from cosface_kernels import ops, reference
@@ -118,6 +118,14 @@ def test_ragged_sizes(backend, sizes, form):
 @pytest.mark.parametrize("dtypes", [BF16], ids=str)
 def test_half_precision(backend, form, dtypes):
     _check(backend, backend.problem(16, 300, 32, dtypes, scale=4.0), form)
+
+
+@pytest.mark.parametrize("form", ["cubic", "slopes"])
+def test_slopes_beyond_float16_s_room(backend, form):
+    """Those of rows whose length counts, and is 30."""
+    problem = backend.problem(16, 300, 32, F16, regime="wrong", scale=4.0)
+    problem.w.copy_(30 * F.normalize(problem.w))
+    _check(backend, problem, form, normalize_weight=False)
 
 
 @pytest.mark.option("classes")

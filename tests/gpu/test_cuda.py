@@ -1,7 +1,9 @@
 """Backend `cuda` beyond the op's suite, which runs on `cuda_host`: chunks, refusals, the compiler's report."""
 
+import functools
 import math
 import re
+import types
 from dataclasses import replace
 
 import pytest
@@ -16,15 +18,18 @@ from support import (
     check_backend,
     cuda_host,
     evaluate,
+    evaluate_oracle,
     make_problem,
     random_upstream,
     relative_error,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import cuda_kernels
 from bench.__main__ import main
 from cosface_kernels import cosface_loss, ops, reference
 from cosface_kernels.backends import BACKENDS, cuda
+from cosface_kernels.backends.cuda import driver
 from cosface_kernels.options import Options, Update
 
 HOST = Backend("cuda_host", interpreted=True)
@@ -161,6 +166,47 @@ def _both_passes(problem, options, *, zeroed=0):
     with cuda_host.Calls() as of_backward:
         dx, dw, _ = cuda_host.backward(*inputs, *upstream, cache, options=options, need_dx=True, need_dw=True)
     return cache, of_forward, of_backward, (dx, dw)
+
+
+@pytest.mark.parametrize("opposite", [False, True], ids=["near", "opposite"])
+def test_a_cosine_beyond_one_is_kept_as_one(opposite, monkeypatch):
+    """As TensorFloat-32 makes them, of embeddings at a wrong class's centre and of those opposite to all."""
+    multiply = driver.multiply
+
+    def multiply_beyond(out, a, b, **accumulate):
+        multiply(out, a, b, **accumulate)
+        out.mul_(1 + 2.0**-10)
+
+    problem = make_problem(9, 300, 24, scale=16.0)
+    if opposite:
+        problem.w.copy_(problem.w[0].clone())
+    problem.x.copy_(-problem.w[:9] if opposite else problem.w[(problem.targets + 1) % 300])
+    upstream = random_upstream(problem, "loss")
+    want = evaluate_oracle(problem, upstream)
+    monkeypatch.setattr(driver, "multiply", multiply_beyond)
+    for cache_bytes in (0, 10**6):
+        got = evaluate(functools.partial(HOST.lmcl, cache_bytes=cache_bytes), problem, upstream)
+        assert relative_error(got.dscale, want.dscale) < 0.05, cache_bytes
+
+
+@pytest.fixture
+def sums_in_float16():
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    yield
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+def test_float16_is_upcast_where_torch_may_sum_in_float16(sums_in_float16, monkeypatch):
+    """Its products in float32 are not there then; `cuda_host` would not miss them."""
+    operands, multiply = set(), driver.multiply
+
+    def note(out, a, b, **accumulate):
+        operands.update((a.dtype, b.dtype))
+        multiply(out, a, b, **accumulate)
+
+    monkeypatch.setattr(driver, "multiply", note)
+    check_backend(HOST, make_problem(9, 300, 24, F16))
+    assert operands == {torch.float32}
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
@@ -378,6 +424,39 @@ def test_says_what_it_lacks():
     reason = r"(was built without CUDA; .* needs nvcc, .* COSFACE_CUDA=0\.|torch \S+ sees no CUDA device\.)"
     with pytest.raises(RuntimeError, match=rf"backend 'cuda' cannot run: .*{reason}"):
         cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), backend="cuda")
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A GPU of capability 7.5 as far as the backend can see; its tensors are on the CPU. Its kernels' module."""
+    ones, kernels = torch.ones, types.SimpleNamespace(cuda_version=13000, row_norms=lambda *rows: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size, device="cpu"))
+    monkeypatch.setattr(cuda, "_C", kernels)
+    cuda._launch_failure.cache_clear()
+    yield kernels
+    cuda._launch_failure.cache_clear()
+
+
+def test_kernel_that_cannot_be_launched_hands_over_to_the_next_backend(pretended_gpu):
+    def fail(*rows):
+        raise RuntimeError("no kernel image is available")
+
+    pretended_gpu.row_norms = fail
+    reason = "a kernel cannot be launched on a GPU of compute capability 7.5 (no kernel image is available)."
+    assert cuda.unavailable() == reason
+    with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda' cannot run: {reason}")):
+        cosface_loss(torch.eye(2, 3), torch.eye(2, 3), torch.tensor([0, 1]), backend="cuda")
+
+
+def test_kernel_is_tried_on_memory_though_a_compiler_traces(pretended_gpu):
+    tried = []
+    pretended_gpu.row_norms = lambda *rows: tried.extend(rows)
+    with FakeTensorMode():
+        assert cuda.unavailable() is None
+    assert [type(rows) for rows in tried] == [torch.Tensor, torch.Tensor, int]
 
 
 REPORT = """\

@@ -22,6 +22,7 @@ from support import (
     relative_error,
     run_python,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import launches
 from bench.hazards import pipeline
@@ -212,6 +213,15 @@ def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended
     assert cosface_loss(x, x, torch.tensor([0, 1])).isfinite()
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: a kernel cannot be compiled"):
         cosface_loss(x, x, torch.tensor([0, 1]), backend="triton")
+
+
+def test_kernel_is_tried_on_memory_though_a_compiler_traces(pretended_gpu):
+    tried = []
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    pretended_gpu.setattr(forward_pass, "forward", lambda *arguments: tried.extend(arguments))
+    with FakeTensorMode():
+        assert backend_triton.unavailable() is None
+    assert {type(each) for each in tried[:2]} == {torch.Tensor}
 
 
 PRECISIONS = """

@@ -161,6 +161,20 @@ def test_rows_are_given_the_length_that_is_asked_for(backend, rule, dtype):
 
 
 @updates
+@pytest.mark.parametrize("most", [0.5, math.inf])
+def test_a_weight_that_is_infinite_leaves_its_state_alone(backend, most):
+    """A gradient that is applied is the weight's own: nothing of it lies along the weight."""
+    update = replace(UPDATES["adamw"], weight_decay=0.0, max_row_norm=most)
+    w, state = draw_inputs("adamw", torch.float32, 4, backend.device)
+    w[0, 1], dw = torch.inf, torch.ones_like(w)
+    exact, means = w.double(), [values.double() for values in state]
+    reference.move_rows(exact, dw.double(), means, update)
+    ops.apply_update_(w, dw, state, *update.flat(), backend.name)
+    for got, want in zip((w, *state), (exact, *means), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@updates
 def test_gradient_of_any_strides_is_applied(backend):
     gradient = torch.randn(D, C, device=backend.device).T
     moved = [torch.ones(C, D, device=backend.device) for _ in range(2)]

@@ -92,10 +92,10 @@ def test_each_build_says_where_its_ninja_is(setup_script, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("wanted", "architectures"),
     [
-        (None, "80-real;90-real;100"),
+        (None, "75-real;80-real;90-real;100"),
         ("8.6", "86-real"),
         ("9.0a 12.0+PTX", "90a-real;120"),
-        ("7.5,8.0", "75-real;80-real"),
+        ("8.0,8.9", "80-real;89-real"),
     ],
 )
 def test_cuda_architectures(setup_script, monkeypatch, wanted, architectures) -> None:

@@ -5,8 +5,11 @@ Neither the gradient of a weight that an optimizer moves nor the rows of sampled
 chunk of them at a time.
 """
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cosface_kernels.backends import contract
 from cosface_kernels.backends.chunks import nearest as nearest
@@ -31,6 +34,19 @@ def unavailable() -> str | None:
         )
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device."
+    return _launch_failure()
+
+
+@functools.cache
+def _launch_failure() -> str | None:
+    """Why no kernel can be launched here (one compiled for other GPUs, too old a driver), or None."""
+    with _disable_current_modes():  # what a compiler traces has no memory
+        one = torch.ones(1, 1, device="cuda")
+        try:
+            _C.row_norms(one, one.new_empty(1), torch.cuda.current_stream().cuda_stream)
+        except RuntimeError as error:
+            major, minor = torch.cuda.get_device_capability()
+            return f"a kernel cannot be launched on a GPU of compute capability {major}.{minor} ({error})."
     return None
 
 

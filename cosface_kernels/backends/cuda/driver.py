@@ -111,6 +111,8 @@ class Step:
         self.exponents = None if options.normalize_weight else options.exponents
         if self.sums is torch.float64:
             self.operand = self.sums
+        elif self.operand is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+            self.operand = self.sums  # with which torch has no product of float16 in wider sums
         self.new = functools.partial(torch.empty, device=x.device)
         self.new_sums = functools.partial(self.new, dtype=self.sums)
         self.x, self.targets = x.to(self.operand).contiguous(), targets.contiguous()

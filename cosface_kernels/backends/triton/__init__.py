@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cosface_kernels.backends import contract
 from cosface_kernels.backends.chunks import embeddings, nearest
@@ -62,7 +63,8 @@ def unavailable() -> str | None:
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < MIN_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0 or newer, found {capability[0]}.{capability[1]}."
-    return _compile_failure()
+    with _disable_current_modes():  # what a compiler traces has no memory
+        return _compile_failure()
 
 
 def _compile_failure() -> str | None:

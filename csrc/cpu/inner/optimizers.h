@@ -13,13 +13,19 @@ void project(T* __restrict dw, const T* __restrict w, int64_t d, T projection) {
   for (int64_t k = 0; k < d; ++k) dw[k] -= projection * w[k];
 }
 
+// Where nothing is projected, what w holds is no matter: 0 times infinity is nan.
+template <typename T>
+inline T projected(T dw, T projection, T w) {
+  return projection == 0 ? dw : dw - projection * w;
+}
+
 template <typename T>
 T gradient_norm(RowGradient<T> g, const T* __restrict w, int64_t d) {
   const T* __restrict dw = g.dw;
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < d; ++k) {
-    const T v = g.factor * (dw[k] - g.projection * w[k]);
+    const T v = g.factor * projected(dw[k], g.projection, w[k]);
     sum += v * v;
   }
   return sqrt(sum);
@@ -32,13 +38,13 @@ void sgd(RowGradient<T> g, T* __restrict w, T* __restrict momentum, int64_t d, c
   if (momentum == nullptr) {
 #pragma omp simd
     for (int64_t k = 0; k < d; ++k) {
-      w[k] -= s.lr * (g.factor * (dw[k] - g.projection * w[k]) + s.weight_decay * w[k]);
+      w[k] -= s.lr * (g.factor * projected(dw[k], g.projection, w[k]) + s.weight_decay * w[k]);
     }
     return;
   }
 #pragma omp simd
   for (int64_t k = 0; k < d; ++k) {
-    const T v = g.factor * (dw[k] - g.projection * w[k]) + s.weight_decay * w[k];
+    const T v = g.factor * projected(dw[k], g.projection, w[k]) + s.weight_decay * w[k];
     const T mean = s.momentum * momentum[k] + s.fresh * v;
     momentum[k] = mean;
     w[k] -= s.lr * (s.from_g * v + s.from_mean * mean);
@@ -52,7 +58,7 @@ void adamw_row(RowGradient<T> g, T* __restrict w, T* __restrict mean, T* __restr
   const AdamWStep<T> s = step;
 #pragma omp simd
   for (int64_t k = 0; k < d; ++k) {
-    const T v = g.factor * (dw[k] - g.projection * w[k]);
+    const T v = g.factor * projected(dw[k], g.projection, w[k]);
     const T m = mean[k] + s.fresh1 * (v - mean[k]);
     T q = s.beta2 * square[k] + s.fresh2 * v * v;
     mean[k] = m;
