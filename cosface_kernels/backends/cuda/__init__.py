@@ -41,7 +41,7 @@ def unavailable() -> str | None:
 def _launch_failure() -> str | None:
     """Why no kernel can be launched here (one compiled for other GPUs, too old a driver), or None."""
     with _disable_current_modes():  # what a compiler traces has no memory
-        one = torch.ones(1, 1, device="cuda")
+        one = torch.ones(1, 1, device="cuda", dtype=torch.float32)
         try:
             _C.row_norms(one, one.new_empty(1), torch.cuda.current_stream().cuda_stream)
         except RuntimeError as error:
