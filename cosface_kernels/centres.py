@@ -1,5 +1,6 @@
 """What a head owns: its class centres, and in float8 the exponents of their rows."""
 
+import functools
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -10,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
-from cosface_kernels import float8, loading, optim, resizing
+from cosface_kernels import collectives, float8, loading, optim, resizing
 from cosface_kernels.distributed import beside, empty_weight, leave_to_its_rank, own_rows, zero_exponents
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.init import normal_
@@ -28,6 +29,11 @@ class ClassCentres(nn.Module):
 
     weight: nn.Parameter
     weight_exponent: Tensor | None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _on_every_rank(cls.__init__)  # type: ignore[method-assign]
 
     def _make_weight(
         self,
@@ -105,6 +111,23 @@ class ClassCentres(nn.Module):
         if getattr(self.weight, optim.MARK, False):
             optim.note_use(self.weight)
         super()._save_to_state_dict(*arguments, **options)
+
+
+def _on_every_rank(construct: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a head, of which all ranks raise what one of them refuses, before the weight or after."""
+
+    @functools.wraps(construct)
+    def construct_or_tell(head: nn.Module, *arguments: Any, **options: Any) -> None:
+        try:
+            construct(head, *arguments, **options)
+        except Exception as error:
+            group, device = options.get("process_group"), options.get("device")
+            if isinstance(group, ProcessGroup) and not getattr(error, collectives.TOLD, False):
+                device = torch.get_default_device() if device is None else torch.device(device)
+                collectives.agree(group, device, {}, refusal=error, about="the weight")
+            raise
+
+    return construct_or_tell
 
 
 def _without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -3,9 +3,11 @@
 Each has a name for a profiler and for the message of its failure.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -170,6 +172,43 @@ def naming(
         ) from error
 
 
+TOLD = "_told_to_all_ranks"  # attribute of an exception that every rank has raised, each in its words
+
+
+@dataclass
+class Statement:
+    """What a rank says of itself before a collective, and every rank's count once all agree.
+
+    Attributes:
+        facts: what must be the same on every rank, by its name in a message: a tensor by its dtype, shape, content
+            and whether its gradient is recorded, anything else by its text.
+    """
+
+    facts: Mapping[str, object] = field(default_factory=dict)
+    count: int = 0
+    counts: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def agreement(group: ProcessGroup | None, device: torch.device, about: str = "the batch") -> Iterator[Statement]:
+    """What one rank raises in the body, or states there unlike the others, all ranks raise behind it.
+
+    A rank that raised alone would leave the others waiting for it in the next collective.
+
+    Args:
+        group: None for a process of its own, which agrees with itself.
+    """
+    own, refusal = Statement(), None
+    try:
+        yield own
+    except Exception as error:  # whatever it is, it must be told before it is raised
+        if group is None or getattr(error, TOLD, False):
+            raise
+        refusal = error
+    facts = own.facts if refusal is None else {}
+    own.counts = [own.count] if group is None else agree(group, device, facts, own.count, refusal, about)
+
+
 def agree(
     group: ProcessGroup,
     device: torch.device,
@@ -178,31 +217,90 @@ def agree(
     refusal: Exception | None = None,
     about: str = "the batch",
 ) -> list[int]:
-    """Every rank's count, once no rank has refused and all know the same facts; waits for the device.
+    """Every rank's count, once no rank has refused and all state the same facts; waits for the device, once.
 
     Raises:
         ValueError: on every rank, if the facts differ or another rank has refused, with its sentence.
         Exception: the refusal, on the rank that has one.
     """
-    said = {name: str(fact) for name, fact in facts.items()}
-    own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode())], device=device)  # (3,)
-    table = own.new_empty(dist.get_world_size(group) * 3)
+    tensors = {name: fact for name, fact in facts.items() if isinstance(fact, Tensor)}
+    said = {name: _kind(fact) if isinstance(fact, Tensor) else str(fact) for name, fact in facts.items()}
+    own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode()), 0], device=device)  # (4,)
+    if tensors:
+        contents = torch.stack([digest(fact).to(device) for fact in tensors.values()])
+        own[3] = _mixed(contents)
+    table = own.new_empty(dist.get_world_size(group) * 4)
     with naming(f"agreeing on {about}", group):
         all_gather(table, own, group=group)
-    counts, refused, digests = table.view(-1, 3).T.tolist()
-    if not any(refused) and len(set(digests)) == 1:
+    counts, refused, *digests = table.view(-1, 4).T.tolist()
+    if not any(refused) and all(len(set(each)) == 1 for each in digests):
         return counts
+    said |= {name: f"{_content(fact)}{said[name]}" for name, fact in tensors.items()}
     answers: list[tuple[dict[str, str], str | None]] = [({}, None)] * len(counts)
     dist.all_gather_object(answers, (said, refusal and f"{refusal}"), group=group)
-    if refusal is not None:
-        raise refusal
+    error = refusal or ValueError(_difference(answers))
+    setattr(error, TOLD, True)
+    raise error
+
+
+def _difference(answers: Sequence[tuple[dict[str, str], str | None]]) -> str:
     for rank, (_, sentence) in enumerate(answers):
         if sentence is not None:
-            raise ValueError(f"rank {rank} refused: {sentence}")
+            return f"rank {rank} refused: {sentence}"
     first = answers[0][0]
     rank, theirs = next((rank, theirs) for rank, (theirs, _) in enumerate(answers) if theirs != first)
     name = next(name for name in {**first, **theirs} if first.get(name) != theirs.get(name))
-    raise ValueError(
+    return (
         f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and {theirs.get(name)} on rank "
         f"{rank}."
     )
+
+
+def _kind(tensor: Tensor) -> str:
+    shape = f" of shape {tuple(tensor.shape)}" if tensor.dim() else ""
+    recorded = ", with a gradient" if tensor.requires_grad and torch.is_grad_enabled() else ""
+    return f" ({tensor.dtype}{shape}{recorded})"
+
+
+def _content(tensor: Tensor) -> str:
+    if not tensor.dim():
+        return f"{tensor.item()}"
+    low, high = tensor.double().aminmax() if tensor.numel() else (math.nan, math.nan)
+    return f"numbers in [{low:.6g}, {high:.6g}], checksum {int(digest(tensor)) % 2**32:x}"
+
+
+DIGEST = "_digest"  # attribute of a tensor that is the digest of its content, and of which
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+AT_ONCE = 2**20  # numbers, each of 8 bytes while they are mixed
+
+
+@torch.no_grad()
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def digest(tensor: Tensor) -> Tensor:
+    """0-d int64 of a tensor's bits and their order, on its device, without waiting for it.
+
+    A table that does not learn is read once, and again where autograd has seen it change, so not through `.data`.
+    One that learns, of which the ranks average a gradient as large, is read at each batch.
+    """
+    bits = tensor.detach().reshape(-1)
+    bits = bits.view(INTEGERS.get(bits.element_size(), torch.int64))
+    if len(bits) == 1:
+        return bits[0].long()
+    keeps = not (tensor.requires_grad or tensor.is_inference())
+    state = (tensor._version, tensor.data_ptr()) if keeps else None
+    known, found = getattr(tensor, DIGEST, (None, bits))
+    if not keeps or known != state:
+        parts = [_mixed(part, k * AT_ONCE) for k, part in enumerate(bits.split(AT_ONCE))]
+        found = torch.stack(parts).sum()
+        if keeps:
+            setattr(tensor, DIGEST, (state, found))
+    return found
+
+
+def _mixed(bits: Tensor, start: int = 0) -> Tensor:
+    """0-d sum of what the steps of splitmix64 make of each number and its place."""
+    places = torch.arange(start, start + len(bits), device=bits.device)
+    mixed = bits + places * -0x61C8864680B583EB  # 2^64 over the golden ratio
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed ^ (mixed >> 31)).sum()

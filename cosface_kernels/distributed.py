@@ -23,11 +23,8 @@ on one process, so that averaging the backbone's gradient over the ranks makes i
 """
 
 import functools
-import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,13 +33,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.func import functional_call
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cosface_kernels import collectives, ops
-from cosface_kernels.collectives import naming
+from cosface_kernels.collectives import Statement, naming
 from cosface_kernels.float8 import FLOAT8
+from cosface_kernels.gradients import GradScaler as GradScaler
+from cosface_kernels.gradients import clip_grad_norm_ as clip_grad_norm_
 from cosface_kernels.softmax import Softmax
 from cosface_kernels.validation import check_integer, check_positive, is_integer, warn
 
@@ -81,12 +80,13 @@ def empty_weight(
     """
     check_group(group)
     device = torch.device(device) if device is not None else torch.get_default_device()
-    collectives.agree(
-        group, device, {"num_classes": num_classes, "embedding_size": embedding_size, "dtype": dtype}
-    )
-    own = class_range(num_classes, dist.get_rank(group), dist.get_world_size(group))
+    with collectives.agreement(group, device, "the weight") as own:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        own.facts = {"num_classes": num_classes, "embedding_size": embedding_size, "dtype": dtype}
+        classes = class_range(num_classes, dist.get_rank(group), dist.get_world_size(group))
+        rows = torch.empty(len(classes), embedding_size, device=device, dtype=dtype)
     return DTensor.from_local(
-        torch.empty(len(own), embedding_size, device=device, dtype=dtype),
+        rows,
         DeviceMesh.from_group(group, device.type),
         [Shard(0)],
         shape=torch.Size((num_classes, embedding_size)),
@@ -179,84 +179,18 @@ def whole(tensor: Tensor) -> Tensor:
     """All rows of something that may be sharded, on each of its ranks, which must all make the call."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.dtype is FLOAT8:  # which gloo does not send
-        return shard_like(tensor, own_rows(tensor).view(torch.uint8)).full_tensor().view(FLOAT8)
-    return tensor.full_tensor()
+    with naming("gathering all rows", tensor.device_mesh.get_group()):
+        if tensor.dtype is FLOAT8:  # which gloo does not send
+            return shard_like(tensor, own_rows(tensor).view(torch.uint8)).full_tensor().view(FLOAT8)
+        return tensor.full_tensor()
 
 
-def agreed(weight: Tensor, flag: bool) -> bool:
-    """Whether the flag is set on every rank that shares the weight; waits for the device."""
-    if not isinstance(weight, DTensor):
-        return flag
-    group = weight.device_mesh.get_group()
-    everywhere = torch.tensor(flag, dtype=torch.int32, device=weight.device)
-    with naming("agreeing on an overflow", group):
-        dist.all_reduce(everywhere, dist.ReduceOp.MIN, group)
-    return bool(everywhere)
-
-
-def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` over a replicated backbone and sharded heads together.
-
-    Args:
-        parameters: plain ones, whose gradients every rank holds in full and which may be sparse, and DTensors, in
-            any order; or one of them.
-        max_norm: the gradients are multiplied by max_norm / norm if their norm is larger.
-        norm_type: p of the p-norm; inf for the largest magnitude.
-
-    Returns:
-        The 0-d norm of all gradients before clipping, the same on every rank.
-
-    Raises:
-        TypeError: something is no parameter, such as a head.
-    """
-    several = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
-    given: list[Any] = list(parameters) if several else [parameters]
-    for each in given:
-        if not isinstance(each, Tensor):
-            raise TypeError(f"clip_grad_norm_ takes parameters, got {type(each).__name__} {reprlib.repr(each)}.")
-    meshes = _by_mesh(given)
-    norms = []
-    for members in meshes:
-        norm = get_total_norm([_entries(p.grad) for p in members if p.grad is not None], norm_type)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = get_total_norm(norms, norm_type)
-    for members in meshes:
-        clip_grads_with_norm_(members, max_norm, total)
-    return total
-
-
-def _entries(gradient: Tensor) -> Tensor:
-    """All that can differ from 0: of one of sampled classes, their rows."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-class GradScaler(torch.amp.GradScaler):
-    """`torch.amp.GradScaler` for an optimizer of a replicated backbone and sharded heads together.
-
-    What overflows on one rank is skipped on all: DTensor agrees on that of a shard, averaging has spread that
-    of a replicated gradient. With an optimizer for each, one would step where the other skips.
-    """
-
-    def _unscale_grads_(  # the method in which torch's looks at gradients
-        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
-    ) -> dict[torch.device, Tensor]:
-        found: dict[torch.device, Tensor] = {}
-        for members in _by_mesh(p for group in optimizer.param_groups for p in group["params"]):
-            part: Any = SimpleNamespace(param_groups=[{"params": members}])
-            for device, value in super()._unscale_grads_(part, inv_scale, found_inf, allow_fp16).items():
-                found[device] = torch.maximum(found.get(device, value), value)
-        return found
-
-
-def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Those with a gradient, plain ones apart from DTensors, because torch computes on lists of one kind."""
-    meshes: dict[DeviceMesh | None, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            meshes.setdefault(mesh, []).append(parameter)
-    return list(meshes.values())
+@contextmanager
+def agreement_on_rows(weight: Tensor, about: str) -> Iterator[Statement]:
+    """`collectives.agreement` of the ranks that share the weight, or of the one process that has it."""
+    group = weight.device_mesh.get_group() if isinstance(weight, DTensor) else None
+    with collectives.agreement(group, weight.device, about) as own:
+        yield own
 
 
 def placement(weight: Tensor) -> "Local | Exchange":
@@ -294,6 +228,9 @@ class Local:
 
     def share(self, parameter: Tensor) -> Tensor:
         return parameter
+
+    def apply(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        return function(rows)
 
     def enter(
         self, x: Tensor, targets: Tensor, scale: Tensor, sampled: bool
@@ -360,35 +297,28 @@ class Exchange:
     def agreement(
         self, describe: Callable[[], dict[str, object]], embeddings: Tensor, *per_sample: Tensor | None
     ) -> Iterator[None]:
-        """Checks the batch in its body; what one rank raises there, or sees unlike the others, all ranks raise.
-
-        A rank that raised alone would leave the others waiting for it in the next collective.
+        """Checks the batch in its body; what one rank raises there, or states unlike the others, all ranks raise.
 
         Args:
             describe: gives what must be the same on every rank, by its name in a message.
             embeddings, per_sample: inputs that all ranks must have, or lack, and differentiate, or not.
         """
-        facts: dict[str, object] = {}
-        refusal = None
-        try:
+        with collectives.agreement(self.group, self.weight.device) as own:
             yield
-            facts = describe()
-        except Exception as error:  # whatever it is, it must be told before it is raised
-            refusal = error
-        count = 0
-        if refusal is None:
             inputs = (embeddings, *per_sample, self.weight)
-            count = len(embeddings)
-            facts |= {
+            own.count = len(embeddings)
+            own.facts = {
+                **describe(),
                 "num_classes": self.shape[0],
                 "embedding_size": self.shape[1],
+                "dtype of the weight": self.weight.dtype,
                 "dtype of embeddings": embeddings.dtype,
                 "presence of optional inputs": [t is not None for t in inputs],
                 "recording of gradients": [t is not None and t.requires_grad for t in inputs]
                 if torch.is_grad_enabled()
                 else "off",
             }
-        self._counts = collectives.agree(self.group, self.weight.device, facts, count, refusal)
+        self._counts = own.counts
 
     def gather(self, rows: Tensor) -> Tensor:
         """(N, ...) rows of all ranks, in their order, from the (N_r, ...) of this rank."""
@@ -405,6 +335,13 @@ class Exchange:
     def share(self, parameter: Tensor) -> Tensor:
         """A parameter of which every rank has a copy; its gradient becomes the same on all."""
         return collectives.replicate(parameter, self.group)
+
+    def apply(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """function(rows); of a module, which knows no ranks, the parameters are shared."""
+        if not isinstance(function, nn.Module):
+            return function(rows)
+        shared = {name: self.share(own) for name, own in function.named_parameters() if own.requires_grad}
+        return functional_call(function, shared, (rows,)) if shared else function(rows)
 
     def enter(
         self, x: Tensor, targets: Tensor, scale: Tensor, sampled: bool

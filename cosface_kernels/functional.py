@@ -1,13 +1,13 @@
 """The functional form. The work is done by torch.ops.cosface.lmcl; what comes before and after, by `stages`."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosface_kernels import float8, ops, optim, sample_weights, sigmoid, stages
+from cosface_kernels import facts, float8, ops, optim, sample_weights, sigmoid, stages
 from cosface_kernels.distributed import Exchange, Local, own_rows, placement, whole
 from cosface_kernels.margins import SigmoidMargin, defaults, of_each_class
 from cosface_kernels.options import WORKSPACE_BYTES
@@ -177,8 +177,13 @@ def margin_softmax_loss(
         own_rows(weight_exponent) if isinstance(weight_exponent, Tensor) else None,
     )  # fmt: skip
     weights = sample_weight, class_weight, indices_tuple
-    facts = partial(stages.facts, settings, weight, labels, scale, weights, return_stats)
-    with ranks.agreement(facts, embeddings, sample_weight):
+    options: dict[str, Any] = {}
+
+    def stated() -> dict[str, object]:
+        return facts.of_batch(settings, options, ranks, embeddings, weight, labels, scale, weights, return_stats)
+
+    of_each = scale if isinstance(scale, Tensor) and scale.dim() else None
+    with ranks.agreement(stated, embeddings, sample_weight, of_each):
         check_stats(return_stats, entropy)
         stages.check(settings, ranks, embeddings, weight, labels, scale)
         check_exponents(weight, weight_exponent, needed=not normalize_weight)
@@ -208,7 +213,7 @@ def margin_softmax_loss(
     part = stages.over_own_classes(settings, options, ranks, weight, batch, own)
     loss, softmax = ranks.combine(part.scale, *part.results)  # (N,), or None, over all classes
     each_label = stages.each_label(settings, ranks, part, softmax, batch)
-    loss = stages.with_margin(settings, loss, each_label)  # (M,)
+    loss = stages.with_margin(settings, ranks, loss, each_label)  # (M,)
     if not validate:
         loss = loss.masked_fill(each_label.rows.targets == ops.INVALID, torch.nan)  # (M,)
     reduced = stages.reduce(ranks, loss, batch, each_label.valid, each_label.sample_weight, reduction)
@@ -263,12 +268,13 @@ def cosine_logits(
     Raises:
         ValueError: a shape does not fit, or the scale is not one number; the message shows it.
     """
-    check_rows(embeddings, weight)
-    check_exponents(weight, weight_exponent, needed=not normalize_weight)
-    if isinstance(scale, Tensor) and scale.dim():
-        raise ValueError(f"scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
-    if getattr(weight, optim.MARK, False):
-        optim.note_use(weight)
+    with placement(weight).agreement(dict, embeddings):
+        check_rows(embeddings, weight)
+        check_exponents(weight, weight_exponent, needed=not normalize_weight)
+        if isinstance(scale, Tensor) and scale.dim():
+            raise ValueError(f"scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
+        if getattr(weight, optim.MARK, False):
+            optim.note_use(weight)
     dtype = compute_dtype(embeddings, weight)
     weight = whole(weight)
     with torch.autocast(embeddings.device.type, enabled=False):

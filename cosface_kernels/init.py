@@ -1,10 +1,10 @@
 """Initial class centres: a counter-based generator, so that the values do not depend on the number of threads."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cosface_kernels import collectives
 from cosface_kernels.backends import cpu
 from cosface_kernels.distributed import Exchange, own_rows
 from cosface_kernels.float8 import FLOAT8, ROWS_AT_ONCE
@@ -26,8 +26,8 @@ def normal_(tensor: Tensor, std: float) -> Tensor:
     seed = torch.randint(2**63 - 1, (), device="cpu")
     if isinstance(tensor, DTensor):
         ranks = Exchange(tensor)
-        dist.broadcast(seed, group=ranks.group, group_src=0)
-        cpu.normal_(ranks.weight, int(seed), std, ranks.classes.start * tensor.shape[1])
+        first, *_ = collectives.agree(ranks.group, tensor.device, {}, int(seed), about="the seed of new rows")
+        cpu.normal_(ranks.weight, first, std, ranks.classes.start * tensor.shape[1])
     else:
         cpu.normal_(tensor, int(seed), std)
     return tensor

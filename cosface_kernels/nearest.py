@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cosface_kernels import ops, optim
-from cosface_kernels.backends import check_name
+from cosface_kernels.backends import check_name, select
 from cosface_kernels.distributed import own_rows, placement
+from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS
 from cosface_kernels.validation import check_exponents, check_flag, check_integer, check_rows
 
@@ -58,7 +59,16 @@ def nearest_classes(
     """
     ops.refuse_transforms()
     ranks = placement(weight)
-    with ranks.agreement(lambda: {"k": k, "normalization": (normalize_embeddings, normalize_weight)}, embeddings):
+    exponents = own_rows(weight_exponent) if isinstance(weight_exponent, Tensor) else None
+
+    def stated() -> dict[str, object]:
+        if len(ranks.classes):  # of none there is nothing to compute
+            select(
+                backend, embeddings, ranks.weight, Options(normalize_weight=normalize_weight, exponents=exponents)
+            )
+        return {"k": k, "normalization": (normalize_embeddings, normalize_weight)}
+
+    with ranks.agreement(stated, embeddings):
         check_rows(embeddings, weight)
         check_name(backend)
         check_flag("normalize_embeddings", normalize_embeddings)
@@ -71,7 +81,6 @@ def nearest_classes(
             optim.note_use(weight)
     x = ranks.gather(embeddings)
     most = min(int(k), len(ranks.classes))
-    exponents = None if weight_exponent is None else own_rows(weight_exponent)
     cosines, classes = ops.nearest(x, ranks.weight, most, normalize_weight, backend, exponents)
     cosines, classes = ranks.keep_nearest(cosines, classes, int(k))
     if not normalize_embeddings:

@@ -3,6 +3,7 @@
 That runs forward once more inside backward, which must see the state that the first run saw and leave none behind.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,13 @@ class _Pass:
     labels: Tensor  # (N,)
     digest: Tensor  # 0-d, tells apart passes with the same labels
     state: list[Tensor]  # before the pass
-    taken_by: int = -1  # the latest backward that ran it again
+    start: int  # the number of the first autograd node that comes after
+    records: bool  # whether its nodes do, not so in a reentrant checkpoint, whose own node comes before
+
+    def distance(self, node: int) -> float:
+        """How many nodes are between the pass and one that runs it again; inf where that is another's."""
+        distance = node - self.start if self.records else self.start - 1 - node
+        return distance if distance >= 0 else math.inf
 
 
 _passes: WeakKeyDictionary[nn.Module, deque[_Pass]] = WeakKeyDictionary()  # not copied or saved with the module
@@ -41,9 +48,10 @@ def state_of_pass(
         RuntimeError: inside backward, for labels that no recent pass was given.
     """
     before = [buffer.clone() for buffer in state]
+    start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     if torch._C._current_graph_task_id() == -1:  # backward does not run on this thread
         yield  # which checks the batch
-        made = _Pass(labels.clone(), _digest(embeddings), before)
+        made = _Pass(labels.clone(), _digest(embeddings), before, start, torch.is_grad_enabled())
         _passes.setdefault(module, deque(maxlen=REMEMBERED)).append(made)
         return
     _restore(state, _first_run(_passes.get(module, deque()), embeddings, labels).state)
@@ -58,9 +66,9 @@ def _digest(embeddings: Tensor) -> Tensor:
 
 
 def _first_run(passes: deque[_Pass], embeddings: Tensor, labels: Tensor) -> _Pass:
-    """The newest of those whose embeddings are closest, for recomputation may round otherwise.
+    """The one whose embeddings are closest, for recomputation may round otherwise.
 
-    Of passes with equal batches one backward gets each once, in its order: the newest first.
+    Of passes with equal batches, such as the empty ones of a rank, that whose nodes the running one is among.
     """
     same = [each for each in reversed(passes) if torch.equal(each.labels, labels)]
     if not same:
@@ -69,10 +77,8 @@ def _first_run(passes: deque[_Pass], embeddings: Tensor, labels: Tensor) -> _Pas
             f"last {REMEMBERED} forward passes of this head had, and so the state of its first run is not known: "
             "call backward sooner, or leave the head outside the checkpoint, since it keeps no logits."
         )
-    digest, backward = _digest(embeddings), torch._C._current_graph_task_id()
-    found = min(same, key=lambda each: (float((each.digest - digest).abs()), each.taken_by == backward))
-    found.taken_by = backward
-    return found
+    digest, node = _digest(embeddings), torch._C._current_autograd_node()._sequence_nr()
+    return min(same, key=lambda each: (float((each.digest - digest).abs()), each.distance(node)))
 
 
 @torch.no_grad()

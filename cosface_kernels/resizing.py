@@ -56,7 +56,7 @@ def resize_(
     def facts() -> dict[str, object]:
         return {
             "keep": digest(change),
-            "init": init is not None,
+            "dtype of the embeddings of init": None if init is None else embeddings.dtype,
             "state of the optimizer": states_of(optimizer, weight),
         }
 

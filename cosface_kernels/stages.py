@@ -19,7 +19,7 @@ from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
 from cosface_kernels.distributed import Exchange, Local
 from cosface_kernels.float8 import FLOAT8
-from cosface_kernels.margins import ClassMargin, Margin, Rows, SigmoidMargin, Smoothing
+from cosface_kernels.margins import ClassMargin, Margin, Rows, Smoothing
 from cosface_kernels.margins.base import check_use
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS, compute_dtype
@@ -111,50 +111,6 @@ class Part(NamedTuple):
     scale: Tensor  # (N,)
     targets: Tensor  # as the batch's, among these classes
     num_classes: int
-
-
-def facts(
-    settings: Settings,
-    weight: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
-    weights: tuple[object, ...],
-    return_stats: bool | int,
-) -> dict[str, object]:
-    """What must be the same on every rank, by its name in a message."""
-    known = {
-        "reduction": settings.reduction,
-        "sample_rate": settings.sampler.rate if settings.sampler else 1,
-        "margin": _described(settings.margin),
-        "scale": _described(scale),
-        "ignore_index": settings.ignore_index,
-        "validate_labels": settings.validate_labels,
-        "dtype of sample_weight": getattr(weights[0], "dtype", None),
-        "presence of class_weight and indices_tuple": [each is not None for each in weights[1:]],
-        "recording of class_weight's gradient": getattr(weights[1], "requires_grad", False),
-        "normalization of embeddings and weight": (settings.normalize_embeddings, settings.normalize_weight),
-        "gradient_tolerance": settings.gradient_tolerance,
-        "label_smoothing": settings.label_smoothing,
-        "entropy": settings.entropy,
-        "subcenters": settings.subcenters,
-        "number of labels per sample": labels.dim(),
-        "presence of return_stats": isinstance(settings.margin, SigmoidMargin) and bool(return_stats),
-        "k of return_stats": None if isinstance(return_stats, bool) else return_stats,
-    }
-    if getattr(weight, optim.MARK, False):
-        known["optimizer"] = optim.progress(weight)
-        known["options of the optimizer"] = optim.options_of(weight)
-    return known
-
-
-def _described(value: object) -> object:
-    """What of a margin or a scale must be the same on every rank, for its text; a function has only a name."""
-    if isinstance(value, Tensor):
-        return value.item() if not value.dim() else "one per sample"
-    if isinstance(value, Margin):
-        settings = {name: setting for name, setting in vars(value).items() if not name.startswith("_")}
-        return type(value).__name__, settings, [state.item() for state in value.batch_state()]
-    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 
 def check(
@@ -404,7 +360,7 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
     return Labels(rows, scale, sample_weight, softmax, valid, share)
 
 
-def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tensor:
+def with_margin(settings: Settings, ranks: Local | Exchange, loss: Tensor | None, labels: Labels) -> Tensor:
     """(M,) losses; `loss`, the op's own over all classes, has the margin if that is a number."""
     margin, rows, s, valid = settings.margin, labels.rows, labels.scale, labels.valid
     top, log_sum, target_cos, *_ = labels.softmax
@@ -415,7 +371,7 @@ def with_margin(settings: Settings, loss: Tensor | None, labels: Labels) -> Tens
     elif loss is not None and loss.shape == valid.shape and not callable(margin) and rows.smoothing is None:
         return loss
     else:
-        psi = margin(target_cos) if callable(margin) else target_cos - settings.subtracted()  # (M,)
+        psi = ranks.apply(margin, target_cos) if callable(margin) else target_cos - settings.subtracted()  # (M,)
         check_per_sample("the margin's result", psi, rows.targets)
         loss = rows.cross_entropy(top, log_sum, psi, s)  # (M,)
     return torch.where(valid, loss, 0)

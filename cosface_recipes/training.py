@@ -14,9 +14,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,6 @@ from tqdm import tqdm
 from tqdm.std import EMA
 
 from cosface_kernels import checkpoint
-from cosface_kernels.collectives import agree
 from cosface_kernels.margins import KappaFaceMargin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_recipes.batches import Batches, Seeded, detach_worker, mix
@@ -38,12 +36,11 @@ from cosface_recipes.data.augmentation import make_transform
 from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.evaluation.held_out import Result, check, evaluate, table
 from cosface_recipes.export import Description, export, weights_of
+from cosface_recipes.first import first
 from cosface_recipes.initial import load_backbone, load_head, save_head
 from cosface_recipes.losses import ClassSums, make_head
 from cosface_recipes.models import make_model
 from cosface_recipes.schedule import make_schedule, stretch
-
-T = TypeVar("T")
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,7 +116,7 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if not config.train:
             raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
-        self.first(lambda: check(config))  # before hours of training
+        first(lambda: check(config), self.device)  # before hours of training
         transform = make_transform(config.augmentation, config.image_size)
         self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
         config, warning = fit_batch(config, len(self.data), self.world)
@@ -150,7 +147,12 @@ class Training:
             dtype=getattr(torch, config.head_dtype),
             device=self.device,
         )
-        self.backbone = DistributedDataParallel(self.network) if dist.is_initialized() else self.network
+        self.backbone: nn.Module = self.network
+        if dist.is_initialized():
+            # Else it rearranges its sums over the ranks after the first step of each start: the last bits of a sum
+            # of three or more are then those of no uninterrupted training.
+            keeps_order = self.world > 2 and self.device.type == "cpu"
+            self.backbone = DistributedDataParallel(self.network, find_unused_parameters=keeps_order)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.optimizers = make_optimizers(config, self.network, self.head, self.scaler)
         shape = {"warm_up": config.warm_up, "power": config.power, "milestones": config.milestones}
@@ -228,7 +230,7 @@ class Training:
             init = weights_of(Path(self.config.init))
             load_backbone(self.network, init)
             self.say(f"The backbone is that of {init}. {load_head(self.head, init, self.data)}")
-        self.first(self.keep_settings)
+        first(self.keep_settings, self.device)
 
     def keep_settings(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -368,41 +370,27 @@ class Training:
     def evaluate(self) -> list[Result]:
         if not self.config.test:
             return []
-        results = self.first(lambda: evaluate(self.result, self.config, self.device)) or []
+        results = first(lambda: evaluate(self.result, self.config, self.device), self.device) or []
         for result in results:
             self.scalars({f"test/{result.name}/{name}": rate for name, rate in result.rates.items()})
         if results:
             tqdm.write(f"step {self.step:,}\n{table(results)}", file=sys.stdout)
         return results
 
-    def first(self, work: Callable[[], T]) -> T | None:
-        """Work of the first process; the others wait, and end with its sentence where it fails."""
-        result, refusal = None, None
-        if self.rank == 0:
-            try:
-                result = work()
-            except Exception as error:
-                refusal = error
-        if self.world > 1:
-            agree(dist.group.WORLD, self.device, {}, refusal=refusal, about="what the first process does alone")
-        if refusal is not None:
-            raise refusal
-        return result
-
     def export(self, results: Sequence[Result]) -> None:
         save_head(self.head, self.output, self.data, self.rank == 0)
         if self.rank:
             return
         config = self.config
-        first = results[0] if results else None
+        tested = results[0] if results else None
         description = Description(
             config.model,
             config.color,
             config.image_size,
             config.embedding_size,
             config.flip,
-            first and first.threshold,
-            first.chosen if first else "no test data",
+            tested and tested.threshold,
+            tested.chosen if tested else "no test data",
         )
         difference = export(self.result, description, self.output)
         self.say(

@@ -35,7 +35,8 @@ class Rows:
         embeddings: (N, D), as given to the loss.
         targets: (N,) int64 classes, negative for a sample that has no loss.
         weight: (C, D) class centres, or None if they are sharded.
-        share: what a parameter that every rank has goes through, so that its gradient is the same on all.
+        share: what a parameter that every rank has goes through, so that its gradient is the same on all;
+            without it ranks whose losses differ, as with reduction="none", would move it apart.
         smoothing: of the labels, or None.
         hardness: (N,) mean cosine of the hard negatives, 0 where there is none, for a margin that
             `reads_hard_negatives`; without a gradient.

@@ -23,7 +23,7 @@ Of a weight that is sharded over ranks, each moves its own rows; the state is sh
 raises on every rank if a step has ended on some of them alone.
 """
 
-from cosface_kernels.optim.autograd import lmcl, sigmoid
+from cosface_kernels.optim.autograd import lmcl, moves, sigmoid
 from cosface_kernels.optim.checks import MOVABLE, check_gradient
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient
 from cosface_kernels.optim.ownership import (
@@ -67,6 +67,7 @@ __all__ = [
     "check_between_steps",
     "check_gradient",
     "lmcl",
+    "moves",
     "note_loaded",
     "note_use",
     "options_of",

@@ -19,6 +19,23 @@ from cosface_kernels.options import Options, empty_cache
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
+def moves(
+    weight: Tensor, x: Tensor, w: Tensor, backend: str | None, options: Options, whole_gradient: bool = False
+) -> Any:
+    """The optimizer that is to move the weight's rows in the backward of this batch, or None.
+
+    Raises:
+        What `lmcl` does.
+    """
+    owner = owner_of(weight)
+    if owner is None or not (torch.is_grad_enabled() and weight.requires_grad) or whole_gradient:
+        return None
+    owner._check_movable(weight)
+    select(backend, x, w, replace(options, updates=True))
+    return owner
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def lmcl(
     weight: Tensor,
     x: Tensor,
@@ -39,10 +56,8 @@ def lmcl(
         RuntimeError: the backend cannot move rows, or something needs the gradient that would not exist.
         ValueError: the weight is not one that can be moved, or no longer fits the optimizer's state.
     """
-    owner, options = owner_of(weight), Options(**fields)
-    if owner is not None and torch.is_grad_enabled() and weight.requires_grad and not whole_gradient:
-        owner._check_movable(weight)
-        select(backend, x, w, replace(options, updates=True))
+    options = Options(**fields)
+    if owner := moves(weight, x, w, backend, options, whole_gradient):
         return _MovesRows.apply(x, w.detach(), targets, scale, margin, backend, options, owner, weight)  # type: ignore[no-untyped-call]
     return ops.lmcl(x, w, targets, scale, margin, backend, *options.flat())
 
@@ -63,10 +78,8 @@ def sigmoid(
 
     None if no optimizer of this module owns the weight.
     """
-    owner, options = owner_of(weight), Options(**fields)
-    if owner is not None and torch.is_grad_enabled() and weight.requires_grad:
-        owner._check_movable(weight)
-        select(backend, x, w, replace(options, updates=True))
+    options = Options(**fields)
+    if owner := moves(weight, x, w, backend, options):
         inputs = x, w.detach(), targets, scale, bias, target_cos
         return _MovesRowsBySigmoids.apply(*inputs, backend, options, owner, weight)  # type: ignore[no-untyped-call]
     return None

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from cosface_kernels import ops
 from cosface_kernels.backends import select
-from cosface_kernels.distributed import agreed, own_classes, own_rows
+from cosface_kernels.distributed import agreement_on_rows, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import finiteness
 from cosface_kernels.optim.checks import MOVABLE, check_group, check_weight
@@ -387,20 +387,16 @@ class RowOptimizer(Optimizer):
               options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
         """dx and dscale of lmcl_backward's arguments, having moved the rows."""
         x, w, *_, log_sum, g_lse, g_cos, _ = tensors
-        if own_rows(weight).data_ptr() != w.data_ptr():
-            raise RuntimeError(
-                f"The memory of a weight of shape {tuple(weight.shape)} was replaced between forward and "
-                "backward, so that backward would move the old one."
-            )
-        self._check_movable(weight)
-        loss_scale, ownership = self._loss_scale(), self._ownership(weight)
         finite = finiteness.finite_rows(x, log_sum, g_lse, g_cos, options.g_moments)  # (N,)
-        all_finite = None
+        ownership, all_finite = self._ownership(weight), None
         if self._scaler() is not None or x.device.type == "cpu":
-            if not agreed(weight, bool(finite.all())):
+            with agreement_on_rows(weight, "an overflow") as own:
+                loss_scale = self._scale_of_move(weight, w)
+                own.facts, own.count = {"loss scale": loss_scale}, int(finite.all())
+            if not all(own.counts):
                 return self._skip(weight, tensors, finite, loss_scale, need_dx, backend, options)
         else:
-            all_finite = finite.all()
+            loss_scale, all_finite = self._scale_of_move(weight, w), finite.all()
         group, exponents = self._group_of(weight), options.exponents
         with self._next_update(weight, group, loss_scale, exponents) as (update, state):
             dx, dscale = ops.lmcl_backward_update_(
@@ -413,6 +409,16 @@ class RowOptimizer(Optimizer):
             self._count_skipped(~all_finite)
             ownership.finite = finiteness.both(ownership.finite, finiteness.answer(all_finite))
         return dx, dscale
+
+    def _scale_of_move(self, weight: Tensor, w: Tensor) -> float:
+        """The loss scale, of rows w that can move."""
+        if own_rows(weight).data_ptr() != w.data_ptr():
+            raise RuntimeError(
+                f"The memory of a weight of shape {tuple(weight.shape)} was replaced between forward and "
+                "backward, so that backward would move the old one."
+            )
+        self._check_movable(weight)
+        return self._loss_scale()
 
     def _loss_scale(self) -> float:
         """What backward divides by."""

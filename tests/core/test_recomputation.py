@@ -81,6 +81,24 @@ def test_equal_batches_of_one_backward_have_the_state_of_their_own_pass(make, ra
         assert relative_error(again, gradients[0]) < 1e-6
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
+def test_equal_batches_of_several_backwards_have_the_state_of_their_own_pass(order, reentrant):
+    x, labels = torch.randn(N, D), torch.randint(C, (N,))
+    plain = FusedCosFaceLoss(C, D, sample_rate=0.3)
+    gradients = []
+    for wrap in (lambda module, *batch: module(*batch), lambda *call: checkpoint(*call, use_reentrant=reentrant)):
+        head = copy.deepcopy(plain)
+        leaves = [x.clone().requires_grad_() for _ in order]
+        losses = [wrap(head, leaf, labels) for leaf in leaves]
+        for k in order:
+            losses[k].backward()
+        gradients.append(torch.stack([leaf.grad for leaf in leaves]))
+    assert not torch.equal(gradients[0][0], gradients[0][1])
+    for want, got in zip(*gradients, strict=True):
+        assert relative_error(got, want) < 1e-6
+
+
 def _leaves(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """For the reentrant kind something must need a gradient."""
     x, labels = batch

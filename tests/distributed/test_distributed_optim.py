@@ -27,7 +27,7 @@ from cosface_kernels import (
     ops,
 )
 from cosface_kernels.backends import BACKENDS
-from cosface_kernels.distributed import GradScaler, agreed, clip_grad_norm_, own_rows
+from cosface_kernels.distributed import GradScaler, agreement_on_rows, clip_grad_norm_, own_rows
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 
 TORCHS = {FusedSGD: torch.optim.SGD, FusedAdamW: torch.optim.AdamW}
@@ -270,12 +270,27 @@ def test_what_overflows_on_one_rank_is_skipped_on_all(ranks, where):
 
 
 def _agreed(rank, group):
+    """Every rank's count, or what each raises, of good and of bad statements, one after the other."""
     weight = make_head(Case("agreed"), group).weight
-    return agreed(weight, True), agreed(weight, rank != 1)
+    found = []
+    for facts, refusing in (({"a": 1}, None), ({"a": rank // 2}, None), ({"a": rank}, 1), ({"a": 2}, None)):
+        try:
+            with agreement_on_rows(weight, "this") as own:
+                own.facts, own.count = facts, 10 + rank
+                if rank == refusing:
+                    raise MemoryError("no memory")
+            found.append(own.counts)
+        except (ValueError, MemoryError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
 
 
 def test_agreement(ranks):
-    assert ranks.results(3, _agreed) == [(True, False)] * 3
+    unlike = "ValueError: a must be the same on every rank, got 0 on rank 0 and 1 on rank 2."
+    refused = "ValueError: rank 1 refused: no memory"
+    for rank, found in enumerate(ranks.results(3, _agreed)):
+        own = "MemoryError: no memory" if rank == 1 else refused
+        assert found == [[10, 11, 12], unlike, own, [10, 11, 12]]
 
 
 def _interrupted(rank, group, lost):

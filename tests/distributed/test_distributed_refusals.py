@@ -21,7 +21,13 @@ from cosface_kernels import (
     margin_softmax_loss,
 )
 from cosface_kernels.distributed import empty_weight
-from cosface_kernels.margins import ArcFaceMargin, CurricularFaceMargin, LSoftmaxMargin
+from cosface_kernels.margins import (
+    ArcFaceMargin,
+    ClassMargin,
+    CurricularFaceMargin,
+    KappaFaceMargin,
+    LSoftmaxMargin,
+)
 
 
 def _refuse(rank, group, num_classes, embedding_size, batch_of):
@@ -87,13 +93,44 @@ def _curricular(margin=0.5, t=0.0):
     return psi
 
 
+def _kappa(step):
+    psi = KappaFaceMargin([3] * 7)
+    psi.weights[step] = 0.25
+    return psi
+
+
+class Shift(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+
+    def forward(self, cos):
+        return cos - self.m
+
+
+class Slope(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = nn.Parameter(torch.tensor(m))
+
+    def forward(self, cos):
+        return cos - self.m
+
+
 # Of rank 1, where it is not what the others have, and what every rank is told; {} is the same on all.
 UNLIKE = {
     "margin": ({"margin": 0.3}, "margin {}, got 0.35 on rank 0 and 0.3 on rank 1."),
     "kind of margin": ({"margin": ArcFaceMargin(0.35)}, "margin {}, got 0.35 on rank 0 and ('ArcFaceMargin', "),
     "function": ({"margin": torch.cos}, "margin {}, got 0.35 on rank 0 and "),
     "scale": ({"scale": 32.0}, "scale {}, got 64.0 on rank 0 and 32.0 on rank 1."),
-    "learned scale": ({"scale": torch.tensor(32.0)}, "scale {}, got 64.0 on rank 0 and 32.0 on rank 1."),
+    "learned scale": (
+        {"scale": torch.tensor(32.0)},
+        "scale {}, got 64.0 on rank 0 and 32.0 (torch.float32) on rank 1.",
+    ),
+    "a scale that learns": (
+        {"scale": nn.Parameter(torch.tensor(64.0))},
+        "scale {}, got 64.0 on rank 0 and 64.0 (torch.float32, with a gradient) on rank 1.",
+    ),
     "scales": ({"scale": torch.full((3,), 64.0)}, "scale {}, got 64.0 on rank 0 and one per sample on rank 1."),
     "ignore_index": ({"ignore_index": 0}, "ignore_index {}, got -100 on rank 0 and 0 on rank 1."),
     "validate_labels": ({"validate_labels": False}, "validate_labels {}, got None on rank 0 and False on rank 1."),
@@ -112,7 +149,40 @@ UNLIKE = {
         {"margin": (_curricular(), _curricular(0.4), _curricular())},
         "margin {}, got ('CurricularFaceMargin', {{'training': True, 'straight_through': False, 'margin': 0.5, ",
     ),
-    "state": ({"margin": (_curricular(), _curricular(t=0.25), _curricular())}, "margin {}, got ('CurricularFaceM"),
+    "state": (
+        {"margin": (_curricular(), _curricular(t=0.25), _curricular())},
+        "margin.t {}, got 0.0 (torch.float32) on rank 0 and 0.25 (torch.float32) on rank 1.",
+    ),
+    "table": (
+        {"margin": (ClassMargin([0.1] * 7), ClassMargin([0.1] * 6 + [0.2]), ClassMargin([0.1] * 7))},
+        "margin.margins {}, got numbers in [0.1, 0.1], checksum ",
+    ),
+    "order of a table": (
+        {"margin": tuple(ClassMargin(order / 10) for order in (*[torch.arange(7)] * 2, torch.arange(6, -1, -1)))},
+        "margin.margins {}, got numbers in [0, 0.6], checksum ",
+    ),
+    "a table that learns": (
+        {"margin": (*[ClassMargin(torch.full((7,), 0.1))] * 2, ClassMargin(nn.Parameter(torch.full((7,), 0.1))))},
+        "margin.margins {}, got numbers in [0.1, 0.1], checksum ",
+    ),
+    "state of each class": ({"margin": (_kappa(0), _kappa(1), _kappa(0))}, "margin.weights {}, got numbers in ["),
+    "own module": (
+        {"margin": (Shift(0.3), Shift(0.3), Shift(0.4))},
+        "margin {}, got ('Shift', {{'training': True, ",
+    ),
+    "its parameter": (
+        {"margin": (Slope(0.5), Slope(0.5), Slope(0.25))},
+        "margin.m {}, got 0.5 (torch.float32, with ",
+    ),
+    "what it freezes": (
+        {"margin": (Slope(0.5), Slope(0.5).requires_grad_(False), Slope(0.5))},
+        "margin.m {}, got 0.5 (torch.float32, with a gradient) on rank 0 and 0.5 (torch.float32) on rank 1.",
+    ),
+    "class_weight": (
+        {"class_weight": (torch.ones(7), torch.ones(7), torch.arange(7.0))},
+        "class_weight {}, got numbers in [1, 1], checksum ",
+    ),
+    "backend": ({"backend": "triton"}, "backend 'triton' cannot run: "),
     "mode": ({"margin": (_curricular(), _curricular().eval(), _curricular())}, "margin {}, got ('CurricularFaceM"),
 }
 
@@ -131,7 +201,7 @@ def _unlike(rank, group, changes):
         }
         margin_softmax_loss(x, weight, labels, **{**options, **own})
         message = None
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         message = f"{error}"
     return message, margin_softmax_loss(x, weight, labels, **options)
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support import relative_error
 from support.sharded_moves import DIM, IGNORED, MOMENTUM, Case, batches, make_head
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import (
     FusedCosFaceLoss,
@@ -174,3 +176,29 @@ def _unlike(rank, group):
 def test_ranks_that_sample_unlike_the_others_are_refused(ranks):
     for message in ranks.results(2, _unlike):
         assert message == "sample_rate must be the same on every rank, got 0.5 on rank 0 and 1 on rank 1."
+
+
+def _recomputed(rank, group, samples):
+    """The weight's gradients of two losses, by a backward each, without and with torch.utils.checkpoint."""
+    found = []
+    for wraps in (False, True):
+        torch.manual_seed(0)
+        head = FusedCosFaceLoss(40, DIM, 0.3, 8.0, process_group=group, sample_rate=0.3, init_std=1.0)
+        losses = []
+        for step in range(2):
+            x, labels = _sampled_batch(step, 40, samples)
+            mine = slice(sum(samples[:rank]), sum(samples[: rank + 1]))
+            batch = x[mine].float().requires_grad_(), labels[mine]
+            losses.append(checkpoint(head, *batch, use_reentrant=False) if wraps else head(*batch))
+        gradients = []
+        for loss in losses:
+            loss.backward()
+            gradients.append(head.weight.grad.full_tensor().clone())
+        found.append(gradients)
+    return found
+
+
+def test_a_rank_without_samples_draws_again_what_its_own_pass_drew(ranks):
+    for plain, again in ranks.results(3, _recomputed, (3, 0, 2)):
+        for want, got in zip(plain, again, strict=True):
+            assert relative_error(got, want) < 1e-6

@@ -45,7 +45,7 @@ def _train(model_of, rank, group, samples, classes, steps=4):
         optimizer.zero_grad()
         loss = head(backbone(data), labels)
         loss.backward()
-        norm = clip_grad_norm_([*backbone.parameters(), *head.parameters()], 0.5)
+        norm = clip_grad_norm_([*backbone.parameters(), *head.parameters()], 0.5, process_group=group)
         optimizer.step()
         losses += [loss.detach(), norm.detach()]
     weights = [
@@ -271,7 +271,7 @@ def _train_in_half_precision(rank, group, broken):
     head = FusedCosFaceLoss(9, 16, scale=16.0, process_group=group)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    scaler = GradScaler("cpu", init_scale=1024.0)
+    scaler = GradScaler("cpu", init_scale=1024.0, process_group=group)
     rng = torch.Generator().manual_seed(rank)
     scales, weights = [], []
     for step in range(3):
@@ -286,7 +286,7 @@ def _train_in_half_precision(rank, group, broken):
         if overflows and broken == "head":
             head.weight.grad.to_local()[0, 0] = torch.inf
         scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(parameters, 1.0)
+        norm = clip_grad_norm_(parameters, 1.0, process_group=group)
         scaler.step(optimizer)
         optimizer.zero_grad()
         scaler.update()

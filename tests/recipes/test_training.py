@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support import patience
 from support.evaluation import colour_of, encoded, write_images
-from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_two, losses, some_glyphs
+from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_several, losses, some_glyphs
 
 import glyphs_to_records
 import identify_faces
@@ -150,10 +150,11 @@ def test_sigterm_saves_and_exits_with_0(settings):
     assert not (Path(settings.output) / export.ONNX).exists()
 
 
-def test_two_processes_train_as_one_program(settings, tmp_path):
+@pytest.mark.parametrize("processes", [2, 3])  # of three or more, sums depend on their order
+def test_several_processes_train_as_one_program(settings, tmp_path, processes):
     """And go on from a checkpoint as if they had not stopped, bit for bit."""
     settings = dataclasses.replace(settings, epochs=3)
-    out = launch_two(settings)
+    out = launch_several(settings, processes)
     assert out.count("72 images of 12 identities") == 1
     assert [step for step, _ in losses(settings.output)] == list(range(1, 13))
     assert losses(settings.output)[-1][1] < losses(settings.output)[0][1]
@@ -161,7 +162,7 @@ def test_two_processes_train_as_one_program(settings, tmp_path):
     stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"), resume=True)
     shutil.copytree(settings.output, stopped.output)
     shutil.rmtree(checkpoint.latest(tmp_path / "stopped" / training.CHECKPOINTS))
-    assert "steps 8 to 12" in launch_two(stopped)
+    assert "steps 8 to 12" in launch_several(stopped, processes)
     assert_same_training(settings.output, stopped.output)
 
 

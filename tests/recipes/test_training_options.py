@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.recipe import FONTS, as_arguments, assert_same_training, everything, launch_two, losses, some_glyphs
+from support.recipe import (
+    FONTS,
+    as_arguments,
+    assert_same_training,
+    everything,
+    launch_several,
+    losses,
+    some_glyphs,
+)
 from torch import nn
 
 import train
@@ -355,7 +363,7 @@ def test_finetuning_on_other_identities_begins_with_the_backbone(settings, tmp_p
 
 def test_two_processes_with_every_option_go_on_as_if_they_had_not_stopped(settings, tmp_path):
     settings = dataclasses.replace(settings, epochs=3, test=(), sample_rate=0.6, **ADAMW, ema=0.9, clip=0.5)
-    launch_two(settings)
+    launch_several(settings)
     assert json.loads((Path(settings.output) / initial.IDENTITIES).read_text()) == 12
     assert torch.equal(
         load_file(Path(settings.output) / initial.HEAD)["weight"], everything(settings.output)["head/weight"]
@@ -363,7 +371,7 @@ def test_two_processes_with_every_option_go_on_as_if_they_had_not_stopped(settin
     stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"), resume=True)
     shutil.copytree(settings.output, stopped.output)
     shutil.rmtree(checkpoint.latest(tmp_path / "stopped" / training.CHECKPOINTS))
-    assert "steps 8 to 12" in launch_two(stopped)
+    assert "steps 8 to 12" in launch_several(stopped)
     assert_same_training(settings.output, stopped.output)
 
 

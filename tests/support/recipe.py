@@ -79,8 +79,8 @@ def launch(settings: config.Config, *launcher: str) -> subprocess.Popen:
     )
 
 
-def launch_two(settings: config.Config) -> str:
-    process = launch(settings, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+def launch_several(settings: config.Config, processes: int = 2) -> str:
+    process = launch(settings, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{processes}")
     out, err = process.communicate(timeout=patience(240))
     assert process.returncode == 0, err
     return out

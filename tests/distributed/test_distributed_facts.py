@@ -1,0 +1,141 @@
+"""What decides a rank's collectives is agreed before the first of them: no rank waits or raises alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, FusedUniFaceLoss
+from cosface_kernels.margins import Margin
+from cosface_kernels.optim import FusedSGD
+
+ALIKE = "must be the same on every rank"
+
+
+class Scheduled(Margin):
+    """Holds a function and an object, which have an address of their own in every process."""
+
+    def __init__(self):
+        super().__init__()
+        self.of, self.schedule = (lambda cos: cos - 0.25), {"warm-up": [nn.Identity(), object()]}
+
+    def forward(self, cos, rows):
+        return self.of(cos)
+
+
+def _scheduled(rank, group):
+    losses = []
+    for margin in (Scheduled(), 0.25):
+        torch.manual_seed(0)
+        head = FusedMarginLoss(7, 5, margin, process_group=group)
+        losses.append(head(torch.ones(2, 5), torch.tensor([rank, 6])).item())
+    return losses
+
+
+def test_functions_and_objects_of_a_margin_are_alike_by_their_names(ranks):
+    for scheduled, plain in ranks.results(3, _scheduled):
+        assert scheduled == pytest.approx(plain, rel=1e-6)
+
+
+def _head(group, **options):
+    return FusedCosFaceLoss(7, 5, process_group=group, **options)
+
+
+def _train(head, **options):
+    """A step by an optimizer that has them, of a loss that its grad_scaler scales, if it has one."""
+    optimizer = FusedSGD(head.parameters(), lr=0.1, **options)
+    loss = head(torch.ones(2, 5, requires_grad=True), torch.tensor([0, 6]))
+    scaler = options.get("grad_scaler")
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    optimizer.step()
+
+
+def _default_dtype(rank, group):
+    torch.set_default_dtype(torch.float64 if rank == 1 else torch.float32)
+    try:
+        _head(group)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _hook(rank, group):
+    head = _head(group)
+    if rank == 1:
+        head.weight.register_hook(lambda gradient: gradient)
+    _train(head)
+
+
+class Forgetful(torch.amp.GradScaler):
+    def scale(self, outputs):
+        return outputs
+
+
+def _unscaled(rank, group):
+    kind = Forgetful if rank == 1 else torch.amp.GradScaler
+    _train(_head(group), grad_scaler=kind("cpu", init_scale=4.0))
+
+
+def _imprint(rank, group):
+    samples = torch.ones(2, 5, dtype=torch.float64 if rank == 1 else torch.float32)
+    _head(group).resize_classes_(new=1, init=(samples, torch.tensor([7, 7])))
+
+
+ALONE = {
+    "double": (
+        lambda rank, group: _train(_head(group).to(torch.float64 if rank == 1 else torch.float32)),
+        f"dtype of the weight {ALIKE}, got torch.float32 on rank 0 and torch.float64 on rank 1.",
+    ),
+    "default dtype": (_default_dtype, f"dtype {ALIKE}, got torch.float32 on rank 0 and torch.float64 on rank 1."),
+    "no classes": (
+        lambda rank, group: FusedCosFaceLoss(0 if rank == 1 else 7, 5, process_group=group),
+        "num_classes must be a positive integer, got 0.",
+    ),
+    "of a subclass": (
+        lambda rank, group: FusedUniFaceLoss(7, 5, sample_rate=2.0 if rank == 1 else 1.0, process_group=group),
+        "sample_rate must be in (0, 1], got 2.0.",
+    ),
+    "no such argument": (
+        lambda rank, group: _head(group, **({"centers": 2} if rank == 1 else {})),
+        "unexpected keyword argument 'centers'",
+    ),
+    "sub-centres": (
+        lambda rank, group: _head(group, subcenters=2 if rank == 1 else 1),
+        "sub-centres cannot be sharded over ranks yet: subcenters must be 1, got 2.",
+    ),
+    "hook": (_hook, "A hook on a weight of shape (7, 5) would see no gradient"),
+    "scales": (
+        lambda rank, group: _train(_head(group), grad_scaler=torch.amp.GradScaler("cpu", init_scale=4.0 + rank)),
+        f"loss scale {ALIKE}, got 4.0 on rank 0 and 5.0 on rank 1.",
+    ),
+    "unscaled": (_unscaled, "grad_scaler has scaled no loss yet"),
+    "logits": (
+        lambda rank, group: _head(group).get_logits(torch.ones(2, 3 if rank == 1 else 5)),
+        "embeddings have size 3 but the weight expects embedding_size 5.",
+    ),
+    "nearest": (
+        lambda rank, group: _head(group, backend="triton" if rank == 1 else None).topk(torch.ones(2, 5), 2),
+        "backend 'triton' cannot run: ",
+    ),
+    "imprinting": (_imprint, f"dtype of the embeddings of init {ALIKE}, got torch.float32 on rank 0 and"),
+}
+
+
+def _alone(rank, group, name):
+    act, _ = ALONE[name]
+    message = None
+    try:
+        act(rank, group)
+    except (ValueError, TypeError, RuntimeError) as error:
+        message = f"{error}"
+    return message, _head(group)(torch.ones(2, 5), torch.tensor([rank, 6])).item()
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_one_rank_alone_would_raise_all_raise(ranks, name):
+    """Else the others would wait for it until the group's timeout, or gloo abort; and all go on."""
+    results = ranks.results(3, _alone, name)
+    for message, _ in results:
+        assert message is not None
+        assert ALONE[name][1] in message
+    assert len({loss for _, loss in results}) == 1
