@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cosface_kernels.derivatives import once_differentiable
 
@@ -269,7 +270,7 @@ def _content(tensor: Tensor) -> str:
     return f"numbers in [{low:.6g}, {high:.6g}], checksum {int(digest(tensor)) % 2**32:x}"
 
 
-DIGEST = "_digest"  # attribute of a tensor that is the digest of its content, and of which
+_digests = WeakTensorKeyDictionary()  # of a tensor: the state it was read in, and its digest; not saved with it
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 AT_ONCE = 2**20  # numbers, each of 8 bytes while they are mixed
 
@@ -288,12 +289,12 @@ def digest(tensor: Tensor) -> Tensor:
         return bits[0].long()
     keeps = not (tensor.requires_grad or tensor.is_inference())
     state = (tensor._version, tensor.data_ptr()) if keeps else None
-    known, found = getattr(tensor, DIGEST, (None, bits))
+    known, found = _digests.get(tensor, (None, bits))
     if not keeps or known != state:
         parts = [_mixed(part, k * AT_ONCE) for k, part in enumerate(bits.split(AT_ONCE))]
         found = torch.stack(parts).sum()
         if keeps:
-            setattr(tensor, DIGEST, (state, found))
+            _digests[tensor] = state, found
     return found
 
 
