@@ -60,8 +60,8 @@ def _placements(tensor: Tensor) -> str:
 
 
 def step_count(steps: float) -> Tensor:
-    """On the CPU whatever torch's default device is, since each step reads it."""
-    return torch.tensor(steps, device="cpu")
+    """On the CPU and in float32, whatever torch's defaults are: each step reads it, and bfloat16 ends at 256."""
+    return torch.tensor(steps, dtype=torch.float32, device="cpu")
 
 
 def zero_state(weight: Tensor, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
