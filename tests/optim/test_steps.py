@@ -76,6 +76,29 @@ def test_adds_up_as_in_torch(fused, torchs, options, backward):
     pair.check()
 
 
+@pytest.mark.parametrize("asked", [[0], [2, 0], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("by", ["autograd.grad", "inputs"])
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_losses_that_were_asked_for_a_gradient_before_add_up(kind, by, asked):
+    """As by GradNorm, which weighs losses by the gradient of each."""
+    pair = Pair(kind=kind)
+
+    def backward(head, optimizer):
+        x, labels = batch()
+        losses = [head((i + 1) * x + i, labels) for i in range(3)]
+        for i in asked:
+            if by == "inputs":
+                losses[i].backward(inputs=[x], retain_graph=True)
+            else:
+                torch.autograd.grad(losses[i], x, retain_graph=True)
+        sum(losses).backward()
+
+    for _ in range(2):
+        pair.step(backward)
+        pair.step(usual)
+    pair.check()
+
+
 def for_embeddings(head, x, labels):
     torch.autograd.grad(head(x, labels), x)
 
