@@ -81,7 +81,7 @@ class RowOptimizer(Optimizer):
 
     rule: str
     of_torch: type[torch.optim.SGD] | type[torch.optim.AdamW]
-    of_this_rule: str  # an option of its groups
+    of_this_rule: tuple[str, ...]  # options that the groups of no other rule have together
     state_names: tuple[str, ...]
     squares: tuple[str, ...] = ()  # those of them that are means of squares
 
@@ -249,10 +249,10 @@ class RowOptimizer(Optimizer):
             ValueError: it is the state of another rule, or does not fit the weights.
         """
         for group in state_dict["param_groups"]:
-            if self.of_this_rule not in group:
+            if missing := [name for name in self.of_this_rule if name not in group]:
                 raise ValueError(
                     f"{type(self).__name__} loads the state of its like or of torch.optim."
-                    f"{self.of_torch.__name__}, got groups without {self.of_this_rule}, with {', '.join(group)}."
+                    f"{self.of_torch.__name__}, got groups without {', '.join(missing)}, with {', '.join(group)}."
                 )
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         members = [weight for _, weight, _ in self._members()]
@@ -266,6 +266,7 @@ class RowOptimizer(Optimizer):
         for group, _, ownership in self._members():
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            group.pop("decoupled_weight_decay", None)  # that of torch.optim.Adam says False
             ownership.end_step()
 
     def __getstate__(self) -> dict[str, Any]:

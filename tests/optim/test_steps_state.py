@@ -165,12 +165,42 @@ def test_a_save_between_backward_and_step_is_refused():
     optimizer.state_dict()
 
 
-@pytest.mark.parametrize("kinds", [(FusedSGD, FusedAdamW), (torch.optim.AdamW, FusedSGD)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (FusedSGD, FusedAdamW),
+        *((other, FusedSGD) for other in (torch.optim.AdamW, torch.optim.RMSprop)),
+        *((getattr(torch.optim, name), FusedAdamW) for name in ("Adamax", "NAdam", "RAdam", "SparseAdam")),
+    ],
+    ids=lambda kinds: f"{kinds[0].__name__} to {kinds[1].__name__}",
+)
 def test_state_of_another_rule_is_refused_before_anything_is_loaded(kinds):
     optimizers = [kind(make_head().parameters(), lr=lr) for kind, lr in zip(kinds, (0.1, 0.2), strict=True)]
     with pytest.raises(ValueError, match=r"loads the state of its like or of torch\.optim.* got groups without"):
         optimizers[1].load_state_dict(optimizers[0].state_dict())
     assert optimizers[1].param_groups[0]["lr"] == 0.2
+
+
+def test_of_adam_the_state_is_that_of_adamw():
+    """Whose weight decay is decoupled, whatever the state says."""
+    models = [nn.Sequential(nn.Linear(D, D), make_head()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+
+    def step(model, optimizer):
+        x, labels = batch()
+        model[1](model[0](x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for model, kind in zip(models, (FusedAdamW, torch.optim.AdamW), strict=True):
+        adam = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1, eps=0.1)
+        step(model, adam)
+        optimizer = kind(model.parameters())
+        optimizer.load_state_dict(adam.state_dict())
+        for _ in range(3):
+            step(model, optimizer)
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
 def test_state_that_does_not_fit_changes_nothing():
