@@ -204,6 +204,8 @@ def check_tensor(name: str, value: object) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, which to_dense makes it, got a tensor of layout {value.layout}.")
+    if value.is_nested:
+        raise TypeError(f"{name} must be dense, got a nested tensor of {value.size(0)}, which torch.stack joins.")
 
 
 def exact_dtype() -> torch.dtype:
