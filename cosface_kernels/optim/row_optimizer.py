@@ -178,11 +178,11 @@ class RowOptimizer(Optimizer):
             self._check_own(weight, ownership)
         ordinary = [member for member in self._members() if has_ordinary_gradient(member[1])]
         if ordinary and all(ownership.finite() for *_, ownership in self._members() if ownership.finite):
+            if others := {weight for _, weight, ownership in ordinary if not ownership.is_head}:
+                self._move_others(others)  # first: torch may refuse one, such as of a sparse embedding
             for group, weight, ownership in ordinary:
                 if ownership.is_head:
                     self._apply(weight, group)
-            if others := {weight for _, weight, ownership in ordinary if not ownership.is_head}:
-                self._move_others(others)
         for _, weight, ownership in self._members():
             if isinstance(weight.grad, ConsumedGradient):
                 weight.grad = None

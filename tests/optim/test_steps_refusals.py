@@ -423,6 +423,17 @@ def test_a_sum_with_what_is_no_longer_there_is_refused_and_ends_nothing(compute)
     optimizer.step()
 
 
+@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
+def test_what_torch_refuses_of_the_backbone_is_refused_before_the_head_moves(fused):
+    head, layer = make_head(), nn.Embedding(30, D, sparse=True)
+    optimizer = fused([*head.parameters(), *layer.parameters()], lr=0.1, weight_decay=0.1, accumulate=True)
+    before = head.weight.detach().clone()
+    head(layer(torch.arange(8)), batch()[1]).backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
 @rules
 def test_a_parameter_that_was_put_into_a_group_is_moved_as_torch_moves_it(fused, torchs, options):
     """As those do who grow a layer and keep its state."""
