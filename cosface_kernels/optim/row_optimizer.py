@@ -1,5 +1,6 @@
 """What the optimizers share: whose rows move in backward, and whose in `step()`."""
 
+import inspect
 import itertools
 import numbers
 import weakref
@@ -475,4 +476,5 @@ class RowOptimizer(Optimizer):
         ]
         optimizer = self.of_torch([group for group in groups if group["params"]])
         optimizer.state = self.state
-        optimizer.step()
+        with torch.no_grad():
+            inspect.unwrap(self.of_torch.step)(optimizer)  # without all optimizers' hooks, which run for this one

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support.steps import C, D, Pair, batch, both_losses_at_once, make_head, rules, usual
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, FusedUniFaceLoss, margin_softmax_loss
 from cosface_kernels.optim import FusedSGD
@@ -262,6 +263,23 @@ def test_other_parameters_move_as_in_torch(fused, torchs, options):
     for mine, want in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5)
     optimizers[1].load_state_dict(optimizers[0].state_dict())  # a checkpoint of torch's
+
+
+@rules
+def test_hooks_of_all_optimizers_run_once_a_step(fused, torchs, options):
+    head, layer, ran = make_head(), nn.Linear(D, D), []
+    optimizer = fused([*layer.parameters(), *head.parameters()], **options)
+    handles = [
+        register(lambda optimizer, *_: ran.append(type(optimizer)))
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    ]
+    try:
+        head(layer(batch()[0]), batch()[1]).backward()
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == [fused, fused]
 
 
 def test_two_bfloat16_heads_round_differently():
