@@ -33,7 +33,7 @@ from cosface_kernels.optim.ownership import (
     ownership_of,
     restorations,
 )
-from cosface_kernels.optim.state import check_state, convert_, loaded_state, step_count, zero_state
+from cosface_kernels.optim.state import check_state, convert_, loaded_states, step_count, zero_state
 from cosface_kernels.options import Options, Update
 from cosface_kernels.validation import check_bool, is_capturing
 
@@ -249,26 +249,37 @@ class RowOptimizer(Optimizer):
         Raises:
             ValueError: it is the state of another rule, or does not fit the weights.
         """
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        def take_state(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            """What is here after all other hooks; torch would cast it to the weights' dtype."""
+            loaded.update(self._loaded(state_dict))
+            return {**state_dict, "state": {}}
+
+        def give_state(_: Optimizer) -> None:
+            self.state.update(loaded)
+            for group, _weight, ownership in self._members():
+                for name, value in self.defaults.items():
+                    group.setdefault(name, value)
+                group.pop("decoupled_weight_decay", None)  # that of torch.optim.Adam says False
+                ownership.end_step()
+
+        last = self.register_load_state_dict_pre_hook(take_state)
+        first = self.register_load_state_dict_post_hook(give_state, prepend=True)
+        try:
+            super().load_state_dict(state_dict)  # which also says if there are more or fewer of them
+        finally:
+            last.remove()
+            first.remove()
+
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         for group in state_dict["param_groups"]:
             if missing := [name for name in self.of_this_rule if name not in group]:
                 raise ValueError(
                     f"{type(self).__name__} loads the state of its like or of torch.optim."
                     f"{self.of_torch.__name__}, got groups without {', '.join(missing)}, with {', '.join(group)}."
                 )
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        members = [weight for _, weight, _ in self._members()]
-        loaded = {
-            weight: loaded_state(weight, state_dict["state"][index], self.state_names)
-            for index, weight in zip(saved_ids, members, strict=False)
-            if state_dict["state"].get(index)
-        }
-        super().load_state_dict({**state_dict, "state": {}})  # which also says if there are more or fewer of them
-        self.state.update(loaded)
-        for group, _, ownership in self._members():
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-            group.pop("decoupled_weight_decay", None)  # that of torch.optim.Adam says False
-            ownership.end_step()
+        return loaded_states([weight for _, weight, _ in self._members()], state_dict, self.state_names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -11,8 +11,19 @@ from cosface_kernels.backends import cpu
 from cosface_kernels.distributed import beside, own_rows, zero_exponents
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 
+def loaded_states(
+    weights: list[Tensor], saved: dict[str, Any], state_names: tuple[str, ...]
+) -> dict[Tensor, dict[str, Any]]:
+    """saved: an optimizer's state_dict, of as many parameters."""
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    return {
+        weight: _loaded_state(weight, saved["state"][index], state_names)
+        for index, weight in zip(indices, weights, strict=False)
+        if saved["state"].get(index)
+    }
 
-def loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, ...]) -> dict[str, Any]:
+
+def _loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, ...]) -> dict[str, Any]:
     moments = {name: saved[name] for name in _with_exponents(state_names) if saved.get(name) is not None}
     for name, moment in moments.items():
         if _layout(moment) != _wanted(name, weight):

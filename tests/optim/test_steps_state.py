@@ -181,6 +181,27 @@ def test_state_of_another_rule_is_refused_before_anything_is_loaded(kinds):
     assert optimizers[1].param_groups[0]["lr"] == 0.2
 
 
+@pytest.mark.parametrize("kind", [FusedSGD, torch.optim.SGD])
+def test_hooks_see_the_state_that_is_loaded_and_may_change_it(kind):
+    head, seen = make_head(), []
+    optimizer = kind(head.parameters(), lr=0.1, momentum=0.9)
+    usual(head)
+    optimizer.step()
+    saved = optimizer.state_dict()
+
+    def zero(_, state_dict):
+        seen.append([*state_dict["state"]])
+        return {**state_dict, "state": {0: {"momentum_buffer": torch.zeros(C, D)}}}
+
+    optimizer.register_load_state_dict_pre_hook(zero)
+    optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append([*optimizer.state]))
+    for _ in range(2):
+        optimizer.load_state_dict(saved)
+        assert not optimizer.state[head.weight]["momentum_buffer"].any()
+    assert [len(each) for each in seen] == [1, 1, 1, 1]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
 def test_of_adam_the_state_is_that_of_adamw():
     """Whose weight decay is decoupled, whatever the state says."""
     models = [nn.Sequential(nn.Linear(D, D), make_head()) for _ in range(2)]
