@@ -33,7 +33,7 @@ from cosface_kernels.optim.ownership import (
     ownership_of,
     restorations,
 )
-from cosface_kernels.optim.state import check_state, convert_, loaded_states, step_count, zero_state
+from cosface_kernels.optim.state import check_state, convert_, loaded_states, saved_state, step_count, zero_state
 from cosface_kernels.options import Options, Update
 from cosface_kernels.validation import check_bool, is_capturing
 
@@ -239,7 +239,8 @@ class RowOptimizer(Optimizer):
                     f"backward has moved a weight of shape {tuple(weight.shape)}, and its step is not over: a run "
                     "that resumed from here would move it by the same batch again. Save after step()."
                 )
-        return super().state_dict()
+        saved = super().state_dict()
+        return {**saved, "state": {index: saved_state(state) for index, state in saved["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or torch.optim's optimizer of the same rule; ends an interrupted step.

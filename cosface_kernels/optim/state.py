@@ -11,6 +11,14 @@ from cosface_kernels.backends import cpu
 from cosface_kernels.distributed import beside, own_rows, zero_exponents
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 
+IN_FLOAT8 = "_float8"  # behind the name of a state that is saved so: torch.optim would read it without exponents
+
+
+def saved_state(state: dict[str, Any]) -> dict[str, Any]:
+    in_float8 = {name for name, value in state.items() if isinstance(value, Tensor) and value.dtype is FLOAT8}
+    return {name + IN_FLOAT8 if name in in_float8 else name: value for name, value in state.items()}
+
+
 def loaded_states(
     weights: list[Tensor], saved: dict[str, Any], state_names: tuple[str, ...]
 ) -> dict[Tensor, dict[str, Any]]:
@@ -24,6 +32,7 @@ def loaded_states(
 
 
 def _loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, ...]) -> dict[str, Any]:
+    saved = {name.removesuffix(IN_FLOAT8): value for name, value in saved.items()}
     moments = {name: saved[name] for name in _with_exponents(state_names) if saved.get(name) is not None}
     for name, moment in moments.items():
         if _layout(moment) != _wanted(name, weight):

@@ -181,6 +181,35 @@ def test_state_of_another_rule_is_refused_before_anything_is_loaded(kinds):
     assert optimizers[1].param_groups[0]["lr"] == 0.2
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["as it is saved", "by its name alone"])
+@rules
+def test_a_state_in_float8_is_read_here_and_not_by_torch(fused, torchs, options, named):
+    head = make_head()
+    optimizer = fused(head.parameters(), **options, state_dtype=torch.float8_e4m3fn)
+    usual(head)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert not {"momentum_buffer", "exp_avg", "exp_avg_sq"} & {*saved["state"][0]}
+    if not named:
+        saved["state"][0] = {name.removesuffix("_float8"): value for name, value in saved["state"][0].items()}
+    before, state = head.weight.detach().clone(), optimizer.state[head.weight]
+    again = fused(head.parameters(), **options, state_dtype=torch.float8_e4m3fn)
+    again.load_state_dict(saved)
+    assert again.state[head.weight].keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(again.state[head.weight][name].float(), value.float())
+    plain = torchs(head.parameters())
+    plain.load_state_dict(optimizer.state_dict())
+    plain.param_groups[0]["weight_decay"] = 0.0
+    head.weight.grad = torch.zeros(C, D)
+    if torchs is torch.optim.SGD:
+        plain.step()
+        assert torch.equal(head.weight, before)  # the momentum is one of its own
+    else:
+        with pytest.raises(KeyError, match="exp_avg"):
+            plain.step()
+
+
 @pytest.mark.parametrize("kind", [FusedSGD, torch.optim.SGD])
 def test_hooks_see_the_state_that_is_loaded_and_may_change_it(kind):
     head, seen = make_head(), []
