@@ -23,7 +23,8 @@ class Softmax(NamedTuple):
 
     @classmethod
     def of(cls, top: Tensor, log_sum: Tensor, target_cos: Tensor, max_neg: Tensor, moments: Tensor) -> "Softmax":
-        return cls(top, log_sum, target_cos, max_neg, *moments)
+        # torch.export cannot read the parts of what has none
+        return cls(top, log_sum, target_cos, max_neg, *(moments if len(moments) else ()))
 
     def only(self, there: Tensor) -> "Softmax":
         """0 for the samples that are not `there`, (N,) bool, so that no nan of theirs reaches a gradient."""

@@ -204,12 +204,21 @@ def check_tensor(name: str, value: object) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, which to_dense makes it, got a tensor of layout {value.layout}.")
+    if value.is_nested:
+        raise TypeError(f"{name} must be dense, got a nested tensor of {value.size(0)}, which torch.stack joins.")
+
+
+def exact_dtype() -> torch.dtype:
+    """Of numbers that are given and of those that learn: torch's default, unless that would round them."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def vector_of(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """A tensor as it is, and numbers as one on the CPU."""
     try:
         vector = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
+        if vector is not values and vector.is_floating_point():
+            vector = torch.tensor(values, dtype=torch.promote_types(vector.dtype, torch.float32), device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):  # of torch, by what it finds inside
         raise ValueError(f"{name} must be a vector of numbers, got {reprlib.repr(values)}.") from None
     if vector.is_complex():

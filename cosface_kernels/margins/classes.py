@@ -11,7 +11,14 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import cos_of_sum
 from cosface_kernels.margins.base import Margin, Rows, check_counts, taken
 from cosface_kernels.resizing import replace_
-from cosface_kernels.validation import check_flag, check_interval, check_margin, check_positive, vector_of
+from cosface_kernels.validation import (
+    check_flag,
+    check_interval,
+    check_margin,
+    check_positive,
+    exact_dtype,
+    vector_of,
+)
 
 
 class ClassMargin(Margin):
@@ -42,7 +49,7 @@ class ClassMargin(Margin):
         if table.dtype == torch.bool:
             raise ValueError(f"margins must be numbers, got {table.dtype}.")
         if not table.is_floating_point():
-            table = table.to(torch.get_default_dtype())
+            table = table.to(exact_dtype())
         looks = table.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and not bool(table.isfinite().all()):
             raise ValueError(f"margins must be finite, got {table[~table.isfinite()][0].item()}.")
@@ -107,7 +114,8 @@ class AdaMSoftmaxMargin(ClassMargin):
         check_positive("num_classes", num_classes)
         check_interval("margin", margin, "[0, 1]", 0, math.nextafter(1, 2))
         check_interval("regularizer", regularizer, "[0, inf)", 0, math.inf)
-        super().__init__(nn.Parameter(torch.full((num_classes,), float(margin), device="cpu")))
+        margins = torch.full((num_classes,), float(margin), dtype=exact_dtype(), device="cpu")
+        super().__init__(nn.Parameter(margins))
         self.initial, self.regularizer = margin, regularizer
 
     def reset_parameters(self) -> None:

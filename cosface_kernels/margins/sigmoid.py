@@ -17,6 +17,7 @@ from cosface_kernels.validation import (
     check_margin,
     check_per_sample,
     check_positive,
+    exact_dtype,
     is_integer,
 )
 
@@ -109,7 +110,7 @@ class BiasedMargin(SigmoidMargin):
         check_finite("bias", bias)
         super().__init__(straight_through=straight_through)
         self.initial = float(bias)
-        self.bias = nn.Parameter(torch.tensor(self.initial, device="cpu"))
+        self.bias = nn.Parameter(torch.tensor(self.initial, dtype=exact_dtype(), device="cpu"))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

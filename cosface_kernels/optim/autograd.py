@@ -166,6 +166,7 @@ def _gradients(
         )
     if adds and not whole:
         dx, dscale = node.owner._move(weight, tensors, need_dx, node.backend, options)
+        node.owner._ownership(weight).nodes.discard(node)
         return dx, None, dscale
     dx, dw, dscale = ops.lmcl_backward(*tensors, need_dx, whole, node.backend, *options.flat())
     if not whole:
@@ -179,7 +180,6 @@ def _gradients(
 def _wanted(node: Any) -> tuple[bool, bool]:
     """Whether this backward is to add to the weight's gradient, and whether a whole one is needed."""
     weight, ownership = node.weight, node.owner._ownership(node.weight)
-    ownership.nodes.discard(node)
     if not weight.requires_grad:
         return False, False  # frozen after forward
     if ownership.phase == SKIPPED and node.owner._scaler() is None:
@@ -192,7 +192,7 @@ def _wanted(node: Any) -> tuple[bool, bool]:
         return False, True  # torch.autograd.grad is asked for the gradient of this leaf
     if adds and ownership.phase in (IDLE, SKIPPED):
         for other in ownership.nodes:  # that run in this backward too
-            if torch._C._will_engine_execute_node(other):
+            if other is not node and torch._C._will_engine_execute_node(other):
                 node.whole_gradient = other.whole_gradient = True
         earlier = weight.grad is not None and not isinstance(weight.grad, ConsumedGradient)
         node.whole_gradient |= earlier

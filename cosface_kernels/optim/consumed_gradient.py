@@ -46,8 +46,8 @@ class ConsumedGradient(Tensor):
             gradient = Tensor._make_wrapper_subclass(cls, args[0].shape, dtype=dtype, device=device)
             vars(gradient).update(vars(args[0]))
             return gradient
-        of_optimizer = any(isinstance(argument, torch.nn.Parameter) for argument in args[:2])
-        if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor) and not of_optimizer:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if func in (torch.ops.aten.add_.Tensor, torch.ops.aten.add.Tensor) and in_backward:
             args[0]._ownership.phase = REFUSED
             raise RuntimeError(
                 f"A weight of shape {tuple(args[0].shape)} has moved by the gradient of a head's loss, and one "

@@ -28,7 +28,7 @@ class Ownership:
         phase: where its step is.
         finite: whether its gradient in this step was; on a GPU an answer to wait for. None: it had none.
         is_head: a loss function has been given it.
-        nodes: autograd nodes that have not run backward.
+        nodes: autograd nodes that have not moved it; one may run backward more than once.
     """
 
     optimizer: "weakref.ref[RowOptimizer] | None"

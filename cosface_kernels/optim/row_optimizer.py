@@ -1,5 +1,6 @@
 """What the optimizers share: whose rows move in backward, and whose in `step()`."""
 
+import inspect
 import itertools
 import numbers
 import weakref
@@ -32,7 +33,7 @@ from cosface_kernels.optim.ownership import (
     ownership_of,
     restorations,
 )
-from cosface_kernels.optim.state import check_state, convert_, loaded_state, step_count, zero_state
+from cosface_kernels.optim.state import check_state, convert_, loaded_states, saved_state, step_count, zero_state
 from cosface_kernels.options import Options, Update
 from cosface_kernels.validation import check_bool, is_capturing
 
@@ -81,7 +82,7 @@ class RowOptimizer(Optimizer):
 
     rule: str
     of_torch: type[torch.optim.SGD] | type[torch.optim.AdamW]
-    of_this_rule: str  # an option of its groups
+    of_this_rule: tuple[str, ...]  # options that the groups of no other rule have together
     state_names: tuple[str, ...]
     squares: tuple[str, ...] = ()  # those of them that are means of squares
 
@@ -178,11 +179,11 @@ class RowOptimizer(Optimizer):
             self._check_own(weight, ownership)
         ordinary = [member for member in self._members() if has_ordinary_gradient(member[1])]
         if ordinary and all(ownership.finite() for *_, ownership in self._members() if ownership.finite):
+            if others := {weight for _, weight, ownership in ordinary if not ownership.is_head}:
+                self._move_others(others)  # first: torch may refuse one, such as of a sparse embedding
             for group, weight, ownership in ordinary:
                 if ownership.is_head:
                     self._apply(weight, group)
-            if others := {weight for _, weight, ownership in ordinary if not ownership.is_head}:
-                self._move_others(others)
         for _, weight, ownership in self._members():
             if isinstance(weight.grad, ConsumedGradient):
                 weight.grad = None
@@ -238,7 +239,8 @@ class RowOptimizer(Optimizer):
                     f"backward has moved a weight of shape {tuple(weight.shape)}, and its step is not over: a run "
                     "that resumed from here would move it by the same batch again. Save after step()."
                 )
-        return super().state_dict()
+        saved = super().state_dict()
+        return {**saved, "state": {index: saved_state(state) for index, state in saved["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or torch.optim's optimizer of the same rule; ends an interrupted step.
@@ -248,25 +250,37 @@ class RowOptimizer(Optimizer):
         Raises:
             ValueError: it is the state of another rule, or does not fit the weights.
         """
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        def take_state(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            """What is here after all other hooks; torch would cast it to the weights' dtype."""
+            loaded.update(self._loaded(state_dict))
+            return {**state_dict, "state": {}}
+
+        def give_state(_: Optimizer) -> None:
+            self.state.update(loaded)
+            for group, _weight, ownership in self._members():
+                for name, value in self.defaults.items():
+                    group.setdefault(name, value)
+                group.pop("decoupled_weight_decay", None)  # that of torch.optim.Adam says False
+                ownership.end_step()
+
+        last = self.register_load_state_dict_pre_hook(take_state)
+        first = self.register_load_state_dict_post_hook(give_state, prepend=True)
+        try:
+            super().load_state_dict(state_dict)  # which also says if there are more or fewer of them
+        finally:
+            last.remove()
+            first.remove()
+
+    def _loaded(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         for group in state_dict["param_groups"]:
-            if self.of_this_rule not in group:
+            if missing := [name for name in self.of_this_rule if name not in group]:
                 raise ValueError(
                     f"{type(self).__name__} loads the state of its like or of torch.optim."
-                    f"{self.of_torch.__name__}, got groups without {self.of_this_rule}, with {', '.join(group)}."
+                    f"{self.of_torch.__name__}, got groups without {', '.join(missing)}, with {', '.join(group)}."
                 )
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        members = [weight for _, weight, _ in self._members()]
-        loaded = {
-            weight: loaded_state(weight, state_dict["state"][index], self.state_names)
-            for index, weight in zip(saved_ids, members, strict=False)
-            if state_dict["state"].get(index)
-        }
-        super().load_state_dict({**state_dict, "state": {}})  # which also says if there are more or fewer of them
-        self.state.update(loaded)
-        for group, _, ownership in self._members():
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-            ownership.end_step()
+        return loaded_states([weight for _, weight, _ in self._members()], state_dict, self.state_names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -480,4 +494,5 @@ class RowOptimizer(Optimizer):
         ]
         optimizer = self.of_torch([group for group in groups if group["params"]])
         optimizer.state = self.state
-        optimizer.step()
+        with torch.no_grad():
+            inspect.unwrap(self.of_torch.step)(optimizer)  # without all optimizers' hooks, which run for this one

@@ -29,7 +29,7 @@ class FusedSGD(RowOptimizer):
     >>> optimizer.step()
     """
 
-    rule, of_torch, of_this_rule = "sgd", torch.optim.SGD, "momentum"
+    rule, of_torch, of_this_rule = "sgd", torch.optim.SGD, ("momentum", "dampening", "nesterov")
     state_names = ("momentum_buffer",)
 
     def __init__(
@@ -91,7 +91,7 @@ class FusedAdamW(RowOptimizer):
             `RowOptimizer`.
     """
 
-    rule, of_torch, of_this_rule = "adamw", torch.optim.AdamW, "betas"
+    rule, of_torch, of_this_rule = "adamw", torch.optim.AdamW, ("betas", "eps", "amsgrad")
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     squares = state_names[1:]
 

@@ -11,8 +11,28 @@ from cosface_kernels.backends import cpu
 from cosface_kernels.distributed import beside, own_rows, zero_exponents
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 
+IN_FLOAT8 = "_float8"  # behind the name of a state that is saved so: torch.optim would read it without exponents
 
-def loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, ...]) -> dict[str, Any]:
+
+def saved_state(state: dict[str, Any]) -> dict[str, Any]:
+    in_float8 = {name for name, value in state.items() if isinstance(value, Tensor) and value.dtype is FLOAT8}
+    return {name + IN_FLOAT8 if name in in_float8 else name: value for name, value in state.items()}
+
+
+def loaded_states(
+    weights: list[Tensor], saved: dict[str, Any], state_names: tuple[str, ...]
+) -> dict[Tensor, dict[str, Any]]:
+    """saved: an optimizer's state_dict, of as many parameters."""
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    return {
+        weight: _loaded_state(weight, saved["state"][index], state_names)
+        for index, weight in zip(indices, weights, strict=False)
+        if saved["state"].get(index)
+    }
+
+
+def _loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str, ...]) -> dict[str, Any]:
+    saved = {name.removesuffix(IN_FLOAT8): value for name, value in saved.items()}
     moments = {name: saved[name] for name in _with_exponents(state_names) if saved.get(name) is not None}
     for name, moment in moments.items():
         if _layout(moment) != _wanted(name, weight):
@@ -60,8 +80,8 @@ def _placements(tensor: Tensor) -> str:
 
 
 def step_count(steps: float) -> Tensor:
-    """On the CPU whatever torch's default device is, since each step reads it."""
-    return torch.tensor(steps, device="cpu")
+    """On the CPU and in float32, whatever torch's defaults are: each step reads it, and bfloat16 ends at 256."""
+    return torch.tensor(steps, dtype=torch.float32, device="cpu")
 
 
 def zero_state(weight: Tensor, name: str, dtype: torch.dtype) -> dict[str, Tensor]:

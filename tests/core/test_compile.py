@@ -1,11 +1,13 @@
-"""torch's machinery around the ops: opcheck, torch.compile, autocast, fake tensors."""
+"""torch's machinery around the ops: opcheck, torch.compile, autocast, fake tensors, torch.export."""
+
+import io
 
 import pytest
 import torch
 from support import BF16, F32, F64, Dtypes, evaluate, random_upstream
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosface_kernels import cosface_loss, margin_softmax_loss
+from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +176,11 @@ def test_autocast_around_a_whole_network(backend):
     loss.backward()
     assert {p.grad.dtype for p in (*net.parameters(), *head.parameters())} == {torch.float32}
     assert all(p.grad.isfinite().all() and p.grad.any() for p in (*net.parameters(), *head.parameters()))
+
+
+def test_an_exported_loss_can_be_saved_and_loaded():
+    head = FusedCosFaceLoss(9, 4, backend="cpu").eval()
+    x, labels, file = torch.randn(5, 4), torch.arange(5), io.BytesIO()
+    torch.export.save(torch.export.export(head, (x, labels)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x, labels), head(x, labels))

@@ -142,6 +142,15 @@ def test_not_dense(name, layout):
         cosface_loss(**batch)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("name", ["embeddings", "labels"])
+def test_nested(name):
+    batch = _batch()
+    batch[name] = torch.nested.nested_tensor([*batch[name].detach()])
+    with pytest.raises(TypeError, match=f"^{name} must be dense, got a nested tensor of 4, which torch.stack"):
+        cosface_loss(**batch)
+
+
 def test_embedding_size_mismatch_shows_both():
     _refused(ValueError, r"embeddings have size 128 but .* embedding_size 3\b", embeddings=torch.randn(4, 128))
 

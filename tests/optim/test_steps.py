@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support.steps import C, D, Pair, batch, both_losses_at_once, make_head, rules, usual
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from cosface_kernels import FusedCosFaceLoss, FusedLSoftmaxLoss, FusedUniFaceLoss, margin_softmax_loss
 from cosface_kernels.optim import FusedSGD
@@ -70,6 +71,29 @@ ADDS_UP = [
 @pytest.mark.parametrize("backward", ADDS_UP, ids=lambda f: f.__name__)
 def test_adds_up_as_in_torch(fused, torchs, options, backward):
     pair = Pair(fused, torchs, options)
+    for _ in range(2):
+        pair.step(backward)
+        pair.step(usual)
+    pair.check()
+
+
+@pytest.mark.parametrize("asked", [[0], [2, 0], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("by", ["autograd.grad", "inputs"])
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+def test_losses_that_were_asked_for_a_gradient_before_add_up(kind, by, asked):
+    """As by GradNorm, which weighs losses by the gradient of each."""
+    pair = Pair(kind=kind)
+
+    def backward(head, optimizer):
+        x, labels = batch()
+        losses = [head((i + 1) * x + i, labels) for i in range(3)]
+        for i in asked:
+            if by == "inputs":
+                losses[i].backward(inputs=[x], retain_graph=True)
+            else:
+                torch.autograd.grad(losses[i], x, retain_graph=True)
+        sum(losses).backward()
+
     for _ in range(2):
         pair.step(backward)
         pair.step(usual)
@@ -239,6 +263,23 @@ def test_other_parameters_move_as_in_torch(fused, torchs, options):
     for mine, want in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5)
     optimizers[1].load_state_dict(optimizers[0].state_dict())  # a checkpoint of torch's
+
+
+@rules
+def test_hooks_of_all_optimizers_run_once_a_step(fused, torchs, options):
+    head, layer, ran = make_head(), nn.Linear(D, D), []
+    optimizer = fused([*layer.parameters(), *head.parameters()], **options)
+    handles = [
+        register(lambda optimizer, *_: ran.append(type(optimizer)))
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    ]
+    try:
+        head(layer(batch()[0]), batch()[1]).backward()
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == [fused, fused]
 
 
 def test_two_bfloat16_heads_round_differently():

@@ -387,15 +387,51 @@ def test_a_weight_whose_memory_was_freed_is_refused():
 # -- other optimizers, other parameters --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"foreach": True}], ids=str)
-def test_an_optimizer_of_torch_that_has_the_weight_too_is_told_so(options):
+def test_an_optimizer_of_torch_that_has_the_weight_too_is_told_so(options, trained):
     head = make_head()
-    owner = FusedSGD(head.parameters(), lr=0.1)
     other = torch.optim.SGD(head.parameters(), lr=0.1, **options)
+    if trained:
+        usual(head)
+        other.step()
+        other.zero_grad()
+    owner = FusedSGD(head.parameters(), lr=0.1)
     usual(head)
     with pytest.raises(RuntimeError, match="If another optimizer has the weight too, leave it out of one of them"):
         other.step()
     owner.step()
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda g: g + 1.0,
+        lambda g: g + torch.ones(C, D),
+        lambda g: torch.ones(C, D) + g,
+        lambda g: torch.ones(C, D).add_(g),
+        lambda g: g.add_(torch.ones(C, D)),
+        lambda g: 2 * g,
+    ],
+)
+def test_a_sum_with_what_is_no_longer_there_is_refused_and_ends_nothing(compute):
+    head = make_head()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    usual(head)
+    with pytest.raises(RuntimeError, match=r"needs the gradient of a weight of which backward has moved the rows"):
+        compute(head.weight.grad)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
+def test_what_torch_refuses_of_the_backbone_is_refused_before_the_head_moves(fused):
+    head, layer = make_head(), nn.Embedding(30, D, sparse=True)
+    optimizer = fused([*head.parameters(), *layer.parameters()], lr=0.1, weight_decay=0.1, accumulate=True)
+    before = head.weight.detach().clone()
+    head(layer(torch.arange(8)), batch()[1]).backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
 
 
 @rules

@@ -165,12 +165,92 @@ def test_a_save_between_backward_and_step_is_refused():
     optimizer.state_dict()
 
 
-@pytest.mark.parametrize("kinds", [(FusedSGD, FusedAdamW), (torch.optim.AdamW, FusedSGD)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (FusedSGD, FusedAdamW),
+        *((other, FusedSGD) for other in (torch.optim.AdamW, torch.optim.RMSprop)),
+        *((getattr(torch.optim, name), FusedAdamW) for name in ("Adamax", "NAdam", "RAdam", "SparseAdam")),
+    ],
+    ids=lambda kinds: f"{kinds[0].__name__} to {kinds[1].__name__}",
+)
 def test_state_of_another_rule_is_refused_before_anything_is_loaded(kinds):
     optimizers = [kind(make_head().parameters(), lr=lr) for kind, lr in zip(kinds, (0.1, 0.2), strict=True)]
     with pytest.raises(ValueError, match=r"loads the state of its like or of torch\.optim.* got groups without"):
         optimizers[1].load_state_dict(optimizers[0].state_dict())
     assert optimizers[1].param_groups[0]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["as it is saved", "by its name alone"])
+@rules
+def test_a_state_in_float8_is_read_here_and_not_by_torch(fused, torchs, options, named):
+    head = make_head()
+    optimizer = fused(head.parameters(), **options, state_dtype=torch.float8_e4m3fn)
+    usual(head)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert not {"momentum_buffer", "exp_avg", "exp_avg_sq"} & {*saved["state"][0]}
+    if not named:
+        saved["state"][0] = {name.removesuffix("_float8"): value for name, value in saved["state"][0].items()}
+    before, state = head.weight.detach().clone(), optimizer.state[head.weight]
+    again = fused(head.parameters(), **options, state_dtype=torch.float8_e4m3fn)
+    again.load_state_dict(saved)
+    assert again.state[head.weight].keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(again.state[head.weight][name].float(), value.float())
+    plain = torchs(head.parameters())
+    plain.load_state_dict(optimizer.state_dict())
+    plain.param_groups[0]["weight_decay"] = 0.0
+    head.weight.grad = torch.zeros(C, D)
+    if torchs is torch.optim.SGD:
+        plain.step()
+        assert torch.equal(head.weight, before)  # the momentum is one of its own
+    else:
+        with pytest.raises(KeyError, match="exp_avg"):
+            plain.step()
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, torch.optim.SGD])
+def test_hooks_see_the_state_that_is_loaded_and_may_change_it(kind):
+    head, seen = make_head(), []
+    optimizer = kind(head.parameters(), lr=0.1, momentum=0.9)
+    usual(head)
+    optimizer.step()
+    saved = optimizer.state_dict()
+
+    def zero(_, state_dict):
+        seen.append([*state_dict["state"]])
+        return {**state_dict, "state": {0: {"momentum_buffer": torch.zeros(C, D)}}}
+
+    optimizer.register_load_state_dict_pre_hook(zero)
+    optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append([*optimizer.state]))
+    for _ in range(2):
+        optimizer.load_state_dict(saved)
+        assert not optimizer.state[head.weight]["momentum_buffer"].any()
+    assert [len(each) for each in seen] == [1, 1, 1, 1]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_of_adam_the_state_is_that_of_adamw():
+    """Whose weight decay is decoupled, whatever the state says."""
+    models = [nn.Sequential(nn.Linear(D, D), make_head()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+
+    def step(model, optimizer):
+        x, labels = batch()
+        model[1](model[0](x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for model, kind in zip(models, (FusedAdamW, torch.optim.AdamW), strict=True):
+        adam = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1, eps=0.1)
+        step(model, adam)
+        optimizer = kind(model.parameters())
+        optimizer.load_state_dict(adam.state_dict())
+        for _ in range(3):
+            step(model, optimizer)
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
 def test_state_that_does_not_fit_changes_nothing():

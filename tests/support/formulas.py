@@ -306,7 +306,7 @@ def _elastic_arc_plus(theta: Tensor, norms: Tensor, labels: Tensor) -> Tensor:
 
 
 def _table(num_classes: int, device: torch.device) -> Tensor:
-    return torch.linspace(-0.1, 0.7, num_classes, device=device)
+    return torch.linspace(-0.1, 0.7, num_classes, dtype=torch.float32, device=device)
 
 
 LOSSES = {
