@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import weakref
 from functools import partial
 
 import pytest
@@ -131,14 +132,89 @@ def test_the_default_is_taken_unseen_if_tuning_is_forbidden(fresh, monkeypatch):
     assert choose(KERNEL, KEY, lambda tile: pytest.fail("tried")) == candidates(KERNEL, KEY)[0]
 
 
-def test_deterministic_algorithms_are_the_first_that_is_right(fresh, monkeypatch):
-    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: pytest.fail("timed"))
+@pytest.fixture
+def deterministic():
     torch.use_deterministic_algorithms(True)
-    try:
-        device = Device(_0=[WRONG])
-        assert choose(KERNEL, KEY, device.prepare) == device.tiles[1]
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_are_the_first_that_is_right(fresh, monkeypatch, deterministic):
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: pytest.fail("timed"))
+    device = Device(_0=[WRONG])
+    assert choose(KERNEL, KEY, device.prepare) == device.tiles[1]
+
+
+@pytest.mark.parametrize("timed", [False, True], ids=["deterministic before", "timed before"])
+@pytest.mark.parametrize("before", [(), (256,), (64,), (4096, 64, 256)], ids=str)
+def test_deterministic_algorithms_depend_on_no_batch_before(fresh, deterministic, before, timed):
+    torch.use_deterministic_algorithms(not timed)
+    for bucket in before:
+        choose(KERNEL, dataclasses.replace(KEY, bucket=bucket), Device().prepare)
+    torch.use_deterministic_algorithms(True)
+    for bucket in (256, 64):
+        key = dataclasses.replace(KEY, bucket=bucket)
+        assert choose(KERNEL, key, Device(key).prepare) == candidates(KERNEL, key)[0]
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory.")
+LAST = len(candidates(KERNEL, KEY)) - 1
+
+
+@pytest.mark.parametrize("where", ["_0", f"_{LAST}", "plain", "times"])
+def test_memory_that_was_full_says_nothing_of_a_block(fresh, monkeypatch, caplog, where):
+    def times(launch):
+        raise FULL
+
+    with monkeypatch.context() as full:
+        if where == "times":
+            full.setattr(choice, "_milliseconds_of", times)
+        tile = choose(KERNEL, KEY, Device(**({} if where == "times" else {where: [FULL]})).prepare)
+    known = where in (f"_{LAST}", "times")
+    assert tile == (candidates(KERNEL, KEY)[0] if known else plainest(KERNEL, KEY))
+    assert "Memory is too full" in caplog.text
+    device = Device()
+    assert choose(KERNEL, KEY, device.prepare) == device.tiles[-1], "the next batch tries them"
+    assert set(choice._complaints.values()) == {None}
+
+
+@pytest.mark.parametrize("number", [0.0, torch.nan, torch.inf])
+def test_nothing_is_learnt_where_every_block_would_agree(fresh, number):
+    """Of a batch without a gradient, say, a kernel that is wrong by a factor is right."""
+    device = Device(plain=[tuple(torch.full_like(each, number) for each in RIGHT)])
+    device.results |= {f"_{i}": device.results["plain"] for i in range(LAST + 1)}
+    assert choose(KERNEL, KEY, device.prepare) == plainest(KERNEL, KEY)
+    device = Device(**{f"_{LAST}": [WRONG]})
+    assert choose(KERNEL, KEY, device.prepare) == device.tiles[LAST - 1]
+
+
+def test_a_trial_holds_the_results_of_two_runs(fresh):
+    """Each may be as large as the workspace of a step."""
+    alive, most, device = weakref.WeakSet(), [], Device()
+
+    def prepare(tile):
+        trial = device.prepare(tile)
+
+        def results():
+            fresh_results = [each.clone() for each in RIGHT]
+            alive.add(fresh_results[0])
+            most.append(len(alive))
+            return fresh_results
+
+        return Trial(trial.launch, results)
+
+    choose(KERNEL, KEY, prepare)
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 4)], ids=str)
+def test_rows_are_compared_some_at_a_time(monkeypatch, shape):
+    want = torch.randn(shape)
+    got = want + 0.01 * torch.randn(shape)
+    got[3], want[3] = torch.nan, torch.nan
+    error = choice._worst_row(got, want)
+    monkeypatch.setattr(choice, "ROWS_AT_ONCE", 2)
+    assert 0 < choice._worst_row(got, want) == error
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(fresh, monkeypatch):
