@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import weakref
 from functools import partial
 
@@ -24,6 +25,7 @@ from cosface_kernels.backends.triton.tiles import (
     candidates,
     plainest,
 )
+from cosface_kernels.options import Update
 
 KERNEL = "class_statistics"
 CAPABILITIES = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 3): "sm_100", (12, 0): "sm_80"}
@@ -257,8 +259,8 @@ def test_a_specialised_kernel_is_a_last_candidate(kernel, dtype):
 @pytest.mark.parametrize(
     "without",
     [
-        {"described": False}, {"plain": False}, {"dim": 64}, {"dim": 520}, {"dim": 1024}, {"bucket": 64},
-        {"operand": torch.float32}, {"architecture": "sm_80"}, {"architecture": "sm_100"},
+        {"described": False}, {"variant": frozenset({"raw"})}, {"dim": 64}, {"dim": 520}, {"dim": 1024},
+        {"bucket": 64}, {"operand": torch.float32}, {"architecture": "sm_80"}, {"architecture": "sm_100"},
         {"architecture": "interpreter"},
     ],
     ids=str,
@@ -383,7 +385,7 @@ def test_a_step_with_moments_has_trials_of_its_own(backend, fresh, monkeypatch):
         results = ops.lmcl(x, w, problem.targets, problem.scale, 0.3, backend.name, moments=moments)
         (results[6][:2] if moments else results[0]).sum().backward()
     assert set(choice._complaints.values()) == {None}
-    assert {(kernel, key.moments) for kernel, key in choice._chosen} == {
+    assert {(kernel, "moments" in key.variant) for kernel, key in choice._chosen} == {
         (kernel, moments) for kernel in GEMM_KERNELS for moments in (False, True)
     }
 
@@ -395,9 +397,60 @@ def test_a_sigmoid_has_trials_of_its_own(backend, fresh, monkeypatch):
     inputs = problem.x, problem.w, problem.targets, problem.scale, ones, ones, ones
     ops.sigmoid(*inputs, True, True, backend.name, sigmoid="angle")
     assert set(choice._complaints.values()) == {None}
-    assert {(kernel, key.sigmoid) for kernel, key in choice._chosen} == {
-        (kernel, "angle") for kernel in GEMM_KERNELS[1:]
+    assert {(kernel, key.variant) for kernel, key in choice._chosen} == {
+        (kernel, frozenset({"sigmoid", "angle"})) for kernel in GEMM_KERNELS[1:]
     }
+
+
+@pytest.mark.triton_only
+def test_every_kernel_of_a_step_was_tried_as_it_is_compiled(backend, fresh, monkeypatch):
+    """Steps with other options one after another, on several chunks: what one tries does not stand for more."""
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "512")
+    _with_two_tiles(backend, monkeypatch)
+    tiles = Tile(32, 256, 32, 4, 1), Tile(16, 256, 32, 4, 1)
+    monkeypatch.setattr(choice, "candidates", lambda kernel, key: tiles)
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: 1.0)
+    problem, device = backend.problem(5, 600, 8), backend.device
+    x, w, targets, scale = problem.x, problem.w, problem.targets.clamp_max(200), problem.scale
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 512 * x.numel())
+    reshaped = {"thresholds": torch.full_like(scale, 0.1)}
+    every = [
+        {}, {"cache_bytes": 2 * 5 * 256}, {"gradient_tolerance": 1e-3}, {"normalize_weight": False},
+        {"classes": torch.arange(0, 600, 2, device=device)},
+        reshaped | {"negatives": torch.tensor([0.0, 1.1, 0.1], device=device)},
+        reshaped | {"negatives": torch.tensor([0.0, 1.1, 0.1, 1.0, 0.0, 1.1], device=device)},
+    ]  # fmt: skip
+    tried, taken, trying = set(), set(), []
+
+    def choose(*arguments):
+        trying.append(True)
+        tile = choice_of(*arguments)
+        trying.pop()
+        return tile
+
+    def note(name, launch, arguments):
+        launch()
+        flags = tuple(sorted((flag, on) for flag, on in launch.keywords.items() if isinstance(on, bool)))
+        dtypes = tuple(each.dtype for each in arguments if isinstance(each, torch.Tensor))
+        if name in GEMM_KERNELS:
+            (tried if trying else taken).add((name, flags, dtypes))
+
+    choice_of = choice.choose
+    monkeypatch.setattr(choice, "choose", choose)
+    with launches.through(note):
+        for options in every:
+            _, top, log_sum, *_, cache, _ = ops.lmcl(x, w, targets, scale, 0.3, backend.name, **options)
+            given = x, w, targets, scale, top, log_sum, torch.ones_like(scale), torch.ones_like(scale), cache
+            ops.lmcl_backward(*given, True, True, backend.name, **options)
+        update = Update("sgd", 1, 0, 1.0, math.inf, 0.1, 0.0)
+        half = w.bfloat16()
+        _, top, log_sum, *_, cache, _ = ops.lmcl(x, half, targets, scale, 0.3, backend.name)
+        given = x, half, targets, scale, top, log_sum, torch.ones_like(scale), torch.ones_like(scale), cache
+        ops.lmcl_backward(*given, True, True, backend.name)
+        ops.lmcl_backward_update_(*given, [], None, *update.flat(), True, backend.name)
+    assert len(taken) > 20
+    assert taken <= tried, taken - tried
+    assert set(choice._complaints.values()) == {None}
 
 
 @pytest.mark.triton_only

@@ -177,13 +177,17 @@ def _tuned_backward(
         else:  # nobody asks for gradients of the moments
             options = dataclasses.replace(options, moments=False)
         key, (some_w, some_options) = launch.key(x, w, options), launch.sample(x, w, options)
-        norms = saved.without_cosines()
+        every_row = None
+        if options.gradient_tolerance:
+            every_row = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
         tiles = {kernel: candidates(kernel, key)[0] for kernel in GEMM_KERNELS[1:]}
 
         def prepare(kernel: str, tile: Tile) -> Trial:
             trial = backward_pass.Backward(
-                x, some_w, norms, per_row, some_options, {**tiles, kernel: tile}, need_dx, need_dw, bool(move)
-            )
+                x, some_w, saved, per_row, some_options, {**tiles, kernel: tile}, need_dx, need_dw, bool(move),
+                every_row,
+            )  # fmt: skip
+            trial.saved = saved.half_kept(trial.classes(0))
             stages: dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]] = {
                 "logit_gradients": (lambda: trial.logit_gradients(0), trial.sums_of_logit_gradients),
                 "embedding_gradients": (lambda: trial.embedding_gradients(0), lambda: [trial.dx_hat.sum(0)]),
