@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -98,6 +99,23 @@ def test_workspace_sets_the_chunks_and_changes_no_result(backend, dtypes, monkey
             got = evaluate(partial(backend.lmcl, workspace_bytes=workspace_bytes), problem, upstream)
         check_result(got, backend.seen(problem), upstream, backend.operand(problem.dtypes))
         assert launched.count("logit_gradients") == chunks * launched.count("finish_embedding_gradients") > 0
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(x.shape)])
+def test_kernels_read_contiguous_rows_whatever_the_strides(backend, layout):
+    """They are compiled for these alone: of others each number is a load of its own."""
+    problem, read = backend.problem(20, 300, 24), []
+    problem = replace(problem, x=layout(problem.x))
+
+    def note(name, launch, arguments):
+        read.extend(each for each in arguments if isinstance(each, torch.Tensor))
+        launch()
+
+    with launches.through(note):
+        evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
+    assert len(read) > 50
+    assert all(each.is_contiguous() for each in read)
 
 
 @pytest.mark.triton_only

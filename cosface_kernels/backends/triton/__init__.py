@@ -101,7 +101,7 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
-    x = embeddings(x, w, options)
+    x = embeddings(x, w, options).contiguous()
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
@@ -162,7 +162,7 @@ def _tuned_backward(
     """dx, dw, dscale and, with a sigmoid, its sums, (2, N)."""
     x, w, *per_row, cache = tensors
     contract.check(x, w, options, *per_row)
-    wanted, x = x.dtype, embeddings(x, w, options)
+    wanted, x = x.dtype, embeddings(x, w, options).contiguous()
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
