@@ -26,14 +26,14 @@ from support import (
 
 from bench import launches
 from bench.hazards import pipeline
-from cosface_kernels import cosface_loss
+from cosface_kernels import cosface_loss, ops
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends.chunks import CHUNK_STEP, LAUNCH_FLOPS, units
 from cosface_kernels.backends.triton import backward_pass, forward_pass, launch
 from cosface_kernels.backends.triton import tiles as block_sizes
 from cosface_kernels.backends.triton.cache import Saved
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
-from cosface_kernels.options import PLAIN, WORKSPACE_BYTES
+from cosface_kernels.options import PLAIN, WORKSPACE_BYTES, Update
 
 
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
@@ -99,6 +99,28 @@ def test_workspace_sets_the_chunks_and_changes_no_result(backend, dtypes, monkey
             got = evaluate(partial(backend.lmcl, workspace_bytes=workspace_bytes), problem, upstream)
         check_result(got, backend.seen(problem), upstream, backend.operand(problem.dtypes))
         assert launched.count("logit_gradients") == chunks * launched.count("finish_embedding_gradients") > 0
+
+
+@pytest.mark.triton_only
+def test_an_empty_batch_moves_as_many_classes_at_once(backend):
+    """256 at least, as of any batch, however small the workspace."""
+    w = torch.ones(600, 8, device=backend.device)
+    problem = backend.problem(0, 600, 8)
+    rows = torch.zeros(0, device=backend.device)
+    _, top, log_sum, *_, cache, _ = ops.lmcl(problem.x, w, problem.targets, rows, 0.3, backend.name)
+    update, launched = Update("sgd", 1, 0, 1.0, math.inf, 0.5, 1.0), []
+
+    def count(name, launch, arguments):
+        launched.append(name)
+        launch()
+
+    with launches.through(count):
+        ops.lmcl_backward_update_(
+            problem.x, w, problem.targets, rows, top, log_sum, rows, rows, cache, [], None, *update.flat(), True,
+            backend.name, workspace_bytes=1,
+        )  # fmt: skip
+    assert launched == ["sgd_rows"] * 3
+    assert bool((w == 0.5).all())
 
 
 @pytest.mark.triton_only
