@@ -141,6 +141,23 @@ def test_kernels_read_contiguous_rows_whatever_the_strides(backend, layout):
 
 
 @pytest.mark.triton_only
+def test_parts_of_dx_lie_beyond_32_bits(backend):
+    """N D numbers apart, of which none but the first rows' are touched, nor memory but theirs."""
+    N, D, splits, rows = 2**26, 64, 2, 8
+    parts = torch.empty(N * D + rows * D, dtype=torch.int8, device=backend.device)
+    parts[: rows * D], parts[N * D :] = 3, 4
+    none, one = (torch.full((rows,), number, device=backend.device) for number in (0.0, 1.0))
+    x = torch.zeros(rows, D, device=backend.device)
+    dx, dscale = torch.empty_like(x), torch.empty_like(one)
+    launch.kernels.finish_embedding_gradients[1, 1](
+        parts, none, none, none, x, one, one, one, none, none, one, dx, dscale, N, splits, 1, *x.stride(), D=D,
+        NEED_DX=True, RESHAPE=False, MOMENTS=False, SIGMOID=False, BLOCK_N=rows, BLOCK_SPLITS=2, BLOCK_D=D,
+    )  # fmt: skip
+    assert bool((dx == dx[0, 0]).all())
+    assert float(dx[0, 0]) * launch.kernels.common.G_LIFT.value == 3 + 4
+
+
+@pytest.mark.triton_only
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
 def test_large_embeddings_of_an_odd_size(backend, dtypes):
     check_backend(backend, backend.problem(5, 70, 4099, dtypes))
