@@ -174,8 +174,7 @@ def all_cases(architectures: list[str], dim: int) -> Iterator[Case]:
                 # Bytes are decoded before all that options change: two architectures stand for the others.
                 if variant != "plain" and w is FLOAT8 and arch not in ("sm_80", "sm_90"):
                     continue
-                plain = words.isdisjoint(REGISTERS)
-                options = {"plain": plain, "described": x == w, "moments": "moments" in words}
+                options = {"variant": frozenset(words), "described": x == w}
                 key = Key(ALIKE.get(arch, arch), dim, x, w, operand_dtype(x, w), bucket=0, **options)
                 tiles = (plainest(kernel, key),) if kernel == "sample_entries" else table(kernel, key)
                 if variant == "plain" and x == w and not tf32:  # the others are held against the plainest
@@ -206,7 +205,6 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 # What is raw computes less, so that nothing crosses it.
 # Easier than what is crossed, in the same tiles: for sm_90 alone.
 EASIER = {"reshape", "reshape slopes", "raw", "kept", "some", "moments"}
-REGISTERS = {"reshape", "raw", "kept", "moments", "sigmoid"}  # which have tiles of their own
 RESHAPED = ("reshape", "reshape slopes")
 MOMENTS = ("moments", "chosen reshape moments", "kept moments")
 SIGMOID = ("sigmoid", "sigmoid angle")

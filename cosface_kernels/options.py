@@ -32,7 +32,7 @@ class Options:
     """The defaults are plain LMCL over all classes.
 
     Attributes:
-        classes: (S,) int64, the rows of the weight that take part, ascending, on the weight's device; the targets
+        classes: (S,) int64, S > 0, the rows of the weight that take part, ascending, on its device; the targets
             are positions in it, and dw is (S, D). None: all rows. Of sub-centres these are all rows of each class
             that takes part, and a target is the position of its class's first, over K.
         cache_bytes: memory that forward may fill for backward with cosines that backward would compute again.

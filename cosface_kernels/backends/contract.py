@@ -60,6 +60,8 @@ def check(x: Tensor, w: Tensor, options: Options, targets: Tensor, scale: Tensor
     _check_exponents(options, w)
     if options.classes is not None:
         _check_one("classes", options.classes, (options.classes.numel(),), x.device, torch.int64)
+        if not len(options.classes):
+            raise ValueError("classes must hold a class at least, got shape [0].")
         if x.device.type == "cpu":
             check_classes(options.classes, len(w))
     check_subcenters(options.subcenters, options.count(w))

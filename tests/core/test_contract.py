@@ -100,6 +100,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # N is the size of x, C that of w, and S that of classes; what is merely read may have another dtype.
 FREE = {(name, wrong) for name in ("x", "w", "classes") for wrong in ("longer", "shorter", "empty")}
+FREE -= {("classes", "empty")}
 FREE |= {(name, "of bytes") for name in ("scale", "thresholds", "negatives", "dw")}
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -26,14 +27,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import launches
 from bench.hazards import pipeline
-from cosface_kernels import cosface_loss
+from cosface_kernels import cosface_loss, ops
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends.chunks import CHUNK_STEP, LAUNCH_FLOPS, units
 from cosface_kernels.backends.triton import backward_pass, forward_pass, launch
 from cosface_kernels.backends.triton import tiles as block_sizes
 from cosface_kernels.backends.triton.cache import Saved
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
-from cosface_kernels.options import PLAIN, WORKSPACE_BYTES
+from cosface_kernels.options import PLAIN, WORKSPACE_BYTES, Update
 
 
 @pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
@@ -99,6 +100,62 @@ def test_workspace_sets_the_chunks_and_changes_no_result(backend, dtypes, monkey
             got = evaluate(partial(backend.lmcl, workspace_bytes=workspace_bytes), problem, upstream)
         check_result(got, backend.seen(problem), upstream, backend.operand(problem.dtypes))
         assert launched.count("logit_gradients") == chunks * launched.count("finish_embedding_gradients") > 0
+
+
+@pytest.mark.triton_only
+def test_an_empty_batch_moves_as_many_classes_at_once(backend):
+    """256 at least, as of any batch, however small the workspace."""
+    w = torch.ones(600, 8, device=backend.device)
+    problem = backend.problem(0, 600, 8)
+    rows = torch.zeros(0, device=backend.device)
+    _, top, log_sum, *_, cache, _ = ops.lmcl(problem.x, w, problem.targets, rows, 0.3, backend.name)
+    update, launched = Update("sgd", 1, 0, 1.0, math.inf, 0.5, 1.0), []
+
+    def count(name, launch, arguments):
+        launched.append(name)
+        launch()
+
+    with launches.through(count):
+        ops.lmcl_backward_update_(
+            problem.x, w, problem.targets, rows, top, log_sum, rows, rows, cache, [], None, *update.flat(), True,
+            backend.name, workspace_bytes=1,
+        )  # fmt: skip
+    assert launched == ["sgd_rows"] * 3
+    assert bool((w == 0.5).all())
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(x.shape)])
+def test_kernels_read_contiguous_rows_whatever_the_strides(backend, layout):
+    """They are compiled for these alone: of others each number is a load of its own."""
+    problem, read = backend.problem(20, 300, 24), []
+    problem = replace(problem, x=layout(problem.x))
+
+    def note(name, launch, arguments):
+        read.extend(each for each in arguments if isinstance(each, torch.Tensor))
+        launch()
+
+    with launches.through(note):
+        evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
+    assert len(read) > 50
+    assert all(each.is_contiguous() for each in read)
+
+
+@pytest.mark.triton_only
+def test_parts_of_dx_lie_beyond_32_bits(backend):
+    """N D numbers apart, of which none but the first rows' are touched, nor memory but theirs."""
+    N, D, splits, rows = 2**26, 64, 2, 8
+    parts = torch.empty(N * D + rows * D, dtype=torch.int8, device=backend.device)
+    parts[: rows * D], parts[N * D :] = 3, 4
+    none, one = (torch.full((rows,), number, device=backend.device) for number in (0.0, 1.0))
+    x = torch.zeros(rows, D, device=backend.device)
+    dx, dscale = torch.empty_like(x), torch.empty_like(one)
+    launch.kernels.finish_embedding_gradients[1, 1](
+        parts, none, none, none, x, one, one, one, none, none, one, dx, dscale, N, splits, 1, *x.stride(), D=D,
+        NEED_DX=True, RESHAPE=False, MOMENTS=False, SIGMOID=False, BLOCK_N=rows, BLOCK_SPLITS=2, BLOCK_D=D,
+    )  # fmt: skip
+    assert bool((dx == dx[0, 0]).all())
+    assert float(dx[0, 0]) * launch.kernels.common.G_LIFT.value == 3 + 4
 
 
 @pytest.mark.triton_only

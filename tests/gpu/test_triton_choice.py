@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import math
+import weakref
 from functools import partial
 
 import pytest
@@ -23,6 +25,7 @@ from cosface_kernels.backends.triton.tiles import (
     candidates,
     plainest,
 )
+from cosface_kernels.options import Update
 
 KERNEL = "class_statistics"
 CAPABILITIES = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 3): "sm_100", (12, 0): "sm_80"}
@@ -131,14 +134,89 @@ def test_the_default_is_taken_unseen_if_tuning_is_forbidden(fresh, monkeypatch):
     assert choose(KERNEL, KEY, lambda tile: pytest.fail("tried")) == candidates(KERNEL, KEY)[0]
 
 
-def test_deterministic_algorithms_are_the_first_that_is_right(fresh, monkeypatch):
-    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: pytest.fail("timed"))
+@pytest.fixture
+def deterministic():
     torch.use_deterministic_algorithms(True)
-    try:
-        device = Device(_0=[WRONG])
-        assert choose(KERNEL, KEY, device.prepare) == device.tiles[1]
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_are_the_first_that_is_right(fresh, monkeypatch, deterministic):
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: pytest.fail("timed"))
+    device = Device(_0=[WRONG])
+    assert choose(KERNEL, KEY, device.prepare) == device.tiles[1]
+
+
+@pytest.mark.parametrize("timed", [False, True], ids=["deterministic before", "timed before"])
+@pytest.mark.parametrize("before", [(), (256,), (64,), (4096, 64, 256)], ids=str)
+def test_deterministic_algorithms_depend_on_no_batch_before(fresh, deterministic, before, timed):
+    torch.use_deterministic_algorithms(not timed)
+    for bucket in before:
+        choose(KERNEL, dataclasses.replace(KEY, bucket=bucket), Device().prepare)
+    torch.use_deterministic_algorithms(True)
+    for bucket in (256, 64):
+        key = dataclasses.replace(KEY, bucket=bucket)
+        assert choose(KERNEL, key, Device(key).prepare) == candidates(KERNEL, key)[0]
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory.")
+LAST = len(candidates(KERNEL, KEY)) - 1
+
+
+@pytest.mark.parametrize("where", ["_0", f"_{LAST}", "plain", "times"])
+def test_memory_that_was_full_says_nothing_of_a_block(fresh, monkeypatch, caplog, where):
+    def times(launch):
+        raise FULL
+
+    with monkeypatch.context() as full:
+        if where == "times":
+            full.setattr(choice, "_milliseconds_of", times)
+        tile = choose(KERNEL, KEY, Device(**({} if where == "times" else {where: [FULL]})).prepare)
+    known = where in (f"_{LAST}", "times")
+    assert tile == (candidates(KERNEL, KEY)[0] if known else plainest(KERNEL, KEY))
+    assert "Memory is too full" in caplog.text
+    device = Device()
+    assert choose(KERNEL, KEY, device.prepare) == device.tiles[-1], "the next batch tries them"
+    assert set(choice._complaints.values()) == {None}
+
+
+@pytest.mark.parametrize("number", [0.0, torch.nan, torch.inf])
+def test_nothing_is_learnt_where_every_block_would_agree(fresh, number):
+    """Of a batch without a gradient, say, a kernel that is wrong by a factor is right."""
+    device = Device(plain=[tuple(torch.full_like(each, number) for each in RIGHT)])
+    device.results |= {f"_{i}": device.results["plain"] for i in range(LAST + 1)}
+    assert choose(KERNEL, KEY, device.prepare) == plainest(KERNEL, KEY)
+    device = Device(**{f"_{LAST}": [WRONG]})
+    assert choose(KERNEL, KEY, device.prepare) == device.tiles[LAST - 1]
+
+
+def test_a_trial_holds_the_results_of_two_runs(fresh):
+    """Each may be as large as the workspace of a step."""
+    alive, most, device = weakref.WeakSet(), [], Device()
+
+    def prepare(tile):
+        trial = device.prepare(tile)
+
+        def results():
+            fresh_results = [each.clone() for each in RIGHT]
+            alive.add(fresh_results[0])
+            most.append(len(alive))
+            return fresh_results
+
+        return Trial(trial.launch, results)
+
+    choose(KERNEL, KEY, prepare)
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 4)], ids=str)
+def test_rows_are_compared_some_at_a_time(monkeypatch, shape):
+    want = torch.randn(shape)
+    got = want + 0.01 * torch.randn(shape)
+    got[3], want[3] = torch.nan, torch.nan
+    error = choice._worst_row(got, want)
+    monkeypatch.setattr(choice, "ROWS_AT_ONCE", 2)
+    assert 0 < choice._worst_row(got, want) == error
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(fresh, monkeypatch):
@@ -181,8 +259,8 @@ def test_a_specialised_kernel_is_a_last_candidate(kernel, dtype):
 @pytest.mark.parametrize(
     "without",
     [
-        {"described": False}, {"plain": False}, {"dim": 64}, {"dim": 520}, {"dim": 1024}, {"bucket": 64},
-        {"operand": torch.float32}, {"architecture": "sm_80"}, {"architecture": "sm_100"},
+        {"described": False}, {"variant": frozenset({"raw"})}, {"dim": 64}, {"dim": 520}, {"dim": 1024},
+        {"bucket": 64}, {"operand": torch.float32}, {"architecture": "sm_80"}, {"architecture": "sm_100"},
         {"architecture": "interpreter"},
     ],
     ids=str,
@@ -307,7 +385,7 @@ def test_a_step_with_moments_has_trials_of_its_own(backend, fresh, monkeypatch):
         results = ops.lmcl(x, w, problem.targets, problem.scale, 0.3, backend.name, moments=moments)
         (results[6][:2] if moments else results[0]).sum().backward()
     assert set(choice._complaints.values()) == {None}
-    assert {(kernel, key.moments) for kernel, key in choice._chosen} == {
+    assert {(kernel, "moments" in key.variant) for kernel, key in choice._chosen} == {
         (kernel, moments) for kernel in GEMM_KERNELS for moments in (False, True)
     }
 
@@ -319,9 +397,60 @@ def test_a_sigmoid_has_trials_of_its_own(backend, fresh, monkeypatch):
     inputs = problem.x, problem.w, problem.targets, problem.scale, ones, ones, ones
     ops.sigmoid(*inputs, True, True, backend.name, sigmoid="angle")
     assert set(choice._complaints.values()) == {None}
-    assert {(kernel, key.sigmoid) for kernel, key in choice._chosen} == {
-        (kernel, "angle") for kernel in GEMM_KERNELS[1:]
+    assert {(kernel, key.variant) for kernel, key in choice._chosen} == {
+        (kernel, frozenset({"sigmoid", "angle"})) for kernel in GEMM_KERNELS[1:]
     }
+
+
+@pytest.mark.triton_only
+def test_every_kernel_of_a_step_was_tried_as_it_is_compiled(backend, fresh, monkeypatch):
+    """Steps with other options one after another, on several chunks: what one tries does not stand for more."""
+    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "512")
+    _with_two_tiles(backend, monkeypatch)
+    tiles = Tile(32, 256, 32, 4, 1), Tile(16, 256, 32, 4, 1)
+    monkeypatch.setattr(choice, "candidates", lambda kernel, key: tiles)
+    monkeypatch.setattr(choice, "_milliseconds_of", lambda launch: 1.0)
+    problem, device = backend.problem(5, 600, 8), backend.device
+    x, w, targets, scale = problem.x, problem.w, problem.targets.clamp_max(200), problem.scale
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 512 * x.numel())
+    reshaped = {"thresholds": torch.full_like(scale, 0.1)}
+    every = [
+        {}, {"cache_bytes": 2 * 5 * 256}, {"gradient_tolerance": 1e-3}, {"normalize_weight": False},
+        {"classes": torch.arange(0, 600, 2, device=device)},
+        reshaped | {"negatives": torch.tensor([0.0, 1.1, 0.1], device=device)},
+        reshaped | {"negatives": torch.tensor([0.0, 1.1, 0.1, 1.0, 0.0, 1.1], device=device)},
+    ]  # fmt: skip
+    tried, taken, trying = set(), set(), []
+
+    def choose(*arguments):
+        trying.append(True)
+        tile = choice_of(*arguments)
+        trying.pop()
+        return tile
+
+    def note(name, launch, arguments):
+        launch()
+        flags = tuple(sorted((flag, on) for flag, on in launch.keywords.items() if isinstance(on, bool)))
+        dtypes = tuple(each.dtype for each in arguments if isinstance(each, torch.Tensor))
+        if name in GEMM_KERNELS:
+            (tried if trying else taken).add((name, flags, dtypes))
+
+    choice_of = choice.choose
+    monkeypatch.setattr(choice, "choose", choose)
+    with launches.through(note):
+        for options in every:
+            _, top, log_sum, *_, cache, _ = ops.lmcl(x, w, targets, scale, 0.3, backend.name, **options)
+            given = x, w, targets, scale, top, log_sum, torch.ones_like(scale), torch.ones_like(scale), cache
+            ops.lmcl_backward(*given, True, True, backend.name, **options)
+        update = Update("sgd", 1, 0, 1.0, math.inf, 0.1, 0.0)
+        half = w.bfloat16()
+        _, top, log_sum, *_, cache, _ = ops.lmcl(x, half, targets, scale, 0.3, backend.name)
+        given = x, half, targets, scale, top, log_sum, torch.ones_like(scale), torch.ones_like(scale), cache
+        ops.lmcl_backward(*given, True, True, backend.name)
+        ops.lmcl_backward_update_(*given, [], None, *update.flat(), True, backend.name)
+    assert len(taken) > 20
+    assert taken <= tried, taken - tried
+    assert set(choice._complaints.values()) == {None}
 
 
 @pytest.mark.triton_only

@@ -103,7 +103,7 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
-    x = embeddings(x, w, options)
+    x = embeddings(x, w, options).contiguous()
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
@@ -164,7 +164,7 @@ def _tuned_backward(
     """dx, dw, dscale and, with a sigmoid, its sums, (2, N)."""
     x, w, *per_row, cache = tensors
     contract.check(x, w, options, *per_row)
-    wanted, x = x.dtype, embeddings(x, w, options)
+    wanted, x = x.dtype, embeddings(x, w, options).contiguous()
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
@@ -179,13 +179,17 @@ def _tuned_backward(
         else:  # nobody asks for gradients of the moments
             options = dataclasses.replace(options, moments=False)
         key, (some_w, some_options) = launch.key(x, w, options), launch.sample(x, w, options)
-        norms = saved.without_cosines()
+        every_row = None
+        if options.gradient_tolerance:
+            every_row = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
         tiles = {kernel: candidates(kernel, key)[0] for kernel in GEMM_KERNELS[1:]}
 
         def prepare(kernel: str, tile: Tile) -> Trial:
             trial = backward_pass.Backward(
-                x, some_w, norms, per_row, some_options, {**tiles, kernel: tile}, need_dx, need_dw, bool(move)
-            )
+                x, some_w, saved, per_row, some_options, {**tiles, kernel: tile}, need_dx, need_dw, bool(move),
+                every_row,
+            )  # fmt: skip
+            trial.saved = saved.half_kept(trial.classes(0))
             stages: dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]] = {
                 "logit_gradients": (lambda: trial.logit_gradients(0), trial.sums_of_logit_gradients),
                 "embedding_gradients": (lambda: trial.embedding_gradients(0), lambda: [trial.dx_hat.sum(0)]),

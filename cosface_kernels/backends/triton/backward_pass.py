@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosface_kernels.backends.chunks import cdiv, chunk_in_environment, units
+from cosface_kernels.backends.chunks import CHUNK_STEP, cdiv, chunk_in_environment, units
 from cosface_kernels.backends.triton import launch
 from cosface_kernels.backends.triton.cache import Saved
 from cosface_kernels.backends.triton.tiles import (
@@ -35,7 +35,7 @@ def backward_of_nothing(
     """Without samples the gradient is zero; momentum and weight decay still move the rows."""
     C, dw = options.count(w), w.new_empty(0)
     if move:
-        chunk = min(C, max(options.workspace_bytes // (4 * w.shape[1]), 1))
+        chunk = min(C, max(options.workspace_bytes // (4 * w.shape[1]), CHUNK_STEP))
         zeros = w.new_zeros(chunk, w.shape[1], dtype=torch.float32)
         for first in range(0, C, chunk):
             move(first, zeros)

@@ -24,8 +24,13 @@ WARM_UP_MS, TIMED_MS = 5, 25
 # rounding; a part of a product that is lost or counted twice makes more than all of this.
 MOST_ROUNDING = 0.05
 SMALLEST_ROW = 2.0**-20  # relative to the largest
+ROWS_AT_ONCE = 1024  # that are compared, in float32 and several times over
 
 log = logging.getLogger(__name__)
+
+
+class NothingSeenError(Exception):
+    """A trial's results are 0 or not finite, as those of any block would be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +53,50 @@ def choose(kernel: str, key: Key, prepare: Prepare) -> Tile:
     """The candidate for this key, remembered once it is found.
 
     The default with COSFACE_TRITON_TUNE=0, unchecked; the first that is right under
-    torch.use_deterministic_algorithms, because another tile rounds differently, and the next process may choose
-    another; inside a CUDA graph capture, where nothing can be tried, the plainest.
+    torch.use_deterministic_algorithms, because another tile rounds differently, so that neither times nor earlier
+    batches may choose it. Where nothing can be tried, in a CUDA graph capture, without memory for it or without a
+    number to compare, the first that is known to be right.
     """
     tiles = candidates(kernel, key)
     if len(tiles) == 1 or os.environ.get("COSFACE_TRITON_TUNE") == "0":
         return tiles[0]
-    again = _latest.get((kernel, family := _family(key))) == key.bucket
-    _latest[kernel, family] = key.bucket
-    if found := _chosen.get((kernel, key)) or (not again and _of_larger(kernel, key)):
+    timed = not torch.are_deterministic_algorithms_enabled()
+    if timed and (found := _found(kernel, key)):
         return found
     if is_capturing():
-        return plainest(kernel, key)
-    right = [tile for tile in tiles if _is_right(kernel, key, tile, prepare)] or [plainest(kernel, key)]
-    if len(right) > 1 and not torch.are_deterministic_algorithms_enabled():
-        times = {tile: _milliseconds_of(prepare(tile).launch) for tile in right}
-        _milliseconds[kernel, key] = times
-        right = sorted(right, key=times.__getitem__)
-    _chosen[kernel, key] = right[0]
-    return right[0]
+        return _known(kernel, key)
+    try:
+        right = (tile for tile in tiles if _is_right(kernel, key, tile, prepare))
+        if not timed:
+            return next(right, plainest(kernel, key))
+        _chosen[kernel, key] = fastest = _fastest(kernel, key, list(right), prepare)
+    except torch.OutOfMemoryError:
+        log.warning("Memory is too full to try the blocks of %s; the next batch tries them again.", kernel)
+        return _known(kernel, key)
+    except NothingSeenError:
+        return _known(kernel, key)
+    return fastest
+
+
+def _found(kernel: str, key: Key) -> Tile | None:
+    """What was chosen before, for these batches or for larger ones."""
+    again = _latest.get((kernel, family := _family(key))) == key.bucket
+    _latest[kernel, family] = key.bucket
+    return _chosen.get((kernel, key)) or (None if again else _of_larger(kernel, key))
+
+
+def _known(kernel: str, key: Key) -> Tile:
+    """The first that was found to be right, or the plainest."""
+    tiles = (tile for tile in candidates(kernel, key) if _complaints.get((kernel, _family(key), tile), "") is None)
+    return next(tiles, plainest(kernel, key))
+
+
+def _fastest(kernel: str, key: Key, right: list[Tile], prepare: Prepare) -> Tile:
+    if len(right) < 2:
+        return right[0] if right else plainest(kernel, key)
+    times = {tile: _milliseconds_of(prepare(tile).launch) for tile in right}
+    _milliseconds[kernel, key] = times
+    return min(right, key=times.__getitem__)
 
 
 def _of_larger(kernel: str, key: Key) -> Tile | None:
@@ -104,14 +134,21 @@ def _results(prepare: Prepare, tile: Tile) -> Sequence[Tensor]:
 def _complaint(results: Callable[[Tile], Sequence[Tensor]], tile: Tile, plain: Tile) -> str | None:
     triton = importlib.import_module("triton")
     try:
-        first, second = results(tile), results(tile)
+        first = results(tile)
+        # The second run is held no longer: a third one's memory beside both may be more than the step's.
+        is_same = all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, results(tile), strict=True))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ImportError, AttributeError, triton.errors.TritonError) as reason:
         return f"it cannot be compiled or launched ({type(reason).__name__}: {reason})."
-    if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, second, strict=True)):
+    if not is_same:
         return "two runs on the same numbers gave different bits."
-    for got, want in zip(first, results(plain), strict=True):
+    wanted = results(plain)
+    for got, want in zip(first, wanted, strict=True):
         if not (error := _worst_row(got, want)) <= MOST_ROUNDING:  # nor is nan
             return f"a row of its results is off by {error:.2g} of its length."
+    if not any((want.isfinite() & (want != 0)).any() for want in wanted):
+        raise NothingSeenError
     return None
 
 
@@ -122,15 +159,17 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _worst_row(got: Tensor, want: Tensor) -> float:
     """The largest error of a row, relative to it; of a vector's number, to the largest one. Not of nan and inf."""
+    some_rows = zip(*(each.reshape(len(each), -1).split(ROWS_AT_ONCE) for each in (got, want)), strict=True)
+    error, size = (torch.cat(each) for each in zip(*(_lengths(*rows) for rows in some_rows), strict=True))
+    size = size.clamp_min(SMALLEST_ROW * size.amax()) if want.dim() > 1 else size.amax().expand_as(size)
+    return float((error / size.clamp_min(torch.finfo(torch.float32).tiny)).amax())
+
+
+def _lengths(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows' errors and of the rows themselves, (rows,) each."""
     got, want = got.float(), want.float()
     same = (got == want) | (got.isnan() & want.isnan())
-    error, size = (got - want).masked_fill(same, 0), want.nan_to_num(0, 0, 0)
-    if want.dim() == 1:
-        error, size = error.abs(), size.abs().amax().expand_as(want)
-    else:
-        error, size = error.norm(dim=1), size.norm(dim=1)
-        size = size.clamp_min(SMALLEST_ROW * size.amax())
-    return float((error / size.clamp_min(torch.finfo(torch.float32).tiny)).amax())
+    return (got - want).masked_fill(same, 0).norm(dim=1), want.nan_to_num(0, 0, 0).norm(dim=1)
 
 
 def _milliseconds_of(launch: Callable[[], object]) -> float:

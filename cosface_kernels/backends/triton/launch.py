@@ -98,11 +98,26 @@ def _device(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
 
 
+def variant(options: Options, operand: torch.dtype) -> frozenset[str]:
+    """What the kernels are compiled for beside dtypes and blocks, in the words of `python -m bench kernels`."""
+    words = {
+        "chosen": options.classes is not None,
+        "raw": not options.normalize_weight,
+        "reshape": options.thresholds is not None,
+        "slopes": options.own_slopes,
+        "kept": options.cache_bytes and options.keeps_cosines,
+        "some": options.gradient_tolerance,
+        "moved": options.updates,
+        "moments": options.moments,
+        "sigmoid": options.sigmoid,
+        "angle": options.sigmoid == "angle",
+        "tf32": precision(operand) == "tf32",
+    }
+    return frozenset(word for word, is_so in words.items() if is_so)
+
+
 def key(x: Tensor, w: Tensor, options: Options) -> Key:
     bucket = triton.next_power_of_2(len(x))
-    keeps = options.cache_bytes and options.keeps_cosines
-    special = options.thresholds is not None or options.moments or options.sigmoid or keeps
-    plain = options.normalize_weight and not special
     # The library and the specialised kernels multiply all rows of x with neighbouring rows of w.
     whole = not INTERPRETED and x.dtype == w.dtype and options.classes is None and not options.gradient_tolerance
     library = whole and x.dtype == torch.bfloat16
@@ -110,8 +125,8 @@ def key(x: Tensor, w: Tensor, options: Options) -> Key:
     described = whole and os.environ.get("COSFACE_TRITON_SPECIALIZED") == "1" and can_describe(x, w)
     operand = operand_dtype(x.dtype, w.dtype)
     return Key(
-        architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, plain, library, described,
-        options.moments, options.sigmoid,
+        architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, variant(options, operand), library,
+        described,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class Tile:
         return f"{self.n} x {self.c} x {self.d}, {self.warps} {warps}, {self.stages} {stages}"
 
 
+REGISTERS = {"reshape", "raw", "kept", "moments", "sigmoid"}  # variants that have tiles of their own
 LIBRARY = Tile(0, 0, 0, 0, 0)  # a product of torch's in the kernel's place
 
 
@@ -46,10 +47,9 @@ LIBRARY = Tile(0, 0, 0, 0, 0)  # a product of torch's in the kernel's place
 class Key:
     """What the best tile depends on.
 
-    `bucket` is the power of two that holds N; `plain`: without options, other than chosen classes and updates;
-    `library`: whether torch could multiply the operands as they are; `described`: whether tensor descriptors could
-    load them; `moments`: of the negatives, forward their sums and backward their gradients, for two targets;
-    `sigmoid`: where each class counts on its own, the name of its form.
+    `bucket` is the power of two that holds N; `variant`: what else the kernels are compiled for, in the words of
+    `launch.variant`, as each can be wrong on its own; `library`: whether torch could multiply the operands as they
+    are; `described`: whether tensor descriptors could load them.
     """
 
     architecture: str
@@ -58,11 +58,13 @@ class Key:
     w: torch.dtype
     operand: torch.dtype
     bucket: int
-    plain: bool = True
+    variant: frozenset[str] = frozenset()
     library: bool = False
     described: bool = False
-    moments: bool = False
-    sigmoid: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.variant.isdisjoint(REGISTERS)
 
 
 INTERPRETED = "interpreter"

@@ -478,7 +478,7 @@ def finish_embedding_gradients(
         part = _offsets(rows, d, D, 1)
         for _ in range(0, splits):
             sums += tl.load(dx_hat + part, mask=mask, other=0.0)
-            part += N * D
+            part += N.to(tl.int64) * D
         row_g_lse = tl.load(g_lse + rows, mask=is_row, other=0.0)
         active = _is_active(row_g_lse, tl.load(g_cos + rows, mask=is_row, other=0.0))
         if MOMENTS:
