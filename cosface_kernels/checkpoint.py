@@ -4,31 +4,28 @@
 
 The second number counts the checkpoints of the folder: the newest has the largest, also after a run went back to
 an earlier step, and none takes the name of another. Tensors go through torch.distributed.checkpoint into
-safetensors files; all else (learning rates, step counts) is JSON in a further tensor. Nothing is unpickled. A
-checkpoint appears under its name once every rank has written all of it, and loses that name before any of it is
-removed. Of a tensor that every rank has, such as BatchNorm's statistics, it is rank 0's that is kept, as in
-DistributedDataParallel.
+safetensors files; all else (learning rates, step counts) is JSON in a further tensor, with the tensors' shapes, by
+which a file that is gone is missed. Nothing is unpickled. A checkpoint appears under its name once every rank has
+written all of it, and loses that name before any of it is removed. Of a tensor that every rank has, such as
+BatchNorm's statistics, it is rank 0's that is kept, as in DistributedDataParallel.
 """
 
 import json
+import math
 import numbers
 import os
 import re
 import reprlib
 import shutil
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -36,27 +33,14 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state_di
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 from torch.distributed.tensor import DTensor
 
-from cosface_kernels.collectives import naming
 from cosface_kernels.distributed import beside, check_group, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import restoring
+from cosface_kernels.storage import PARTIAL, on_every, on_first, storage
 from cosface_kernels.validation import check_integer
 
-if find_spec("safetensors") is None:
-    raise ModuleNotFoundError(
-        "cosface_kernels.checkpoint and cosface_kernels.convert need safetensors, which is not installed: "
-        "pip install safetensors."
-    )
-
-# isort: split
-from safetensors import SafetensorError
-
-NAME, PARTIAL = re.compile(r"step-(\d{12})(?:-(\d{6,}))?"), ".partial"
+NAME = re.compile(r"step-(\d{12})(?:-(\d{6,}))?")
 STRUCTURE = "structure"  # the uint8 tensor that holds the JSON
-NOT_ALL = "every rank must call save and load, and another did not, has ended, hangs or cannot be reached"
-
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -81,11 +65,12 @@ def save(
         folder: on a file system that all ranks see.
         step: the number by which `load` says where to go on; it may be less than that of the checkpoint before.
         keep: how many to leave, 1 or more.
-        generators: random generators, of which each rank keeps its own state.
+        generators: random generators, the same names on every rank, which keeps its own state of each.
         process_group: the ranks that save; None for all.
         objects: anything with state_dict and load_state_dict: the backbone (under DistributedDataParallel its
             `module`), heads, optimizers, schedulers, a GradScaler. Tensors that are one, such as tied weights
-            or those of a head that is given beside the model it is in, are written once.
+            or those of a head that is given beside the model it is in, are written once. Every rank gives the
+            same, and what is sharded is sharded over the ranks that save.
 
     Returns:
         The checkpoint's folder. Until it has that name, the one before it is the newest.
@@ -93,24 +78,39 @@ def save(
     Raises:
         TypeError: an object has no state, or its state holds something other than dense tensors, numbers, strings
             and containers of them.
-        ValueError: keep is less than 1, or step is no number of steps.
+        ValueError: keep is less than 1, or step is no number of steps; the ranks differ in step, objects or
+            shapes; a tensor is sharded over other ranks; or another rank refused, with its sentence.
         RuntimeError: a rank could not write its part, or made no call; the message says which and why.
     """
-    check_integer("keep", keep, 1)
-    if not isinstance(step, numbers.Integral) or not 0 <= step < 10**12:
-        raise ValueError(f"step must be an integer in [0, 10^12), got {step!r}.")
-    _check_call(objects, process_group)
-    tensors: dict[str, Tensor] = {}
-    structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
-    shared = _drop_shared(tensors)
-    rank = _rank(process_group)
-    for name, generator in (generators or {}).items():
-        tensors[_generator_key(name, rank)] = generator.get_state()
-    if rank == 0:
-        content = {"step": int(step), "objects": structure, "shared": shared}
+    if process_group is not None:
+        check_group(process_group)
+    root = on_first(lambda: _path(folder), process_group)
+
+    def state() -> tuple[tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]], dict[str, object]]:
+        check_integer("keep", keep, 1)
+        if not isinstance(step, numbers.Integral) or not 0 <= step < 10**12:
+            raise ValueError(f"step must be an integer in [0, 10^12), got {step!r}.")
+        _check_objects(objects)
+        tensors: dict[str, Tensor] = {}
+        structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
+        _check_ranks(tensors, process_group)
+        states = {name: generator.get_state() for name, generator in (generators or {}).items()}
+        facts = {"step": step, "objects": list(objects), "generators": {n: len(t) for n, t in states.items()}}
+        kinds = {place: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for place, tensor in tensors.items()}
+        return (structure, tensors, states), facts | kinds
+
+    structure, tensors, states = on_every(state, process_group)
+    partial, shared = on_first(lambda: (_begin(root, step), _shared(tensors)), process_group)
+    tensors = _apart({place: tensor for place, tensor in tensors.items() if place not in shared})
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    own, ranks = _rank(process_group), dist.get_world_size(process_group) if dist.is_initialized() else 1
+    for name, generator_state in states.items():
+        tensors[_generator_key(name, own)] = generator_state
+        shapes |= {_generator_key(name, rank): generator_state.shape for rank in range(ranks)}
+    if own == 0:
+        content = {"step": int(step), "objects": structure, "shared": shared, "shapes": shapes}
         tensors[STRUCTURE] = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-    partial = _on_first(lambda: _begin(_path(folder), step), process_group)
-    with _storage(f"writing {partial}", process_group, not dist.is_initialized()):
+    with storage(f"writing {partial}", process_group, not dist.is_initialized()):
         save_state_dict(
             {key: tensor.contiguous() for key, tensor in tensors.items()},  # as safetensors has them
             storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
@@ -118,7 +118,7 @@ def save(
             process_group=process_group,
             no_dist=not dist.is_initialized(),
         )
-    return _on_first(lambda: _end(partial, keep), process_group)
+    return on_first(lambda: _end(partial, keep), process_group)
 
 
 def load(
@@ -141,39 +141,48 @@ def load(
     Raises:
         TypeError: an object has no state.
         ValueError: the checkpoint lacks an object, or has other shapes or dtypes, of which the message shows both,
-            or an object does not take what it holds.
-        RuntimeError: a rank could not read its part, or made no call; the message says which and why.
+            or an object does not take what it holds; or another rank refused, with its sentence.
+        RuntimeError: files of it are gone, a rank could not read its part, or made no call; the message says which
+            and why.
 
     A call that raised may have changed the objects that it was given; load them again before they are used.
     """
-    _check_call(objects, process_group)
-    path = _on_first(lambda: latest(folder), process_group)
-    if path is None:
-        return None
-    saved, content = _contents(path, process_group, not dist.is_initialized())
-    if missing := [name for name in objects if name not in content["objects"]]:
-        raise ValueError(f"{path} holds {', '.join(content['objects'])}, but no {', '.join(missing)}.")
-    shared = content.get("shared", {})  # absent before tensors could be shared
-    tensors: dict[str, Tensor] = {}
-    for name, item in objects.items():
-        with restoring():
-            likeness = _likeness(name, item)
-        for place in _places(content["objects"][name]):
-            key = shared.get(place, place)
-            tensors.setdefault(key, _destination(place, saved[key], likeness))
+    if process_group is not None:
+        check_group(process_group)
+    path = on_first(lambda: latest(folder), process_group)
     own = {name: _generator_key(name, _rank(process_group)) for name in generators or {}}
-    tensors |= {key: _empty(saved[key]) for key in own.values() if key in saved}
-    _read(tensors, path, process_group, not dist.is_initialized())
-    everywhere = tensors | {place: tensors[key] for place, key in shared.items() if key in tensors}
+
+    def destinations() -> tuple[tuple[_Saved, dict[str, Tensor]] | None, dict[str, object]]:
+        _check_objects(objects)
+        if path is None:
+            return None, {}
+        saved = _Saved(path)
+        if missing := [name for name in objects if name not in saved.objects]:
+            raise ValueError(f"{path} holds {', '.join(saved.objects)}, but no {', '.join(missing)}.")
+        tensors: dict[str, Tensor] = {}
+        for name, item in objects.items():
+            with restoring():
+                likeness = _likeness(name, item)
+            for place in _places(saved.objects[name]):
+                key = saved.shared.get(place, place)
+                tensors.setdefault(key, _destination(place, saved.tensor(key), likeness))
+        tensors |= {key: _empty(saved.tensor(key)) for key in own.values() if key in saved.shapes}
+        return (saved, tensors), {}
+
+    if (found := on_every(destinations, process_group)) is None:
+        return None
+    saved, tensors = found
+    _read(tensors, saved.path, process_group, not dist.is_initialized())
+    everywhere = tensors | {place: tensors[key] for place, key in saved.shared.items() if key in tensors}
     for name, item in objects.items():
         try:
-            item.load_state_dict(_decode(content["objects"][name], everywhere))
+            item.load_state_dict(_decode(saved.objects[name], everywhere))
         except (KeyError, RuntimeError, ValueError) as error:  # what torch's modules and optimizers raise
             raise ValueError(f"{name} does not take what {path} holds of it: {error}") from error
     for name, generator in (generators or {}).items():
         if own[name] in tensors:
             generator.set_state(tensors[own[name]])
-    return content["step"]
+    return saved.step
 
 
 def load_tensor(folder: str | os.PathLike[str], name: str) -> Tensor:
@@ -185,17 +194,16 @@ def load_tensor(folder: str | os.PathLike[str], name: str) -> Tensor:
     Raises:
         FileNotFoundError: there is no checkpoint.
         KeyError: it has no tensor of that name.
+        RuntimeError: it cannot be read, or files of it are gone.
     """
     path = latest(folder)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint.")
-    saved, content = _contents(path, None, alone=True)
-    shared = content.get("shared", {})
-    key = shared.get(name, name)
-    if key not in saved:
-        names = sorted((saved.keys() | shared.keys()) - {STRUCTURE})
-        raise KeyError(f"{path} has no tensor {name}; it has {', '.join(names)}.")
-    tensor = _empty(saved[key])
+    saved = _Saved(path)
+    key = saved.shared.get(name, name)
+    if key not in saved.shapes:
+        raise KeyError(f"{path} has no tensor {name}; it has {', '.join(sorted(saved.shapes | saved.shared))}.")
+    tensor = _empty(saved.tensor(key))
     _read({key: tensor}, path, None, alone=True)
     return tensor
 
@@ -244,9 +252,7 @@ def _end(partial: Path, keep: int) -> Path:
     return final
 
 
-def _check_call(objects: Mapping[str, object], group: ProcessGroup | None) -> None:
-    if group is not None:
-        check_group(group)
+def _check_objects(objects: Mapping[str, object]) -> None:
     for name, item in objects.items():
         if isinstance(item, Tensor):
             raise TypeError(
@@ -258,6 +264,18 @@ def _check_call(objects: Mapping[str, object], group: ProcessGroup | None) -> No
                 f"{name} must have state_dict and load_state_dict, got {type(item).__name__} "
                 f"{reprlib.repr(item)}; a number can be kept as a buffer of a module."
             )
+
+
+def _check_ranks(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> None:
+    """Of two that are sharded over ranks of their own each, under one name, one would be kept."""
+    for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            theirs, saving = tensor.device_mesh.mesh.flatten().tolist(), dist.get_process_group_ranks(group)
+            if set(theirs) != set(saving):
+                raise ValueError(
+                    f"{key} is sharded over ranks {reprlib.repr(theirs)}, and ranks {reprlib.repr(saving)} save: "
+                    "give it the process_group of its ranks, and the groups a folder each."
+                )
 
 
 def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -301,28 +319,32 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return Counter(pairs) if kind == "counter" else pairs
 
 
-def _drop_shared(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Leaves of tensors that are one the first; of each other, by its place, the place of that.
+def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of each tensor that is one with an earlier, by its place, the place of that.
 
-    Of tensors that are different views of one memory, all but the first become copies.
+    A rank that has no rows of them cannot tell; the first has rows of whatever any has.
     """
     first: dict[tuple[Any, ...], str] = {}
-    views: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     shared = {}
-    for place, tensor in list(tensors.items()):
-        if not (rows := own_rows(tensor)).numel():
-            continue
-        memory = rows.device, rows.data_ptr()
-        view = rows.dtype, rows.shape, rows.stride(), isinstance(tensor, DTensor)
-        key = first.setdefault(memory, place)
-        if key == place:
-            views[memory] = view
-        elif views[memory] == view:
+    for place, tensor in tensors.items():
+        rows = own_rows(tensor)
+        view = *_memory(rows), rows.dtype, rows.shape, rows.stride(), isinstance(tensor, DTensor)
+        if rows.numel() and (key := first.setdefault(view, place)) != place:
             shared[place] = key
-            del tensors[place]
-        else:
-            tensors[place] = tensor.clone()
     return shared
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all but the first view of a memory."""
+    first: dict[tuple[Any, ...], str] = {}
+    return {
+        place: tensor if first.setdefault(_memory(own_rows(tensor)), place) == place else tensor.clone()
+        for place, tensor in tensors.items()
+    }
+
+
+def _memory(rows: Tensor) -> tuple[Any, ...]:
+    return rows.device, rows.data_ptr()
 
 
 def _places(value: Any) -> Iterator[str]:
@@ -371,35 +393,47 @@ def _empty(saved: TensorStorageMetadata) -> Tensor:
     return torch.empty(saved.size, dtype=saved.properties.dtype)
 
 
-def _contents(path: Path, group: ProcessGroup | None, alone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is known of each tensor, and the JSON."""
-    with _storage(f"reading {path}"):
-        saved: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    if STRUCTURE not in saved:
-        raise RuntimeError(f"reading {path} failed: its files are gone, or some; an earlier one may be whole.")
-    structure = _empty(saved[STRUCTURE])
-    _read({STRUCTURE: structure}, path, group, alone)
-    return saved, json.loads(structure.numpy().tobytes())
+class _Saved:
+    """What a checkpoint says that it holds, and which of it is there.
+
+    Attributes:
+        objects: by name, with the key of each tensor in its place.
+        shared: the key of each tensor that is kept under another, by its place.
+        shapes: of every tensor, by its key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with storage(f"reading {path}"):
+            there: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        self._there: dict[str, TensorStorageMetadata] = there
+        self.shapes = {key: known.size for key, known in there.items()}  # as the files that are left say
+        structure = _empty(self.tensor(STRUCTURE))
+        _read({STRUCTURE: structure}, path, None, alone=True)
+        content = json.loads(structure.numpy().tobytes())
+        self.step: int = content["step"]
+        self.objects: dict[str, Any] = content["objects"]
+        self.shared: dict[str, str] = content.get("shared", {})  # absent before tensors could be shared
+        del self.shapes[STRUCTURE]
+        if "shapes" in content:  # absent before they were kept
+            self.shapes = {key: torch.Size(shape) for key, shape in content["shapes"].items()}
+
+    def tensor(self, key: str) -> TensorStorageMetadata:
+        """What is known of a tensor, all of which is there."""
+        there = self._there.get(key)
+        here = sum(math.prod(chunk.sizes) for chunk in there.chunks) if there else 0
+        if there is None or there.size != self.shapes[key] or here != there.size.numel():
+            raise RuntimeError(
+                f"reading {self.path} failed: its files are gone, or some, and {key} is not whole; an earlier "
+                "checkpoint may be."
+            )
+        return there
 
 
 def _read(tensors: dict[str, Tensor], path: Path, group: ProcessGroup | None, alone: bool) -> None:
     reader = HuggingFaceStorageReader(str(path))
-    with _storage(f"reading {path}", group, alone):
+    with storage(f"reading {path}", group, alone):
         load_state_dict(tensors, storage_reader=reader, process_group=group, no_dist=alone)
-
-
-@contextmanager
-def _storage(work: str, group: ProcessGroup | None = None, alone: bool = True) -> Iterator[None]:
-    """Without torch's warning that one process is one process, and its error that is no `Exception`."""
-    try:
-        with nullcontext() if alone else naming(work, group, NOT_ALL), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise RuntimeError(f"{work} failed on rank {rank}: {cause}") from cause
-    except SafetensorError as error:
-        raise RuntimeError(f"{work} failed: {error}") from error
 
 
 def _generator_key(name: str, rank: int) -> str:
@@ -408,23 +442,6 @@ def _generator_key(name: str, rank: int) -> str:
 
 def _rank(group: ProcessGroup | None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def _on_first(work: Callable[[], T], group: ProcessGroup | None) -> T:
-    """The result of work on rank 0, or its exception, on every rank."""
-    if not dist.is_initialized():
-        return work()
-    answer: list[Any] = [None]
-    if dist.get_rank(group) == 0:
-        try:
-            answer = [work()]
-        except Exception as error:  # whatever it is, the others must not wait for its result
-            answer = [error]
-    with naming("agreeing on a checkpoint", group, NOT_ALL):
-        dist.broadcast_object_list(answer, group=group, group_src=0)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
 
 
 def _sync(folder: Path) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
@@ -36,6 +35,7 @@ from cosface_kernels import (
 from cosface_kernels.distributed import Exchange, beside, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.resizing import Keep
+from cosface_kernels.storage import PARTIAL, on_every, on_first, storage
 from cosface_kernels.validation import WEIGHT_DTYPES, check_exponents
 
 # isort: split
@@ -152,37 +152,26 @@ def save_weight(weight: Tensor, path: str | os.PathLike[str], weight_exponent: T
     Raises:
         OSError: the file cannot be written.
         TypeError: the weight is no tensor, such as a head.
-        ValueError: the weight is no matrix or in a dtype that no head has, or weight_exponent is missing.
+        ValueError: the weight is no matrix or in a dtype that no head has, or weight_exponent is missing; or
+            another rank refused, with its sentence.
+        RuntimeError: another rank made no call, or has ended.
     """
-    _check_weight(weight, weight_exponent)
-    tensors = {NAME: weight.detach()}
-    if weight_exponent is not None:
-        scale = float8.units(own_rows(weight_exponent), torch.float32).flatten()
-        tensors[SCALE] = beside(weight_exponent, scale)
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
     if not isinstance(weight, DTensor):
-        partial = path.with_name(path.name + checkpoint.PARTIAL)
+        tensors, partial = _named(weight, weight_exponent, path), _partial(path)
         try:
             safetensors.torch.save_file({name: each.contiguous() for name, each in tensors.items()}, partial)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         partial.replace(path)
         return
-    ranks = Exchange(weight)
-    folder = path.with_name(path.name + checkpoint.PARTIAL)
-    if ranks.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    dist.barrier(ranks.group)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=True)
-    save_state_dict(tensors, storage_writer=writer, process_group=ranks.group)
-    if ranks.rank == 0:
-        (joined,) = folder.glob("*.safetensors")
-        joined.replace(path)
-        shutil.rmtree(folder)
-    dist.barrier(ranks.group)
+    group = Exchange(weight).group
+    tensors = on_every(lambda: (_named(weight, weight_exponent, path), {}), group)
+    partial = on_first(lambda: _emptied(_partial(path)), group)
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True, enable_consolidation=True)
+    with storage(f"writing {path}", group, alone=False, kind=OSError):
+        save_state_dict(tensors, storage_writer=writer, process_group=group)
+    on_first(lambda: _take(partial, path), group)
 
 
 @torch.no_grad()
@@ -233,6 +222,35 @@ def load_weight_(
                 of_block = scale and scale[block][chosen]
                 _put(weight, weight_exponent, here.to(weight.device), rows[block][chosen], of_block)
     return weight
+
+
+def _named(weight: Tensor, weight_exponent: Tensor | None, path: Path) -> dict[str, Tensor]:
+    """What the file is to hold."""
+    _check_weight(weight, weight_exponent)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
+    tensors = {NAME: weight.detach()}
+    if weight_exponent is not None:
+        scale = float8.units(own_rows(weight_exponent), torch.float32).flatten()
+        tensors[SCALE] = beside(weight_exponent, scale)
+    return tensors
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _take(folder: Path, path: Path) -> None:
+    """The one file of a folder, which goes."""
+    (joined,) = folder.glob("*.safetensors")
+    joined.replace(path)
+    shutil.rmtree(folder)
 
 
 def _check_weight(weight: Tensor, weight_exponent: Tensor | None) -> None:
@@ -324,7 +342,7 @@ def _load(file: Path, **options: Any) -> Any:
 def _save_state(state: Mapping[str, Tensor], path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not the name of a file to write.")
-    partial = path.with_name(path.name + checkpoint.PARTIAL)
+    partial = _partial(path)
     try:
         torch.save(state, partial)
     except RuntimeError as error:  # of torch's own writer

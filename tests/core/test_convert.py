@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -169,6 +171,38 @@ def test_sharded_weight(ranks, tmp_path, world, classes):
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(ValueError, match=rf"has a weight of shape \({classes}, 5\), not \(3, 5\)"):
         convert.load_weight_(torch.empty(3, 5), tmp_path / "given.safetensors")
+
+
+def _where_it_cannot_be_written(rank, group, path, full=-1, exponent=None):
+    """On one rank the disk is full, or the second is given exponents."""
+    head = FusedCosFaceLoss(2000, 8, process_group=group)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        convert.save_weight(head.weight, path, exponent if rank == 1 else None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (("file/weight",), OSError, "(Not a directory|File exists): '.*file"),
+        (("folder",), IsADirectoryError, "folder is a folder, not the name of a file to write"),
+        (("weight", 0), OSError, "writing .*weight failed on rank 0: .*File too large"),
+        (("weight", 1), OSError, "writing .*weight failed on rank 1: .*File too large"),
+        (("weight", -1, torch.ones(2000)), ValueError, "weight_exponent must be"),
+    ],
+    ids=["under a file", "a folder", "full on the first", "full on the second", "other arguments"],
+)
+def test_every_rank_is_told_why_a_weight_is_not_written(ranks, tmp_path, arguments, error, sentence):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    name, *others = arguments
+    for result in ranks.run(2, _where_it_cannot_be_written, tmp_path / name, *others):
+        with pytest.raises(error, match=sentence):
+            raise result
 
 
 @pytest.mark.parametrize(
