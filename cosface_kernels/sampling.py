@@ -101,18 +101,39 @@ def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_check_optimizer)
 
 
-def _check_optimizer(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_optimizer(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Of one of torch.optim, checks the gradients that it steps on: those of its closure, if it has one."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _check_gradients(optimizer)
+        return None
+
+    def checked() -> Any:
+        loss = closure()
+        _check_gradients(optimizer)
+        return loss
+
+    return args[:1], {**kwargs, "closure": checked}
+
+
+def _check_gradients(optimizer: Optimizer) -> None:
     """
     Raises:
-        RuntimeError: it is one of torch.optim and cannot step on a sparse gradient that it has.
+        RuntimeError: the optimizer, one of torch.optim, cannot step on a sparse gradient that it has.
     """
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return
-    for group in optimizer.param_groups:
-        if not any(p.grad is not None and p.grad.layout is torch.sparse_coo for p in group["params"]):
+    gradients = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+    sparse = [[gradient.layout is torch.sparse_coo for gradient in of_group] for of_group in gradients]
+    for group, of_group in zip(optimizer.param_groups, sparse, strict=True):
+        if not any(of_group):
             continue
         name, why = type(optimizer).__name__, ""
-        if not isinstance(optimizer, TAKE_SPARSE):
+        if isinstance(optimizer, torch.optim.SparseAdam) and not all(map(all, sparse)):
+            why = f"{name} takes no dense one beside it"
+        elif not isinstance(optimizer, TAKE_SPARSE):
             why = f"{name} takes none"
         elif group.get("weight_decay"):
             why = f"{name} with weight_decay={group['weight_decay']} takes none"

@@ -200,7 +200,7 @@ class RowOptimizer(Optimizer):
         if ownership.phase == REFUSED:
             raise RuntimeError(
                 f"A weight of shape {tuple(weight.shape)} has moved by one gradient, and backward then raised: "
-                "step() would end half an update. Call zero_grad() to go on with the first alone."
+                "step() would end half an update. Call zero_grad(), which ends the step: rows that moved stay so."
             )
         if not ownership.is_head or not has_ordinary_gradient(weight):
             return
@@ -215,16 +215,16 @@ class RowOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops ordinary gradients. Rows that have moved stay so, and their step is not over before `step()`.
 
-        Except with a grad_scaler, which leaves out `step()` where the gradient of another parameter overflowed.
+        Except a step that `step()` refuses, which ends here for all weights, and with a grad_scaler, which leaves
+        out `step()` where the gradient of another parameter overflowed.
         """
         consumed = {}
+        ends = self._scaler() is not None or any(each.phase == REFUSED for *_, each in self._members())
         for _, weight, ownership in self._members():
             if isinstance(weight.grad, ConsumedGradient):
                 consumed[weight], weight.grad = weight.grad, None
-            if ownership.phase == SKIPPED or (ownership.phase != MOVING and self._scaler() is not None):
+            if ownership.phase == SKIPPED or (ownership.phase != MOVING and ends):
                 ownership.end_step()
-            elif ownership.phase == REFUSED:
-                ownership.phase = MOVED
         super().zero_grad(set_to_none)
         for weight, gradient in consumed.items():
             if self._ownership(weight).phase in (MOVED, MOVING):

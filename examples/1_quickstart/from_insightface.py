@@ -3,7 +3,8 @@
     python examples/1_quickstart/from_insightface.py                                    # a group of one process
     torchrun --nproc-per-node 2 examples/1_quickstart/from_insightface.py               # each owns 500 classes
 
-The loop is that of recognition/arcface_torch/train_v2.py; in it `margin_loss` and `module_partial_fc` change.
+The loop is that of recognition/arcface_torch/train_v2.py; in it `margin_loss` and `module_partial_fc` change,
+and with fp16 `amp`, which becomes a `cosface_kernels.distributed.GradScaler`.
 
 Printed are the loss of the batch and, between samples of 200 classes that the training never sees, the share of
 genuine pairs that are accepted where one in a thousand impostor pairs is (TAR at a FAR of 1e-3).

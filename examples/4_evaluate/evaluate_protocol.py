@@ -132,7 +132,7 @@ def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
             arrays = about | arrays
         elif args.protocol == "bin" and args.data:
             arrays = {"same": read_bin(args.data)[1]} | arrays
-    check(arrays, args.protocol)
+    check(arrays, args.protocol, args.features or args.data)
     return arrays
 
 
@@ -149,7 +149,7 @@ def load_labeled(args: argparse.Namespace, embedder: Embedder | None, path: Path
     arrays = load_features(path)
     if path.is_dir():
         arrays["labels"] = identities(arrays["names"], -2)
-    check(arrays, args.protocol)
+    check(arrays, args.protocol, path)
     return arrays
 
 
@@ -193,9 +193,9 @@ def check_options(args: argparse.Namespace) -> None:
         check_output(args.json)
 
 
-def check(arrays: Arrays, protocol: str) -> None:
+def check(arrays: Arrays, protocol: str, source: Path) -> None:
     if missing := [name for name in NEEDED[protocol] if name not in arrays]:
-        raise ValueError(f"The features of protocol {protocol} lack {', '.join(missing)}.")
+        raise ValueError(f"The features of protocol {protocol} in {source} lack {', '.join(missing)}.")
     arrays["features"] = checked(arrays["features"], f"protocol {protocol}")
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cosface_kernels import float8
 from cosface_recipes import synthetic
 from cosface_recipes.batches import Batches, Seeded
 from cosface_recipes.config import load
 from cosface_recipes.training import SETTINGS, Training
+
+
+def rows(weight: Tensor, exponents: Tensor | None) -> Tensor:
+    """(C, D), in float32 those of float8, in which torch computes nothing."""
+    return weight.detach() if exponents is None else float8.values(weight.detach(), exponents, torch.float32)
 
 
 @torch.no_grad()
@@ -30,9 +36,9 @@ def of_training(folder: Path, batch: int) -> dict[str, Tensor | float]:
     config = dataclasses.replace(load(folder / SETTINGS), output=str(folder), resume=True, device="cpu")
     training = Training(config)
     training.begin()
-    rows = Batches(len(training.data), batch, config.seed, training.step, training.step + 1)
-    ((images, labels, _),) = DataLoader(Seeded(training.data), batch_sampler=rows)
-    weight = training.head.weight.detach()
+    next_one = Batches(len(training.data), batch, config.seed, training.step, training.step + 1)
+    ((images, labels, _),) = DataLoader(Seeded(training.data), batch_sampler=next_one)
+    weight = rows(training.head.weight, training.head.weight_exponent)
     return {"embeddings": training.network(images), "weight": weight, "labels": labels} | {
         "scale": training.head.scale,
         "margin": training.head.margin,
@@ -42,7 +48,7 @@ def of_training(folder: Path, batch: int) -> dict[str, Tensor | float]:
 @torch.no_grad()
 def of_million(path: Path, batch: int) -> dict[str, Tensor | float]:
     saved = torch.load(path, mmap=True, weights_only=True)
-    weight = saved["head"]["weight"]
+    weight = rows(saved["head"]["weight"], saved["head"].get("weight_exponent"))
     network = synthetic.make_network(weight.shape[1])
     network.load_state_dict(saved["network"])
     generator = torch.Generator().manual_seed(saved["steps"])

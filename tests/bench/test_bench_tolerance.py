@@ -46,11 +46,12 @@ def test_every_state_gives_a_row_a_tolerance(tmp_path, capsys):
     assert "x 1.00" in capsys.readouterr().out
 
 
-def test_loads_what_the_recipes_write(tmp_path):
+@pytest.mark.parametrize("dtype", million.DTYPES)
+def test_loads_what_the_recipes_write(dtype, tmp_path):
     """A checkpoint of million.py, through head_state.py."""
     checkpoint, state, out = (tmp_path / name for name in ("million.pt", "state.pt", "rows.json"))
     options = "--classes 400 --dim 32 --batch 50 --steps 20 --every 20 --sample-rate 0.5 --checkpoint"
-    million.main([*options.split(), str(checkpoint)])
+    million.main(["--dtype", dtype, *options.split(), str(checkpoint)])
     head_state.main([str(checkpoint), str(state), "--batch", "9"])
     assert main(["train-step", "--state", str(state), "--json", str(out), *TINY]) == 0
     row = json.loads(out.read_text())[0]

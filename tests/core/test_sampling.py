@@ -163,34 +163,48 @@ OPTIMIZERS = [
     ("SGD", {"lr": 0.1, "weight_decay": 5e-4}, r"SGD with weight_decay=0\.0005 takes none"),
     ("SGD", {"lr": 0.1, "fused": True}, "SGD with fused=True takes none"),
     ("SparseAdam", {}, None),
+    ("SparseAdam", {}, "SparseAdam takes no dense one beside it"),
     ("Adagrad", {}, None),
     ("Adagrad", {"weight_decay": 0.1}, r"Adagrad with weight_decay=0\.1 takes none"),
     *(
         (name, {}, f"{name} takes none")
         for name in ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adadelta", "Rprop", "ASGD")
     ),
+    ("LBFGS", {}, "LBFGS takes none"),
+    ("Adafactor", {}, "Adafactor takes none"),
 ]
 
 
+@pytest.mark.parametrize("closure", [False, True], ids=["backward", "closure"])
 @pytest.mark.parametrize(("name", "options", "refusal"), OPTIMIZERS)
-def test_what_torch_does_with_rows_that_are_not_drawn(name, options, refusal):
+def test_what_torch_does_with_rows_that_are_not_drawn(name, options, refusal, closure):
     """The table of docs/optimizers.md, and that a refusal leaves every parameter as it was."""
     other, head = torch.nn.Parameter(torch.ones(3)), make_head(0.1)
-    optimizer = getattr(torch.optim, name)(
-        [head.weight] if name == "SparseAdam" else [other, head.weight], **options
-    )
+    alone = [head.weight] if name == "SparseAdam" else [other, head.weight]
+    beside = [{"params": [head.weight]}, {"params": [other]}]  # of which the first would have moved
+    optimizer = getattr(torch.optim, name)(beside if refusal and name == "SparseAdam" else alone, **options)
+
+    def gradients():
+        optimizer.zero_grad()
+        loss = head(torch.randn(8, D), torch.randint(C, (8,))) + other.sum()
+        loss.backward()
+        return loss
+
+    def step():
+        return optimizer.step(gradients) if closure else optimizer.step()
+
     strays = False
     for _ in range(3):
-        optimizer.zero_grad()
-        (head(torch.randn(8, D), torch.randint(C, (8,))) + other.sum()).backward()
+        if not closure:
+            gradients()
         before, others_before = head.weight.detach().clone(), other.detach().clone()
         if refusal:
             with pytest.raises(RuntimeError, match=f"sampled classes is sparse, and {refusal}: take FusedSGD or"):
-                optimizer.step()
+                step()
             assert torch.equal(head.weight, before)
             assert torch.equal(other, others_before)
             return
-        optimizer.step()
+        step()
         moved = (head.weight != before).any(1)
         drawn = torch.zeros(C, dtype=torch.bool)
         drawn[head.weight.grad.coalesce().indices()[0]] = True

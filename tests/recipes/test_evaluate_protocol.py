@@ -149,11 +149,11 @@ def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys)
     [
         ("--protocol lfw", r"Either --model or --features is needed, and not both"),
         ("--protocol lfw --features {lfw} --model x", r"Either --model or --features"),
-        ("--protocol ytf --features {lfw}", r"The features of protocol ytf lack videos\."),
+        ("--protocol ytf --features {lfw}", r"The features of protocol ytf in .*lfw\.npz lack videos\."),
         ("--protocol megaface --features {probes}", r"Protocol megaface needs --distractors\."),
         ("--protocol megaface --features {probes} --distractors {others} --sizes 40", r"1 to 27, .* got \[40\]"),
         ("--protocol identification --features {probes}", r"Protocol identification needs --gallery\."),
-        ("--protocol identification --features {probes} --gallery {others}", r"identification lack labels"),
+        ("--protocol identification --features {probes} --gallery {others}", r"in .*others\.npz lack labels\."),
         ("--protocol lfw --features nothing.npz", r"nothing\.npz"),
         ("--protocol folder --features {probes} --far 2", r"acceptance rate must be from 0 to 1, got 2\.0"),
         ("--protocol folder --features {probes} --far nan", r"acceptance rate must be from 0 to 1, got nan"),

@@ -97,7 +97,7 @@ def test_a_list_is_read_from_its_own_folder(photos, tmp_path, exported, capsys):
     arrays = load_features(tmp_path / "x.npz")
     assert arrays["names"].tolist() == ["Bo/1.png", "Ann/2.png", (photos / "Cem" / "1.png").as_posix()]
     assert "labels" not in arrays
-    with pytest.raises(SystemExit, match=r"The features of protocol retrieval lack labels\."):
+    with pytest.raises(SystemExit, match=r"The features of protocol retrieval in .*x\.npz lack labels\."):
         evaluate("--protocol", "retrieval", "--features", tmp_path / "x.npz")
 
 
