@@ -22,10 +22,11 @@ from support import (
     relative_error,
     run_python,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import launches
 from bench.hazards import pipeline
-from cosface_kernels import cosface_loss
+from cosface_kernels import FusedCosFaceLoss, cosface_loss
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends.chunks import CHUNK_STEP, LAUNCH_FLOPS, units
 from cosface_kernels.backends.triton import backward_pass, forward_pass, launch
@@ -188,7 +189,7 @@ def pretended_gpu(monkeypatch):
     ones = torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **others: ones(*size, device="cpu", **others))
     monkeypatch.setattr(launch, "triton", None)
     monkeypatch.setattr(launch, "kernels", None)
     backend_triton.unavailable.cache_clear()
@@ -212,6 +213,57 @@ def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended
     assert cosface_loss(x, x, torch.tensor([0, 1])).isfinite()
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: a kernel cannot be compiled"):
         cosface_loss(x, x, torch.tensor([0, 1]), backend="triton")
+
+
+def _exported():
+    x, labels = torch.eye(2, 3), torch.tensor([0, 1])
+    torch.export.export(FusedCosFaceLoss(4, 3, backend="triton"), (x, labels))
+
+
+def _with_fake_tensors():
+    with FakeTensorMode():
+        backend_triton.unavailable()
+
+
+def _with_float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        backend_triton.unavailable()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _on_meta():
+    with torch.device("meta"):
+        backend_triton.unavailable()
+
+
+@pytest.mark.parametrize("first_use", [_exported, _with_fake_tensors, _with_float64, _on_meta])
+def test_whether_kernels_run_here_is_asked_outside_of_what_the_first_caller_does(pretended_gpu, first_use):
+    launched = []
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    pretended_gpu.setattr(backend_triton, "unsupported", lambda x, w, options: None)
+    pretended_gpu.setattr(forward_pass, "forward", lambda *arguments: launched.append(arguments))
+    first_use()
+    assert backend_triton.unavailable() is None
+    ((x, w, saved, targets, scale, *_),) = launched  # once
+    assert [type(tensor) for tensor in (x, w, *saved, targets, scale)] == [torch.Tensor] * 7
+    assert x.device.type == "cpu"
+    assert x.dtype == w.dtype == scale.dtype == torch.float32
+    assert x.data_ptr()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("out of memory")])
+def test_a_full_memory_is_not_remembered(pretended_gpu, error):
+    def fail(*arguments):
+        raise error
+
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    pretended_gpu.setattr(forward_pass, "forward", fail)
+    with pytest.raises(type(error), match="out of memory"):
+        backend_triton.unavailable()
+    pretended_gpu.setattr(forward_pass, "forward", lambda *arguments: None)
+    assert backend_triton.unavailable() is None
 
 
 PRECISIONS = """

@@ -91,6 +91,14 @@ def test_what_is_wrong_here_is_left_out_and_named_once(fresh, caplog, results, c
     assert sum(complaint in line for line in choice.report()) == 2
 
 
+def test_a_full_memory_is_not_remembered(fresh):
+    last = len(candidates(KERNEL, KEY)) - 1
+    device = Device(**{f"_{last}": [torch.OutOfMemoryError("CUDA out of memory."), RIGHT]})
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(KERNEL, KEY, device.prepare)
+    assert choose(KERNEL, KEY, device.prepare) == device.tiles[last]
+
+
 def test_if_nothing_is_right_the_plainest_is_taken(fresh):
     tiles = candidates(KERNEL, KEY)
     device = Device(**{f"_{i}": [WRONG] for i in range(len(tiles))})
