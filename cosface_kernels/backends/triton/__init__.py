@@ -166,10 +166,10 @@ def _tuned_backward(
     """dx, dw, dscale and, with a sigmoid, its sums, (2, N)."""
     x, w, *per_row, cache = tensors
     contract.check(x, w, options, *per_row)
-    wanted, x = x.dtype, embeddings(x, w, options)
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
+        wanted, x = x.dtype, embeddings(x, w, options)
         per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
         if options.sigmoid:
             saved = nothing_saved(x, w, options)
