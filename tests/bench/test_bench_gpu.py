@@ -7,7 +7,8 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
-from bench import launches, race, tables
+from bench import gpu, launches, race, tables
+from bench.__main__ import main
 from bench.device import Host
 from bench.gpu_steps import variations
 from bench.head import draw
@@ -127,6 +128,29 @@ def test_rows_are_on_disk_as_soon_as_they_are_found(tmp_path, capsys):
     assert "steps  batch 8  wall_s 12.500 ms" in capsys.readouterr().out
     assert "RuntimeError: out of shared memory" in tables.report(bench.file)
     assert bench.sizes is TOY
+
+
+class LostDevice(Host):
+    def synchronize(self):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_device_that_is_lost_ends_the_measurements(tmp_path):
+    bench = Bench(tmp_path / "rows.jsonl", toy=True, dtype="bfloat16", backend="triton")
+    bench.device = LostDevice()
+    with pytest.raises(torch.AcceleratorError), bench.tried("steps", batch=8):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    assert "note" in json.loads(bench.file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [([], 0), ([{"wall_s": 1.0}, {"note": "too large"}], 0), ([{"note": "too large"}, {"note": "lost"}], 1)],
+    ids=["nothing_to_measure", "some", "none"],
+)
+def test_a_step_without_one_figure_fails(tmp_path, monkeypatch, rows, status):
+    monkeypatch.setitem(gpu.STEPS, "library", lambda bench: [bench.add("library", **row) for row in rows])
+    assert main(["gpu", "versions", "library", "--toy", "--file", str(tmp_path / "rows.jsonl")]) == status
 
 
 def test_a_report_fits_and_says_what_failed(tmp_path):
