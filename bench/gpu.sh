@@ -125,21 +125,21 @@ races() {
 }
 
 tests() { # the most telling first
-  local limit=$1 start=$SECONDS code=0 options=() files name
-  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$processes" --maxschedchunk 4)
-  "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout=60)
-  # At the end of its time pytest must stop by itself, or by an interrupt of its first process alone: when its
-  # workers are interrupted too, it writes no junit file.
-  "$python" -c 'import pytest_timeout; pytest_timeout.SESSION_TIMEOUT_DESC' 2>/dev/null &&
-    options+=(--session-timeout=$((limit > 60 ? limit - 30 : limit)))
+  local start=$SECONDS code=0 options files name method=signal
+  # No signal reaches Python while it waits for a kernel. So a thread ends the process of a test that hangs, which xdist
+  # names and replaces; without xdist it would end all tests, and the stack of the one that hangs is all there is.
+  options=(-o faulthandler_timeout=70)
+  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$processes" --maxschedchunk 4) method=thread
+  "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout=60 --timeout-method=$method)
   files=$({
     for name in "${first_tests[@]}"; do ls tests/*/"test_$name.py"; done
     grep -lE 'backend' tests/*/test_*.py
   } | awk '!seen[$0]++')
   [ -z "${toy[*]}" ] || files=tests/gpu/test_gpu.py
+  # The interrupt is for the first process alone, which then ends its workers, in 20 s, and writes the junit file.
   # shellcheck disable=SC2086
-  COSFACE_HYPOTHESIS=gpu timeout --foreground -s INT -k 15 "$limit" "$python" -m pytest -m gpu -q -rN --tb=short \
-    -p no:cacheprovider --junitxml="$out/junit.xml" "${options[@]}" $files </dev/null || code=$?
+  COSFACE_HYPOTHESIS=gpu timeout --foreground -s INT -k 30 "$1" "$python" -m pytest -m gpu -q -rN \
+    --tb=short -p no:cacheprovider --junitxml="$out/junit.xml" "${options[@]}" $files </dev/null || code=$?
   echo "== tests: $((SECONDS - start)) s, exit status $code"
   note tests "$code"
 }

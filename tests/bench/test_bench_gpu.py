@@ -1,11 +1,15 @@
 """What `bench gpu` decides and how it reports; `make gpu-rehearse` runs the rest of it. No timings."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 
 import pytest
 import torch
+from support import patience
 
 from bench import gpu, launches, race, tables
 from bench.__main__ import main
@@ -153,6 +157,42 @@ def test_a_step_without_one_figure_fails(tmp_path, monkeypatch, rows, status):
     assert main(["gpu", "versions", "library", "--toy", "--file", str(tmp_path / "rows.jsonl")]) == status
 
 
+POISONED = """
+import conftest
+import pytest
+import torch
+
+lost = []
+conftest.gpu_is_lost = lambda: bool(lost)
+
+
+@pytest.mark.parametrize("i", range(12))
+def test_kernel(i):
+    if i == 5:
+        lost.append(i)
+    if lost:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+@pytest.mark.parametrize(("options", "passed"), [((), 5), (("-n", "2"), 11)], ids=["alone", "xdist"])
+def test_one_test_that_loses_the_gpu_fails_alone(tmp_path, options, passed):
+    (tmp_path / "test_poisoned.py").write_text(POISONED)
+    arguments = ["-p", "conftest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", "--junitxml=junit.xml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, *options, "test_poisoned.py"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+        timeout=patience(200),
+        check=False,
+    )
+    report = tables.report(tmp_path / "none.jsonl", tmp_path / "junit.xml")
+    assert f"tests: {passed} passed, 1 failed, 0 skipped" in report, done.stdout + done.stderr
+    assert "test_kernel[5]  torch.AcceleratorError: CUDA error: an illegal memory access" in report
+
+
 def test_a_report_fits_and_says_what_failed(tmp_path):
     rows = [{"step": "versions", "device": "a GPU"}]
     for batch in (256, 1024, 4096):
@@ -167,7 +207,7 @@ def test_a_report_fits_and_says_what_failed(tmp_path):
         f'<testcase classname="t" name="n{i}"><failure message="{"m" * 300}"/></testcase>' for i in range(99)
     )
     junit.write_text(
-        f'<testsuites><testsuite>{cases}<testcase classname="t" name="good"/></testsuite></testsuites>'
+        f'<testsuites><testsuite>{cases}<testcase classname="t" name="good"/><testcase/></testsuite></testsuites>'
     )
     values = dict.fromkeys((field.name for field in fields(Row)), None)
     row = Row(**{**values, "impl": "eager", "batch": 8, "classes": 9, "steps": 4, "note": "n" * 300})
