@@ -50,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
         for step in args.what:
             if step == "once":
                 gpu_steps.once(bench, args.small)
-            else:
-                STEPS[step](bench)
+                continue
+            before = bench.rows, bench.measured
+            STEPS[step](bench)
+            bench.wrong |= bench.rows > before[0] and bench.measured == before[1]  # reasons alone, and no figure
     except UnavailableError as reason:
         bench.add(args.what[-1], note=str(reason))
         return 1

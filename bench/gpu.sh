@@ -11,6 +11,17 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+# What it starts ends with it. `timeout` gives each program a process group of its own, so that they share a session.
+if [ -z "${COSFACE_GPU_SESSION:-}" ]; then
+  (
+    trap - INT # which is ignored behind `&`, and ends pytest
+    COSFACE_GPU_SESSION=1 exec setsid bash bench/gpu.sh "$@"
+  ) &
+  trap 'pkill -s "$!"' INT TERM HUP
+  wait "$!"
+  exit
+fi
+
 python=${PYTHON:-python3}
 out=$(realpath -m "${OUT:-build/gpu}")
 work=$PWD/build/gpu-work
@@ -30,21 +41,24 @@ prepare() {
   done
   PATH=$("$python" -c "import sys; print(sys.prefix)")/bin:$PATH # its cmake and ninja
   export PYTHONPATH=$PWD:$work/wheels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 COSFACE_TRITON_TUNE=0
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
   export PYTHONWARNINGS=ignore::RuntimeWarning # of numpy, under the interpreter
   [ -n "${CUDA_HOME:-}" ] || command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] ||
     export CUDA_HOME=/usr/local/cuda
 }
 
-# LIMIT NAME COMMAND...: runs it, within the limit and what is left of the phase.
+# LIMIT: it, or what is left of the phase; a second at least, since a `timeout` of 0 has no end.
+within() {
+  local left=$((deadline - SECONDS))
+  ((left < $1)) || left=$1
+  echo $((left > 1 ? left : 1))
+}
+
+# LIMIT NAME COMMAND...: runs it, within the limit.
 step() {
   local limit=$1 name=$2 start=$SECONDS code=0
   shift 2
-  ((limit < deadline - SECONDS)) || limit=$((deadline - SECONDS))
-  if ((limit < 1)); then
-    code="no time left"
-  else
-    timeout -k 10 "$limit" "$@" </dev/null || code=$?
-  fi
+  timeout -k 10 "$(within "$limit")" "$@" </dev/null || code=$?
   echo "== $name: $((SECONDS - start)) s, exit status $code"
   note "$name" "$code"
 }
@@ -62,11 +76,12 @@ report() { # [OPTION...]
   step 20 report "$python" -m bench.tables "$out/$phase.jsonl" "$@"
 }
 
-# The extension for this GPU; if nvcc fails, without CUDA, since the tests need the rest of it.
+# The extension for this GPU, whatever TORCH_CUDA_ARCH_LIST there is; if nvcc fails, without CUDA, since the tests need
+# the rest of it.
 build() {
   local here
   here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)
-  export COSFACE_TESTS=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${here:-9.0}}
+  export COSFACE_TESTS=1 TORCH_CUDA_ARCH_LIST=${here:-9.0}
   timeout 240 "$python" setup.py -q build_ext --inplace && return
   COSFACE_CUDA=0 timeout 120 "$python" setup.py -q build_ext --inplace
   return 1
@@ -90,8 +105,8 @@ start_tool() {
   local limit=$1 tool=$2 backend
   for backend in triton cuda; do
     [ -n "${toy[*]}" ] && backend=triton
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 "$limit" "${under_sanitizer[@]}" "$tool" "$python" -m bench gpu \
-      once --small --backend "$backend" "${toy[@]}" --file "$out/$phase.jsonl" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 "$(within "$limit")" "${under_sanitizer[@]}" "$tool" \
+      "$python" -m bench gpu once --small --backend "$backend" "${toy[@]}" --file "$out/$phase.jsonl" \
       >"$work/$tool-$backend.txt" 2>&1 </dev/null &
     tools+=("$! $tool-$backend")
     [ -z "${toy[*]}" ] || break
@@ -113,7 +128,8 @@ await_tools() {
 races() {
   local pids=() dtype pid code
   for dtype in "${dtypes[@]}"; do # side by side: nearly all of it is compiling
-    timeout -k 10 170 "$python" -m bench gpu race --dtype "$dtype" "${toy[@]}" --file "$out/$phase.jsonl" </dev/null &
+    timeout -k 10 "$(within 170)" "$python" -m bench gpu race --dtype "$dtype" "${toy[@]}" \
+      --file "$out/$phase.jsonl" </dev/null &
     pids+=("$! $dtype")
   done
   for pid in "${pids[@]}"; do
@@ -125,27 +141,27 @@ races() {
 }
 
 tests() { # the most telling first
-  local limit=$1 start=$SECONDS code=0 options=() files name
-  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$processes" --maxschedchunk 4)
-  "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout=60)
-  # At the end of its time pytest must stop by itself, or by an interrupt of its first process alone: when its
-  # workers are interrupted too, it writes no junit file.
-  "$python" -c 'import pytest_timeout; pytest_timeout.SESSION_TIMEOUT_DESC' 2>/dev/null &&
-    options+=(--session-timeout=$((limit > 60 ? limit - 30 : limit)))
+  local start=$SECONDS code=0 options files name method=signal
+  # No signal reaches Python while it waits for a kernel. So a thread ends the process of a test that hangs, which xdist
+  # names and replaces; without xdist it would end all tests, and the stack of the one that hangs is all there is.
+  options=(-o faulthandler_timeout=70)
+  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$processes" --maxschedchunk 4) method=thread
+  "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout=60 --timeout-method=$method)
   files=$({
     for name in "${first_tests[@]}"; do ls tests/*/"test_$name.py"; done
     grep -lE 'backend' tests/*/test_*.py
   } | awk '!seen[$0]++')
   [ -z "${toy[*]}" ] || files=tests/gpu/test_gpu.py
+  # The interrupt is for the first process alone, which then ends its workers, in 20 s, and writes the junit file.
   # shellcheck disable=SC2086
-  COSFACE_HYPOTHESIS=gpu timeout --foreground -s INT -k 15 "$limit" "$python" -m pytest -m gpu -q -rN --tb=short \
-    -p no:cacheprovider --junitxml="$out/junit.xml" "${options[@]}" $files </dev/null || code=$?
+  COSFACE_HYPOTHESIS=gpu timeout --foreground -s INT -k 30 "$(within "$1")" "$python" -m pytest -m gpu -q -rN \
+    --tb=short -p no:cacheprovider --junitxml="$out/junit.xml" "${options[@]}" $files </dev/null || code=$?
   echo "== tests: $((SECONDS - start)) s, exit status $code"
   note tests "$code"
 }
 
 prove() {
-  deadline=$((SECONDS + 530)) tools=()
+  deadline=$((SECONDS + 500)) tools=()
   start_build
   bench_gpu 90 versions ceilings
   races
@@ -155,13 +171,13 @@ prove() {
   else
     echo "${under_sanitizer[0]} is not installed: no sanitizer ran."
   fi
-  tests $((deadline - SECONDS - 20 < 270 ? deadline - SECONDS - 20 : 270))
+  tests $(($(within 310) - 40))
   await_tools
   report --junit "$out/junit.xml"
 }
 
 measure() {
-  deadline=$((SECONDS + 520))
+  deadline=$((SECONDS + 500))
   start_build
   bench_gpu 160 versions kernels
   bench_gpu 50 library
@@ -184,7 +200,7 @@ measure() {
 }
 
 sweep() {
-  deadline=$((SECONDS + 280))
+  deadline=$((SECONDS + 260))
   bench_gpu 260 versions sweep
   report
 }

@@ -155,8 +155,8 @@ def steps(bench: Bench) -> None:
             bench.add("steps", **what, **figures)
         with bench.tried("graph", **what):
             bench.add("graph", **what, graph_s=bench.seconds(bench.device.captured(head.step())))
-    head = bench.draw(bench.sizes.batch)
-    _shares(bench, "shares", head.step(), batch=bench.sizes.batch)
+    with bench.tried("shares"):
+        _shares(bench, "shares", bench.draw(bench.sizes.batch).step(), batch=bench.sizes.batch)
 
 
 def _shares(bench: Bench, step: str, run: Callable[[], Any], **what: Any) -> None:

@@ -64,10 +64,13 @@ class Bench:
         self.device, self.sizes = (Host(), TOY) if toy else (Gpu(), REAL)
         self.file, self.dtype, self.backend = file, dtype, backend
         self.wrong = False
+        self.rows = self.measured = 0
 
     def add(self, step: str, **figures: Any) -> None:
         """Writes a row, at once; in one call, because steps may run side by side."""
         row = {"step": step, **figures}
+        self.rows += 1
+        self.measured += "note" not in figures
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(tables.line(row), flush=True)
@@ -133,12 +136,16 @@ class Bench:
 
     @contextmanager
     def tried(self, step: str, **what: Any) -> Iterator[None]:
-        """A measurement that may be impossible here (a tile too large, too little memory): then a row says why."""
+        """A measurement that may be impossible here (a tile too large, too little memory): then a row says why.
+
+        A device that no longer answers raises again, which ends the process: there is nothing to measure.
+        """
         try:
             yield
         except (RuntimeError, AssertionError, *_triton_errors()) as error:
             self.wrong |= isinstance(self.device, Host)
             self.add(step, **what, note=f"{type(error).__name__}: {str(error).strip()[:120]}")
+            self.device.synchronize()
 
 
 def _triton_errors() -> tuple[type[Exception], ...]:

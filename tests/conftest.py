@@ -106,6 +106,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(trylast=True)  # after what tells of the failure
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Ends the process of a test that has lost the GPU, where all later ones would fail; xdist starts another."""
+    if report.failed and gpu_is_lost():
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"{report.nodeid} has lost the GPU: nothing runs on it any more in this process.")
+
+
+def gpu_is_lost() -> bool:
+    """Whether a kernel that failed, by an access out of bounds say, has left nothing that runs."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def _backend_of(item: pytest.Item) -> Backend | None:
     params = getattr(item, "callspec", None)
     return params.params.get("backend") if params else None

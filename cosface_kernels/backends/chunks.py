@@ -67,6 +67,11 @@ def chunk_in_environment(name: str, C: int) -> int | None:
     return cdiv(min(int(wanted), C), CHUNK_STEP) * CHUNK_STEP
 
 
+def is_full(error: Exception) -> bool:
+    """Whether memory was, which passes; Triton and the CUDA runtime have errors of their own for it."""
+    return "out of memory" in str(error)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

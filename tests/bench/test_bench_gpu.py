@@ -1,13 +1,18 @@
 """What `bench gpu` decides and how it reports; `make gpu-rehearse` runs the rest of it. No timings."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 
 import pytest
 import torch
+from support import patience
 
-from bench import launches, race, tables
+from bench import gpu, launches, race, tables
+from bench.__main__ import main
 from bench.device import Host
 from bench.gpu_steps import variations
 from bench.head import draw
@@ -129,6 +134,65 @@ def test_rows_are_on_disk_as_soon_as_they_are_found(tmp_path, capsys):
     assert bench.sizes is TOY
 
 
+class LostDevice(Host):
+    def synchronize(self):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_device_that_is_lost_ends_the_measurements(tmp_path):
+    bench = Bench(tmp_path / "rows.jsonl", toy=True, dtype="bfloat16", backend="triton")
+    bench.device = LostDevice()
+    with pytest.raises(torch.AcceleratorError), bench.tried("steps", batch=8):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    assert "note" in json.loads(bench.file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [([], 0), ([{"wall_s": 1.0}, {"note": "too large"}], 0), ([{"note": "too large"}, {"note": "lost"}], 1)],
+    ids=["nothing_to_measure", "some", "none"],
+)
+def test_a_step_without_one_figure_fails(tmp_path, monkeypatch, rows, status):
+    monkeypatch.setitem(gpu.STEPS, "library", lambda bench: [bench.add("library", **row) for row in rows])
+    assert main(["gpu", "versions", "library", "--toy", "--file", str(tmp_path / "rows.jsonl")]) == status
+
+
+POISONED = """
+import conftest
+import pytest
+import torch
+
+lost = []
+conftest.gpu_is_lost = lambda: bool(lost)
+
+
+@pytest.mark.parametrize("i", range(12))
+def test_kernel(i):
+    if i == 5:
+        lost.append(i)
+    if lost:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+@pytest.mark.parametrize(("options", "passed"), [((), 5), (("-n", "2"), 11)], ids=["alone", "xdist"])
+def test_one_test_that_loses_the_gpu_fails_alone(tmp_path, options, passed):
+    (tmp_path / "test_poisoned.py").write_text(POISONED)
+    arguments = ["-p", "conftest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", "--junitxml=junit.xml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, *options, "test_poisoned.py"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+        timeout=patience(200),
+        check=False,
+    )
+    report = tables.report(tmp_path / "none.jsonl", tmp_path / "junit.xml")
+    assert f"tests: {passed} passed, 1 failed, 0 skipped" in report, done.stdout + done.stderr
+    assert "test_kernel[5]  torch.AcceleratorError: CUDA error: an illegal memory access" in report
+
+
 def test_a_report_fits_and_says_what_failed(tmp_path):
     rows = [{"step": "versions", "device": "a GPU"}]
     for batch in (256, 1024, 4096):
@@ -143,7 +207,7 @@ def test_a_report_fits_and_says_what_failed(tmp_path):
         f'<testcase classname="t" name="n{i}"><failure message="{"m" * 300}"/></testcase>' for i in range(99)
     )
     junit.write_text(
-        f'<testsuites><testsuite>{cases}<testcase classname="t" name="good"/></testsuite></testsuites>'
+        f'<testsuites><testsuite>{cases}<testcase classname="t" name="good"/><testcase/></testsuite></testsuites>'
     )
     values = dict.fromkeys((field.name for field in fields(Row)), None)
     row = Row(**{**values, "impl": "eager", "batch": 8, "classes": 9, "steps": 4, "note": "n" * 300})

@@ -105,6 +105,19 @@ def test_no_length_is_lost(backend, dtype, shift):
         assert relative_error(got, want) < 1e-6
 
 
+@DTYPES
+@pytest.mark.parametrize("samples", [0, 3])
+def test_the_gradient_of_x_has_its_dtype_whatever_is_multiplied(backend, dtype, samples):
+    problem, _, exponent = _draw(backend, dtype)
+    given = Options(cache_bytes=0, normalize_weight=False, exponents=exponent).flat()
+    inputs = problem.x[:samples], problem.w, problem.targets[:samples], problem.scale[:samples]
+    _, top, log_sum, *_, cache, _ = ops.lmcl(*inputs, 0.25, backend.name, *given)
+    g = torch.ones_like(top)
+    dx, *_ = ops.lmcl_backward(*inputs, top, log_sum, g, -g, cache, True, False, backend.name, *given)
+    assert dx.dtype == dtype
+    assert dx.shape == inputs[0].shape
+
+
 def test_nearest_are_those_of_what_the_rows_stand_for(backend):
     problem, values, exponent = _draw(backend, torch.float32)
     for got, want in zip(

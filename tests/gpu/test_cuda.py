@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-import types
 from dataclasses import replace
 
 import pytest
@@ -23,12 +22,11 @@ from support import (
     random_upstream,
     relative_error,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import cuda_kernels
 from bench.__main__ import main
-from cosface_kernels import cosface_loss, ops, reference
-from cosface_kernels.backends import BACKENDS, cuda
+from cosface_kernels import ops, reference
+from cosface_kernels.backends import BACKENDS
 from cosface_kernels.backends.cuda import driver
 from cosface_kernels.options import Options, Update
 
@@ -416,47 +414,6 @@ def test_projection_is_orthogonal_to_the_rows():
         g, v = gradient.double(), rows.double()
         along = (g * v).sum(1).abs() / v.norm(dim=1)
         assert bool((along <= 2 * torch.finfo(torch.bfloat16).eps * g.norm(dim=1) + 1e-12).all())
-
-
-def test_says_what_it_lacks():
-    if torch.cuda.is_available() and cuda.unavailable() is None:
-        pytest.skip("it lacks nothing here")
-    reason = r"(was built without CUDA; .* needs nvcc, .* COSFACE_CUDA=0\.|torch \S+ sees no CUDA device\.)"
-    with pytest.raises(RuntimeError, match=rf"backend 'cuda' cannot run: .*{reason}"):
-        cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), backend="cuda")
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """A GPU of capability 7.5 as far as the backend can see; its tensors are on the CPU. Its kernels' module."""
-    ones, kernels = torch.ones, types.SimpleNamespace(cuda_version=13000, row_norms=lambda *rows: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size, device="cpu"))
-    monkeypatch.setattr(cuda, "_C", kernels)
-    cuda._launch_failure.cache_clear()
-    yield kernels
-    cuda._launch_failure.cache_clear()
-
-
-def test_kernel_that_cannot_be_launched_hands_over_to_the_next_backend(pretended_gpu):
-    def fail(*rows):
-        raise RuntimeError("no kernel image is available")
-
-    pretended_gpu.row_norms = fail
-    reason = "a kernel cannot be launched on a GPU of compute capability 7.5 (no kernel image is available)."
-    assert cuda.unavailable() == reason
-    with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda' cannot run: {reason}")):
-        cosface_loss(torch.eye(2, 3), torch.eye(2, 3), torch.tensor([0, 1]), backend="cuda")
-
-
-def test_kernel_is_tried_on_memory_though_a_compiler_traces(pretended_gpu):
-    tried = []
-    pretended_gpu.row_norms = lambda *rows: tried.extend(rows)
-    with FakeTensorMode():
-        assert cuda.unavailable() is None
-    assert [type(rows) for rows in tried] == [torch.Tensor, torch.Tensor, int]
 
 
 REPORT = """\

@@ -23,7 +23,6 @@ from support import (
     relative_error,
     run_python,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import launches
 from bench.hazards import pipeline
@@ -211,74 +210,6 @@ def test_float64_is_refused_with_the_backend_that_takes_it(backend):
     problem = backend.problem(4, 20, 8)
     with pytest.raises(RuntimeError, match="leaves float64 to backend 'reference'"):
         cosface_loss(problem.x.double(), problem.w, problem.targets, backend="triton")
-
-
-def test_forced_without_a_gpu_says_why():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: torch sees no CUDA or ROCm GPU"):
-        cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), backend="triton")
-
-
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        ("sys.modules['triton'] = None", "triton cannot be imported"),
-        (
-            "import types; sys.modules['triton'] = types.SimpleNamespace(__version__='3.5.1')\n"
-            "sys.modules['cosface_kernels.backends.triton.kernels'] = types.SimpleNamespace()",
-            "it needs triton 3.6 or newer, found 3.5.1",
-        ),
-    ],
-    ids=["missing", "too_old"],
-)
-def test_why_triton_cannot_run(module, reason):
-    done = run_python(
-        f"import sys\n{module}\nfrom cosface_kernels.backends import triton\nprint(triton.unavailable())",
-        TRITON_INTERPRET="1",
-    )
-    assert re.search(reason, done.stdout), done.stdout + done.stderr
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """A GPU of capability 7.5 as far as the backend can see; its tensors are on the CPU."""
-    ones = torch.ones
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
-    monkeypatch.setattr(launch, "triton", None)
-    monkeypatch.setattr(launch, "kernels", None)
-    backend_triton.unavailable.cache_clear()
-    yield monkeypatch
-    backend_triton.unavailable.cache_clear()
-
-
-def test_gpu_that_is_too_old(pretended_gpu):
-    assert "capability 8.0 or newer, found 7.5." in backend_triton.unavailable()
-
-
-def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(pretended_gpu):
-    def fail(*arguments):
-        raise RuntimeError("Failed to find C compiler")
-
-    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    pretended_gpu.setattr(forward_pass, "forward", fail)
-    reason = backend_triton.unavailable()
-    assert reason == "a kernel cannot be compiled or launched (RuntimeError: Failed to find C compiler)."
-    x = torch.eye(2, 3)
-    assert cosface_loss(x, x, torch.tensor([0, 1])).isfinite()
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: a kernel cannot be compiled"):
-        cosface_loss(x, x, torch.tensor([0, 1]), backend="triton")
-
-
-def test_kernel_is_tried_on_memory_though_a_compiler_traces(pretended_gpu):
-    tried = []
-    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    pretended_gpu.setattr(forward_pass, "forward", lambda *arguments: tried.extend(arguments))
-    with FakeTensorMode():
-        assert backend_triton.unavailable() is None
-    assert {type(each) for each in tried[:2]} == {torch.Tensor}
 
 
 PRECISIONS = """

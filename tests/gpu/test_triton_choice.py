@@ -159,19 +159,20 @@ def test_deterministic_algorithms_depend_on_no_batch_before(fresh, deterministic
         assert choose(KERNEL, key, Device(key).prepare) == candidates(KERNEL, key)[0]
 
 
-FULL = torch.OutOfMemoryError("CUDA out of memory.")
+FULL = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")]
 LAST = len(candidates(KERNEL, KEY)) - 1
 
 
+@pytest.mark.parametrize("error", FULL)
 @pytest.mark.parametrize("where", ["_0", f"_{LAST}", "plain", "times"])
-def test_memory_that_was_full_says_nothing_of_a_block(fresh, monkeypatch, caplog, where):
+def test_memory_that_was_full_says_nothing_of_a_block(fresh, monkeypatch, caplog, where, error):
     def times(launch):
-        raise FULL
+        raise error
 
     with monkeypatch.context() as full:
         if where == "times":
             full.setattr(choice, "_milliseconds_of", times)
-        tile = choose(KERNEL, KEY, Device(**({} if where == "times" else {where: [FULL]})).prepare)
+        tile = choose(KERNEL, KEY, Device(**({} if where == "times" else {where: [error]})).prepare)
     known = where in (f"_{LAST}", "times")
     assert tile == (candidates(KERNEL, KEY)[0] if known else plainest(KERNEL, KEY))
     assert "Memory is too full" in caplog.text

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from cosface_kernels.backends import contract
+from cosface_kernels.backends.chunks import is_full
 from cosface_kernels.backends.chunks import nearest as nearest
 from cosface_kernels.backends.cuda import driver
 from cosface_kernels.backends.cuda.driver import Device, Step
@@ -38,15 +39,17 @@ def unavailable() -> str | None:
 
 
 @functools.cache
+@_disable_current_modes()  # who asks first may be tracing, with tensors that have no memory; all get the answer
 def _launch_failure() -> str | None:
     """Why no kernel can be launched here (one compiled for other GPUs, too old a driver), or None."""
-    with _disable_current_modes():  # what a compiler traces has no memory
-        one = torch.ones(1, 1, device="cuda", dtype=torch.float32)
-        try:
-            _C.row_norms(one, one.new_empty(1), torch.cuda.current_stream().cuda_stream)
-        except RuntimeError as error:
-            major, minor = torch.cuda.get_device_capability()
-            return f"a kernel cannot be launched on a GPU of compute capability {major}.{minor} ({error})."
+    one = torch.ones(1, 1, dtype=torch.float32, device="cuda")
+    try:
+        _C.row_norms(one, one.new_empty(1), torch.cuda.current_stream().cuda_stream)
+    except RuntimeError as error:
+        if is_full(error):  # what is raised is not remembered
+            raise
+        major, minor = torch.cuda.get_device_capability()
+        return f"a kernel cannot be launched on a GPU of compute capability {major}.{minor} ({error})."
     return None
 
 

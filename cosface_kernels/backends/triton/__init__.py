@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from cosface_kernels.backends import contract
-from cosface_kernels.backends.chunks import embeddings, nearest
+from cosface_kernels.backends.chunks import embeddings, is_full, nearest
 from cosface_kernels.backends.triton import backward_pass, choice, forward_pass, launch
 from cosface_kernels.backends.triton.backward_pass import Move
 from cosface_kernels.backends.triton.cache import Saved, cache_size, nothing_saved, saved_in
@@ -63,18 +63,20 @@ def unavailable() -> str | None:
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < MIN_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0 or newer, found {capability[0]}.{capability[1]}."
-    with _disable_current_modes():  # what a compiler traces has no memory
-        return _compile_failure()
+    return _compile_failure()
 
 
+@_disable_current_modes()  # who asks first may be tracing, with tensors that have no memory; all get the answer
 def _compile_failure() -> str | None:
     """Why a kernel cannot be compiled or launched here (no C compiler, too old a driver), or None."""
-    one = torch.ones(1, 1, device="cuda")
+    one = torch.ones(1, 1, dtype=torch.float32, device="cuda")
     try:
         label = one.new_zeros(1, dtype=torch.int64)
         saved = Saved(one[0], one[0], one.new_empty(1, 0, dtype=torch.int16))
         forward_pass.forward(one, one, saved, label, one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
     except (RuntimeError, OSError, launch.triton.errors.TritonError) as error:
+        if is_full(error):  # what is raised is not remembered
+            raise
         return f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
     return None
 
@@ -164,10 +166,10 @@ def _tuned_backward(
     """dx, dw, dscale and, with a sigmoid, its sums, (2, N)."""
     x, w, *per_row, cache = tensors
     contract.check(x, w, options, *per_row)
-    wanted, x = x.dtype, embeddings(x, w, options).contiguous()
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
+        wanted, x = x.dtype, embeddings(x, w, options).contiguous()
         per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
         if options.sigmoid:
             saved = nothing_saved(x, w, options)

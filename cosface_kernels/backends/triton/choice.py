@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cosface_kernels.backends.chunks import is_full
 from cosface_kernels.backends.triton.tiles import Key, Tile, candidates, plainest
 from cosface_kernels.validation import is_capturing
 
@@ -70,7 +71,9 @@ def choose(kernel: str, key: Key, prepare: Prepare) -> Tile:
         if not timed:
             return next(right, plainest(kernel, key))
         _chosen[kernel, key] = fastest = _fastest(kernel, key, list(right), prepare)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
         log.warning("Memory is too full to try the blocks of %s; the next batch tries them again.", kernel)
         return _known(kernel, key)
     except NothingSeenError:
@@ -137,9 +140,9 @@ def _complaint(results: Callable[[Tile], Sequence[Tensor]], tile: Tile, plain: T
         first = results(tile)
         # The second run is held no longer: a third one's memory beside both may be more than the step's.
         is_same = all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, results(tile), strict=True))
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError, ImportError, AttributeError, triton.errors.TritonError) as reason:
+        if is_full(reason):
+            raise
         return f"it cannot be compiled or launched ({type(reason).__name__}: {reason})."
     if not is_same:
         return "two runs on the same numbers gave different bits."
