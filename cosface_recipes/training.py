@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -450,6 +451,11 @@ def device_of(config: Config) -> torch.device:
         raise ValueError(f"PyTorch sees {torch.cuda.device_count()} GPUs, and device is {config.device!r}.")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"PyTorch sees {torch.cuda.device_count()} GPUs here, too few for process {device.index} of "
+                "torchrun, which starts one for each with --nproc-per-node gpu."
+            )
         torch.cuda.set_device(device)
     try:
         torch.zeros(1, device=device).item()
@@ -469,5 +475,16 @@ def process_group(config: Config) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except Exception as error:
+        _clear_frames(error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """So that they hold no process group. One that is held keeps its threads, and a thread of gloo that drops a
+    tensor while Python below 3.14 ends aborts the process."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -12,7 +12,7 @@ from support import patience
 
 TIMEOUT = 10 * patience(1)  # seconds, of the process group
 CODE = """
-import os, sys, time
+import os, sys, time, traceback
 from datetime import timedelta
 import torch, torch.distributed as dist
 from cosface_recipes import first
@@ -26,7 +26,14 @@ def work():
         raise ValueError("there is no such folder")
     time.sleep(1.5 * timeout if kind == "is long" else 0)
     return kind
-print([first.first(work, torch.device("cpu")) for _ in range(3 if kind == "is short" else 1)])
+failed = False
+try:
+    print([first.first(work, torch.device("cpu")) for _ in range(3 if kind == "is short" else 1)])
+except Exception:
+    failed = True
+    traceback.print_exc()
+dist.destroy_process_group()  # else a thread of gloo may abort Python's end
+sys.exit(failed)
 """
 
 

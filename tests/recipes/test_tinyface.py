@@ -25,7 +25,7 @@ def test_tinyface_of_features(tmp_path, capsys):
     assert [output[f"rank-{k}"] for k in (1, 5, 10, 20)] == ["0.50000", "1.00000", "1.00000", "1.00000"]
     assert output["mAP"] == f"{25 / 48:.5f}"
     save_features(tmp_path / "x.npz", {name: arrays[name] for name in ("features", "labels")})
-    with pytest.raises(SystemExit, match=r"The features of protocol tinyface lack probe\."):
+    with pytest.raises(SystemExit, match=r"The features of protocol tinyface in .*x\.npz lack probe\."):
         evaluate("--protocol", "tinyface", "--features", tmp_path / "x.npz")
 
 

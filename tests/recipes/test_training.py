@@ -284,8 +284,8 @@ def test_what_ends_the_first_process_ends_the_others_with_its_sentence(settings,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     )
     _, err = process.communicate(timeout=patience(240))
-    sentences = [line for line in err.splitlines() if f"The test data {bad} cannot be used" in line]
-    assert sorted(line.partition("The test")[0] for line in sentences) == ["", "rank 0 refused: "]
+    sentence = f"The test data {bad} cannot be used"
+    assert (err.count(sentence), err.count(f"rank 0 refused: {sentence}")) == (2, 1), err
     assert f'{Path(train.__file__).name}", line' not in err
 
 
