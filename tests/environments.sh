@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 environments="
 oldest 3.10 lowest-direct 2.10.0 3.6.0 1.26.0 1.26.0 0
 gpu    3.12 highest       2.11.0 3.6.0 2.5.2  2.3.5  1
-newest 3.13 highest       2.14.1 3.8.0 2.5.2  2.5.2  1
+newest 3.14 highest       2.15.0 3.9.0 2.5.5  2.5.5  1
 "
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/cosface_kernels/environments
 export COSFACE_TESTS=1 COSFACE_TEST_PATIENCE=${COSFACE_TEST_PATIENCE:-3}
