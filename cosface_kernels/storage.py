@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cosface_kernels.collectives import agree, naming
+from cosface_kernels.collectives import agreement, naming
 
 if find_spec("safetensors") is None:
     raise ModuleNotFoundError(
@@ -48,18 +48,12 @@ def on_first(work: Callable[[], T], group: ProcessGroup | None) -> T:
 def on_every(work: Callable[[], tuple[T, Mapping[str, object]]], group: ProcessGroup | None) -> T:
     """This rank's result of work, once every rank has one, and the same facts beside it.
 
-    Raises as `agree` does.
+    Raises as `collectives.agreement` does.
     """
     if not dist.is_initialized():
         return work()[0]
-    result: Any = None
-    facts: Mapping[str, object] = {}
-    refusal = None
-    try:
-        result, facts = work()
-    except Exception as error:  # as in on_first
-        refusal = error
-    agree(cast(ProcessGroup, group or dist.group.WORLD), _device(group), facts, refusal=refusal, about="files")
+    with agreement(cast(ProcessGroup, group or dist.group.WORLD), _device(group), "files") as own:
+        result, own.facts = work()
     return result
 
 

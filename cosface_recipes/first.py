@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cosface_kernels.collectives import agree, naming
+from cosface_kernels.collectives import agreement, naming
 
 T = TypeVar("T")
 
@@ -27,22 +27,19 @@ def first(work: Callable[[], T], device: torch.device) -> T | None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
-    result, refusal = None, None
     # of this start alone: torchrun may keep its store for the next
     turn = f"cosface/first/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_turns)}"
     world, store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()
-    if dist.get_rank():
+    is_first, result = dist.get_rank() == 0, None
+    if not is_first:
         with naming(f"waiting for {WORK}", world):
             for sign in itertools.count():
                 if store.get(f"{turn}/{sign}") == b"done":  # waits for it
                     break
-    else:
-        with _signs_of_life(store, turn):
-            try:
+    with agreement(world, device, WORK):
+        if is_first:
+            with _signs_of_life(store, turn):
                 result = work()
-            except Exception as error:
-                refusal = error
-    agree(world, device, {}, refusal=refusal, about=WORK)
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from support import patience, run_python
 from support.formulas import LOSSES
-from support.ranks import LARGEST_WORLD
+from support.ranks import LARGEST_WORLD, Odd
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -374,17 +374,6 @@ def test_every_rank_says_why_it_could_not_be_written(ranks, tmp_path):
     meta = nn.Linear(2, 2, device="meta")
     with pytest.raises(RuntimeError, match=r"writing .*step-000000000001-000001.partial failed on rank 0: .*"):
         checkpoint.save(tmp_path, 1, meta=meta)
-
-
-class Odd:
-    def __init__(self, value):
-        self.value = value
-
-    def state_dict(self):
-        return {"value": self.value}
-
-    def load_state_dict(self, state):
-        self.value = state["value"]
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,13 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import LARGEST_WORLD
+from support.ranks import LARGEST_WORLD, Odd
 from torch import nn
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint
 from cosface_kernels.optim import FusedSGD
 
 DIM = 4
-
-
-class Odd:
-    def __init__(self, value):
-        self.value = value
-
-    def state_dict(self):
-        return {"value": self.value}
-
-    def load_state_dict(self, state):
-        self.value = state["value"]
 
 
 def make_run(group, classes, seed=0):

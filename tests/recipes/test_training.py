@@ -6,10 +6,12 @@ import re
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import patience
 from support.evaluation import colour_of, encoded, write_images
 from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_several, losses, some_glyphs
@@ -19,7 +21,7 @@ import identify_faces
 import train
 import verify_faces
 from cosface_kernels import checkpoint
-from cosface_recipes import batches, export, recognition, training
+from cosface_recipes import batches, config, export, recognition, training
 from cosface_recipes.data import glyphs
 from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.data.pairs import write_bin
@@ -240,6 +242,36 @@ def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
 def test_a_training_that_cannot_start_says_why(settings, change, message):
     with pytest.raises(SystemExit, match=message):
         train.main(as_arguments(dataclasses.replace(settings, **change)))
+
+
+def test_more_processes_than_gpus_are_told_so(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="PyTorch sees 1 GPUs here, too few for process 1 of torchrun"):
+        training.device_of(dataclasses.replace(settings, device="cuda"))
+
+
+def test_a_failed_training_leaves_nothing_in_its_frames(monkeypatch):
+    """Such as a process group, which would go on behind destroy_process_group()."""
+    held, ended = weakref.WeakSet(), []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(training.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(training.dist, "destroy_process_group", lambda: ended.append(len(held)))
+
+    def fail():
+        group = torch.nn.Module()
+        held.add(group)
+        raise ValueError("it cannot start")
+
+    def fail_again():
+        try:
+            fail()
+        except ValueError as error:
+            raise OSError("nor this") from error
+
+    with pytest.raises(OSError, match="nor this"), training.process_group(config.Config(device="cpu")):
+        fail_again()
+    assert ended == [0]
 
 
 def bad_test_data(kind: str, folder: Path) -> Path:

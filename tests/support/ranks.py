@@ -17,6 +17,19 @@ from support import patience
 LARGEST_WORLD = 4
 
 
+class Odd:
+    """What has a state of one value, whatever it is."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
 class Ranks:
     """LARGEST_WORLD gloo processes, of which the first k form a group for each k."""
 
