@@ -319,8 +319,6 @@ def compile_case(case: Case):
         dtypes |= {"g": torch.float32, "cosines": torch.float32}
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
     numbers |= {"first_class": 0, "chunk": 256, "kept": 256, "largest_cut": -12.0}
-    for of in ("", "x_"):
-        numbers |= {f"{of}row_stride": case.dim, f"{of}column_stride": 1}
     options = {
         "D": case.dim,
         "BLOCK_N": case.tile.n,

@@ -150,7 +150,7 @@ def test_parts_of_dx_lie_beyond_32_bits(backend):
     x = torch.zeros(rows, D, device=backend.device)
     dx, dscale = torch.empty_like(x), torch.empty_like(one)
     launch.kernels.finish_embedding_gradients[1, 1](
-        parts, none, none, none, x, one, one, one, none, none, one, dx, dscale, N, splits, 1, *x.stride(), D=D,
+        parts, none, none, none, x, one, one, one, none, none, one, dx, dscale, N, splits, 1, D=D,
         NEED_DX=True, RESHAPE=False, MOMENTS=False, SIGMOID=False, BLOCK_N=rows, BLOCK_SPLITS=2, BLOCK_D=D,
     )  # fmt: skip
     assert bool((dx == dx[0, 0]).all())
@@ -357,7 +357,7 @@ def test_a_product_that_cannot_be_followed_is_a_complaint():
 
 # -- launches ----------------------------------------------------------------------------------------------------
 
-SPECIALISED = {"first_class", "chunk", "x_row_stride", "x_column_stride"}
+SPECIALISED = {"first_class", "chunk"}
 SIZES = """
 import torch, triton
 from bench.kernels import INTEGERS, StandIn

@@ -155,7 +155,7 @@ class Backward:
         self.largest_unit = self.unit.amax()
         launch.kernels.normalize_embeddings[(cdiv(self.N, ROWS),)](
             x, launch.stored(w), self.chosen, self.saved.w_norm, self.saved.x_norm, targets, g_lse, g_cos,
-            self.g_moments, self.unit, self.largest_unit, self.x_hat, self.target_dot, self.N, self.C, *x.stride(),
+            self.g_moments, self.unit, self.largest_unit, self.x_hat, self.target_dot, self.N, self.C,
             D=self.D, BLOCK_N=ROWS, BLOCK_D=COLUMNS, OPERAND=launch.operand(x, w), NORMALIZE=self.normalize,
             CHOSEN=self.is_chosen, MOMENTS=self.moments,
         )  # fmt: skip
@@ -181,10 +181,10 @@ class Backward:
                 x, launch.stored(w), self.chosen, w_norm, targets, scale, top, log_sum, g_lse, g_cos,
                 self.g_moments, *launch.polynomial(self.options, scale), x_norm, self.unit, self.g,
                 self.negative_dot, self.scale_dot, self.sums, self.class_dot, cosines, self.active_rows, self.N,
-                self.C, kept, first, first_tile, self.chunk, self.row_blocks, *x.stride(),
-                **launch.blocks(self.of_g, x, w), NORMALIZE=self.normalize, RESHAPE=self.reshape,
-                SLOPES=self.options.own_slopes, CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some,
-                MOMENTS=self.moments, SIGMOID=self.sigmoid, ANGLE=self.options.sigmoid == "angle",
+                self.C, kept, first, first_tile, self.chunk, self.row_blocks, **launch.blocks(self.of_g, x, w),
+                NORMALIZE=self.normalize, RESHAPE=self.reshape, SLOPES=self.options.own_slopes,
+                CHOSEN=self.is_chosen, KEPT=is_kept, SOME=self.some, MOMENTS=self.moments, SIGMOID=self.sigmoid,
+                ANGLE=self.options.sigmoid == "angle",
             )  # fmt: skip
 
     @functools.cached_property
@@ -233,7 +233,7 @@ class Backward:
         columns = cdiv(self.D, COLUMNS) if self.need_dx else 1
         launch.kernels.finish_embedding_gradients[cdiv(self.N, ROWS), columns](
             self.dx_hat, self.negative_dot, self.scale_dot, self.target_dot, x, self.saved.x_norm, scale, g_lse,
-            g_cos, self.g_moments, self.unit, dx, dscale, self.N, self.splits, self.class_tiles, *x.stride(),
+            g_cos, self.g_moments, self.unit, dx, dscale, self.N, self.splits, self.class_tiles,
             D=self.D, NEED_DX=self.need_dx, RESHAPE=self.reshape, MOMENTS=self.moments, SIGMOID=self.sigmoid,
             BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS,
         )  # fmt: skip

@@ -19,8 +19,8 @@ def fill_norms(x: Tensor, w: Tensor, options: Options, saved: Saved) -> None:
         of_rows.append((w, saved.w_norm, options.count(w), is_chosen))
     for matrix, norms, count, some in of_rows:
         launch.kernels.row_norms[(cdiv(count, block_c),)](
-            launch.stored(matrix), chosen, norms, count, *matrix.stride(),
-            D=D, BLOCK_C=block_c, BLOCK_D=block_d, OPERAND=launch.operand(x, w), CHOSEN=some,
+            launch.stored(matrix), chosen, norms, count, D=D, BLOCK_C=block_c, BLOCK_D=block_d,
+            OPERAND=launch.operand(x, w), CHOSEN=some,
         )  # fmt: skip
 
 
@@ -59,14 +59,14 @@ def forward(
     else:
         launch.kernels.class_statistics[row_blocks, programs](
             x, launch.stored(w), chosen, w_norm, x_norm, targets, scale, *launch.polynomial(options, scale), top,
-            max_cos, sum_exp, parts, cosines, N, C, cosines.shape[1], *x.stride(), tiles_per_split,
+            max_cos, sum_exp, parts, cosines, N, C, cosines.shape[1], tiles_per_split,
             **launch.blocks(tile, x, w), **variant, KEEP=cosines.numel() > 0,
             SLOPES=options.own_slopes,
         )  # fmt: skip
     results = five_rows(x, targets)
     launch.kernels.merge_statistics[(cdiv(N, ROWS),)](
         top, max_cos, sum_exp, parts, x, launch.stored(w), chosen, w_norm, x_norm, targets, scale, *results,
-        moments, N, C, splits, margin, *x.stride(), BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D,
+        moments, N, C, splits, margin, BLOCK_N=ROWS, BLOCK_SPLITS=SPLITS, BLOCK_D=COLUMNS, D=D,
         OPERAND=launch.operand(x, w), **variant,
     )  # fmt: skip
     if options.moments and one_target:

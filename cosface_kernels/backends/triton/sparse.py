@@ -113,7 +113,7 @@ def _cuts(x: Tensor, w: Tensor, saved: Saved, per_row: tuple[Tensor, ...], optio
     chosen, is_chosen = launch.chosen_rows(per_row[0], options)
     largest_cut = math.log2(tolerance * LARGEST_SHARE)
     kernels.sample_entries[cdiv(N, tile.n), splits](
-        x, launch.stored(w), chosen, *saved[:2], *per_row, masses, counts, N, C, *x.stride(), largest_cut, steps,
+        x, launch.stored(w), chosen, *saved[:2], *per_row, masses, counts, N, C, largest_cut, steps,
         tiles, stride, tiles_per_split, **launch.blocks(tile, x, w), NORMALIZE=options.normalize_weight,
         CHOSEN=is_chosen, STEPS=STEPS,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def _entries_of_splits(
     chosen, is_chosen = launch.chosen_rows(per_row[0], options)
     kernels.keep_entries[row_blocks, splits](
         x, launch.stored(w), chosen, *saved[:2], *per_row, cuts, classes, cosines, counts, dropped, N, C,
-        *x.stride(), splits, capacity, tiles_per_split, **launch.blocks(tile, x, w),
+        splits, capacity, tiles_per_split, **launch.blocks(tile, x, w),
         NORMALIZE=options.normalize_weight, CHOSEN=is_chosen,
     )  # fmt: skip
     return [classes, cosines, counts, dropped]
@@ -232,7 +232,7 @@ class _Entries:
         x, dx = self.x, self.x.new_empty(self.N, self.D)
         kernels.entry_embedding_gradients[self.N, self.columns](
             self.keys, self.g, self.ends, self.row_dot, launch.stored(self.w), self.chosen, self.saved.w_norm,
-            x, self.saved.x_norm, dx, self.C, self.slots, *x.stride(), BLOCK_K=BLOCK_K, **self.variant,
+            x, self.saved.x_norm, dx, self.C, self.slots, BLOCK_K=BLOCK_K, **self.variant,
         )  # fmt: skip
         return dx
 
@@ -246,6 +246,6 @@ class _Entries:
         """Of a chunk; added to what the exact samples have left there, if there are any."""
         kernels.entry_weight_gradients[cdiv(classes, self.block_c), self.columns](
             self.places, self.starts, self.g, self.cosines, self.x, self.saved.x_norm, launch.stored(self.w),
-            self.chosen, self.saved.w_norm, exact_rows, dw, self.C, first, classes, self.slots, *self.x.stride(),
+            self.chosen, self.saved.w_norm, exact_rows, dw, self.C, first, classes, self.slots,
             BLOCK_C=self.block_c, **self.variant,
         )  # fmt: skip

@@ -42,8 +42,6 @@ def normalize_embeddings(
     target_dot,
     N,
     C,
-    x_row_stride,
-    x_column_stride,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,15 +63,13 @@ def normalize_embeddings(
         active |= is_row & _has_more(rows, is_row, g_cos, g_moments, N)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos = _target_cos(
-        x, w, chosen, w_norm, x_norm, target, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
-        OPERAND, NORMALIZE, CHOSEN,
+        x, w, chosen, w_norm, x_norm, target, rows, active, C, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
     )  # fmt: skip
     dot = row_g_cos * cos
     if MOMENTS:
         second = _second(targets, rows, is_row, N, -1)
         cos = _target_cos(
-            x, w, chosen, w_norm, x_norm, second, rows, active, C, x_row_stride, x_column_stride, D, BLOCK_N,
-            BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
+            x, w, chosen, w_norm, x_norm, second, rows, active, C, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
         )  # fmt: skip
         dot += _second(g_cos, rows, is_row, N, 0.0) * cos
     tl.store(target_dot + rows, dot, mask=is_row)
@@ -82,10 +78,10 @@ def normalize_embeddings(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
-        place = _offsets(rows, d, x_row_stride, x_column_stride)
+        place = _offsets(rows, d, D)
         tile = tl.load(x + place, mask=active[:, None] & is_d, other=0.0).to(tl.float32)
         hat = (tile * factor[:, None]).to(x_hat.dtype.element_ty)
-        tl.store(x_hat + _offsets(rows, d, D, 1), hat, mask=is_row[:, None] & is_d)
+        tl.store(x_hat + _offsets(rows, d, D), hat, mask=is_row[:, None] & is_d)
 
 
 @triton.jit(do_not_specialize=["N", "C", "row_blocks", "first_tile"])
@@ -119,8 +115,6 @@ def logit_gradients(
     first_tile,
     chunk,
     row_blocks,
-    x_row_stride,
-    x_column_stride,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -168,12 +162,11 @@ def logit_gradients(
     if MOMENTS:
         active |= is_row & _has_more(rows, is_row, g_cos, g_moments, N)
     if KEPT:
-        in_steps = tl.load(cosines + _offsets(rows, classes, kept, 1), mask=active[:, None], other=0)
+        in_steps = tl.load(cosines + _offsets(rows, classes, kept), mask=active[:, None], other=0)
     else:
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
         dot = _dot_tile(
-            x, w, rows, w_rows, active, is_class, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_C, BLOCK_D,
-            OPERAND, PRECISION,
+            x, w, rows, w_rows, active, is_class, D, BLOCK_N, BLOCK_C, BLOCK_D, OPERAND, PRECISION,
         )  # fmt: skip
     # Loads after the product, and each sum before what follows from its terms: 188 registers for 128 x 128
     # on sm_90, where the other order takes 255 and spills.
@@ -238,7 +231,7 @@ def logit_gradients(
     lifted = gradient * lift[:, None]
     if g.dtype.element_ty != tl.float16:
         lifted *= w_factor
-    tl.store(g + _offsets(rows, columns, chunk, 1), lifted.to(g.dtype.element_ty), mask=is_row[:, None])
+    tl.store(g + _offsets(rows, columns, chunk), lifted.to(g.dtype.element_ty), mask=is_row[:, None])
     tl.store(class_dot + row_block.to(tl.int64) * chunk + columns, tl.sum(gradient * cos, 0))
 
 
@@ -280,7 +273,7 @@ def embedding_gradients(
     d = tl.program_id(0) // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     is_row = rows < N
     is_d = (d < D)[None, :]
-    out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D, 1)
+    out = dx_hat + split.to(tl.int64) * N * D + _offsets(rows, d, D)
     mask = is_row[:, None] & is_d
     # Before the loop, so that no register holds them beside the sums.
     sums = tl.load(out, mask=mask, other=0.0)
@@ -289,9 +282,9 @@ def embedding_gradients(
         columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         classes = first_class + columns
         is_class = classes < C
-        g_tile = tl.load(g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None], other=0.0)
+        g_tile = tl.load(g + _offsets(rows, columns, chunk), mask=is_row[:, None], other=0.0)
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
-        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D), mask=is_class[:, None] & is_d, other=0.0)
         if NORMALIZE and g.dtype.element_ty == tl.float16:
             inverse = _class_factor(w_norm, classes, is_class, NORMALIZE)
             w_tile = (_upcast(w_tile, tl.float32) * inverse[:, None]).to(tl.float16)
@@ -337,9 +330,9 @@ def _store_weight_gradient(
             gradient *= inverse[:, None]
         along_w = tl.where(norm > EPS, dot * inverse * inverse, 0.0)  # no projection where the norm was clamped
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
-        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=mask, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D), mask=mask, other=0.0)
         gradient -= along_w[:, None] * _upcast(w_tile, OPERAND).to(tl.float32)
-    tl.store(dw + _offsets(columns, d, D, 1), gradient.to(dw.dtype.element_ty), mask=mask)
+    tl.store(dw + _offsets(columns, d, D), gradient.to(dw.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "C", "dot_blocks"])
@@ -385,8 +378,8 @@ def weight_gradients(
     for first in range(0, N, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         is_row = rows < N
-        g_tile = tl.load(g + _offsets(rows, columns, chunk, 1), mask=is_row[:, None], other=0.0)
-        x_tile = tl.load(x_hat + _offsets(rows, d, D, 1), mask=is_row[:, None] & is_d, other=0.0)
+        g_tile = tl.load(g + _offsets(rows, columns, chunk), mask=is_row[:, None], other=0.0)
+        x_tile = tl.load(x_hat + _offsets(rows, d, D), mask=is_row[:, None] & is_d, other=0.0)
         sums = tl.dot(tl.trans(g_tile.to(OPERAND)), x_tile.to(OPERAND), sums, input_precision=PRECISION)
 
     _store_weight_gradient(
@@ -418,7 +411,7 @@ def project_weight_gradients(
     is_class = first_class + columns < C
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
-        block = tl.load(sums + _offsets(columns, d, D, 1), mask=is_class[:, None] & (d < D)[None, :], other=0.0)
+        block = tl.load(sums + _offsets(columns, d, D), mask=is_class[:, None] & (d < D)[None, :], other=0.0)
         _store_weight_gradient(
             block, True, w, w, w_norm, class_dot, largest_unit, dw, C, first_class, columns, d, chunk,
             dot_blocks, D, OPERAND, NORMALIZE, False,
@@ -443,8 +436,6 @@ def finish_embedding_gradients(
     N,
     splits,
     tiles,
-    x_row_stride,
-    x_column_stride,
     D: tl.constexpr,
     NEED_DX: tl.constexpr,
     RESHAPE: tl.constexpr,
@@ -464,7 +455,7 @@ def finish_embedding_gradients(
     from_scale = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, tiles, BLOCK_SPLITS):
         tile = first + tl.arange(0, BLOCK_SPLITS)
-        slots = _offsets(tile, rows, N, 1)
+        slots = _offsets(tile, rows, N)
         mask = (tile < tiles)[:, None] & is_row[None, :]
         from_negatives += tl.sum(tl.load(negative_dot + slots, mask=mask, other=0.0), 0)
         if RESHAPE or MOMENTS or SIGMOID:
@@ -475,7 +466,7 @@ def finish_embedding_gradients(
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = is_row[:, None] & (d < D)[None, :]
         sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        part = _offsets(rows, d, D, 1)
+        part = _offsets(rows, d, D)
         for _ in range(0, splits):
             sums += tl.load(dx_hat + part, mask=mask, other=0.0)
             part += N.to(tl.int64) * D
@@ -485,9 +476,7 @@ def finish_embedding_gradients(
             active |= _has_more(rows, is_row, g_cos, g_moments, N)
         norm = tl.load(x_norm + rows, mask=is_row & active, other=1.0)
         inverse = 1 / tl.maximum(norm, EPS)
-        x_tile = tl.load(
-            x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask & active[:, None], other=0.0
-        ).to(tl.float32)
+        x_tile = tl.load(x + _offsets(rows, d, D), mask=mask & active[:, None], other=0.0).to(tl.float32)
         dot = from_negatives
         if not (MOMENTS or SIGMOID):
             dot = tl.load(scale + rows, mask=is_row, other=0.0) * from_negatives
@@ -495,4 +484,4 @@ def finish_embedding_gradients(
         dot = tl.where(norm > EPS, dot, 0.0)  # no projection where the norm was clamped
         unlift = tl.load(unit + rows, mask=is_row, other=1.0) / G_LIFT
         gradient = (sums * unlift[:, None] - dot[:, None] * (x_tile * inverse[:, None])) * inverse[:, None]
-        tl.store(dx + _offsets(rows, d, D, 1), gradient.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + _offsets(rows, d, D), gradient.to(dx.dtype.element_ty), mask=mask)

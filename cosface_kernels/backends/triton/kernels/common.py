@@ -17,8 +17,9 @@ TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _offsets(rows, columns, row_stride, column_stride):
-    return rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
+def _offsets(rows, columns, row_length):
+    """Of a contiguous matrix."""
+    return rows[:, None].to(tl.int64) * row_length + columns[None, :].to(tl.int64)
 
 
 @triton.jit
@@ -50,8 +51,6 @@ def _norms(
     x,
     rows,
     is_row,
-    row_stride,
-    column_stride,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,9 +60,7 @@ def _norms(
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
-        tile = tl.load(
-            x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & (d < D)[None, :], other=0.0
-        )
+        tile = tl.load(x + _offsets(rows, d, D), mask=is_row[:, None] & (d < D)[None, :], other=0.0)
         tile = _upcast(tile, OPERAND).to(tl.float32)
         squares += tl.sum(tile * tile, 1)
     return tl.sqrt(squares)
@@ -77,8 +74,6 @@ def _dot_tile(
     w_rows,
     is_row,
     is_class,
-    row_stride,
-    column_stride,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -95,8 +90,8 @@ def _dot_tile(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
-        x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
-        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_class[:, None] & is_d, other=0.0)
+        x_tile = tl.load(x + _offsets(rows, d, D), mask=is_row[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D), mask=is_class[:, None] & is_d, other=0.0)
         dot = tl.dot(x_tile.to(OPERAND), tl.trans(_upcast(w_tile, OPERAND)), dot, input_precision=PRECISION)
     return dot
 
@@ -124,8 +119,6 @@ def _target_cos(
     rows,
     is_row,
     C,
-    row_stride,
-    column_stride,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -143,8 +136,8 @@ def _target_cos(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         is_d = (d < D)[None, :]
-        x_tile = tl.load(x + _offsets(rows, d, row_stride, column_stride), mask=is_row[:, None] & is_d, other=0.0)
-        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=has_target[:, None] & is_d, other=0.0)
+        x_tile = tl.load(x + _offsets(rows, d, D), mask=is_row[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D), mask=has_target[:, None] & is_d, other=0.0)
         dot += tl.sum(x_tile.to(OPERAND).to(tl.float32) * _upcast(w_tile, OPERAND).to(tl.float32), 1)
     return tl.where(has_target, dot * factor, 0.0)
 

@@ -28,8 +28,6 @@ def row_norms(
     chosen,
     norms,
     count,
-    row_stride,
-    column_stride,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -43,7 +41,7 @@ def row_norms(
     rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_row = rows < count
     places = _weight_rows(chosen, rows, is_row, CHOSEN)
-    norm = _norms(matrix, places, is_row, row_stride, column_stride, D, BLOCK_C, BLOCK_D, OPERAND)
+    norm = _norms(matrix, places, is_row, D, BLOCK_C, BLOCK_D, OPERAND)
     tl.store(norms + rows, norm, mask=is_row)
 
 
@@ -66,8 +64,6 @@ def class_statistics(
     N,
     C,
     kept,
-    x_row_stride,
-    x_column_stride,
     tiles_per_split,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,8 +115,6 @@ def class_statistics(
             _weight_rows(chosen, classes, is_class, CHOSEN),
             is_row,
             is_class,
-            x_row_stride,
-            x_column_stride,
             D,
             BLOCK_N,
             BLOCK_C,
@@ -136,7 +130,7 @@ def class_statistics(
         if KEEP:
             in_steps = tl.floor(cos * (1 / COSINE_STEP) + 0.5).to(tl.int16)
             mask = is_row[:, None] & (classes < kept)[None, :]
-            tl.store(cosines + _offsets(rows, classes, kept, 1), in_steps, mask=mask)
+            tl.store(cosines + _offsets(rows, classes, kept), in_steps, mask=mask)
         # Rounded as in logit_gradients; the choice keeps the product out of an fma with what is subtracted.
         cos = tl.where(is_negative, cos, -float("inf"))
         if RESHAPE:
@@ -202,8 +196,6 @@ def merge_statistics(
     C,
     splits,
     margin,
-    x_row_stride,
-    x_column_stride,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
@@ -231,7 +223,7 @@ def merge_statistics(
         hard_count = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, splits, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
-        slots = _offsets(split, rows, N, 1)
+        slots = _offsets(split, rows, N)
         mask = (split < splits)[:, None] & is_row[None, :]
         part_max = tl.load(top + slots, mask=mask, other=-float("inf"))
         if RESHAPE:
@@ -256,8 +248,7 @@ def merge_statistics(
     log_sum_row = tl.where(is_empty, -float("inf"), tl.log(tl.where(is_empty, 1.0, running_sum)))
     target = tl.load(targets + rows, mask=is_row, other=-1)
     cos = _target_cos(
-        x, w, chosen, w_norm, x_norm, target, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_D,
-        OPERAND, NORMALIZE, CHOSEN,
+        x, w, chosen, w_norm, x_norm, target, rows, is_row, C, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
     )  # fmt: skip
     z = log_sum_row + s * (_finite(running_max) - (cos - margin))
     softplus = tl.maximum(z, 0.0) + _log1p(tl.exp(-tl.abs(z)))
@@ -275,7 +266,6 @@ def merge_statistics(
         tl.store(moments + (place + N + N + N), hard_count, mask=is_row)
         second = _second(targets, rows, is_row, N, -1)
         cos = _target_cos(
-            x, w, chosen, w_norm, x_norm, second, rows, is_row, C, x_row_stride, x_column_stride, D, BLOCK_N,
-            BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
+            x, w, chosen, w_norm, x_norm, second, rows, is_row, C, D, BLOCK_N, BLOCK_D, OPERAND, NORMALIZE, CHOSEN,
         )  # fmt: skip
         tl.store(target_cos + (place + N), cos, mask=is_row)

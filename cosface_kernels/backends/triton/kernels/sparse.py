@@ -44,8 +44,6 @@ def _negative_cosines(
     classes,
     N,
     C,
-    x_row_stride,
-    x_column_stride,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -59,8 +57,7 @@ def _negative_cosines(
     is_row, is_class = rows < N, classes < C
     w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
     dot = _dot_tile(
-        x, w, rows, w_rows, is_row, is_class, x_row_stride, x_column_stride, D, BLOCK_N, BLOCK_C, BLOCK_D, OPERAND,
-        PRECISION,
+        x, w, rows, w_rows, is_row, is_class, D, BLOCK_N, BLOCK_C, BLOCK_D, OPERAND, PRECISION,
     )  # fmt: skip
     target = tl.load(targets + rows, mask=is_row, other=-1).to(tl.int32)
     x_inverse = 1 / tl.maximum(tl.load(x_norm + rows, mask=is_row, other=1.0), EPS)
@@ -83,8 +80,6 @@ def sample_entries(
     counts,
     N,
     C,
-    x_row_stride,
-    x_column_stride,
     largest_cut,
     steps,
     tiles,
@@ -117,8 +112,8 @@ def sample_entries(
     for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
         classes = tile * stride * BLOCK_C + tl.arange(0, BLOCK_C)
         cos = _negative_cosines(
-            x, w, chosen, w_norm, x_norm, targets, rows, classes, N, C, x_row_stride, x_column_stride, D, BLOCK_N,
-            BLOCK_C, BLOCK_D, OPERAND, PRECISION, NORMALIZE, CHOSEN,
+            x, w, chosen, w_norm, x_norm, targets, rows, classes, N, C, D, BLOCK_N, BLOCK_C, BLOCK_D,
+            OPERAND, PRECISION, NORMALIZE, CHOSEN,
         )  # fmt: skip
         log_p = _log2_probabilities(cos, factor, row_top, log2_sum)
         p = tl.exp2(log_p)
@@ -127,7 +122,7 @@ def sample_entries(
             here = (step == number)[None, :]
             mass += tl.where(here, tl.sum(tl.where(above, 0.0, p), 1)[:, None], 0.0)
             count += tl.where(here, tl.sum(tl.where(above, 1.0, 0.0), 1)[:, None], 0.0)
-    slots = _offsets(split * N + rows, step, STEPS, 1)
+    slots = _offsets(split.to(tl.int64) * N + rows, step, STEPS)
     mask = is_row[:, None] & (step < STEPS)[None, :]
     tl.store(masses + slots, mass, mask=mask)
     tl.store(counts + slots, count, mask=mask)
@@ -151,8 +146,6 @@ def keep_entries(
     dropped,
     N,
     C,
-    x_row_stride,
-    x_column_stride,
     splits,
     capacity,
     tiles_per_split,
@@ -189,8 +182,8 @@ def keep_entries(
     for tile in range(split * tiles_per_split, last_tile):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         cos = _negative_cosines(
-            x, w, chosen, w_norm, x_norm, targets, rows, classes, N, C, x_row_stride, x_column_stride, D, BLOCK_N,
-            BLOCK_C, BLOCK_D, OPERAND, PRECISION, NORMALIZE, CHOSEN,
+            x, w, chosen, w_norm, x_norm, targets, rows, classes, N, C, D, BLOCK_N, BLOCK_C, BLOCK_D,
+            OPERAND, PRECISION, NORMALIZE, CHOSEN,
         )  # fmt: skip
         p = tl.exp2(_log2_probabilities(cos, factor[:, None], row_top[:, None], log2_sum[:, None]))
         kept = cos > least[:, None]  # nan is not, and enters the mass
@@ -290,8 +283,6 @@ def entry_embedding_gradients(
     dx,
     C,
     slots,
-    x_row_stride,
-    x_column_stride,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -314,16 +305,16 @@ def entry_embedding_gradients(
         factor = tl.load(g + row * slots + k, mask=is_entry, other=0.0)
         factor *= _class_factor(w_norm, j, is_entry, NORMALIZE)
         w_rows = _weight_rows(chosen, j, is_entry, CHOSEN)
-        tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=is_entry[:, None] & (d < D)[None, :], other=0.0)
+        tile = tl.load(w + _offsets(w_rows, d, D), mask=is_entry[:, None] & (d < D)[None, :], other=0.0)
         sums += factor[:, None] * _upcast(tile, OPERAND).to(tl.float32)
     norm = tl.load(x_norm + row)
     inverse = 1 / tl.maximum(norm, EPS)
     dot = tl.where(norm > EPS, tl.load(row_dot + row), 0.0)  # no projection where the norm was clamped
     x_mask = d < tl.where(end > 0, D, 0)
-    place = row * x_row_stride + d.to(tl.int64) * x_column_stride
+    place = row * D + d
     x_row = tl.load(x + place, mask=x_mask, other=0.0).to(tl.float32)
     gradient = (tl.sum(sums, 0) - dot * (x_row * inverse)) * inverse
-    tl.store(dx + row * D + d, tl.where(x_mask, gradient, 0.0).to(dx.dtype.element_ty), mask=d < D)
+    tl.store(dx + place, tl.where(x_mask, gradient, 0.0).to(dx.dtype.element_ty), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["C", "slots"])
@@ -343,8 +334,6 @@ def entry_weight_gradients(
     first_class,
     chunk,
     slots,
-    x_row_stride,
-    x_column_stride,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -377,19 +366,19 @@ def entry_weight_gradients(
         inverse = 1 / tl.maximum(tl.load(x_norm + rows), EPS)
         factor = tl.where(of_entry != 0.0, of_entry * inverse, 0.0)
         mask = (factor != 0.0)[:, None] & is_d
-        tile = tl.load(x + _offsets(rows, d, x_row_stride, x_column_stride), mask=mask, other=0.0)
+        tile = tl.load(x + _offsets(rows, d, D), mask=mask, other=0.0)
         sums += factor[:, None] * tile.to(tl.float32)
     if NORMALIZE:
         norm = tl.load(w_norm + classes, mask=is_class, other=1.0)
         inverse = 1 / tl.maximum(norm, EPS)
         along_w = tl.where(norm > EPS, dots * inverse * inverse, 0.0)
         w_rows = _weight_rows(chosen, classes, is_class, CHOSEN)
-        w_tile = tl.load(w + _offsets(w_rows, d, D, 1), mask=(count > 0)[:, None] & is_d, other=0.0)
+        w_tile = tl.load(w + _offsets(w_rows, d, D), mask=(count > 0)[:, None] & is_d, other=0.0)
         sums = sums * inverse[:, None] - along_w[:, None] * _upcast(w_tile, OPERAND).to(tl.float32)
     else:
         sums *= _class_factor(w_norm, classes, is_class, NORMALIZE)[:, None]  # as of what is stored
     is_written = is_class & (columns < chunk)
     limit = tl.where(tl.load(exact_rows) > 0, D, 0)
-    to = dw + _offsets(columns, d, D, 1)
+    to = dw + _offsets(columns, d, D)
     sums += tl.load(to, mask=is_written[:, None] & (d < limit)[None, :], other=0.0).to(tl.float32)
     tl.store(to, sums.to(dw.dtype.element_ty), mask=is_written[:, None] & is_d)

@@ -25,7 +25,7 @@ def _row_factor(
     """What each row of the gradient is multiplied by, (BLOCK_C,)."""
     factor = tl.zeros((BLOCK_C,), tl.float32) + gradient_factor
     if CLIP:
-        norm = tl.abs(gradient_factor) * _norms(dw, columns, is_class, D, 1, D, BLOCK_C, BLOCK_D)
+        norm = tl.abs(gradient_factor) * _norms(dw, columns, is_class, D, BLOCK_C, BLOCK_D)
         factor *= tl.where(norm > max_row_norm, max_row_norm / norm, 1.0)
     return factor
 
@@ -39,7 +39,7 @@ def _noise(
     Philox4x32-10 makes 128 bits at a time, which four neighbours share: ten rounds for each element would be most
     of the arithmetic of a step.
     """
-    group = _offsets(rows, first // 4 + tl.arange(0, BLOCK_D // 4), (D + 3) // 4, 1)
+    group = _offsets(rows, first // 4 + tl.arange(0, BLOCK_D // 4), (D + 3) // 4)
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(seed, low, high, low * 0 + step, low * 0 + stream)
     return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK_C, BLOCK_D))
@@ -95,10 +95,10 @@ def sgd_rows(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = is_class[:, None] & (d < D)[None, :]
-        place = _offsets(rows, d, D, 1)
+        place = _offsets(rows, d, D)
         noise = _noise(seed, step, 0, rows, first, D, BLOCK_C, BLOCK_D)
         v = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(dw + _offsets(columns, d, D, 1), mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        g = tl.load(dw + _offsets(columns, d, D), mask=mask, other=0.0).to(tl.float32) * factor[:, None]
         g += weight_decay * v
         if MOMENTUM:
             b = momentum * tl.load(momentum_buffer + place, mask=mask, other=0.0).to(tl.float32) + fresh * g
@@ -152,11 +152,11 @@ def adamw_rows(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = is_class[:, None] & (d < D)[None, :]
-        place = _offsets(rows, d, D, 1)
+        place = _offsets(rows, d, D)
         noise = _noise(seed, step, 0, rows, first, D, BLOCK_C, BLOCK_D)
         more_noise = _noise(seed, step, 1, rows, first, D, BLOCK_C, BLOCK_D)
         v = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(dw + _offsets(columns, d, D, 1), mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        g = tl.load(dw + _offsets(columns, d, D), mask=mask, other=0.0).to(tl.float32) * factor[:, None]
         m = tl.load(exp_avg + place, mask=mask, other=0.0).to(tl.float32)
         m += fresh1 * (g - m)
         q = beta2 * tl.load(exp_avg_sq + place, mask=mask, other=0.0).to(tl.float32) + fresh2 * g * g

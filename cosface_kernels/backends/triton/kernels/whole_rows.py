@@ -167,9 +167,9 @@ def sgd_whole_rows(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = is_class[:, None] & (d < D)[None, :]
-        place = _offsets(rows, d, D, 1)
+        place = _offsets(rows, d, D)
         v, b = _sgd(
-            dw + _offsets(columns, d, D, 1), w + place, momentum_buffer + place, mask, w_e, b_e, factor, lr,
+            dw + _offsets(columns, d, D), w + place, momentum_buffer + place, mask, w_e, b_e, factor, lr,
             weight_decay, momentum, fresh, of_gradient, of_momentum, MOMENTUM,
         )  # fmt: skip
         largest_w, largest_b = _larger(largest_w, v), _larger(largest_b, b)
@@ -184,10 +184,10 @@ def sgd_whole_rows(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = is_class[:, None] & (d < D)[None, :]
-        place = _offsets(rows, d, D, 1)
+        place = _offsets(rows, d, D)
         noise = _noise(seed, step, 0, rows, first, D, BLOCK_C, BLOCK_D)
         v, b = _sgd(
-            dw + _offsets(columns, d, D, 1), w + place, momentum_buffer + place, mask, w_e, b_e, factor, lr,
+            dw + _offsets(columns, d, D), w + place, momentum_buffer + place, mask, w_e, b_e, factor, lr,
             weight_decay, momentum, fresh, of_gradient, of_momentum, MOMENTUM,
         )  # fmt: skip
         if MOMENTUM:
@@ -273,9 +273,9 @@ def adamw_whole_rows(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = is_class[:, None] & (d < D)[None, :]
-        place = _offsets(rows, d, D, 1)
+        place = _offsets(rows, d, D)
         v, m, q, p = _adamw(
-            dw + _offsets(columns, d, D, 1), w + place, exp_avg + place, exp_avg_sq + place,
+            dw + _offsets(columns, d, D), w + place, exp_avg + place, exp_avg_sq + place,
             max_exp_avg_sq + place, mask, w_e, m_e, q_e, p_e, factor, step_size, kept, fresh1, beta2, fresh2,
             root_correction, eps, AMSGRAD,
         )  # fmt: skip
@@ -295,11 +295,11 @@ def adamw_whole_rows(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         mask = is_class[:, None] & (d < D)[None, :]
-        place = _offsets(rows, d, D, 1)
+        place = _offsets(rows, d, D)
         noise = _noise(seed, step, 0, rows, first, D, BLOCK_C, BLOCK_D)
         more_noise = _noise(seed, step, 1, rows, first, D, BLOCK_C, BLOCK_D)
         v, m, q, p = _adamw(
-            dw + _offsets(columns, d, D, 1), w + place, exp_avg + place, exp_avg_sq + place,
+            dw + _offsets(columns, d, D), w + place, exp_avg + place, exp_avg_sq + place,
             max_exp_avg_sq + place, mask, w_e, m_e, q_e, p_e, factor, step_size, kept, fresh1, beta2, fresh2,
             root_correction, eps, AMSGRAD,
         )  # fmt: skip
