@@ -1,6 +1,7 @@
 """Whether backends `triton` and `cuda` can run here: why not, and that the question itself is answered right."""
 
 import re
+import subprocess
 import types
 
 import pytest
@@ -59,14 +60,24 @@ def test_gpu_that_is_too_old_for_triton(gpu_of_triton):
     assert "capability 8.0 or newer, found 7.5." in backend_triton.unavailable()
 
 
-def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(gpu_of_triton):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, "gcc"),  # Python's headers are missing
+        AssertionError("libcuda.so cannot found!"),
+        NotImplementedError("a compiler of the future"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_kernel_that_cannot_be_compiled_hands_over_to_the_next_backend(gpu_of_triton, error):
     def fail(*arguments):
-        raise RuntimeError("Failed to find C compiler")
+        raise error
 
     gpu_of_triton.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     gpu_of_triton.setattr(forward_pass, "forward", fail)
     reason = backend_triton.unavailable()
-    assert reason == "a kernel cannot be compiled or launched (RuntimeError: Failed to find C compiler)."
+    assert reason == f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
     x = torch.eye(2, 3)
     assert cosface_loss(x, x, torch.tensor([0, 1])).isfinite()
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: a kernel cannot be compiled"):

@@ -68,13 +68,17 @@ def unavailable() -> str | None:
 
 @_disable_current_modes()  # who asks first may be tracing, with tensors that have no memory; all get the answer
 def _compile_failure() -> str | None:
-    """Why a kernel cannot be compiled or launched here (no C compiler, too old a driver), or None."""
+    """Why a kernel cannot be compiled or launched here (no C compiler, too old a driver), or None.
+
+    Any exception is a reason: Triton passes on subprocess's of a compiler without Python's headers, asserts that
+    libcuda is found, and other versions raise others.
+    """
     one = torch.ones(1, 1, dtype=torch.float32, device="cuda")
     try:
         label = one.new_zeros(1, dtype=torch.int64)
         saved = Saved(one[0], one[0], one.new_empty(1, 0, dtype=torch.int16))
         forward_pass.forward(one, one, saved, label, one[0], 0.0, PLAIN, Tile(16, 16, 16, 4, 1))
-    except (RuntimeError, OSError, launch.triton.errors.TritonError) as error:
+    except Exception as error:
         if is_full(error):  # what is raised is not remembered
             raise
         return f"a kernel cannot be compiled or launched ({type(error).__name__}: {error})."
