@@ -133,8 +133,9 @@ TOO_LARGE = {
     ("logit_gradients", 2, "gfx942", True),
     *(("keep_entries", 4, arch, plain) for arch in ("sm_80", "sm_100") for plain in (True, False)),
 }
-# Likewise where a loop over the columns has one step.
+# Likewise where a loop over the columns has one step, and for heads of sigmoids.
 TOO_LARGE_FOR_ONE_STEP = {("class_statistics", 2, "sm_100")}
+TOO_LARGE_FOR_SIGMOIDS = {("logit_gradients", 4, "sm_80")}
 # For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
 # registers, one number at a time, so that blocks are small and nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
@@ -172,8 +173,10 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
         blocks = FLOAT8_BLOCKS_ON_SM_80 if key.architecture == "sm_80" else FLOAT8_BLOCKS
         tiles = tuple(blocks.get(tile, tile) for tile in tiles)
         tiles = tuple(replace(tile, warps=FLOAT8_WARPS.get(kernel, tile.warps)) for tile in tiles)
-    one_step = key.dim <= tiles[0].d and (kernel, size, key.architecture) in TOO_LARGE_FOR_ONE_STEP
-    if one_step or (kernel, size, key.architecture, key.plain) in TOO_LARGE:
+    where = (kernel, size, key.architecture)
+    one_step = key.dim <= tiles[0].d and where in TOO_LARGE_FOR_ONE_STEP
+    sigmoids = "sigmoid" in key.variant and where in TOO_LARGE_FOR_SIGMOIDS
+    if one_step or sigmoids or (*where, key.plain) in TOO_LARGE:
         return tiles[1:]
     large = LARGE.get((kernel, key.architecture)) if key.x == key.w == torch.bfloat16 and key.plain else None
     return (*tiles, large) if large else tiles
