@@ -95,7 +95,8 @@ def save(
         structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
         _check_ranks(tensors, process_group)
         states = {name: generator.get_state() for name, generator in (generators or {}).items()}
-        facts = {"step": step, "objects": list(objects), "generators": {n: len(t) for n, t in states.items()}}
+        lengths = {name: len(states[name]) for name in sorted(states)}
+        facts = {"step": step, "objects": sorted(objects), "generators": lengths}
         kinds = {place: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for place, tensor in tensors.items()}
         return (structure, tensors, states), facts | kinds
 

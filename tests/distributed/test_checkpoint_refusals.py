@@ -88,7 +88,7 @@ OTHERS = {
     "another object": (
         {"odd": Odd(1), "more": Odd(2)},
         1,
-        r"objects must be .*, got \['odd'\] on rank 0 and \['odd', 'm",
+        r"objects must be .*, got \['odd'\] on rank 0 and \['more', 'o",
     ),
     "an object less": ({}, 1, r"objects must be the same on every rank, got \['odd'\] on rank 0 and \[\]"),
     "another shape": ({"odd": Odd(torch.ones(3))}, 1, r"odd/value must be .*, got None on rank 0 and .*\(3,\) on"),
@@ -133,6 +133,17 @@ def test_a_rank_that_does_not_load_the_same(ranks, tmp_path, objects, error, sen
             error if rank == 1 else ValueError, match=sentence if rank == 1 else "rank 1 refused: "
         ):
             raise result
+
+
+def save_in_another_order(rank, group, folder):
+    objects, generators = {"a": Odd(1), "b": Odd(2)}, {"c": torch.Generator(), "d": torch.Generator()}
+    if rank == 1:
+        objects, generators = (dict(reversed(each.items())) for each in (objects, generators))
+    checkpoint.save(folder, 1, generators=generators, process_group=group, **objects)
+
+
+def test_the_order_of_objects_does_not_count(ranks, tmp_path):
+    ranks.results(3, save_in_another_order, tmp_path)
 
 
 def save_heads_of_two_groups(rank, group, folder):
