@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import FusedAdaFaceLoss, FusedCosFaceLoss, FusedMarginLoss, FusedUniFaceLoss, collectives
-from cosface_kernels.margins import Margin
+from cosface_kernels.margins import ArcFaceMargin, Margin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 
 ALIKE = "must be the same on every rank"
@@ -114,6 +115,24 @@ def _nans(rank, group):
     head(torch.ones(2, 5), torch.tensor([0, 6]))
 
 
+def _ref_emb(rank, group):
+    x = torch.ones(2, 5)
+    _head(group)(x, torch.tensor([0, 6]), ref_emb=x.clone() if rank == 1 else None)
+
+
+def _class_of_margins(rank, group):
+    head = FusedMarginLoss(7, 5, lambda cos: cos - 0.25, process_group=group)
+    head.margin = ArcFaceMargin if rank == 1 else head.margin
+    head(torch.ones(2, 5), torch.tensor([0, 6]))
+
+
+def _labels_that_change(rank, group):
+    head, labels = _head(group, sample_rate=0.5), torch.tensor([0, 6])
+    loss = checkpoint(head, torch.ones(2, 5, requires_grad=True), labels, use_reentrant=False)
+    labels.data.add_(rank == 1)  # unseen by autograd, which would raise first
+    loss.backward()
+
+
 class Forgetful(torch.amp.GradScaler):
     def scale(self, outputs):
         return outputs
@@ -171,6 +190,9 @@ ALONE = {
     ),
     "tables": (_tables, f"margin.margins {ALIKE}, got numbers in [0.5, 0.5], checksum 3fe0000000000000 ("),
     "nans": (_nans, f"margin.mean {ALIKE}, got numbers in [nan, nan], checksum 7fc00000 ("),
+    "ref_emb": (_ref_emb, "ref_emb and ref_labels must be None or the embeddings and labels themselves"),
+    "a class": (_class_of_margins, "margin must be a margin, got the class ArcFaceMargin"),
+    "labels that change": (_labels_that_change, "has 2 labels that none of the last 32 forward passes of this"),
     "imprinting": (_imprint, f"dtype of the embeddings of init {ALIKE}, got torch.float32 on rank 0 and"),
 }
 
