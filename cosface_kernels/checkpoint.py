@@ -79,7 +79,8 @@ def save(
         TypeError: an object has no state, or its state holds something other than dense tensors, numbers, strings
             and containers of them.
         ValueError: keep is less than 1, or step is no number of steps; the ranks differ in step, objects or
-            shapes; a tensor is sharded over other ranks; or another rank refused, with its sentence.
+            shapes; a tensor is sharded over other ranks, or has the place of another, as those of keys 1 and "1";
+            or another rank refused, with its sentence.
         RuntimeError: a rank could not write its part, or made no call; the message says which and why.
     """
     if process_group is not None:
@@ -95,7 +96,8 @@ def save(
         structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
         _check_ranks(tensors, process_group)
         states = {name: generator.get_state() for name, generator in (generators or {}).items()}
-        facts = {"step": step, "objects": list(objects), "generators": {n: len(t) for n, t in states.items()}}
+        lengths = {name: len(states[name]) for name in sorted(states)}
+        facts = {"step": step, "objects": sorted(objects), "generators": lengths}
         kinds = {place: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for place, tensor in tensors.items()}
         return (structure, tensors, states), facts | kinds
 
@@ -174,15 +176,19 @@ def load(
     saved, tensors = found
     _read(tensors, saved.path, process_group, not dist.is_initialized())
     everywhere = tensors | {place: tensors[key] for place, key in saved.shared.items() if key in tensors}
-    for name, item in objects.items():
-        try:
-            item.load_state_dict(_decode(saved.objects[name], everywhere))
-        except (KeyError, RuntimeError, ValueError) as error:  # what torch's modules and optimizers raise
-            raise ValueError(f"{name} does not take what {path} holds of it: {error}") from error
-    for name, generator in (generators or {}).items():
-        if own[name] in tensors:
-            generator.set_state(tensors[own[name]])
-    return saved.step
+
+    def restore() -> tuple[int, dict[str, object]]:
+        for name, item in objects.items():
+            try:
+                item.load_state_dict(_decode(saved.objects[name], everywhere))
+            except Exception as error:  # an object of one's own may raise anything
+                raise ValueError(f"{name} does not take what {path} holds of it: {error}") from error
+        for name, generator in (generators or {}).items():
+            if own[name] in tensors:
+                generator.set_state(tensors[own[name]])
+        return saved.step, {}
+
+    return on_every(restore, process_group)
 
 
 def load_tensor(folder: str | os.PathLike[str], name: str) -> Tensor:
@@ -288,9 +294,17 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
                 else ""
             )
             raise TypeError(f"{key} is a sparse tensor; a checkpoint holds dense ones.{advice}")
+        if key in tensors:
+            raise ValueError(f"{key} is the place of two tensors, and one would be lost: give it another key.")
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):  # as pairs, because an optimizer's keys are integers
+        for k in value:
+            if not (k is None or isinstance(k, bool | int | float | str)):
+                raise TypeError(
+                    f"{key} has a key that is a {type(k).__name__}, {k!r}; those of a checkpoint are numbers, "
+                    "strings or None."
+                )
         kind = (
             "counter" if isinstance(value, Counter) else "dict"
         )  # MultiStepLR has one, and asks for its elements

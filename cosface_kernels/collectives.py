@@ -226,9 +226,10 @@ def agree(
     """
     tensors = {name: fact for name, fact in facts.items() if isinstance(fact, Tensor)}
     said = {name: _kind(fact) if isinstance(fact, Tensor) else str(fact) for name, fact in facts.items()}
-    own = torch.tensor([count, refusal is not None, zlib.crc32(repr(said).encode()), 0], device=device)  # (4,)
+    text = repr(sorted(said.items()))  # in an order that is the same on every rank
+    own = torch.tensor([count, refusal is not None, zlib.crc32(text.encode()), 0], device=device)  # (4,)
     if tensors:
-        contents = torch.stack([digest(fact).to(device) for fact in tensors.values()])
+        contents = torch.stack([digest(tensors[name]).to(device) for name in sorted(tensors)])
         own[3] = _mixed(contents)
     table = own.new_empty(dist.get_world_size(group) * 4)
     with naming(f"agreeing on {about}", group):
@@ -249,12 +250,14 @@ def _difference(answers: Sequence[tuple[dict[str, str], str | None]]) -> str:
         if sentence is not None:
             return f"rank {rank} refused: {sentence}"
     first = answers[0][0]
-    rank, theirs = next((rank, theirs) for rank, (theirs, _) in enumerate(answers) if theirs != first)
-    name = next(name for name in {**first, **theirs} if first.get(name) != theirs.get(name))
-    return (
-        f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and {theirs.get(name)} on rank "
-        f"{rank}."
-    )
+    for rank, (theirs, _) in enumerate(answers):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                return (
+                    f"{name} must be the same on every rank, got {first.get(name)} on rank 0 and "
+                    f"{theirs.get(name)} on rank {rank}."
+                )
+    return f"{', '.join(first)} must be the same on every rank; one of them differed, and has changed meanwhile."
 
 
 def _kind(tensor: Tensor) -> str:
@@ -264,10 +267,10 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _content(tensor: Tensor) -> str:
-    if not tensor.dim():
-        return f"{tensor.item()}"
+    if not tensor.dim() and (value := tensor.item()) == value:  # one nan is not another
+        return f"{value}"
     low, high = tensor.double().aminmax() if tensor.numel() else (math.nan, math.nan)
-    return f"numbers in [{low:.6g}, {high:.6g}], checksum {int(digest(tensor)) % 2**32:x}"
+    return f"numbers in [{low:.6g}, {high:.6g}], checksum {int(digest(tensor)) % 2**64:x}"
 
 
 _digests = WeakTensorKeyDictionary()  # of a tensor: the state it was read in, and its digest; not saved with it

@@ -170,12 +170,6 @@ def margin_softmax_loss(
     """
     ops.refuse_transforms()
     ranks = placement(weight)
-    settings = stages.Settings(
-        of_each_class(margin), reduction, ignore_index, validate_labels, backend, gradient_tolerance,
-        normalize_embeddings, normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
-        label_smoothing, entropy, subcenters,
-        own_rows(weight_exponent) if isinstance(weight_exponent, Tensor) else None,
-    )  # fmt: skip
     weights = sample_weight, class_weight, indices_tuple
     options: dict[str, Any] = {}
 
@@ -184,6 +178,12 @@ def margin_softmax_loss(
 
     of_each = scale if isinstance(scale, Tensor) and scale.dim() else None
     with ranks.agreement(stated, embeddings, sample_weight, of_each):
+        settings = stages.Settings(
+            of_each_class(margin), reduction, ignore_index, validate_labels, backend, gradient_tolerance,
+            normalize_embeddings, normalize_weight, sampler, cache_bytes, exact_cache, workspace_bytes,
+            label_smoothing, entropy, subcenters,
+            own_rows(weight_exponent) if isinstance(weight_exponent, Tensor) else None,
+        )  # fmt: skip
         check_stats(return_stats, entropy)
         stages.check(settings, ranks, embeddings, weight, labels, scale)
         check_exponents(weight, weight_exponent, needed=not normalize_weight)

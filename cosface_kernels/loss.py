@@ -16,7 +16,7 @@ from typing_extensions import Self, Unpack
 from cosface_kernels import optim, resizing, sample_weights, theory
 from cosface_kernels.backends import check_name
 from cosface_kernels.centres import ClassCentres
-from cosface_kernels.distributed import own_classes, several_ranks, warn_of_drift
+from cosface_kernels.distributed import agreement_on_rows, own_classes, several_ranks, warn_of_drift
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.functional import LossStats, cosine_logits, margin_softmax_loss
 from cosface_kernels.margins import ClassMargin, Margin, SigmoidMargin, defaults, of_each_class
@@ -343,10 +343,11 @@ class FusedMarginLoss(ClassCentres):
             have weights a_i, the mean is sum(a_i loss_i) / sum(a_i), as of `torch.nn.functional.cross_entropy`.
         """
         if ref_emb is not None and (ref_emb is not embeddings or ref_labels is not labels):
-            raise ValueError(
-                "ref_emb and ref_labels must be None or the embeddings and labels themselves, got others: a head "
-                "compares embeddings with its class centres."
-            )
+            with agreement_on_rows(self.weight, "the batch"):  # in which the other ranks are
+                raise ValueError(
+                    "ref_emb and ref_labels must be None or the embeddings and labels themselves, got others: a "
+                    "head compares embeddings with its class centres."
+                )
         with self._state_of_pass(embeddings, labels):
             return self._loss(
                 embeddings,

@@ -8,10 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from cosface_kernels.distributed import agreement_on_rows
 
 REMEMBERED = 32  # forward passes before a backward
 
@@ -40,7 +43,7 @@ def state_of_pass(
     """Where forward runs again inside backward, its body finds the state of its first run, and changes none.
 
     Args:
-        module: whose forward it is.
+        module: the head whose forward it is.
         state: 0-d buffers that the body may change.
         embeddings, labels: what forward was given, by which its first run is found.
 
@@ -54,7 +57,7 @@ def state_of_pass(
         made = _Pass(labels.clone(), _digest(embeddings), before, start, torch.is_grad_enabled())
         _passes.setdefault(module, deque(maxlen=REMEMBERED)).append(made)
         return
-    _restore(state, _first_run(_passes.get(module, deque()), embeddings, labels).state)
+    _restore(state, _first_run(module, embeddings, labels).state)
     try:
         yield
     finally:
@@ -65,18 +68,19 @@ def _digest(embeddings: Tensor) -> Tensor:
     return embeddings.detach().sum(dtype=torch.float32).nan_to_num()
 
 
-def _first_run(passes: deque[_Pass], embeddings: Tensor, labels: Tensor) -> _Pass:
+def _first_run(module: nn.Module, embeddings: Tensor, labels: Tensor) -> _Pass:
     """The one whose embeddings are closest, for recomputation may round otherwise.
 
     Of passes with equal batches, such as the empty ones of a rank, that whose nodes the running one is among.
     """
-    same = [each for each in reversed(passes) if torch.equal(each.labels, labels)]
+    same = [each for each in reversed(_passes.get(module, deque())) if torch.equal(each.labels, labels)]
     if not same:
-        raise RuntimeError(
-            f"A forward inside backward, as by torch.utils.checkpoint, has {len(labels)} labels that none of the "
-            f"last {REMEMBERED} forward passes of this head had, and so the state of its first run is not known: "
-            "call backward sooner, or leave the head outside the checkpoint, since it keeps no logits."
-        )
+        with agreement_on_rows(cast(Tensor, module.weight), "the batch"):  # in which the other ranks are
+            raise RuntimeError(
+                f"A forward inside backward, as by torch.utils.checkpoint, has {len(labels)} labels that none of "
+                f"the last {REMEMBERED} forward passes of this head had, and so the state of its first run is not "
+                "known: call backward sooner, or leave the head outside the checkpoint, since it keeps no logits."
+            )
     digest, node = _digest(embeddings), torch._C._current_autograd_node()._sequence_nr()
     return min(same, key=lambda each: (float((each.digest - digest).abs()), each.distance(node)))
 

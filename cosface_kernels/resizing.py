@@ -357,7 +357,7 @@ def resized_states(
                 name: _resized(moment, sources)
                 if isinstance(moment, Tensor) and _is_of_each_class(moment, parameter)
                 else moment
-                for name, moment in optimizer.state[parameter].items()
+                for name, moment in sorted(optimizer.state[parameter].items())  # alike on every rank
             }
     return states
 

@@ -1,7 +1,7 @@
 """Work that the first process does alone while the others wait for it, however long it takes."""
 
 import itertools
-import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,6 @@ T = TypeVar("T")
 
 WORK = "what the first process does alone"
 SIGN_EVERY = 10.0  # seconds, of the first process that it is alive
-_turns = itertools.count()  # the same on every process
 
 
 def first(work: Callable[[], T], device: torch.device) -> T | None:
@@ -27,10 +26,13 @@ def first(work: Callable[[], T], device: torch.device) -> T | None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
-    # of this start alone: torchrun may keep its store for the next
-    turn = f"cosface/first/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_turns)}"
     world, store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()
     is_first, result = dist.get_rank() == 0, None
+    # Drawn, because the store may hold the signs of an earlier start, and each agent of torchrun counts its own.
+    token = [secrets.token_hex(8)]
+    with naming(f"beginning {WORK}", world):
+        dist.broadcast_object_list(token, src=0, device=device)
+    turn = f"cosface/first/{token[0]}"
     if not is_first:
         with naming(f"waiting for {WORK}", world):
             for sign in itertools.count():

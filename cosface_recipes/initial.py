@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cosface_kernels import FusedMarginLoss, convert
 from cosface_recipes.data.image_datasets import ImageDataset
 from cosface_recipes.export import WEIGHTS
+from cosface_recipes.first import first
 from cosface_recipes.outputs import give_mode_of_open
 
 HEAD, IDENTITIES = "head.safetensors", "identities.json"
@@ -86,13 +87,15 @@ def load_head(head: FusedMarginLoss, file: Path, data: ImageDataset) -> str:
     return f"The head is that of {weights}, of the same identities."
 
 
-def save_head(head: FusedMarginLoss, folder: Path, data: ImageDataset, first: bool) -> None:
-    """On all processes together; `first` is one of them."""
-    if first:
-        (folder / IDENTITIES).write_text(json.dumps(identities(data)) + "\n", encoding="utf-8")
+def save_head(head: FusedMarginLoss, folder: Path, data: ImageDataset) -> None:
+    """On all processes together."""
     convert.save_weight(head.weight, folder / HEAD, head.weight_exponent)
-    if first:
+
+    def finish() -> None:
         give_mode_of_open(folder / HEAD)
+        (folder / IDENTITIES).write_text(json.dumps(identities(data)) + "\n", encoding="utf-8")
+
+    first(finish, head.weight.device)
 
 
 def identities(data: ImageDataset) -> list[str] | int:

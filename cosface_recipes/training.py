@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import signal
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # ahead of a group, which its functions would have as a default and hold
 from torch import Tensor, nn
+from torch.distributed.tensor import debug
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -379,9 +382,7 @@ class Training:
         return results
 
     def export(self, results: Sequence[Result]) -> None:
-        save_head(self.head, self.output, self.data, self.rank == 0)
-        if self.rank:
-            return
+        save_head(self.head, self.output, self.data)
         config = self.config
         tested = results[0] if results else None
         description = Description(
@@ -393,11 +394,12 @@ class Training:
             tested and tested.threshold,
             tested.chosen if tested else "no test data",
         )
-        difference = export(self.result, description, self.output)
-        self.say(
-            f"Exported to {self.output}: model.safetensors reproduces the embeddings, model.onnx with a relative "
-            f"difference of {difference:.0e}."
-        )
+        difference = first(lambda: export(self.result, description, self.output), self.device)
+        if difference is not None:  # on the first process
+            self.say(
+                f"Exported to {self.output}: model.safetensors reproduces the embeddings, model.onnx with a "
+                f"relative difference of {difference:.0e}."
+            )
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[SummaryWriter | None]:
@@ -479,6 +481,7 @@ def process_group(config: Config) -> Iterator[None]:
         _clear_frames(error)
         raise
     finally:
+        _clear_caches()
         dist.destroy_process_group()
 
 
@@ -488,3 +491,10 @@ def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def _clear_caches() -> None:
+    """Likewise: DTensor's caches, which are not public, hold meshes, and DistributedDataParallel is a cycle."""
+    for name in ("_clear_python_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        getattr(debug, name, gc.collect)()
+    gc.collect()

@@ -140,6 +140,14 @@ def options_of(weight: Tensor) -> str:
     owner = owner_of(weight)
     if owner is None:
         return "none"
-    options = {name: value for name, value in owner._group_of(weight).items() if name != "params"}
+    group = owner._group_of(weight)
+    options = {name: _plain(group.get(name)) for name in owner.defaults}
     of_all = {"nonfinite": owner.nonfinite, "state_dtype": owner.state_dtype}
     return f"{type(owner).__name__} with {options | of_all}"
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of PyTorch and NumPy as Python's, which are exact as text and on no device."""
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value

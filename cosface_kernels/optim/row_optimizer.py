@@ -179,7 +179,7 @@ class RowOptimizer(Optimizer):
             self._check_own(weight, ownership)
         ordinary = [member for member in self._members() if has_ordinary_gradient(member[1])]
         if ordinary and all(ownership.finite() for *_, ownership in self._members() if ownership.finite):
-            if others := {weight for _, weight, ownership in ordinary if not ownership.is_head}:
+            if others := [weight for _, weight, ownership in ordinary if not ownership.is_head]:
                 self._move_others(others)  # first: torch may refuse one, such as of a sparse embedding
             for group, weight, ownership in ordinary:
                 if ownership.is_head:
@@ -481,15 +481,16 @@ class RowOptimizer(Optimizer):
         with self._next_update(weight, group) as (update, state), torch.no_grad():
             ops.apply_update_(rows, own_rows(weight.grad), state, *update.flat(), None)
 
-    def _move_others(self, others: set[Tensor]) -> None:
+    def _move_others(self, others: list[Tensor]) -> None:
         """By torch.optim's optimizer of this rule, with this one's options and state."""
         for weight in others:
             state = self.state[weight]
             for name in state.keys() & set(self.state_names):  # torch.optim casts them when it loads them
                 if state[name].dtype != weight.dtype:
                     convert_(state, name, weight.dtype, is_square=name in self.squares)
+        moved = set(others)
         groups = [
-            {**group, "params": [weight for weight in group["params"] if weight in others]}
+            {**group, "params": [weight for weight in group["params"] if weight in moved]}
             for group in self.param_groups
         ]
         optimizer = self.of_torch([group for group in groups if group["params"]])

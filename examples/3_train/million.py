@@ -8,6 +8,7 @@ batch's classes and a random share of the others.
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cosface_recipes.memory import peak_resident_bytes
 from cosface_recipes.synthetic import MARGIN, SCALE, TEST_SEED, make_network, views
 
 TEST_SAMPLES = 1024
+MAY_CHANGE = ("steps", "every", "checkpoint", "cache_mib")  # on resume
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
 
 
@@ -72,15 +74,24 @@ class Training:
         self.head.train()
         return float(stats.accuracy)
 
+    def settings(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self.args).items() if name not in MAY_CHANGE}
+
     def save(self, path: Path) -> None:
         """Replaces the file as a whole, so that an interruption leaves the last complete one."""
         names = ("network", "head", "rows", "optimizer")
+        state = {"settings": self.settings(), **{name: getattr(self, name).state_dict() for name in names}}
         partial = path.with_name(path.name + ".partial")
-        torch.save({"steps": self.steps, **{name: getattr(self, name).state_dict() for name in names}}, partial)
+        torch.save({"steps": self.steps, **state}, partial)
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, mmap=True)
+        now = self.settings()
+        before = saved.pop("settings", now)  # absent before they were kept
+        changed = [f"{name} was {was} and is {now[name]}" for name, was in before.items() if was != now[name]]
+        if changed:
+            sys.exit(f"{path} is of another training: {', '.join(changed)}.")
         self.steps = saved.pop("steps")
         for name, state in saved.items():
             getattr(self, name).load_state_dict(state)

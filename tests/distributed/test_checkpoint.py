@@ -417,6 +417,30 @@ def test_refuses_other_objects(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "sentence"),
+    [
+        ({1: torch.ones(2), "1": torch.zeros(2)}, ValueError, r"^odd/value/1 is the place of two tensors"),
+        (
+            {"a": {"b/c": torch.ones(2)}, "a/b": {"c": 3 * torch.ones(2)}},
+            ValueError,
+            r"^odd/value/a/b/c is the place",
+        ),
+        (
+            {b"a": torch.ones(2)},
+            TypeError,
+            r"^odd/value has a key that is a bytes, b'a'; those of a checkpoint are",
+        ),
+        ({(1, 2): 3}, TypeError, r"^odd/value has a key that is a tuple, \(1, 2\)"),
+    ],
+    ids=["number and string", "slash", "bytes", "tuple"],
+)
+def test_refuses_keys_that_would_not_come_back(tmp_path, value, error, sentence):
+    with pytest.raises(error, match=sentence):
+        checkpoint.save(tmp_path, 1, odd=Odd(value))
+    assert not list(tmp_path.iterdir())
+
+
 def test_momentum_of_sampled_classes(tmp_path):
     head = FusedCosFaceLoss(50, DIM, scale=16.0, sample_rate=0.3)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)

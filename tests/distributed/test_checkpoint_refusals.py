@@ -88,7 +88,7 @@ OTHERS = {
     "another object": (
         {"odd": Odd(1), "more": Odd(2)},
         1,
-        r"objects must be .*, got \['odd'\] on rank 0 and \['odd', 'm",
+        r"objects must be .*, got \['odd'\] on rank 0 and \['more', 'o",
     ),
     "an object less": ({}, 1, r"objects must be the same on every rank, got \['odd'\] on rank 0 and \[\]"),
     "another shape": ({"odd": Odd(torch.ones(3))}, 1, r"odd/value must be .*, got None on rank 0 and .*\(3,\) on"),
@@ -133,6 +133,43 @@ def test_a_rank_that_does_not_load_the_same(ranks, tmp_path, objects, error, sen
             error if rank == 1 else ValueError, match=sentence if rank == 1 else "rank 1 refused: "
         ):
             raise result
+
+
+class Refusing(Odd):
+    def load_state_dict(self, state):
+        raise TypeError("it has no place for it")
+
+
+NOT_TAKEN = {
+    "own object": (lambda: Refusing(1), "it has no place for it"),
+    "module": (lambda: nn.Sequential(nn.Linear(2, 2)), "Error.* in loading state_dict"),
+}
+
+
+def load_what_one_rank_does_not_take(rank, group, folder, name):
+    make, _ = NOT_TAKEN[name]
+    checkpoint.load(folder, process_group=group, part=make() if rank == 1 else Odd(1))
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_one_rank_does_not_take_all_are_told(ranks, tmp_path, name):
+    """Else the others would train on, and wait for it."""
+    checkpoint.save(tmp_path, 1, part=Odd(1))
+    sentence = f"part does not take what .* holds of it: {NOT_TAKEN[name][1]}"
+    for rank, result in enumerate(ranks.run(3, load_what_one_rank_does_not_take, tmp_path, name)):
+        with pytest.raises(ValueError, match=sentence if rank == 1 else f"rank 1 refused: {sentence}"):
+            raise result
+
+
+def save_in_another_order(rank, group, folder):
+    objects, generators = {"a": Odd(1), "b": Odd(2)}, {"c": torch.Generator(), "d": torch.Generator()}
+    if rank == 1:
+        objects, generators = (dict(reversed(each.items())) for each in (objects, generators))
+    checkpoint.save(folder, 1, generators=generators, process_group=group, **objects)
+
+
+def test_the_order_of_objects_does_not_count(ranks, tmp_path):
+    ranks.results(3, save_in_another_order, tmp_path)
 
 
 def save_heads_of_two_groups(rank, group, folder):

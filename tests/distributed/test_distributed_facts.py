@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, FusedUniFaceLoss
-from cosface_kernels.margins import Margin
-from cosface_kernels.optim import FusedSGD
+from cosface_kernels import FusedAdaFaceLoss, FusedCosFaceLoss, FusedMarginLoss, FusedUniFaceLoss, collectives
+from cosface_kernels.margins import ArcFaceMargin, Margin
+from cosface_kernels.optim import FusedAdamW, FusedSGD
 
 ALIKE = "must be the same on every rank"
 
@@ -38,6 +39,34 @@ def test_functions_and_objects_of_a_margin_are_alike_by_their_names(ranks):
         assert scheduled == pytest.approx(plain, rel=1e-6)
 
 
+def _in_another_order(rank, group):
+    """Facts, options and tensors, and an optimizer's state of each class, which was loaded in that order."""
+    facts = {"a": 1, "b": torch.zeros(2), "c": torch.ones(2)}
+    turned = dict(reversed(facts.items())) if rank == 1 else facts
+    collectives.agree(group, torch.device("cpu"), turned)
+    torch.manual_seed(0)
+    states = []
+    for turns in (False, rank == 1):
+        torch.manual_seed(0)
+        head = FusedCosFaceLoss(7, 5, process_group=group)
+        optimizer = FusedAdamW(head.parameters(), lr=0.1)
+        head(torch.randn(2, 5, requires_grad=True), torch.tensor([0, 6])).backward()
+        optimizer.step()
+        if turns:
+            for kept in (optimizer.state[head.weight], *optimizer.param_groups):
+                turned = dict(reversed(kept.items()))
+                kept.clear()
+                kept.update(turned)
+        head(torch.randn(2, 5), torch.tensor([0, 6]))
+        head.resize_classes_(keep=range(6, -1, -1), new=3, optimizer=optimizer)
+        states.append({name: optimizer.state[head.weight][name].to_local() for name in ("exp_avg", "exp_avg_sq")})
+    return [torch.equal(states[0][name], states[1][name]) for name in states[0]]
+
+
+def test_the_order_in_which_a_rank_states_or_keeps_things_does_not_count(ranks):
+    assert ranks.results(3, _in_another_order) == [[True, True]] * 3
+
+
 def _head(group, **options):
     return FusedCosFaceLoss(7, 5, process_group=group, **options)
 
@@ -64,6 +93,44 @@ def _hook(rank, group):
     if rank == 1:
         head.weight.register_hook(lambda gradient: gradient)
     _train(head)
+
+
+def _rates(rank, group):
+    head = _head(group)
+    optimizer = FusedSGD(head.parameters(), lr=torch.tensor(0.100001 if rank == 1 else 0.1))
+    head(torch.ones(2, 5, requires_grad=True), torch.tensor([0, 6])).backward()
+    optimizer.step()
+
+
+def _tables(rank, group):
+    """Whose digests differ in the upper 32 bits alone, and which have the same 6 digits."""
+    margin = nn.Parameter(torch.tensor([0.5 + (rank == 1) * 2.0**-21], dtype=torch.float64))
+    FusedMarginLoss(1, 5, margin, process_group=group)(torch.ones(2, 5), torch.tensor([0, 0]))
+
+
+def _nans(rank, group):
+    head = FusedAdaFaceLoss(7, 5, process_group=group)
+    bits = torch.tensor([-4194304 if rank == 1 else 0x7FC00000], dtype=torch.int32)
+    head.margin.mean.copy_(bits.view(torch.float32)[0])
+    head(torch.ones(2, 5), torch.tensor([0, 6]))
+
+
+def _ref_emb(rank, group):
+    x = torch.ones(2, 5)
+    _head(group)(x, torch.tensor([0, 6]), ref_emb=x.clone() if rank == 1 else None)
+
+
+def _class_of_margins(rank, group):
+    head = FusedMarginLoss(7, 5, lambda cos: cos - 0.25, process_group=group)
+    head.margin = ArcFaceMargin if rank == 1 else head.margin
+    head(torch.ones(2, 5), torch.tensor([0, 6]))
+
+
+def _labels_that_change(rank, group):
+    head, labels = _head(group, sample_rate=0.5), torch.tensor([0, 6])
+    loss = checkpoint(head, torch.ones(2, 5, requires_grad=True), labels, use_reentrant=False)
+    labels.data.add_(rank == 1)  # unseen by autograd, which would raise first
+    loss.backward()
 
 
 class Forgetful(torch.amp.GradScaler):
@@ -117,6 +184,15 @@ ALONE = {
         lambda rank, group: _head(group, backend="triton" if rank == 1 else None).topk(torch.ones(2, 5), 2),
         "backend 'triton' cannot run: ",
     ),
+    "rates as tensors": (
+        _rates,
+        f"options of the optimizer {ALIKE}, got FusedSGD with {{'lr': 0.10000000149011612, ",
+    ),
+    "tables": (_tables, f"margin.margins {ALIKE}, got numbers in [0.5, 0.5], checksum 3fe0000000000000 ("),
+    "nans": (_nans, f"margin.mean {ALIKE}, got numbers in [nan, nan], checksum 7fc00000 ("),
+    "ref_emb": (_ref_emb, "ref_emb and ref_labels must be None or the embeddings and labels themselves"),
+    "a class": (_class_of_margins, "margin must be a margin, got the class ArcFaceMargin"),
+    "labels that change": (_labels_that_change, "has 2 labels that none of the last 32 forward passes of this"),
     "imprinting": (_imprint, f"dtype of the embeddings of init {ALIKE}, got torch.float32 on rank 0 and"),
 }
 

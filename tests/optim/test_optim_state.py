@@ -191,6 +191,17 @@ def test_state_passes_to_torch_and_back(fused, torchs, options):
     torch.testing.assert_close(head.weight, other.weight, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
+def test_the_state_of_other_parameters_is_in_their_order(fused):
+    """In one that depends on addresses the ranks of a training would differ."""
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(30)]
+    optimizer = fused(parameters, lr=0.1, **({"momentum": 0.9} if fused is FusedSGD else {}))
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert list(optimizer.state_dict()["state"]) == list(range(30))
+
+
 def test_resumes_bitwise(tmp_path):
     head = make_head(torch.bfloat16)
     optimizer = FusedAdamW(head.parameters(), lr=0.01, state_dtype=torch.float32, seed=4)

@@ -43,7 +43,8 @@ def _run(folder: Path, kind: str) -> list[tuple[int, str, str]]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", CODE, str(rank), str(folder), kind, str(TIMEOUT)],
-            env={**os.environ, "PYTHONPATH": paths},
+            # of which each agent of torchrun has a count of its own
+            env={**os.environ, "PYTHONPATH": paths, "TORCHELASTIC_RESTART_COUNT": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -53,3 +53,20 @@ def test_resumes_where_it_stopped(dtype, tmp_path, capsys):
         for key, value in a[name].items():
             assert torch.equal(value.float(), b[name][key].float()), key
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--lr", "0.5"], r"lr was 1\.0 and is 0\.5"),
+        (["--momentum", "0.9"], r"momentum was 0\.0 and is 0\.9"),
+        (["--batch", "25", "--seed", "3"], r"batch was 50 and is 25, seed was 0 and is 3"),
+    ],
+    ids=lambda each: each[0].strip("-") if isinstance(each, list) else "",
+)
+def test_a_resume_refuses_other_settings(option, sentence, tmp_path):
+    """Which it would not follow, or not go on with the same batches."""
+    file = tmp_path / "million.pt"
+    million.main([*TINY, "--steps", "20", "--checkpoint", str(file)])
+    with pytest.raises(SystemExit, match=rf"million\.pt is of another training: {sentence}\.$"):
+        million.main([*TINY, "--steps", "40", "--checkpoint", str(file), *option])

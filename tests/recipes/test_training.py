@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import patience
+from support import patience, run_python
 from support.evaluation import colour_of, encoded, write_images
 from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_several, losses, some_glyphs
 
@@ -272,6 +272,39 @@ def test_a_failed_training_leaves_nothing_in_its_frames(monkeypatch):
     with pytest.raises(OSError, match="nor this"), training.process_group(config.Config(device="cpu")):
         fail_again()
     assert ended == [0]
+
+
+CODE = """
+import sys, weakref
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels.optim import FusedSGD
+from cosface_recipes import config, training
+def train():
+    backbone = DistributedDataParallel(torch.nn.Linear(3, 4))
+    head = FusedCosFaceLoss(5, 4, process_group=dist.group.WORLD)
+    optimizer = FusedSGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    head(backbone(torch.ones(2, 3)), torch.tensor([0, 4])).backward()
+    optimizer.step()
+    if sys.argv[1] == "fails":
+        raise ValueError("it cannot go on")
+try:
+    with training.process_group(config.Config(device="cpu")):
+        held = weakref.ref(dist.group.WORLD)
+        train()
+except ValueError:
+    pass
+assert held() is None
+"""
+
+
+@pytest.mark.parametrize("end", ["is done", "fails"])
+def test_nothing_holds_the_process_group_of_a_training_that_ends(end):
+    """Whose threads would go on, and abort Python's end now and then."""
+    of_torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1"}
+    done = run_python(CODE, end, MASTER_ADDR="127.0.0.1", MASTER_PORT="0", **of_torchrun)
+    assert done.returncode == 0, done.stderr
 
 
 def bad_test_data(kind: str, folder: Path) -> Path:
