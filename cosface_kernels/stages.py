@@ -163,7 +163,14 @@ def check(
         raise ValueError(
             f"{type(margin).__name__} computes with the weight: its dtype must be another, got {weight.dtype}."
         )
-    check_use(margin, settings.label_smoothing, settings.gradient_tolerance, labels.dim(), settings.entropy)
+    check_use(
+        margin,
+        settings.label_smoothing,
+        settings.gradient_tolerance,
+        labels.dim(),
+        settings.entropy,
+        sample_rate=settings.sampler.rate if settings.sampler else 1.0,
+    )
 
 
 def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:
