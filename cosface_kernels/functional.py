@@ -190,7 +190,7 @@ def margin_softmax_loss(
         optim.check_gradient(weight, weight_exponent)
         if class_weight is not None:
             sample_weights.check_class_weight(class_weight, settings.classes_of(ranks.num_classes))
-        sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
+        sample_weight, share = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
         options = stages.op_options(settings, labels, differentiable)
@@ -199,7 +199,7 @@ def margin_softmax_loss(
             if loss is not None:
                 return loss
         targets = ops.targets(labels, settings.classes_of(weight.shape[0]), int(ignore_index), validate)  # (N,)
-    batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight)
+    batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight, share)
     own = stages.own_classes(settings, ranks, batch, validate)
     if isinstance(settings.margin, SigmoidMargin):
         reduced = sigmoid.loss(settings, options, ranks, weight, batch, own, validate)

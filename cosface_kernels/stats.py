@@ -47,7 +47,7 @@ class LossStats(NamedTuple):
             0 for an ignored one, and for the second of two equal ones.
         max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
         accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin;
-            where samples have two labels, of these by their sample_weight.
+            where samples have two labels, of these by their sample_weight alone.
         sparsity: with a gradient_tolerance, and where there will be a gradient.
         top_k_accuracy: with return_stats=k, 0-d, the share whose own class centre is among the k nearest of all
             classes, also where a sampler draws some; else None.
