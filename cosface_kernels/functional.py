@@ -68,7 +68,8 @@ def cosface_loss(
         label_smoothing: eps in [0, 1]: the target has mass 1 - eps + eps / C, and each other class eps / C, as in
             `torch.nn.functional.cross_entropy` of the logits with their margin; of sampled classes C is how many
             take part.
-        return_stats: also return `LossStats`; k for its top_k_accuracy too, for a further pass over the weight.
+        return_stats: also return `LossStats`; k in [1, C] for its top_k_accuracy too, for a further pass over the
+            weight.
         entropy: with return_stats, also `LossStats.entropy`, which is differentiable.
 
     Returns:
@@ -184,8 +185,8 @@ def margin_softmax_loss(
 
     of_each = scale if isinstance(scale, Tensor) and scale.dim() else None
     with ranks.agreement(stated, embeddings, sample_weight, of_each):
-        check_stats(return_stats, entropy)
         stages.check(settings, ranks, embeddings, weight, labels, scale)
+        check_stats(return_stats, entropy, settings.classes_of(ranks.num_classes))
         check_exponents(weight, weight_exponent, needed=not normalize_weight)
         optim.check_gradient(weight, weight_exponent)
         if class_weight is not None:
