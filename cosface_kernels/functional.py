@@ -150,7 +150,9 @@ def margin_softmax_loss(
         indices_tuple: pairs or triplets of positions in the batch, as a miner of pytorch-metric-learning gives
             them, (M,) each. Each sample is weighted by how often it occurs, over the largest of these counts.
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
-        normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
+        normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well. It is an
+            angle's up to 1 alone: beyond, of rows that are longer, margins of an angle take theta for 0 or pi, and
+            cos(theta + m) for c cos(m).
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
             weight is then sparse, except where there are several ranks.
         cache_bytes, exact_cache: memory for cosines that backward need not compute again, 128 MiB by default on a

@@ -143,8 +143,8 @@ class Margin(nn.Module):
             )
         if labels_per_sample > 1 and self.reshapes_negatives:
             raise ValueError(
-                f"{type(self).__name__} reshapes the negatives of a sample by its label: labels must have shape "
-                f"(N,), got shape (N, {labels_per_sample})."
+                f"{type(self).__name__} reshapes negatives, of which a second label would be one: labels must "
+                f"have shape (N,), got shape (N, {labels_per_sample})."
             )
         if gradient_tolerance and self.reads_hard_negatives:
             raise ValueError(

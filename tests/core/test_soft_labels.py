@@ -291,7 +291,7 @@ def test_what_does_not_go_together_is_refused(backend):
         ({"labels": torch.stack([labels] * 3, 1)}, r"labels must have shape \(N,\), or \(N, 2\).* \(11, 3\)"),
         (
             {"labels": two, "sample_weight": weights, "margin": CurricularFaceMargin()},
-            r"CurricularFaceMargin reshapes the negatives .* got shape \(N, 2\)",
+            r"CurricularFaceMargin reshapes negatives, .* got shape \(N, 2\)",
         ),
         (
             {"label_smoothing": 0.1, "margin": GBCosFaceMargin()},
