@@ -68,7 +68,8 @@ def cosface_loss(
         label_smoothing: eps in [0, 1]: the target has mass 1 - eps + eps / C, and each other class eps / C, as in
             `torch.nn.functional.cross_entropy` of the logits with their margin; of sampled classes C is how many
             take part.
-        return_stats: also return `LossStats`; k for its top_k_accuracy too, for a further pass over the weight.
+        return_stats: also return `LossStats`; k in [1, C] for its top_k_accuracy too, for a further pass over the
+            weight.
         entropy: with return_stats, also `LossStats.entropy`, which is differentiable.
 
     Returns:
@@ -149,7 +150,9 @@ def margin_softmax_loss(
         indices_tuple: pairs or triplets of positions in the batch, as a miner of pytorch-metric-learning gives
             them, (M,) each. Each sample is weighted by how often it occurs, over the largest of these counts.
         normalize_embeddings: if not, the scale of each sample is s |x_i|, as in A-Softmax.
-        normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well.
+        normalize_weight: if not, <x_i, w_j> / |x_i| takes the place of cos_ij, the target's as well. It is an
+            angle's up to 1 alone: beyond, of rows that are longer, margins of an angle take theta for 0 or pi, and
+            cos(theta + m) for c cos(m).
         sampler: draws the classes that take part, of a sharded weight from those of this rank; the gradient of the
             weight is then sparse, except where there are several ranks.
         cache_bytes, exact_cache: memory for cosines that backward need not compute again, 128 MiB by default on a
@@ -184,13 +187,13 @@ def margin_softmax_loss(
             label_smoothing, entropy, subcenters,
             own_rows(weight_exponent) if isinstance(weight_exponent, Tensor) else None,
         )  # fmt: skip
-        check_stats(return_stats, entropy)
         stages.check(settings, ranks, embeddings, weight, labels, scale)
+        check_stats(return_stats, entropy, settings.classes_of(ranks.num_classes))
         check_exponents(weight, weight_exponent, needed=not normalize_weight)
         optim.check_gradient(weight, weight_exponent)
         if class_weight is not None:
             sample_weights.check_class_weight(class_weight, settings.classes_of(ranks.num_classes))
-        sample_weight = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
+        sample_weight, share = sample_weights.combined(labels, compute_dtype(embeddings, weight), *weights)
         validate = labels.device.type == "cpu" if validate_labels is None else validate_labels
         differentiable = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
         options = stages.op_options(settings, labels, differentiable)
@@ -199,7 +202,7 @@ def margin_softmax_loss(
             if loss is not None:
                 return loss
         targets = ops.targets(labels, settings.classes_of(weight.shape[0]), int(ignore_index), validate)  # (N,)
-    batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight)
+    batch = stages.gather(settings, ranks, embeddings, weight, targets, scale, sample_weight, share)
     own = stages.own_classes(settings, ranks, batch, validate)
     if isinstance(settings.margin, SigmoidMargin):
         reduced = sigmoid.loss(settings, options, ranks, weight, batch, own, validate)

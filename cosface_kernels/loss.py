@@ -169,7 +169,7 @@ class FusedMarginLoss(ClassCentres):
         check_integer("workspace_bytes", workspace_bytes, 0)
         check_sample_rate(sample_rate)
         check_integer("sample_seed", sample_seed)
-        check_use(margin, label_smoothing, gradient_tolerance)
+        check_use(margin, label_smoothing, gradient_tolerance, sample_rate=sample_rate)
         check_subcenters(
             subcenters, sharded=process_group is not None, gradient_tolerance=gradient_tolerance, margin=margin
         )

@@ -3,10 +3,10 @@
 This is the specification that every backend is tested against. It materialises the (N, C) logits on purpose.
 
 Notation: x (N, D) embeddings, w (C, D) class weights, targets (N,) with -1 for "no target", or (2, N) of samples
-with two different ones, s (N,) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij. Where
-there are two targets, "j != y_i" is neither of them, and loss_i is that of the first. With K sub-centres, which is
-options.subcenters, w is (C K, D), class j owns its rows jK .. jK + K - 1, and cos_ij is the largest of their
-cosines; of equal ones the first, which alone has a gradient.
+with two different ones, s (N,) scale, m margin, cos_ij = <x_i, w_j> / (|x_i| |w_j|), z_ij = s_i cos_ij, or
+s_i N(cos_ij) where options.negatives reshape. Where there are two targets, "j != y_i" is neither of them, and
+loss_i is that of the first. With K sub-centres, which is options.subcenters, w is (C K, D), class j owns its rows
+jK .. jK + K - 1, and cos_ij is the largest of their cosines; of equal ones the first, which alone has a gradient.
 """
 
 import torch

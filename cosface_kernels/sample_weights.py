@@ -15,8 +15,11 @@ def combined(
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     indices_tuple: Sequence[Tensor] | None,
-) -> Tensor | None:
-    """The product of those that are there, in the shape of labels, or None."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """The product of those that are there, in the shape of labels, or None.
+
+    And, of two labels of a sample, the sample_weight alone, where it is not all of that product; else None.
+    """
     if labels.dim() == 2 and sample_weight is None:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} must have a sample_weight of that shape, by which the two of "
@@ -31,7 +34,8 @@ def combined(
     if indices_tuple is not None:
         counts = of_tuples(indices_tuple, labels.view(len(labels), -1)[:, 0], dtype)  # (N,)
         factors.append(counts if labels.dim() == 1 else counts[:, None])
-    return math.prod(factors[1:], start=factors[0]) if factors else None
+    product = math.prod(factors[1:], start=factors[0]) if factors else None
+    return product, factors[0] if labels.dim() == 2 and len(factors) > 1 else None
 
 
 def of_tuples(indices_tuple: Sequence[Tensor], labels: Tensor, dtype: torch.dtype) -> Tensor:

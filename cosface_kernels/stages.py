@@ -78,6 +78,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,) or (2, N)
     scale: Tensor  # (N,)
     sample_weight: Tensor | None  # as targets
+    share: Tensor | None  # (2, N), what each of two labels counts in an accuracy
 
 
 class Labels(NamedTuple):
@@ -163,7 +164,14 @@ def check(
         raise ValueError(
             f"{type(margin).__name__} computes with the weight: its dtype must be another, got {weight.dtype}."
         )
-    check_use(margin, settings.label_smoothing, settings.gradient_tolerance, labels.dim(), settings.entropy)
+    check_use(
+        margin,
+        settings.label_smoothing,
+        settings.gradient_tolerance,
+        labels.dim(),
+        settings.entropy,
+        sample_rate=settings.sampler.rate if settings.sampler else 1.0,
+    )
 
 
 def op_options(settings: Settings, labels: Tensor, differentiable: bool) -> dict[str, Any]:
@@ -236,20 +244,26 @@ def gather(
     targets: Tensor,
     scale: float | Tensor,
     sample_weight: Tensor | None,
+    share: Tensor | None,
 ) -> Batch:
-    """The samples of all ranks from those of this one; of two equal targets, the first has both weights."""
+    """The samples of all ranks from those of this one; of two equal targets, the first has both weights.
+
+    share: of two labels of a sample, where it is not the sample_weight.
+    """
     s = _row_scale(ranks.replicate(scale), embeddings, weight)  # (N_r,)
     embeddings, targets, s = ranks.gather(embeddings), ranks.gather(targets), ranks.gather(s)
-    sample_weight = None if sample_weight is None else ranks.gather(sample_weight)
+    sample_weight, share = (None if each is None else ranks.gather(each) for each in (sample_weight, share))
     if targets.dim() == 2:
         assert sample_weight is not None
-        (first, second), (weight_of_first, weight_of_second) = targets.T, sample_weight.T  # (N,) each
+        first, second = targets.T  # (N,) each
         same = first == second
         targets = torch.stack([first, second.masked_fill(same, ops.IGNORED)])  # (2, N)
         # a sample whose loss is nan has no gradient
         targets = targets.masked_fill((targets == ops.INVALID).any(0), ops.INVALID)
-        weight_of_first = torch.where(same, weight_of_first + weight_of_second, weight_of_first)
-        sample_weight = torch.stack([weight_of_first, weight_of_second])  # (2, N)
+        sample_weight, share = (
+            torch.stack([torch.where(same, of_first + of_second, of_first), of_second])  # (2, N)
+            for of_first, of_second in (sample_weight.T, (sample_weight if share is None else share).T)
+        )
     any_target = targets if targets.dim() == 1 else targets.amax(0)  # (N,)
     if isinstance(scale, Tensor) and scale.dim():  # a nan in an ignored sample must not reach a gradient
         s = torch.where((any_target >= 0) | s.isfinite(), s, 1)
@@ -258,7 +272,7 @@ def gather(
         if settings.entropy:  # which ignored samples have too
             any_target = torch.where(embeddings.isfinite().all(1), 0, any_target)
         s = s * Rows(embeddings, any_target).norms().clamp_min(EPS)  # (N,)
-    return Batch(embeddings, targets, s, sample_weight)
+    return Batch(embeddings, targets, s, sample_weight, share)
 
 
 def _row_scale(scale: float | Tensor, embeddings: Tensor, weight: Tensor) -> Tensor:
@@ -331,12 +345,13 @@ def target_cosines(settings: Settings, own: OwnClasses) -> Tensor:
 
 def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax: Softmax, batch: Batch) -> Labels:
     """Of two labels of a sample each has the other among its negatives, as if they were two samples."""
-    embeddings, targets, scale, sample_weight = batch
+    embeddings, targets, scale, sample_weight, _ = batch
     if softmax.below is not None:
         softmax = softmax.only(torch.atleast_2d(targets).amax(0) >= 0)
     valid = share = targets != ops.IGNORED
     if targets.dim() == 2:
         assert sample_weight is not None
+        assert batch.share is not None
         cosines = softmax.target_cos
         both = [
             softmax.including(cosines[1 - k], scale, targets[1 - k] >= 0)._replace(target_cos=cosines[k])
@@ -344,7 +359,7 @@ def each_label(settings: Settings, ranks: Local | Exchange, part: Part, softmax:
         ]
         softmax = Softmax(*(torch.cat(each) for each in zip(*both, strict=True)))  # (M,) each
         embeddings, scale = torch.cat([embeddings] * 2), torch.cat([scale] * 2)
-        valid, share = valid.flatten(), torch.where(valid, sample_weight, 0).flatten().detach()
+        valid, share = valid.flatten(), torch.where(valid, batch.share, 0).flatten().detach()
         targets, sample_weight = targets.flatten(), sample_weight.flatten()
     smoothing = None
     if settings.label_smoothing:

@@ -42,12 +42,13 @@ class LossStats(NamedTuple):
     Detached, but for the entropy. Where samples have two labels, neither is among a sample's negatives.
 
     Attributes:
-        lse: (N,) log sum_{j != y} e^{s cos_ij}, over the negative classes alone.
+        lse: (N,) log sum_{j != y} e^{s N(cos_ij)}, over the negative classes alone; N(c) = c unless the margin
+            of a softmax reshapes negatives.
         target_cos: (N,) cosine between each embedding and its class centre, (N, 2) where samples have two labels;
             0 for an ignored one, and for the second of two equal ones.
-        max_negative_cos: (N,) cosine of the nearest other class centre; -inf if there is none.
+        max_negative_cos: (N,) cosine of the nearest other class centre, not reshaped; -inf if there is none.
         accuracy: 0-d, the share of the valid samples whose own class centre is the nearest, without the margin;
-            where samples have two labels, of these by their sample_weight.
+            where samples have two labels, of these by their sample_weight alone.
         sparsity: with a gradient_tolerance, and where there will be a gradient.
         top_k_accuracy: with return_stats=k, 0-d, the share whose own class centre is among the k nearest of all
             classes, also where a sampler draws some; else None.

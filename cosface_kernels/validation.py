@@ -73,9 +73,11 @@ def check_bool(name: str, value: bool) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
-def check_stats(return_stats: bool | int, entropy: bool) -> None:
-    if not isinstance(return_stats, numbers.Integral) or not 0 <= return_stats < 2**63:
+def check_stats(return_stats: bool | int, entropy: bool, num_classes: int) -> None:
+    if not isinstance(return_stats, numbers.Integral) or return_stats < 0:
         raise ValueError(f"return_stats must be True, False or a number k of classes, got {return_stats!r}.")
+    if not isinstance(return_stats, bool) and return_stats > num_classes:
+        raise ValueError(f"return_stats must be at most num_classes, {num_classes}, got {return_stats!r}.")
     check_bool("entropy", entropy)
     if entropy and not return_stats:
         raise ValueError(

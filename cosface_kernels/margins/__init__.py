@@ -1,10 +1,10 @@
 """The margins of the family: what a loss does to its target's cosine, on (N,) vectors. No kernel knows them.
 
 Letters: c = cos(theta), the (N,) target cosines; psi, what takes their place; s, the scale; lse = log sum_{j != y}
-e^{s cos_ij} = s top + log_sum, where top is the largest of these cosines. Where a paper and its code differ, the
-code's formula is here. Gradients are exact unless a margin is told to be `straight_through`: the gradient with
-respect to c is then that of psi(c) = c, as in the code of insightface and others, who compute the margin without a
-graph.
+e^{s cos_ij} = s top + log_sum, where top is the largest of these cosines, and those of reshaped negatives are what
+they become. Where a paper and its code differ, the code's formula is here. Gradients are exact unless a margin is
+told to be `straight_through`: the gradient with respect to c is then that of psi(c) = c, as in the code of
+insightface and others, who compute the margin without a graph.
 
 State (statistics of batches, counters) is in float32 buffers, whatever the dtype of the module. It changes in
 training mode alone, once for each forward pass, and samples that are ignored have no part in it.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sine(cos: Tensor) -> Tensor:
-    """sin(acos(c)) >= 0, with gradient 0 where it is infinite; cosines beyond 1 by rounding are taken for 1."""
+    """sin(acos(c)) >= 0, with gradient 0 where it is infinite; 0 where c is beyond 1, as by rounding."""
     square = (1 - cos) * (1 + cos)
     inside = square > 0
     return square.where(inside, 1).sqrt().where(inside, 0)

@@ -75,8 +75,8 @@ class Margin(nn.Module):
     and b, or (6,) with slopes of their own, as `Options.negatives` of cosface_kernels/options.py says. Of the hard
     negatives, those above, one that `reads_hard_negatives` finds the mean in its rows.
 
-    One that `reads_weight` has a gradient of the class centres besides that of their cosines. One whose loss is no
-    cross-entropy has no `smooths_labels`.
+    One that `reads_weight` has a gradient of the class centres besides that of their cosines, and so no sampled
+    classes. One whose loss is no cross-entropy has no `smooths_labels`.
     """
 
     reshapes_negatives = reads_hard_negatives = reads_weight = False
@@ -143,8 +143,8 @@ class Margin(nn.Module):
             )
         if labels_per_sample > 1 and self.reshapes_negatives:
             raise ValueError(
-                f"{type(self).__name__} reshapes the negatives of a sample by its label: labels must have shape "
-                f"(N,), got shape (N, {labels_per_sample})."
+                f"{type(self).__name__} reshapes negatives, of which a second label would be one: labels must "
+                f"have shape (N,), got shape (N, {labels_per_sample})."
             )
         if gradient_tolerance and self.reads_hard_negatives:
             raise ValueError(
@@ -193,11 +193,18 @@ def check_use(
     gradient_tolerance: float,
     labels_per_sample: int = 1,
     entropy: bool = False,
+    *,
+    sample_rate: float = 1.0,
 ) -> None:
     """Raises ValueError for a number out of its range, or what the margin's loss does not have."""
     check_tolerance(gradient_tolerance)
     check_interval("label_smoothing", label_smoothing, "[0, 1]", 0, math.nextafter(1, 2))
     if isinstance(margin, Margin):
+        if sample_rate != 1 and margin.reads_weight:
+            raise ValueError(
+                f"{type(margin).__name__} reads the class centres, and so has a gradient of all classes, also of "
+                f"those that are not drawn: sample_rate must be 1, got {sample_rate!r}."
+            )
         margin.check_use(label_smoothing, gradient_tolerance, labels_per_sample, entropy)
 
 

@@ -93,7 +93,7 @@ class AdaMSoftmaxMargin(ClassMargin):
 
         loss_i = softplus(lse_i - s psi_i) + lambda (1 - mean_j m_j)
 
-    Margins are kept in [0, 1] before each use, as in FaceX-Zoo.
+    Margins are in [0, 1] in each use, and in training brought there before it, as in FaceX-Zoo.
 
     Args:
         num_classes: C.
@@ -126,7 +126,8 @@ class AdaMSoftmaxMargin(ClassMargin):
         if self.training:
             with torch.no_grad():
                 self.margins.clamp_(0, 1)
-        shared = rows.share(self.margins)  # once, since the ranks average its gradient
+        # once, since the ranks average its gradient; clamped for evaluation, which changes no state
+        shared = rows.share(self.margins).clamp(0, 1)
         rows = replace(rows, share=lambda _: shared)
         return super().loss(top, log_sum, cos, scale, rows) + self.regularizer * (1 - shared.mean())
 

@@ -243,8 +243,8 @@ class UniFaceMargin(BiasedMargin):
         balance: l, the weight of the negatives.
 
     Source: Zhou et al., UniFace: Unified Cross-Entropy Loss for Deep Face Recognition, ICCV 2023; CVI-SZU/UniFace
-    (head.py): m = 0.4, s = 64, l = 1, r = 1; its clamp of logits to [-s, s] keeps e^z finite, which it is here. Li
-    et al., UniTSFace, NeurIPS 2023; CVI-SZU/UniTSFace (head.py).
+    (head.py): m = 0.4, s = 64, l = 1, r = 1. It clamps logits to [-s, s], so that a target with c < m + b / s - 1
+    has no gradient; here e^z is finite without. Li et al., UniTSFace, NeurIPS 2023; CVI-SZU/UniTSFace (head.py).
     """
 
     def __init__(

@@ -241,7 +241,7 @@ class GBCosFaceMargin(Margin):
         loss = softplus(2s(v - c + m))/2 + softplus(2s(n - v + m))/2
 
     State: `boundary` V, the average of (c + n)/2 over the batches before, nan before the first, which takes its
-    own; clipped to `bounds` where it is used.
+    own. It is clipped to `bounds` before each use, and the average goes on from there.
 
     Args:
         margin: m.

@@ -181,3 +181,14 @@ def test_any_function_is_a_margin(backend):
     assert torch.equal(stats.target_cos, again.target_cos)
     want = F.softplus(stats.lse - 64 * (stats.target_cos**3 - 0.2)).mean()
     torch.testing.assert_close(head(x, labels), want)
+
+
+@pytest.mark.parametrize("name", ["curricularface", "mv_softmax", "circle_loss", "filter"])
+def test_of_reshaped_negatives_lse_is_what_they_become_and_the_largest_cosine_is_not(name):
+    x, w, labels = formula_problem("random")
+    head = make_head(name, w, reduction="none")
+    _, stats = head(x, labels, return_stats=True)
+    z = stats.lse - head.scale * head.margin(stats.target_cos)
+    torch.testing.assert_close(F.softplus(z, threshold=1000), LOSSES[name][1](x, w, labels), rtol=1e-6, atol=0)
+    cos = (F.normalize(x) @ F.normalize(w).T).scatter(1, labels[:, None], -math.inf)
+    torch.testing.assert_close(stats.max_negative_cos, cos.amax(1))

@@ -8,6 +8,7 @@ from cosface_kernels import (
     FusedAdaMSoftmaxLoss,
     FusedCosFaceLoss,
     FusedElasticFaceLoss,
+    FusedGBCosFaceLoss,
     FusedMarginLoss,
     margin_softmax_loss,
 )
@@ -90,6 +91,24 @@ def test_margins_by_class_size():
     assert (table.min(), table.max()) == (table[3], table[0])
     torch.testing.assert_close(table[[3, 0]], torch.tensor([0.1, 0.6]))
     assert torch.equal(dynamic_margins([5, 5]), torch.full((2,), 0.05))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "state"),
+    [
+        (FusedAdaMSoftmaxLoss, "margins", [1.3, -0.2, 0.5, 0.5, 0.5, 1.1, 0.0]),
+        (FusedGBCosFaceLoss, "boundary", 0.95),
+    ],
+)
+def test_state_that_left_its_range_counts_alike_in_training_and_evaluation(make, name, state):
+    head = make(C, D, dtype=torch.float64)
+    of_margin = getattr(head.margin, name)
+    of_margin.data.copy_(torch.tensor(state))
+    before = of_margin.detach().clone()
+    x, labels = torch.randn(N, D, dtype=torch.float64), torch.arange(N) % C
+    evaluated = head.eval()(x, labels)
+    assert torch.equal(of_margin, before)
+    torch.testing.assert_close(evaluated, head.train()(x, labels))
 
 
 def test_adam_softmax_keeps_its_margins_within_bounds():

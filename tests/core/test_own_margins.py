@@ -16,7 +16,17 @@ from cosface_kernels import (
     FusedUniFaceLoss,
     margin_softmax_loss,
 )
-from cosface_kernels.margins import ArcFaceMargin, ClassMargin, Margin, Rows, SigmoidMargin, SigmoidTerms
+from cosface_kernels.margins import (
+    ArcFaceMargin,
+    ClassMargin,
+    CombinedMargin,
+    Margin,
+    Rows,
+    SigmoidMargin,
+    SigmoidTerms,
+    SphereFaceMargin,
+    X2SoftmaxMargin,
+)
 
 SHAPES = {"column": lambda v: v[:, None], "sum": lambda v: v.sum(), "twice": lambda v: torch.cat([v, v])}
 shapes = pytest.mark.parametrize("change", SHAPES.values(), ids=SHAPES)
@@ -124,6 +134,15 @@ def test_what_a_subclass_must_define():
 def test_what_is_no_margin(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_beyond_1_an_angle_is_0_or_pi():
+    """As `margin_softmax_loss` says of rows that are not normalised."""
+    cos = torch.tensor([-3.0, -1.5, 1.5, 3.0])
+    rows = Rows(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
+    for margin in (SphereFaceMargin(), X2SoftmaxMargin(), CombinedMargin((1.2, 0.3, 0.1))):
+        torch.testing.assert_close(margin(cos, rows), margin(cos.sign(), rows))
+    torch.testing.assert_close(ClassMargin([0.5], arc=True)(cos, rows), cos * math.cos(0.5))
 
 
 def test_angles_up_to_pi():

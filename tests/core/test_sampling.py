@@ -8,13 +8,34 @@ import torch
 from support import Backend, evaluate, random_upstream, relative_error
 
 import cosface_kernels
-from cosface_kernels import FusedCosFaceLoss, FusedMarginLoss, cosface_loss
+from cosface_kernels import (
+    FusedCosFaceLoss,
+    FusedLSoftmaxLoss,
+    FusedMarginLoss,
+    cosface_loss,
+    margin_softmax_loss,
+)
 from cosface_kernels.distributed import clip_grad_norm_
+from cosface_kernels.margins import LSoftmaxMargin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.sampling import ClassSampler
 
 C, D = 400, 16
 CPU = Backend("cpu")
+
+
+def _of_every_kind() -> list:
+    """All heads but L-Softmax, which reads the class centres."""
+    options = {"FusedMarginLoss": {"margin": 0.35}, "FusedKappaFaceLoss": {"class_counts": [1] * C}}
+    names = [name for name in cosface_kernels.__all__ if name.startswith("Fused") and name != "FusedLSoftmaxLoss"]
+    make = functools.partial
+    return [
+        pytest.param(make(getattr(cosface_kernels, name), C, D, sample_rate=0.1, **options.get(name, {})), id=name)
+        for name in names
+    ]
+
+
+every_head = pytest.mark.parametrize("make", _of_every_kind())
 
 
 def make_head(rate: float, backend: Backend = CPU) -> FusedMarginLoss:
@@ -78,10 +99,9 @@ def test_equals_the_full_loss_at_rate_1(backend):
     assert make_head(1.0).sampler is None
 
 
-@pytest.mark.parametrize("name", [name for name in cosface_kernels.__all__ if name.startswith("Fused")])
-def test_every_pass_over_a_batch_has_its_draw(name):
-    options = {"FusedMarginLoss": {"margin": 0.35}, "FusedKappaFaceLoss": {"class_counts": [1] * C}}.get(name, {})
-    head, drawn = getattr(cosface_kernels, name)(C, D, sample_rate=0.1, **options), []
+@every_head
+def test_every_pass_over_a_batch_has_its_draw(make):
+    head, drawn = make(), []
     head.sampler.register_forward_hook(lambda *call: drawn.append(call[2][0]))
     for batch in range(3):
         drawn.clear()
@@ -89,6 +109,36 @@ def test_every_pass_over_a_batch_has_its_draw(name):
         assert int(head.sampler.draws) == batch + 1
         for classes in drawn:
             assert torch.equal(classes, drawn[0])
+
+
+@every_head
+def test_rows_that_no_batch_drew_stay_with_every_head(make):
+    """Also where decay and momentum would move what has no gradient."""
+    head, drawn = make(), []
+    head.sampler.register_forward_hook(lambda *call: drawn.append(call[2][0]))
+    torch.nn.init.normal_(head.weight)
+    optimizer, before = FusedSGD(head.parameters(), 0.1, 0.9, weight_decay=0.1), head.weight.detach().clone()
+    for _ in range(3):
+        head(5 * torch.randn(8, D), torch.randint(C, (8,))).backward()
+        optimizer.step()
+        moved = (head.weight != before).any(1).view(C, -1).any(1)  # of a class, if one of its centres has
+        assert torch.equal(moved.nonzero()[:, 0], torch.cat(drawn).unique())
+
+
+def test_a_margin_that_reads_the_class_centres_is_refused():
+    """Its gradient of them is dense, and so would be the sum with one of sampled classes."""
+
+    class Reads(LSoftmaxMargin):
+        pass
+
+    refusal = "reads the class centres, and so .*: sample_rate must be 1, got 0.1"
+    with pytest.raises(ValueError, match=f"LSoftmaxMargin {refusal}"):
+        FusedLSoftmaxLoss(C, D, sample_rate=0.1)
+    with pytest.raises(ValueError, match=f"Reads {refusal}"):
+        margin_softmax_loss(
+            torch.randn(8, D), torch.randn(C, D), torch.arange(8), margin=Reads(), sampler=ClassSampler(C, 0.1)
+        )
+    assert FusedLSoftmaxLoss(C, D, sample_rate=1).sampler is None
 
 
 @pytest.mark.option("updates", "classes")

@@ -243,11 +243,16 @@ def test_entropy_of_one_class_and_of_an_ignored_sample(backend):
         torch.testing.assert_close(stats.entropy, want, rtol=1e-5, atol=1e-6)
 
 
-def test_statistics_of_two_labels(backend):
+@pytest.mark.parametrize("weighted_by", ["sample_weight", "class_weight", "indices_tuple"])
+def test_statistics_of_two_labels(backend, weighted_by):
+    """Of what weights the loss, sample_weight alone weights an accuracy: by it the two of a sample share one."""
     x, w, labels = _inputs(backend, spread=0.5)
     labels, weights = _two(labels)
+    pairs = torch.tensor([[0, 0, 3], [1, 2, 0]], device=x.device)
+    others = {"class_weight": torch.arange(1.0, C + 1, device=x.device), "indices_tuple": tuple(pairs)}
+    others = {name: value for name, value in others.items() if name == weighted_by}
     _, stats = margin_softmax_loss(
-        x, w, labels, margin=0.2, scale=S, sample_weight=weights, return_stats=3, backend=backend.name
+        x, w, labels, margin=0.2, scale=S, sample_weight=weights, return_stats=3, backend=backend.name, **others
     )
     cos = F.normalize(x.detach()) @ F.normalize(w.detach()).T
     valid = labels >= 0
@@ -286,7 +291,7 @@ def test_what_does_not_go_together_is_refused(backend):
         ({"labels": torch.stack([labels] * 3, 1)}, r"labels must have shape \(N,\), or \(N, 2\).* \(11, 3\)"),
         (
             {"labels": two, "sample_weight": weights, "margin": CurricularFaceMargin()},
-            r"CurricularFaceMargin reshapes the negatives .* got shape \(N, 2\)",
+            r"CurricularFaceMargin reshapes negatives, .* got shape \(N, 2\)",
         ),
         (
             {"label_smoothing": 0.1, "margin": GBCosFaceMargin()},

@@ -21,6 +21,7 @@ class Case(NamedTuple):
     smoothing: float = 0.1
     classes: int = 23
     reshapes: bool = False
+    weighted: bool = False  # by their classes
     broken: bool = False
     backend: str | None = None
 
@@ -66,6 +67,7 @@ def evaluate(
         scale=scale,
         label_smoothing=case.smoothing,
         sample_weight=share,
+        class_weight=torch.linspace(1, 9, case.classes) if case.weighted else None,
         return_stats=3,
         entropy=True,
         backend=case.backend,
@@ -90,6 +92,7 @@ CASES = [
     Case(),
     Case(two=False),
     Case(smoothing=0.0),
+    Case(weighted=True),
     Case(classes=2),
     Case(classes=3),
     Case(two=False, reshapes=True),
