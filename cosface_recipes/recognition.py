@@ -207,4 +207,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_recognizer(args: argparse.Namespace) -> Recognizer:
-    return Recognizer(args.model, load_detector(args.detector) if args.detector else None, args.strict)
+    detector = None if args.detector is None else load_detector(args.detector)
+    return Recognizer(args.model, detector, args.strict)

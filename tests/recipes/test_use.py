@@ -17,7 +17,7 @@ import identify_faces
 import verify_faces
 from cosface_recipes import export, recognition
 from cosface_recipes.data.alignment import LANDMARKS, align
-from cosface_recipes.data.detection import load_detector
+from cosface_recipes.data.detection import load_detector, read_face
 from cosface_recipes.data.images import image_files
 from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.models import make_model
@@ -33,6 +33,14 @@ def corner(photo):
 
 def four(photo):
     return [[1, 2]] * 4
+
+def point(photo):
+    return [[1, 2]] * 5
+
+def painter(photo):
+    points = corner(photo)
+    photo[:] = 0
+    return points
 
 number = 3
 '''
@@ -149,9 +157,17 @@ def test_faces_are_found_and_aligned(photos, tmp_path, exported, detectors, caps
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_detectors", r"A detector is named package:function, got 'my_detectors'"),
+        ("my_detectors", r"A detector is named package:function, .*, got 'my_detectors'"),
         ("my_detectors:", r"A detector is named package:function"),
-        ("no_such:function", r"The detector no_such:function cannot be imported: No module named 'no_such'"),
+        (
+            "./my_detectors.py:corner",
+            r"A detector is named package:function, .*, got '\./my_detectors\.py:corner'",
+        ),
+        (".my_detectors:corner", r"A detector is named package:function"),
+        ("", r"A detector is named package:function"),
+        ("no_such:function", r"no_such:function cannot be imported: ModuleNotFoundError: No module named"),
+        ("broken_syntax:f", r"broken_syntax:f cannot be imported: SyntaxError: .*broken_syntax\.py, line 1"),
+        ("broken_name:f", r"broken_name:f cannot be imported: NameError: name 'nothing' is not defined"),
         (
             "my_detectors:number",
             r"The module my_detectors of the detector my_detectors:number has no function number",
@@ -159,9 +175,11 @@ def test_faces_are_found_and_aligned(photos, tmp_path, exported, detectors, caps
         ("my_detectors:none", r"has no function none"),
     ],
 )
-def test_a_detector_that_is_none_is_refused(detectors, name, message):
-    with pytest.raises(ValueError, match=message):
-        load_detector(name)
+def test_a_detector_that_is_none_is_refused(photos, tmp_path, exported, detectors, name, message):
+    (tmp_path / "broken_syntax.py").write_text("def f(:")
+    (tmp_path / "broken_name.py").write_text("f = nothing")
+    with pytest.raises(SystemExit, match=message):
+        run(verify_faces, exported, photos / "Ann", photos / "Bo", "--detector", name)
 
 
 @pytest.mark.parametrize("name", ["json:loads", "math:sqrt", "builtins:open", "operator:index"])
@@ -175,6 +193,28 @@ def test_a_detector_that_returns_something_else_is_refused(photos, tmp_path, exp
         SystemExit, match=r"A detector must return \(5, 2\) finite numbers or None; of .* \[\[1, 2\]"
     ):
         run(embed, exported, photos, "--detector", f"{detectors}:four", "--output", tmp_path / "x.npz")
+
+
+def test_a_detector_may_write_to_its_photograph(photos, detectors):
+    Image.effect_mandelbrot((112, 112), (-2, -1.5, 1, 1.5), 20).save(photos / "Ann" / "1.png")
+    faces = [
+        read_face(photos / "Ann" / "1.png", "rgb", 16, load_detector(f"{detectors}:{name}"))
+        for name in ("corner", "painter")
+    ]
+    np.testing.assert_array_equal(*map(np.asarray, faces))
+
+
+def test_landmarks_of_no_face_are_left_out_and_said(photos, exported, detectors, capsys):
+    """All their crops would be of one identity."""
+    options = photos / "Ann" / "1.png", photos / "Bo" / "1.png", "--detector", f"{detectors}:point"
+    with pytest.raises(SystemExit, match="no decision: there is no photo to compare"):
+        run(verify_faces, exported, *options)
+    title, *sentences = capsys.readouterr().out.splitlines()
+    assert title == "Left out 2:"
+    for sentence, path in zip(sentences, options[:2], strict=True):
+        assert sentence.startswith(f"  The detector finds no face in {path}. The landmarks [[1.0, 2.0], ")
+    with pytest.raises(SystemExit, match=r"finds no face in .*Ann.1\.png\. The landmarks"):
+        run(verify_faces, exported, *options, "--strict")
 
 
 # A gallery
