@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.evaluation import colour_of, evaluate, printed, write_images
 
 import embed
@@ -18,7 +19,7 @@ import verify_faces
 from cosface_recipes import export, recognition
 from cosface_recipes.data.alignment import LANDMARKS, align
 from cosface_recipes.data.detection import load_detector, read_face
-from cosface_recipes.data.images import image_files
+from cosface_recipes.data.images import KINDS, image_files
 from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.models import make_model
 
@@ -257,6 +258,52 @@ def test_a_gallery_leaves_out_what_is_empty_or_hidden(photos, tmp_path, exported
     names = np.load(tmp_path / "x.npz")["names"].tolist()
     assert "Cem" in names
     assert not {"Nobody", ".thumbnails"} & set(names)
+
+
+@pytest.mark.parametrize("command", [embed, enroll, identify_faces, verify_faces])
+def test_files_of_other_kinds_are_left_out_and_said(photos, tmp_path, exported, caplog, command):
+    for name in ("Ann/3.heic", "Ann/more/4.HEIC", "Ann/.5.heic", "Bo/3.heic"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"")
+    (photos / "Dee.gif").write_bytes(b"")
+    output = ["--output", tmp_path / "x.npz"]
+    arguments = {
+        embed: [photos, *output],
+        enroll: [photos, *output],
+        identify_faces: [photos, photos / "Ann"],
+        verify_faces: [photos / "Ann", photos / "Bo"],
+    }
+    with caplog.at_level("WARNING"):
+        run(command, exported, *arguments[command])
+    of_all, of_ann, of_bo = (
+        f"Files in {folder} that are left out: {kinds}. {KINDS}"
+        for folder, kinds in (
+            (photos, ".gif (1), .heic (3)"),
+            (photos / "Ann", ".heic (2)"),
+            (photos / "Bo", ".heic (1)"),
+        )
+    )
+    expected = {embed: [of_all], enroll: [of_all], identify_faces: [of_all, of_ann], verify_faces: [of_ann, of_bo]}
+    assert caplog.messages == expected[command]
+
+
+@pytest.mark.parametrize("command", [embed, enroll, identify_faces, verify_faces])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_damaged_model_has_no_embeddings(photos, tmp_path, exported, command, weight):
+    shutil.copytree(exported, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / export.WEIGHTS)
+    save_file(
+        {name: torch.full_like(x, weight) if x.is_floating_point() else x for name, x in weights.items()},
+        tmp_path / "model" / export.WEIGHTS,
+    )
+    arguments = [photos, photos / "Ann"] if command is identify_faces else [photos / "Ann", photos / "Bo"]
+    if command in (embed, enroll):
+        arguments = [photos, "--output", tmp_path / "x.npz"]
+    with pytest.raises(
+        SystemExit, match=r"The embedding of .*Ann.1\.png is not finite: the weights of the model are"
+    ):
+        run(command, tmp_path / "model", *arguments)
+    assert not (tmp_path / "x.npz").exists()
 
 
 @pytest.fixture(scope="module")
