@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from cosface_recipes.data.detection import Detector, NoFaceError, load_detector, read_face
-from cosface_recipes.data.images import CorruptSampleError, image_files, is_image, read_image
+from cosface_recipes.data.images import (
+    CorruptSampleError,
+    image_files,
+    is_image,
+    read_image,
+    visible_files,
+    warn_of_others,
+)
 from cosface_recipes.data.transforms import evaluation_transform
 from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.evaluation.verification import normalised
@@ -60,7 +67,11 @@ class Recognizer:
             return None
 
     def embeddings(self, paths: Sequence[Path]) -> tuple[Tensor, list[int]]:
-        """(n, embedding_size), not normalised, of those photos that are not left out, and their positions."""
+        """(n, embedding_size), not normalised, of those photos that are not left out, and their positions.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         parts = [torch.empty(0, self.description.embedding_size)]
         kept: list[int] = []
         starts = range(0, len(paths), BATCH)
@@ -71,7 +82,11 @@ class Recognizer:
                 continue
             batch = torch.stack([*found.values()])
             x = self.embed(batch)
-            parts.append(x + self.embed(batch.flip(-1)) if self.description.flip else x)
+            x = x + self.embed(batch.flip(-1)) if self.description.flip else x
+            if not (finite := x.isfinite().all(1)).all():
+                first = paths[[*found][int(finite.int().argmin())]]
+                raise ValueError(f"The embedding of {first} is not finite: the weights of the model are damaged.")
+            parts.append(x)
             kept += found
         return torch.cat(parts), kept
 
@@ -82,8 +97,12 @@ class Recognizer:
         paths = image_files(path) if path.is_dir() else [path]
         if not paths:
             raise ValueError(f"The folder {path} has no images.")
+        return self.mean(paths)
+
+    def mean(self, paths: Sequence[Path]) -> Tensor | None:
+        """(embedding_size,) of length 1, of the photos of one identity; None if all are left out."""
         embeddings, kept = self.embeddings(paths)
-        return F.normalize(F.normalize(embeddings).mean(0), dim=0) if kept else None
+        return normalised(normalised(embeddings).mean(0, keepdim=True))[0] if kept else None
 
     def report(self, most: int = 20) -> str:
         """What was left out, a line each; empty if nothing was."""
@@ -134,9 +153,13 @@ def enroll(recognizer: Recognizer, folder: Path) -> Gallery:
         if name in named:
             raise ValueError(f"The gallery {folder} has two entries {name}: {named[name].name} and {path.name}.")
         named[name] = path
-    empty = {name for name, path in named.items() if path.is_dir() and not image_files(path)}
-    recognizer.left_out += [f"The folder {named[name]} has no images." for name in sorted(empty)]
-    found = {name: recognizer.identity(path) for name, path in named.items() if name not in empty}
+    files = {name: visible_files(path) if path.is_dir() else [path] for name, path in named.items()}
+    warn_of_others(folder, itertools.chain(set(visible) - set(entries), *files.values()))
+    images = {name: [path for path in paths if is_image(path)] for name, paths in files.items()}
+    recognizer.left_out += [
+        f"The folder {named[name]} has no images." for name in sorted(named) if not images[name]
+    ]
+    found = {name: recognizer.mean(paths) for name, paths in images.items() if paths}
     known = {name: embedding for name, embedding in found.items() if embedding is not None}
     if not known:
         raise ValueError(
@@ -207,4 +230,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_recognizer(args: argparse.Namespace) -> Recognizer:
-    return Recognizer(args.model, load_detector(args.detector) if args.detector else None, args.strict)
+    detector = None if args.detector is None else load_detector(args.detector)
+    return Recognizer(args.model, detector, args.strict)

@@ -23,7 +23,7 @@ Detector = Callable[[np.ndarray], "np.ndarray | None"]
 
 
 class NoFaceError(ValueError):
-    """A photograph in which the detector finds no face; the message has its path."""
+    """A photograph in which the detector finds no face, or landmarks of none; the message has its path."""
 
 
 def load_detector(name: str) -> Detector:
@@ -37,15 +37,17 @@ def load_detector(name: str) -> Detector:
         ...
     ValueError: The module numpy of the detector numpy:nothing has no function nothing.
     """
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f"A detector is named package:function, got {name!r}.")
+    module, _, function = name.partition(":")
+    if not (function and all(part.isidentifier() for part in module.split("."))):
+        raise ValueError(
+            f"A detector is named package:function, my_detector:five_points of my_detector.py, got {name!r}."
+        )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ValueError(f"The detector {name} cannot be imported: {error}.") from error
+    except Exception as error:  # whatever the user's module ends with
+        raise ValueError(f"The detector {name} cannot be imported: {type(error).__name__}: {error}.") from error
     if not callable(found):
         raise ValueError(f"The module {module} of the detector {name} has no function {function}.")
     return found
@@ -55,13 +57,13 @@ def read_face(path: Path, color: str, size: int, detector: Detector) -> Image.Im
     """The largest face of a photograph, size x size pixels.
 
     Raises:
-        NoFaceError: there is none.
+        NoFaceError: there is none, or `align` refuses its landmarks.
         CorruptSampleError: the photograph cannot be read.
         ValueError: the detector fails, or returns something else than five points.
     """
     photograph = read_image(path, "rgb")
     try:
-        landmarks = detector(np.asarray(photograph))
+        landmarks = detector(np.array(photograph))  # which it may write to
     except Exception as error:  # a function of the user's, or none that takes a photograph
         raise ValueError(f"The detector failed on {path}: {type(error).__name__}: {error}") from error
     if landmarks is None:
@@ -71,4 +73,7 @@ def read_face(path: Path, color: str, size: int, detector: Detector) -> Image.Im
         raise ValueError(
             f"A detector must return (5, 2) finite numbers or None; of {path} it returned {landmarks!r}."
         )
-    return align(photograph, points, size).convert(MODES[color])
+    try:
+        return align(photograph, points, size).convert(MODES[color])
+    except ValueError as error:
+        raise NoFaceError(f"The detector finds no face in {path}. {error}") from error

@@ -83,7 +83,7 @@ class ImageDataset(Dataset[Any]):
             try:
                 image, label = self.load(i)
             except UNREADABLE as error:
-                message = f"The sample {self.keys[i]} cannot be read: {error}"
+                message = f"The sample {self.keys[i]} cannot be read: {str(error).removesuffix('.')}"
                 if self.on_corrupt == "raise":
                     raise CorruptSampleError(f"{message}. {self.advice}") from error
                 if not self._corrupt[i]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import logging
 import os
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +73,18 @@ def is_image(path: Path) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images below a folder, in the order of their paths; hidden files are none."""
-    return [path for path in visible_files(folder) if is_image(path)]
+    """The images below a folder, in the order of their paths; hidden files are none, and others are warned of."""
+    found = visible_files(folder)
+    warn_of_others(folder, found)
+    return [path for path in found if is_image(path)]
+
+
+def warn_of_others(folder: Path, files: Iterable[Path]) -> None:
+    """A warning of those that are no images, by their suffixes."""
+    kinds = Counter(path.suffix.lower() or path.name for path in files if not is_image(path))
+    if kinds:
+        others = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+        warn_once(f"Files in {folder} that are left out: {others}. {KINDS}")
 
 
 def identity_files(folder: Path) -> dict[str, list[Path]]:
@@ -87,10 +99,7 @@ def identity_files(folder: Path) -> dict[str, list[Path]]:
     subfolders = [path for path in visible if path.is_dir()]
     found = {path.name: visible_files(path) for path in subfolders}
     files = {name: [path for path in paths if is_image(path)] for name, paths in found.items()}
-    kinds = Counter(path.suffix.lower() or path.name for paths in found.values() for path in paths)
-    others = [f"{kind} ({count})" for kind, count in sorted(kinds.items()) if kind not in SUFFIXES]
-    if others:
-        warn_once(f"Files in {folder} that are left out: {', '.join(others)}. {KINDS}")
+    warn_of_others(folder, itertools.chain(*found.values()))
     if nowhere := [path.name for path in visible if not path.exists()]:
         warn_once(f"{len(nowhere)} links in {folder} lead nowhere, {nowhere[0]!r} first.")
     if empty := [name for name, paths in files.items() if not paths]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -79,29 +80,37 @@ def write_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -
 def read_pairs(path: str | Path) -> list[tuple[str, str, bool]]:
     """Names of two images or videos, and whether they are of one identity, for each line of a text file.
 
-    Five formats, told apart by the first line (RFW's also by a line of four fields):
+    Five formats, told apart by the first line (RFW's also by a line of four fields or one that ends in 2 or more,
+    YTF's by a line that begins with the number of a split):
 
-        10 <TAB> 300                     LFW's pairs.txt; then "name i j" and "name i other j", for name/name_0001
+        10 <TAB> 300                     LFW's pairs.txt; then "name i j" and "name i other j", for name/name_0001,
+                                         ten times 300 of each; a single number stands for one time
         name <TAB> i <TAB> j             RFW's lists, which are LFW's without the first line
         name.jpg 1                       CPLFW's and CALFW's: two such lines a pair, of one identity unless 0;
                                          put in the order of ten folds, a tenth of both kinds each
         split number, first name, ...    YTF's splits.txt; then "split, first, second, same", sorted by split
-        anything else                    "first second same" on every line, with same 0 or 1
+        anything else                    "first second same" on every line, with same 0 or 1; two tabs
+                                         separate names that have spaces
 
     Raises:
-        ValueError: a line is not in the format; the message shows it.
+        ValueError: a line is not in the format, and the message shows it; there are none; or another number of
+            them than the first line of LFW's says.
     """
     lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     first = lines[0].split() if lines else []
-    if first and all(field.isdigit() for field in first) and len(first) <= 2:
+    if first and all(field.isdecimal() for field in first) and len(first) <= 2:
         parse, lines = _lfw_pair, lines[1:]
-    elif any(len(_fields(line)) == 4 for line in lines) and re.search(r"\s\d+\s.*\d$", lines[0].strip()):
+        if len(lines) != (expected := 2 * math.prod(map(int, first))):
+            raise ValueError(
+                f"{path} begins with {' '.join(first)}, for {expected:,} pairs, but {len(lines):,} lines follow."
+            )
+    elif lines and re.search(r"\s\d+\s.*\d$", lines[0].strip()) and any(map(_is_rfw, lines)):
         parse = _lfw_pair
     elif len(first) == 2 and first[1].isdecimal():
         return _paired_lines(path, lines)
-    elif lines and "," in lines[0]:
-        lines = [line for line in lines if line.split(",")[0].strip().isdigit()]  # not the line of titles
-        parse, lines = _ytf_pair, sorted(lines, key=lambda line: int(line.split(",")[0]))
+    elif lines and "," in lines[0] and any(_split(line) >= 0 for line in lines):
+        titles = not any(field.strip().isdecimal() for field in lines[0].split(","))
+        parse, lines = _ytf_pair, sorted(lines[titles:], key=_split)
     else:
         parse = _plain_pair
     pairs = []
@@ -110,11 +119,24 @@ def read_pairs(path: str | Path) -> list[tuple[str, str, bool]]:
             pairs.append(parse(line))
         except (ValueError, KeyError):
             raise ValueError(f"The line {line!r} of {path} is no pair.") from None
+    if not pairs:
+        raise ValueError(f"{path} has no pairs.")
     return pairs
 
 
 def _fields(line: str) -> list[str]:
     return line.strip().split("\t") if "\t" in line else line.split()
+
+
+def _is_rfw(line: str) -> bool:
+    fields = _fields(line)
+    return len(fields) == 4 or (all(field.isdecimal() for field in fields[-2:]) and int(fields[-1]) > 1)
+
+
+def _split(line: str) -> int:
+    """The number that a line of YTF's begins with; -1 where there is none."""
+    number, comma, _ = line.partition(",")
+    return int(number) if comma and number.strip().isdecimal() else -1
 
 
 def _lfw_pair(line: str) -> tuple[str, str, bool]:
@@ -149,12 +171,14 @@ def _paired_lines(path: str | Path, lines: list[str]) -> list[tuple[str, str, bo
 
 
 def _ytf_pair(line: str) -> tuple[str, str, bool]:
+    if _split(line) < 0:
+        raise ValueError
     _, first, second, same = (field.strip() for field in line.split(",")[:4])
     return first, second, {"0": False, "1": True}[same]
 
 
 def _plain_pair(line: str) -> tuple[str, str, bool]:
-    first, second, same = line.split()
+    first, second, same = line.strip().split("\t") if line.strip().count("\t") == 2 else line.split()
     return first, second, {"0": False, "1": True}[same]
 
 
@@ -162,6 +186,8 @@ def open_bin(
     path: str | Path, transform: Callable[[Image.Image], object] | None = None, color: str = "rgb"
 ) -> PairedImages:
     images, same = read_bin(path)
+    if not images:
+        raise ValueError(f"{path} has no pairs.")
     keys = [f"{Path(path).name}:{i}" for i in range(len(images))]
     dataset = PairedImages(images, keys, transform=transform, color=color)  # type: ignore[arg-type]
     dataset.pairs, dataset.same = torch.arange(len(images)).reshape(-1, 2), torch.from_numpy(same)
@@ -190,7 +216,8 @@ def index_pairs(named: list[tuple[str, str, bool]]) -> tuple[list[str], Tensor, 
 
 
 def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in sorted(SUFFIXES))):
+    suffixes = [written for suffix in sorted(SUFFIXES) for written in (suffix, suffix.upper())]
+    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in suffixes)):
         if path.is_file():
             return path
     raise FileNotFoundError(

@@ -375,7 +375,7 @@ def _read_index(path: Path) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"The record file's index {path} is missing.")
     if path.stat().st_size == 0:
-        return np.zeros((0, 2), np.int64)
+        raise RecordError(f"The record file's index {path} is empty.")
     try:
         index = np.loadtxt(path, np.int64, ndmin=2, comments=None, encoding="utf-8-sig")
     except ValueError as error:

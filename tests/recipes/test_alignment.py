@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from cosface_recipes.data.alignment import LANDMARKS, align, similarity_transform
+from cosface_recipes.data.images import CorruptSampleError
+from cosface_recipes.evaluation.collect import AlignedFaces
 
 
 def test_a_similarity_is_found_again():
@@ -46,8 +48,51 @@ def test_landmarks_arrive_where_they_belong():
         weight = face * ((x - a) ** 2 + (y - b) ** 2 < 64)
         assert (weight * x).sum() / weight.sum() == pytest.approx(a, abs=0.1)
         assert (weight * y).sum() / weight.sum() == pytest.approx(b, abs=0.1)
-    outside = align(Image.new("L", (300, 300), 255), landmarks + np.array([400, 0]))
-    assert np.asarray(outside).max() == 0
+
+
+def test_what_is_outside_of_the_photograph_is_black():
+    photograph, around = Image.new("L", (300, 300), 255), Image.new("L", (600, 300))
+    around.paste(photograph)
+    face, expected = (np.asarray(align(image, LANDMARKS * 2 + [180, 20])) for image in (photograph, around))
+    assert (expected == 0).mean() > 0.4 < (expected == 255).mean()
+    np.testing.assert_array_equal(face[face == expected], expected[face == expected])
+    assert (face != expected).mean() < 0.02  # the photograph's last column
+
+
+NOWHERE = {
+    "one point": (np.full((5, 2), 7.0), r"they lie 0 pixels around their mean"),
+    "nearly one point": ([[7, 7]] * 4 + [[7 + 1e-7, 7]], r"they lie \S*e-08 pixels around"),
+    "fractions of the sides": (LANDMARKS / 112, r"they lie 0\.\d+ pixels around"),
+    "too far apart": ((LANDMARKS - LANDMARKS[0]) * 1e6, r"they lie 2\.\d+e\+07 pixels around"),
+    "beyond float64's squares": ((LANDMARKS - LANDMARKS[0]) * 1e200, r"they lie inf pixels around"),
+    "outside": (LANDMARKS + 400, r"none lies in it"),
+    "far outside": (LANDMARKS * 1e300, r"none lies in it"),
+    "not finite": (LANDMARKS * np.nan, r"none lies in it"),
+    "the nose alone": ([[0, 0], [0, 0], [60, 70], [0, 0], [0, 0]], r"they lie as no face's do"),
+}
+
+
+@pytest.mark.parametrize("case", NOWHERE)
+@pytest.mark.filterwarnings("error")
+def test_landmarks_of_no_face_are_refused(case):
+    """Their crops would be of one colour, and all of one identity."""
+    landmarks, reason = np.array(NOWHERE[case][0], float), NOWHERE[case][1]
+    with pytest.raises(
+        ValueError, match=rf"^The landmarks \[\[.*\]\] are of no face in 300 x 200 pixels: {reason}"
+    ):
+        align(Image.new("L", (300, 200), 255), landmarks)
+
+
+def test_landmarks_of_no_face_are_named_with_their_image(tmp_path):
+    """As IJB's come, of a file."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "0.png")
+    faces = AlignedFaces([tmp_path / "0.png"], ["loose_crop/7.jpg"])
+    faces.landmarks, faces.side = np.full((1, 5, 2), 7.0), 112
+    with pytest.raises(
+        CorruptSampleError,
+        match=r"The sample loose_crop/7\.jpg cannot be read: The landmarks \[\[7\.0.* mean\. Mend it",
+    ):
+        faces[0]
 
 
 POSES = {  # landmarks of a photograph, and the crop's width of insightface's estimate over that of the reverse one

@@ -132,9 +132,10 @@ def test_every_other_protocol_with_an_exported_model(tmp_path, exported, capsys)
     assert printed(capsys)["pairs"] == "40"
 
     write_ijb(tmp_path / "IJBB", [(1, 1, 1), (2, 1, 1), (3, 1, 1)], [(1, 2, 1), (1, 3, 0)])
-    write_images(
-        tmp_path / "IJBB" / "loose_crop", ["1.png", "2.png", "3.png"], [colour_of(i, 0) for i in range(3)]
-    )
+    (tmp_path / "IJBB" / "loose_crop").mkdir()
+    for i in range(3):
+        photograph = png(np.full((112, 112, 3), colour_of(i, 0), np.uint8))
+        (tmp_path / "IJBB" / "loose_crop" / f"{i + 1}.png").write_bytes(photograph)
     evaluate("--protocol", "ijb", "--model", exported, "--data", tmp_path / "IJBB", "--target", "ijbb")
     assert printed(capsys)["templates"] == "3"
 

@@ -284,9 +284,12 @@ def test_a_bin_file_as_data_set(tmp_path, kind):
     write_bin(tmp_path / "lfw.bin", IMAGES, SAME)
     with pytest.raises(CorruptSampleError, match=r"The sample lfw\.bin:2 cannot be read"):
         open_bin(tmp_path / "lfw.bin")[2]
+    write_bin(tmp_path / "lfw.bin", [], [])
+    with pytest.raises(ValueError, match=r"lfw\.bin has no pairs\."):
+        open_bin(tmp_path / "lfw.bin")
 
 
-LFW = "2\t2\nAnn Lee\t1\t12\nBo\t2\t3\nAnn Lee\t1\tBo\t3\nBo\t2\tAnn Lee\t12\n"
+LFW = "2\t1\nAnn Lee\t1\t12\nBo\t2\t3\nAnn Lee\t1\tBo\t3\nBo\t2\tAnn Lee\t12\n"
 
 
 def test_pairs_of_lfw(tmp_path):
@@ -304,13 +307,15 @@ def test_pairs_of_lfw(tmp_path):
     assert [dataset[i][0].getpixel((0, 0)) for i in range(4)] == [1, 12, 2, 3]
     assert dataset.pairs.tolist() == [[0, 1], [2, 3], [0, 3], [2, 1]]
     assert torch.equal(dataset.same, torch.tensor([True, True, False, False]))
-    (tmp_path / "Bo" / "Bo_0003.jpg").unlink()
+    (tmp_path / "Bo" / "Bo_0003.jpg").rename(tmp_path / "Bo" / "Bo_0003.PNG")
+    assert open_pairs(tmp_path, tmp_path / "pairs.txt").sources[3] == tmp_path / "Bo" / "Bo_0003.PNG"
+    (tmp_path / "Bo" / "Bo_0003.PNG").unlink()
     with pytest.raises(FileNotFoundError, match=r"There is no image Bo/Bo_0003 in .*, with any suffix of"):
         open_pairs(tmp_path, tmp_path / "pairs.txt")
 
 
 def test_pairs_of_lfw_with_spaces(tmp_path):
-    (tmp_path / "pairs.txt").write_text("2\nAnn 1 12\nAnn 1 Bo 3\n")
+    (tmp_path / "pairs.txt").write_text("1\nAnn 1 12\nAnn 1 Bo 3\n")
     assert read_pairs(tmp_path / "pairs.txt") == [
         ("Ann/Ann_0001", "Ann/Ann_0012", True),
         ("Ann/Ann_0001", "Bo/Bo_0003", False),
@@ -323,6 +328,11 @@ def test_pairs_of_rfw(tmp_path):
         ("m.01/m.01_0001", "m.01/m.01_0003", True),
         ("m.02/m.02_0001", "m.02/m.02_0002", True),
         ("m.01/m.01_0001", "m.02/m.02_0003", False),
+    ]
+    (tmp_path / "pairs.txt").write_text("m.01\t1\t1\nm.02\t1\t2\n")
+    assert read_pairs(tmp_path / "pairs.txt") == [
+        ("m.01/m.01_0001", "m.01/m.01_0001", True),
+        ("m.02/m.02_0001", "m.02/m.02_0002", True),
     ]
 
 
@@ -350,6 +360,13 @@ def test_pairs_of_two_lines_are_put_in_the_order_of_their_folds(tmp_path, genuin
         ("a.jpg 1\nb.jpg 1\nc.jpg 0\n", r"pairs\.txt has two lines for each pair, but 3 lines"),
         ("a.jpg 1\nb.jpg 0\n", r"The lines of a\.jpg and b\.jpg in .*pairs\.txt make a pair, but say 1 and 0"),
         ("a.jpg 1\nb.jpg\n", r"The line 'b\.jpg' of .*pairs\.txt is no image with a number"),
+        (LFW.removesuffix("Bo\t2\tAnn Lee\t12\n"), r"pairs\.txt begins with 2 1, for 4 pairs, but 3 lines follow"),
+        (LFW + "Bo\t1\t2\n", r"pairs\.txt begins with 2 1, for 4 pairs, but 5 lines follow"),
+        ("2\nA 1 2\nA 1 B 3\n", r"pairs\.txt begins with 2, for 4 pairs, but 2 lines follow"),
+        ("10\t300\n", r"pairs\.txt begins with 10 300, for 6,000 pairs, but 0 lines follow"),
+        ("0\n", r"pairs\.txt has no pairs"),
+        ("", r"pairs\.txt has no pairs"),
+        ("\n \n", r"pairs\.txt has no pairs"),
     ],
 )
 def test_lines_that_make_no_pairs_are_refused(tmp_path, text, message):
@@ -388,10 +405,29 @@ def test_pairs_of_ytf_are_put_in_the_order_of_their_splits(tmp_path):
 def test_plain_pairs(tmp_path):
     (tmp_path / "pairs.txt").write_text("a/1.jpg a/2.jpg 1\n\na/1.jpg b/1.jpg 0\n")
     assert read_pairs(tmp_path / "pairs.txt") == [("a/1.jpg", "a/2.jpg", True), ("a/1.jpg", "b/1.jpg", False)]
+    (tmp_path / "pairs.txt").write_text("Doe, J/1.jpg\tDoe, J/a 2.jpg\t1\nDoe, J/1.jpg\t2, 3/1 .jpg\t0\n")
+    assert read_pairs(tmp_path / "pairs.txt") == [
+        ("Doe, J/1.jpg", "Doe, J/a 2.jpg", True),
+        ("Doe, J/1.jpg", "2, 3/1 .jpg", False),
+    ]
 
 
 @pytest.mark.parametrize(
-    "text", ["2\t2\nAnn\tone\t2\n", "2\t2\nAnn\n", "2\nA 1 B 2 3\n", "split,\n1, a, b, same\n", "a b\n", "a b 2\n"]
+    "text",
+    [
+        "1\t1\nAnn\t1\t2\nAnn\tone\t2\n",
+        "1\t1\nAnn\t1\t2\nAnn\n",
+        "1\nA 1 2\nA 1 B 2 3\n",
+        "split,\n1, a, b, same\n",
+        "split, first\n1, a, b, 0\nl, a, c, 0\n",
+        "split, first\n2, a, b, 0\n, a, c, 0\n",
+        '1, a, b, 0\n"1, a, c, 1"\n',
+        "1, a, b, 0\nl, a, c, 1\n",
+        "split, first\n",
+        "a/1.jpg,b/1.jpg,0\n",
+        "a b\n",
+        "a b 2\n",
+    ],
 )
 def test_a_line_that_is_no_pair_is_shown(tmp_path, text):
     (tmp_path / "pairs.txt").write_text(text)

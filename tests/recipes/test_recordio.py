@@ -343,6 +343,7 @@ def test_a_corrupt_identity_is_named(tmp_path, ends):
     ("name", "content", "message"),
     [
         ("train.idx", b"0\t0\n0\t40\n", r"The key 0 occurs twice in the index of .*train\.rec"),
+        ("train.idx", b"", r"The record file's index .*train\.idx is empty"),
         ("train.idx", b"0,0\n", r"train\.idx should have lines of a key and an offset"),
         ("train.idx", b"1\n2\n", r"train\.idx should have two columns of numbers from 0"),
         ("train.rec", b"", r"train\.rec is empty"),

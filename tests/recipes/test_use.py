@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.evaluation import colour_of, evaluate, printed, write_images
 
 import embed
@@ -17,8 +18,8 @@ import identify_faces
 import verify_faces
 from cosface_recipes import export, recognition
 from cosface_recipes.data.alignment import LANDMARKS, align
-from cosface_recipes.data.detection import load_detector
-from cosface_recipes.data.images import image_files
+from cosface_recipes.data.detection import load_detector, read_face
+from cosface_recipes.data.images import KINDS, image_files
 from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.models import make_model
 
@@ -33,6 +34,14 @@ def corner(photo):
 
 def four(photo):
     return [[1, 2]] * 4
+
+def point(photo):
+    return [[1, 2]] * 5
+
+def painter(photo):
+    points = corner(photo)
+    photo[:] = 0
+    return points
 
 number = 3
 '''
@@ -149,9 +158,17 @@ def test_faces_are_found_and_aligned(photos, tmp_path, exported, detectors, caps
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_detectors", r"A detector is named package:function, got 'my_detectors'"),
+        ("my_detectors", r"A detector is named package:function, .*, got 'my_detectors'"),
         ("my_detectors:", r"A detector is named package:function"),
-        ("no_such:function", r"The detector no_such:function cannot be imported: No module named 'no_such'"),
+        (
+            "./my_detectors.py:corner",
+            r"A detector is named package:function, .*, got '\./my_detectors\.py:corner'",
+        ),
+        (".my_detectors:corner", r"A detector is named package:function"),
+        ("", r"A detector is named package:function"),
+        ("no_such:function", r"no_such:function cannot be imported: ModuleNotFoundError: No module named"),
+        ("broken_syntax:f", r"broken_syntax:f cannot be imported: SyntaxError: .*broken_syntax\.py, line 1"),
+        ("broken_name:f", r"broken_name:f cannot be imported: NameError: name 'nothing' is not defined"),
         (
             "my_detectors:number",
             r"The module my_detectors of the detector my_detectors:number has no function number",
@@ -159,9 +176,11 @@ def test_faces_are_found_and_aligned(photos, tmp_path, exported, detectors, caps
         ("my_detectors:none", r"has no function none"),
     ],
 )
-def test_a_detector_that_is_none_is_refused(detectors, name, message):
-    with pytest.raises(ValueError, match=message):
-        load_detector(name)
+def test_a_detector_that_is_none_is_refused(photos, tmp_path, exported, detectors, name, message):
+    (tmp_path / "broken_syntax.py").write_text("def f(:")
+    (tmp_path / "broken_name.py").write_text("f = nothing")
+    with pytest.raises(SystemExit, match=message):
+        run(verify_faces, exported, photos / "Ann", photos / "Bo", "--detector", name)
 
 
 @pytest.mark.parametrize("name", ["json:loads", "math:sqrt", "builtins:open", "operator:index"])
@@ -175,6 +194,28 @@ def test_a_detector_that_returns_something_else_is_refused(photos, tmp_path, exp
         SystemExit, match=r"A detector must return \(5, 2\) finite numbers or None; of .* \[\[1, 2\]"
     ):
         run(embed, exported, photos, "--detector", f"{detectors}:four", "--output", tmp_path / "x.npz")
+
+
+def test_a_detector_may_write_to_its_photograph(photos, detectors):
+    Image.effect_mandelbrot((112, 112), (-2, -1.5, 1, 1.5), 20).save(photos / "Ann" / "1.png")
+    faces = [
+        read_face(photos / "Ann" / "1.png", "rgb", 16, load_detector(f"{detectors}:{name}"))
+        for name in ("corner", "painter")
+    ]
+    np.testing.assert_array_equal(*map(np.asarray, faces))
+
+
+def test_landmarks_of_no_face_are_left_out_and_said(photos, exported, detectors, capsys):
+    """All their crops would be of one identity."""
+    options = photos / "Ann" / "1.png", photos / "Bo" / "1.png", "--detector", f"{detectors}:point"
+    with pytest.raises(SystemExit, match="no decision: there is no photo to compare"):
+        run(verify_faces, exported, *options)
+    title, *sentences = capsys.readouterr().out.splitlines()
+    assert title == "Left out 2:"
+    for sentence, path in zip(sentences, options[:2], strict=True):
+        assert sentence.startswith(f"  The detector finds no face in {path}. The landmarks [[1.0, 2.0], ")
+    with pytest.raises(SystemExit, match=r"finds no face in .*Ann.1\.png\. The landmarks"):
+        run(verify_faces, exported, *options, "--strict")
 
 
 # A gallery
@@ -217,6 +258,52 @@ def test_a_gallery_leaves_out_what_is_empty_or_hidden(photos, tmp_path, exported
     names = np.load(tmp_path / "x.npz")["names"].tolist()
     assert "Cem" in names
     assert not {"Nobody", ".thumbnails"} & set(names)
+
+
+@pytest.mark.parametrize("command", [embed, enroll, identify_faces, verify_faces])
+def test_files_of_other_kinds_are_left_out_and_said(photos, tmp_path, exported, caplog, command):
+    for name in ("Ann/3.heic", "Ann/more/4.HEIC", "Ann/.5.heic", "Bo/3.heic"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"")
+    (photos / "Dee.gif").write_bytes(b"")
+    output = ["--output", tmp_path / "x.npz"]
+    arguments = {
+        embed: [photos, *output],
+        enroll: [photos, *output],
+        identify_faces: [photos, photos / "Ann"],
+        verify_faces: [photos / "Ann", photos / "Bo"],
+    }
+    with caplog.at_level("WARNING"):
+        run(command, exported, *arguments[command])
+    of_all, of_ann, of_bo = (
+        f"Files in {folder} that are left out: {kinds}. {KINDS}"
+        for folder, kinds in (
+            (photos, ".gif (1), .heic (3)"),
+            (photos / "Ann", ".heic (2)"),
+            (photos / "Bo", ".heic (1)"),
+        )
+    )
+    expected = {embed: [of_all], enroll: [of_all], identify_faces: [of_all, of_ann], verify_faces: [of_ann, of_bo]}
+    assert caplog.messages == expected[command]
+
+
+@pytest.mark.parametrize("command", [embed, enroll, identify_faces, verify_faces])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_damaged_model_has_no_embeddings(photos, tmp_path, exported, command, weight):
+    shutil.copytree(exported, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / export.WEIGHTS)
+    save_file(
+        {name: torch.full_like(x, weight) if x.is_floating_point() else x for name, x in weights.items()},
+        tmp_path / "model" / export.WEIGHTS,
+    )
+    arguments = [photos, photos / "Ann"] if command is identify_faces else [photos / "Ann", photos / "Bo"]
+    if command in (embed, enroll):
+        arguments = [photos, "--output", tmp_path / "x.npz"]
+    with pytest.raises(
+        SystemExit, match=r"The embedding of .*Ann.1\.png is not finite: the weights of the model are"
+    ):
+        run(command, tmp_path / "model", *arguments)
+    assert not (tmp_path / "x.npz").exists()
 
 
 @pytest.fixture(scope="module")
