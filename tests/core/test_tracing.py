@@ -1,0 +1,79 @@
+"""What torch's tracers record of a loss: torch.compile with tangents."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from cosface_kernels import cosface_loss, margin_softmax_loss, nearest_classes
+from cosface_kernels.margins import UniFaceMargin
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    w: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    cache: torch.Tensor
+
+
+def _batch() -> Batch:
+    cache = torch.empty(0, dtype=torch.uint8)
+    return Batch(torch.randn(4, 3), torch.randn(7, 3), torch.arange(4), torch.full((4,), 8.0), cache)
+
+
+CALLS = {
+    "loss": lambda x, b: cosface_loss(x, b.w, b.labels),
+    "margin": lambda x, b: margin_softmax_loss(x, b.w, b.labels, margin=lambda cos: cos - 0.1),
+    "sigmoid margin": lambda x, b: margin_softmax_loss(x, b.w, b.labels, margin=UniFaceMargin(0.4, bias=0.0)),
+    "nearest": lambda x, b: nearest_classes(x, b.w, 2).cosines,
+    "lmcl": lambda x, b: torch.ops.cosface.lmcl(x, b.w, b.labels, b.rows, 0.3, None)[0],
+    "lmcl_backward": lambda x, b: torch.ops.cosface.lmcl_backward(
+        x, b.w, b.labels, b.rows, b.rows, b.rows, b.rows, b.rows, b.cache, True, True, None
+    )[0],
+    "sigmoid": lambda x, b: torch.ops.cosface.sigmoid(
+        x, b.w, b.labels, b.rows, b.rows, b.rows, b.rows, True, True, None, sigmoid="cross_entropy"
+    )[1],
+}  # fmt: skip
+
+
+def _tangent(call, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda call, x: torch.func.jvp(call, (x,), (torch.ones_like(x),))[1],
+        lambda call, x: torch.func.jacfwd(call)(x),
+        _tangent,
+    ],
+    ids=["jvp", "jacfwd", "dual"],
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode_is_refused_in_compiled_code(name, ask):
+    """The op in the graph sees no tangent, which would count as 0."""
+    batch = _batch()
+    compiled = torch.compile(lambda x: ask(lambda x: CALLS[name](x, batch), x), backend="aot_eager")
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        compiled(batch.x)
+
+
+def test_compiled_code_is_refused_a_tangent():
+    batch = _batch()
+    for warm in (False, True):
+        compiled = torch.compile(lambda x: cosface_loss(x, batch.w, batch.labels), backend="aot_eager")
+        if warm:
+            compiled(batch.x)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            _tangent(compiled, batch.x)
+        torch._dynamo.reset()
