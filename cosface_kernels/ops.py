@@ -27,6 +27,7 @@ def dispatches(*tensors: Tensor) -> bool:
     """Whether torch must see an op: it traces, a mode or a subclass listens, or memory holds other numbers."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace's
         or torch._C._len_torch_dispatch_stack() > 0
         or any(
             type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.is_neg()

@@ -1,13 +1,17 @@
-"""What torch's tracers record of a loss: torch.compile with tangents."""
+"""What torch's tracers record of a loss: torch.jit.trace, and torch.compile with tangents."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
+from support.formulas import NAMES, formula_problem, make_head
 from torch.autograd import forward_ad
 
-from cosface_kernels import cosface_loss, margin_softmax_loss, nearest_classes
+from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss, nearest_classes
 from cosface_kernels.margins import UniFaceMargin
+from cosface_kernels.optim import FusedSGD
+
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +81,48 @@ def test_compiled_code_is_refused_a_tangent():
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             _tangent(compiled, batch.x)
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_traced_head_is_the_head(name):
+    x, w, labels = formula_problem("random")
+    head = make_head(name, w).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(head, (x, labels))
+        other = 3 * x.flip(0)[:7], labels.flip(0)[2:]
+        torch.testing.assert_close(traced(*other), head(*other), rtol=1e-12, atol=0)
+
+
+class Finds(torch.nn.Module):
+    """A head whose forward is its other two functions."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        cosines, classes = self.head.topk(x, 3)
+        return cosines, classes, self.head.get_logits(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"subcenters": 2}, {"dtype": torch.float8_e4m3fn}])
+def test_traced_functions_of_a_head_are_its_own(options):
+    """And not memory that nothing has written to, which the tracer sees of a function that it does not."""
+    finds, x = Finds(FusedCosFaceLoss(40, 16, **options).eval()), torch.randn(6, 16)
+    traced = torch.jit.trace(finds, (x,))
+    torch.testing.assert_close(traced(2 * x[:4]), finds(2 * x[:4]))
+
+
+def test_a_traced_loss_moves_the_rows():
+    x, labels = torch.randn(2, 6, 16), torch.arange(6)
+    runs = []
+    for trace in (True, False):
+        torch.manual_seed(0)
+        head = FusedCosFaceLoss(40, 16)
+        optimizer = FusedSGD(head.parameters(), lr=0.1)
+        call = torch.jit.trace(head, (x[0], labels), check_trace=False) if trace else head
+        for batch in x:
+            call(batch, labels).backward()
+            optimizer.step()
+        runs.append(head.weight)
+    torch.testing.assert_close(*runs)
