@@ -62,6 +62,8 @@ def once_differentiable(backward: Callable[..., tuple[Any, tuple[Tensor, ...]]])
     would add nothing, silently, to what is differentiated with respect to the inputs.
     """
 
+    # Where a compiled function calls loss.backward(), Dynamo would compile this too, and guard none of the node.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @functools.wraps(backward)
     def of_upstream(ctx: Any, *upstream: Tensor | None) -> Any:
         refuse_forward_mode()
