@@ -1,4 +1,4 @@
-"""What torch's tracers record of a loss: torch.jit.trace, and torch.compile with tangents."""
+"""What torch's tracers record of a loss: torch.jit.trace, torch.export, and torch.compile with tangents."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.formulas import NAMES, formula_problem, make_head
 from torch.autograd import forward_ad
+from torch.export import Dim, export
 
 from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss, nearest_classes
 from cosface_kernels.margins import UniFaceMargin
@@ -126,3 +127,15 @@ def test_a_traced_loss_moves_the_rows():
             optimizer.step()
         runs.append(head.weight)
     torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_head_takes_batches_of_any_size(name):
+    x, w, labels = formula_problem("random")
+    head, twin = (make_head(name, w) for _ in range(2))
+    size = {0: Dim("n", min=2, max=64)}
+    exported = export(twin, (x, labels), dynamic_shapes={"embeddings": size, "labels": size}).module()
+    for batch in ((x, labels), (3 * x[:7], labels[:7])):
+        torch.testing.assert_close(exported(*batch), head(*batch), rtol=1e-12, atol=0)
+    for key, value in exported.state_dict().items():
+        torch.testing.assert_close(value, head.state_dict()[key], rtol=1e-12, atol=0)
