@@ -39,6 +39,15 @@ def refuse_transforms() -> None:
         )
 
 
+def _refuse_batches(upstream: tuple[Tensor | None, ...]) -> None:
+    if any(each is not None and torch._C._functorch.is_legacy_batchedtensor(each) for each in upstream):
+        raise NotImplementedError(
+            "The gradients of the loss do not come in batches, which is_grads_batched=True and jacobian's "
+            "vectorize=True ask for. Take one backward of each, or cosface_kernels.reference.forward, which is "
+            "plain PyTorch."
+        )
+
+
 class _WithoutDerivative(torch.autograd.Function):
     """The first `count` of the tensors, functions of the others too, whose own derivative is refused."""
 
@@ -66,7 +75,9 @@ def once_differentiable(backward: Callable[..., tuple[Any, tuple[Tensor, ...]]])
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @functools.wraps(backward)
     def of_upstream(ctx: Any, *upstream: Tensor | None) -> Any:
+        refuse_transforms()
         refuse_forward_mode()
+        _refuse_batches(upstream)
         if not torch.is_grad_enabled():  # without create_graph=True
             return backward(ctx, *upstream)[0]
         with torch.no_grad():
