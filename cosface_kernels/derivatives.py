@@ -1,4 +1,4 @@
-"""How a second derivative, which no node of this package has, is refused where it would be dropped."""
+"""What no op and no node of this package has is refused here, above all where it would be dropped in silence."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def refuse_forward_mode() -> None:
+    """Tangents do not pass through an op; without this, torch.func.jvp would take them for 0."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "The loss has no forward-mode derivative, which torch.func.jvp, jacfwd and dual tensors ask for. "
+            "Take backward, or cosface_kernels.reference.forward, which is plain PyTorch."
+        )
+
+
+def without_tangents(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an op, which refuses to run where there are some."""
+
+    @functools.wraps(function)
+    def refusing(*arguments: Any, **options: Any) -> Any:
+        refuse_forward_mode()
+        return function(*arguments, **options)
+
+    return refusing
+
+
+def refuse_transforms() -> None:
+    """Those of torch.func ask an op for what it does not have, and say so in words of their own."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        refuse_forward_mode()
+        raise NotImplementedError(
+            "The loss does not go through torch.func's transforms, such as grad, vjp, jacrev and vmap. Take "
+            "loss.backward() or torch.autograd.grad, or cosface_kernels.reference.forward, which is plain PyTorch."
+        )
+
+
+def _refuse_batches(upstream: tuple[Tensor | None, ...]) -> None:
+    if any(each is not None and torch._C._functorch.is_legacy_batchedtensor(each) for each in upstream):
+        raise NotImplementedError(
+            "The gradients of the loss do not come in batches, which is_grads_batched=True and jacobian's "
+            "vectorize=True ask for. Take one backward of each, or cosface_kernels.reference.forward, which is "
+            "plain PyTorch."
+        )
 
 
 class _WithoutDerivative(torch.autograd.Function):
@@ -31,8 +71,13 @@ def once_differentiable(backward: Callable[..., tuple[Any, tuple[Tensor, ...]]])
     would add nothing, silently, to what is differentiated with respect to the inputs.
     """
 
+    # Where a compiled function calls loss.backward(), Dynamo would compile this too, and guard none of the node.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @functools.wraps(backward)
     def of_upstream(ctx: Any, *upstream: Tensor | None) -> Any:
+        refuse_transforms()
+        refuse_forward_mode()
+        _refuse_batches(upstream)
         if not torch.is_grad_enabled():  # without create_graph=True
             return backward(ctx, *upstream)[0]
         with torch.no_grad():

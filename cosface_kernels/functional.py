@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosface_kernels import facts, float8, ops, optim, sample_weights, sigmoid, stages
+from cosface_kernels.derivatives import refuse_transforms
 from cosface_kernels.distributed import Exchange, Local, own_rows, placement, whole
 from cosface_kernels.margins import SigmoidMargin, defaults, of_each_class
 from cosface_kernels.options import WORKSPACE_BYTES
@@ -171,7 +172,7 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(weight[:2] + 0.1, weight, torch.tensor([0, 2]), margin=arcface, scale=2.0)
     tensor(1.6890)
     """
-    ops.refuse_transforms()
+    refuse_transforms()
     ranks = placement(weight)
     weights = sample_weight, class_weight, indices_tuple
     options: dict[str, Any] = {}

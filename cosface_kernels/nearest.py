@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
+from cosface_kernels.derivatives import refuse_transforms
 from cosface_kernels.distributed import own_rows, placement
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS
@@ -57,7 +58,7 @@ def nearest_classes(
     >>> nearest_classes(torch.tensor([[3.0, 1.0]]), torch.eye(2), k=2)
     NearestClasses(cosines=tensor([[0.9487, 0.3162]]), classes=tensor([[0, 1]]))
     """
-    ops.refuse_transforms()
+    refuse_transforms()
     ranks = placement(weight)
     exponents = own_rows(weight_exponent) if isinstance(weight_exponent, Tensor) else None
 

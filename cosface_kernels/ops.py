@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from cosface_kernels.backends import Backend, UpdatingBackend, select
 from cosface_kernels.backends.contract import check_memory
-from cosface_kernels.derivatives import once_differentiable
+from cosface_kernels.derivatives import once_differentiable, without_tangents
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import ARGUMENTS, CACHE_ALIGNMENT, Options, Update, empty_cache
 from cosface_kernels.reference import compute_dtype, excess
@@ -28,6 +27,7 @@ def dispatches(*tensors: Tensor) -> bool:
     """Whether torch must see an op: it traces, a mode or a subclass listens, or memory holds other numbers."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace's
         or torch._C._len_torch_dispatch_stack() > 0
         or any(
             type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.is_neg()
@@ -40,8 +40,13 @@ class Op:
     """An op that changes nothing, with `eager`, the function that stands for it where torch need not see it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        function = without_tangents(function)
         self.registered = torch.library.custom_op(f"cosface::{function.__name__}", function, mutates_args=())
         self.function = self.eager = function
+
+    def register_fake(self, fake: Callable[..., Any]) -> None:
+        """A compiled graph has no tangents left, when the op runs in it."""
+        self.registered.register_fake(without_tangents(fake))
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         tensors = (each for each in (*arguments, *options.values()) if isinstance(each, Tensor))
@@ -65,28 +70,9 @@ def targets(labels: Tensor, num_classes: int, ignore_index: int, validate: bool 
     return labels.masked_fill(ignored, IGNORED).masked_fill(wrong, INVALID)
 
 
-@targets.registered.register_fake
+@targets.register_fake
 def _(labels, num_classes, ignore_index, validate=True):  # type: ignore[no-untyped-def]
     return labels.new_empty(labels.shape, dtype=torch.int64)
-
-
-def refuse_forward_mode() -> None:
-    """Tangents do not pass through an op; without this, torch.func.jvp would take them for 0."""
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "The loss has no forward-mode derivative, which torch.func.jvp, jacfwd and dual tensors ask for. "
-            "Take backward, or cosface_kernels.reference.forward, which is plain PyTorch."
-        )
-
-
-def refuse_transforms() -> None:
-    """Those of torch.func ask an op for what it does not have, and say so in words of their own."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        refuse_forward_mode()
-        raise NotImplementedError(
-            "The loss does not go through torch.func's transforms, such as grad, vjp, jacrev and vmap. Take "
-            "loss.backward() or torch.autograd.grad, or cosface_kernels.reference.forward, which is plain PyTorch."
-        )
 
 
 def takes_options(*, updates: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -129,7 +115,6 @@ def lmcl(
 
     The sixth result, uint8, is lmcl_backward's cache, and the last one `reference.moments`, (4, N), or (0, N).
     """
-    refuse_forward_mode()
     if options.sigmoid:
         raise ValueError(f"lmcl is a softmax: sigmoid must be None, got {options.sigmoid!r}.")
     if not w.shape[0]:  # a rank that owns no class
@@ -146,7 +131,7 @@ def lmcl(
     return loss, top, log_sum, target_cos, max_neg, cache, moments
 
 
-@lmcl.registered.register_fake
+@lmcl.register_fake
 @takes_options()
 def _(x, w, targets, scale, margin, backend, options):  # type: ignore[no-untyped-def]
     dtype, n = compute_dtype(x, w), x.shape[0]
@@ -161,14 +146,13 @@ def nearest(
     x: Tensor, w: Tensor, k: int, normalize_weight: bool, backend: str | None, exponents: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """cosines and classes, (N, k) each, as `cosface_kernels.reference.nearest` defines them."""
-    refuse_forward_mode()
     if not w.shape[0]:  # a rank that owns no class
         return x.new_empty(x.shape[0], 0, dtype=compute_dtype(x, w)), x.new_empty(x.shape[0], 0, dtype=torch.int64)
     options = Options(normalize_weight=normalize_weight, exponents=exponents)
     return select(backend, x, w, options).nearest(x, w, k, options)
 
 
-@nearest.registered.register_fake
+@nearest.register_fake
 def _(x, w, k, normalize_weight, backend, exponents=None):  # type: ignore[no-untyped-def]
     shape = (x.shape[0], k)
     return x.new_empty(shape, dtype=compute_dtype(x, w)), x.new_empty(shape, dtype=torch.int64)
@@ -213,7 +197,6 @@ def lmcl_backward(
 
     A gradient that is not needed comes back empty. With classes (S,), dw is (S, D).
     """
-    refuse_forward_mode()
     _check_gradient(w, need_dw)
     if not w.shape[0]:
         return *_without_classes(x, w, need_dx, need_dw), torch.zeros_like(log_sum)
@@ -222,7 +205,7 @@ def lmcl_backward(
     )
 
 
-@lmcl_backward.registered.register_fake
+@lmcl_backward.register_fake
 @takes_options()
 def _(x, w, targets, scale, top, log_sum, g_lse, g_cos, cache, need_dx, need_dw, backend, options):  # type: ignore[no-untyped-def]
     return *_empty_gradients(x, w, need_dx, need_dw, options), log_sum.new_empty(log_sum.shape)
@@ -249,7 +232,6 @@ def sigmoid(
     0 has none, and sums of 0. The other gradients are as lmcl_backward returns them, that of bias is g times the
     second sum.
     """
-    refuse_forward_mode()
     _check_gradient(w, need_dw)
     if not w.shape[0]:
         return g.new_zeros(2, x.shape[0]), *_without_classes(x, w, need_dx, need_dw), torch.zeros_like(g)
@@ -258,7 +240,7 @@ def sigmoid(
     )
 
 
-@sigmoid.registered.register_fake
+@sigmoid.register_fake
 @takes_options()
 def _(x, w, targets, scale, bias, g, g_cos, need_dx, need_dw, backend, options):  # type: ignore[no-untyped-def]
     gradients = _empty_gradients(x, w, need_dx, need_dw, options)

@@ -17,6 +17,7 @@ from torch import Tensor
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
 from cosface_kernels.backends.contract import check_classes
+from cosface_kernels.derivatives import refuse_forward_mode
 from cosface_kernels.distributed import Exchange, Local
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.margins import ClassMargin, Margin, Rows, Smoothing
@@ -222,7 +223,7 @@ def in_one_call(
     loss = getattr(select(settings.backend, embeddings, weight, plain), "loss", None)
     if loss is None:
         return None
-    ops.refuse_forward_mode()
+    refuse_forward_mode()
     return loss(
         embeddings,
         weight,

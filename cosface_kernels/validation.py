@@ -257,15 +257,15 @@ def check_sampler(sampled: int, classes: int) -> None:
 
 
 def check_labels(labels: Tensor, embeddings: Tensor) -> None:
-    """Shape (N,) or (N, 2), an integer dtype, the embeddings' device; their range is checked by the op."""
+    """Shape (N,) or (N, 2), an integer dtype, the embeddings' device; the op checks their range."""
     check_tensor("labels", labels)
     if labels.dim() != 1 and labels.shape[1:] != (2,):
         raise ValueError(
             "labels must have shape (N,), or (N, 2) with a sample_weight of that shape, got shape "
             f"{tuple(labels.shape)}."
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype in (torch.bool, torch.uint64):
+        raise TypeError(f"labels must have an integer dtype that int64 holds, got {labels.dtype}.")
     if labels.shape[0] != embeddings.shape[0]:
         raise ValueError(f"every embedding needs a label, got {embeddings.shape[0]} and {labels.shape[0]}.")
     if labels.device != embeddings.device:

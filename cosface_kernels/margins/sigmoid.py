@@ -118,7 +118,7 @@ class BiasedMargin(SigmoidMargin):
 
     def _bias_of(self, scale: Tensor, rows: Rows) -> Tensor:
         """(N,)"""
-        return rows.share(self.bias).to(scale.dtype).expand(len(scale))
+        return rows.share(self.bias).to(scale.dtype).expand_as(scale)
 
 
 class SphereFace2Margin(BiasedMargin):

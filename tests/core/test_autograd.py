@@ -226,11 +226,15 @@ def test_second_derivative_is_refused_not_wrong(backend):
 HEADS = [getattr(cosface_kernels, name) for name in cosface_kernels.__all__ if name.startswith("Fused")]
 
 
+def _head(kind, **options):
+    own = {"FusedMarginLoss": {"margin": 0.3}, "FusedKappaFaceLoss": {"class_counts": range(1, 13)}}
+    return kind(12, 8, **own.get(kind.__name__, {}), **options)
+
+
 @pytest.mark.parametrize("optimizer", [None, FusedSGD])
 @pytest.mark.parametrize("kind", HEADS, ids=lambda kind: kind.__name__)
 def test_a_penalty_on_the_gradient_of_a_head_is_refused_not_dropped(kind, optimizer):
-    own = {"FusedMarginLoss": {"margin": 0.3}, "FusedKappaFaceLoss": {"class_counts": range(1, 13)}}
-    head = kind(12, 8, **own.get(kind.__name__, {}))
+    head = _head(kind)
     owner = optimizer and optimizer(head.parameters(), lr=0.1)
     x, labels = torch.randn(4, 8, requires_grad=True), torch.arange(4)
     for asks in (
@@ -240,6 +244,23 @@ def test_a_penalty_on_the_gradient_of_a_head_is_refused_not_dropped(kind, optimi
         (g,) = torch.autograd.grad(head(3 * x, labels), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="The loss has no second derivative"):
             asks(g.square().sum())
+    if owner:
+        owner.step()
+
+
+@pytest.mark.parametrize("optimizer", [None, FusedSGD])
+@pytest.mark.parametrize("kind", HEADS, ids=lambda kind: kind.__name__)
+def test_gradients_of_a_head_in_batches_are_refused(kind, optimizer):
+    head = _head(kind, reduction="none")
+    owner = optimizer and optimizer(head.parameters(), lr=0.1)
+    x, labels, before = torch.randn(4, 8, requires_grad=True), torch.arange(4), head.weight.detach().clone()
+    for ask in (
+        lambda: torch.autograd.grad(head(x, labels), x, torch.eye(4), is_grads_batched=True),
+        lambda: torch.autograd.functional.jacobian(lambda x: head(x, labels), x, vectorize=True),
+    ):
+        with pytest.raises(NotImplementedError, match="The gradients of the loss do not come in batches"):
+            ask()
+    assert torch.equal(head.weight, before)
     if owner:
         owner.step()
 

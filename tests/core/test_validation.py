@@ -478,3 +478,12 @@ def test_a_head_in_place_of_its_parameters():
             TypeError, match=f"{optimizer.__name__} takes parameters, got the module FusedCosFaceLoss"
         ):
             optimizer(head, lr=0.1)
+
+
+def test_labels_that_int64_does_not_hold_are_refused(backend):
+    """2^64 - 100 is ignore_index, once it is an int64."""
+    x, w = torch.randn(2, 3, device=backend.device), torch.randn(5, 3, device=backend.device)
+    labels = torch.tensor([1, 2**64 - 100], dtype=torch.uint64, device=backend.device)
+    for margin in (0.3, lambda cos: cos - 0.3):
+        with pytest.raises(TypeError, match=r"an integer dtype that int64 holds, got torch\.uint64\."):
+            margin_softmax_loss(x, w, labels, margin=margin, backend=backend.name)

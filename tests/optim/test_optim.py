@@ -7,7 +7,7 @@ import torch
 from support.rules import RULES, C, D, batches, make_head, train
 from torch import nn
 
-from cosface_kernels import FusedCosFaceLoss, cosface_loss
+from cosface_kernels import FusedCosFaceLoss, FusedCurricularFaceLoss, FusedUniFaceLoss, cosface_loss
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Options, Update
@@ -169,6 +169,33 @@ def test_compiled_model_moves_the_rows():
     train(other, FusedSGD(other.parameters(), lr=0.1), 2)
     torch.testing.assert_close(head.weight, other.weight)
     torch.compile(make_head(), backend="eager", fullgraph=True)(*next(batches(1))).backward()  # has no owner
+
+
+def _step(net, head, optimizer, x, labels):
+    optimizer.zero_grad()
+    loss = head(net(x), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("fused", "torchs", "options"),
+    [(FusedSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (FusedAdamW, torch.optim.AdamW, {"lr": 0.01})],
+)
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedCurricularFaceLoss, FusedUniFaceLoss])
+def test_a_compiled_step_is_torchs(kind, fused, torchs, options):
+    """Of every call, the first of which is what Python that runs inside backward would be compiled for."""
+    torch._dynamo.reset()
+    runs = []
+    for optimizer, wrap in ((fused, lambda step: torch.compile(step, backend="aot_eager")), (torchs, lambda s: s)):
+        torch.manual_seed(7)
+        net, head, step = nn.Linear(16, 16), kind(40, 16), wrap(_step)
+        both = optimizer([*net.parameters(), *head.parameters()], **options)
+        losses = [step(net, head, both, torch.randn(8, 16), torch.randint(40, (8,))) for _ in range(3)]
+        runs.append((torch.stack(losses), *net.parameters(), *head.parameters()))
+    for got, want in zip(*runs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
