@@ -40,6 +40,8 @@ def refuse_transforms() -> None:
 
 
 def _refuse_batches(upstream: tuple[Tensor | None, ...]) -> None:
+    if torch.compiler.is_compiling():
+        return
     if any(each is not None and torch._C._functorch.is_legacy_batchedtensor(each) for each in upstream):
         raise NotImplementedError(
             "The gradients of the loss do not come in batches, which is_grads_batched=True and jacobian's "
@@ -71,12 +73,10 @@ def once_differentiable(backward: Callable[..., tuple[Any, tuple[Tensor, ...]]])
     would add nothing, silently, to what is differentiated with respect to the inputs.
     """
 
-    # Where a compiled function calls loss.backward(), Dynamo would compile this too, and guard none of the node.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     @functools.wraps(backward)
     def of_upstream(ctx: Any, *upstream: Tensor | None) -> Any:
-        refuse_transforms()
         refuse_forward_mode()
+        refuse_transforms()
         _refuse_batches(upstream)
         if not torch.is_grad_enabled():  # without create_graph=True
             return backward(ctx, *upstream)[0]

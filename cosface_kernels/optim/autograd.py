@@ -100,6 +100,7 @@ class _MovesRows(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @torch._disable_dynamo  # type: ignore[attr-defined] # it would compile this, and guard none of ctx
     @once_differentiable
     def backward(ctx, g_loss, _, g_log_sum, g_cos, __, ___, g_moments):  # type: ignore[no-untyped-def]
         adds, whole = _wanted(ctx)
@@ -127,6 +128,7 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
         return added, target_cos.clone()
 
     @staticmethod
+    @torch._disable_dynamo  # type: ignore[attr-defined] # it would compile this, and guard none of ctx
     @once_differentiable
     def backward(ctx, g, g_cos):  # type: ignore[no-untyped-def]
         adds, whole = _wanted(ctx)

@@ -160,6 +160,7 @@ class RowOptimizer(Optimizer):
         """
         return sum(int(count) for count in self._skipped.values())
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Moves what has an ordinary gradient and ends the step; heads' rows have moved already.
 

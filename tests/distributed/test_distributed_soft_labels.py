@@ -68,7 +68,7 @@ def evaluate(
         label_smoothing=case.smoothing,
         sample_weight=share,
         class_weight=torch.linspace(1, 9, case.classes) if case.weighted else None,
-        return_stats=3,
+        return_stats=min(3, case.classes),
         entropy=True,
         backend=case.backend,
     )

@@ -371,7 +371,7 @@ for kernel in (*vars(kernels).values(), *vars(sparse_kernels).values()):
 def compiled(C):
     bf16 = torch.bfloat16
     return kernels.row_norms.warmup(
-        bf16, torch.int64, torch.float32, C, 64, 1, grid=(1,), D=64, BLOCK_C=32, BLOCK_D=64,
+        bf16, torch.int64, torch.float32, C, grid=(1,), D=64, BLOCK_C=32, BLOCK_D=64,
         OPERAND=triton.language.bfloat16, CHOSEN=False,
     )
 print(compiled(1000) is compiled(1024) is compiled(1))
