@@ -53,3 +53,31 @@ def test_resumes_where_it_stopped(dtype, tmp_path, capsys):
         for key, value in a[name].items():
             assert torch.equal(value.float(), b[name][key].float()), key
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("every", [2, 200])
+def test_what_is_saved_is_what_was_tested_last(every, tmp_path):
+    checkpoint = tmp_path / "runs" / "million.pt"
+    options = ["--classes", "40", "--dim", "8", "--batch", "10", "--every", str(every)]
+    accuracy = million.main([*options, "--steps", "5", "--checkpoint", str(checkpoint)])
+    assert torch.load(checkpoint)["steps"] == 5
+    assert million.main([*options, "--steps", "5", "--checkpoint", str(checkpoint)]) == accuracy
+    with pytest.raises(SystemExit):
+        million.main([*options, "--steps", "4", "--checkpoint", str(checkpoint)])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--every", "0"), "--every must be at least 1, got 0."),
+        (("--checkpoint", "."), ". is a folder, not the name of a file to write."),
+        (("--checkpoint", "file/million.pt"), "file is no folder."),
+    ],
+)
+def test_what_cannot_be_saved_is_said_before_the_first_step(options, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(million.Training, "step", lambda self: pytest.fail("a step was taken"))
+    with pytest.raises(SystemExit):
+        million.main(["--classes", "40", "--dim", "8", *options])
+    assert sentence in capsys.readouterr().err
