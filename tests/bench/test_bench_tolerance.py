@@ -65,6 +65,29 @@ def test_refuses_a_state(state, capsys):
     assert "is not random, spread:S" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content", [b"text", b"", [1], {"weight": torch.ones(3, 2)}], ids=["text", "empty", "list", "weight"]
+)
+def test_refuses_a_file_of_something_else(content, tmp_path, capsys):
+    file = tmp_path / "state.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(SystemExit):
+        main(["train-step", "--state", f"random,{file}"])
+    assert f"{file} is no file of examples/studies/head_state.py." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--device", "cuda"), ("--dtype", "fp32,fp8"), ("--dtype", "fp16")])
+def test_refuses_what_it_does_not_measure(options, capsys):
+    assert main(["train-step", "--state", "random", *TINY, *options]) == 2
+    assert "--state measures on the CPU, a weight in float32, float64, bfloat16; got" in capsys.readouterr().err
+
+
+def test_refuses_a_cache_of_less_than_nothing(capsys):
+    with pytest.raises(SystemExit):
+        main(["train-step", "--state", "random", "--cache-mib", "-1"])
+    assert "'-1' is not a positive whole number." in capsys.readouterr().err
+
+
 def test_refuses_a_tolerance(capsys):
     with pytest.raises(SystemExit):
         main(["train-step", "--tolerance", "1"])
