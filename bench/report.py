@@ -33,8 +33,8 @@ class Row:
     matmul_shape: str
     steps: int
     rounds: int
-    margin: float
-    scale: float
+    margin: float | None  # None: one of its own, or a search, which has neither
+    scale: float | None
     seed: int
     device: str  # its maker's name
     note: str | None

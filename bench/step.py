@@ -40,15 +40,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Jobs:
-    """What a command measures: its implementations, the job that checks one, the job that times it, and a note."""
+    """What a command measures: its implementations, the job that checks one, the job that times it, and a note.
+
+    `ran_with` gives the margin and the scale of a case, None where it has none of a number.
+    """
 
     implementations: Mapping[str, Any]
     check: Callable[[Case], Any]
     measure: Callable[[Case], Any]
     note: Callable[[Case, list[Any]], str | None]
+    ran_with: Callable[[Case], tuple[float | None, float | None]] = lambda case: (case.margin, case.scale)
 
 
-STEP = Jobs(IMPLEMENTATIONS, Check, Measure, lambda case, _: IMPLEMENTATIONS[case.impl].note)
+STEP = Jobs(
+    IMPLEMENTATIONS,
+    Check,
+    Measure,
+    note=lambda case, _: IMPLEMENTATIONS[case.impl].note,
+    ran_with=lambda case: IMPLEMENTATIONS[case.impl].ran_with(case.margin, case.scale),
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -181,6 +191,7 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int, jobs: Jo
     median = statistics.median(seconds) if seconds else None
     extra = [turn.peak_extra_bytes for turn in outcome.turns if turn.peak_extra_bytes is not None]
     flops = implementation.flops * case.batch * case.classes * case.dim
+    margin, scale = jobs.ran_with(case)
     return report.Row(
         impl=case.impl,
         batch=case.batch,
@@ -200,8 +211,8 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int, jobs: Jo
         matmul_shape=shape,
         steps=len(seconds),
         rounds=rounds,
-        margin=case.margin if implementation.margin else 0.0,
-        scale=case.scale,
+        margin=margin,
+        scale=scale,
         seed=case.seed,
         device=machine.device_name(case.device),
         note=outcome.note or jobs.note(case, outcome.turns),

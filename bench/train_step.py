@@ -57,7 +57,6 @@ class Implementation:
     fused: bool
     cache: bool
     flops: int
-    margin: bool = True
     momentum: bool = True
     state_dtype: torch.dtype | None = None
 

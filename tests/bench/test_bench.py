@@ -256,6 +256,22 @@ def test_peak_memory_sees_what_was_freed() -> None:
     assert machine.peak("cpu") - baseline == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("impl", "margin", "scale"),
+    [
+        ("eager", 0.2, 30.0),
+        ("torch-lce", 0.0, 30.0),
+        ("uncached", None, 30.0),
+        ("a-softmax", None, 1.0),
+        ("l-softmax", None, 1.0),
+    ],
+)
+def test_rows_have_the_margin_and_scale_that_were_computed(impl: str, margin: float | None, scale: float) -> None:
+    case = replace(CASE, impl=impl, margin=0.2, scale=30.0)
+    row = step._row(step.Outcome(case), [{"square 1": 1.0}], rounds=1)
+    assert (row.margin, row.scale) == (margin, scale)
+
+
 def test_table_without_fused_has_no_ratio() -> None:
     values = dict.fromkeys((f.name for f in fields(Row)), None)
     row = Row(**{**values, "impl": "eager", "steps": 4, "median_s": 2.5, "min_s": 0.002, "note": "margin 0"})
@@ -263,11 +279,11 @@ def test_table_without_fused_has_no_ratio() -> None:
     assert cells == "eager 2.500 s 2.000 ms - - - - 4 margin 0"
 
 
-def test_the_summary_of_sizes_compares_with_the_fastest_peer_that_has_the_margin() -> None:
+def test_the_summary_of_sizes_compares_with_the_fastest_peer_of_the_same_loss() -> None:
     blank = dict.fromkeys((f.name for f in fields(Row)), None)
     sizes = {"dtype": "float32", "dim": 128, "batch": 32}
     times = {
-        1000: {"fused": 2.0, "eager": 3.0, "compile": 1.0, "torch-lce": 0.1},
+        1000: {"fused": 2.0, "eager": 3.0, "compile": 1.0, "torch-lce": 0.1, "fused-cuda": 0.1, "uniface": 0.1},
         9000: {"fused": 1.0, "eager": 8.0, "compile": None},
         20_000: {"fused": None, "eager": 1.0},
     }
