@@ -154,6 +154,29 @@ def test_sizes_are_crossed_and_every_row_is_written(in_process, tmp_path: Path, 
     assert capsys.readouterr().out.count("impl ") == 4
 
 
+def test_a_matmul_rate_that_fails_costs_no_other_figure(in_process, monkeypatch, tmp_path: Path, capsys) -> None:
+    def fail(self):
+        raise FailedError("NotImplementedError: no product of float8")
+
+    monkeypatch.setattr(_FakeMatmul, "turn", fail)
+    out = tmp_path / "out.json"
+    assert main(["step", *TINY, "--classes", "300", "--impl", "eager", "--json", str(out)]) == 0
+    (row,) = json.loads(out.read_text())
+    assert row["median_s"] > 0
+    assert row["matmul_gflops"] is row["matmul_shape"] is row["fraction_of_matmul"] is None
+    assert "no product of float8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_the_products_of_float8_are_in_another_dtype(monkeypatch, device: str, dtype: str) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "device_name", lambda device: "a device")
+    monkeypatch.setattr(step, "measure", lambda cases, rounds, dtype, jobs: measured.append(dtype) or ([], []))
+    assert main(["train-step", *TINY, "--classes", "300", "--dtype", "fp8", "--device", device]) == 0
+    assert measured == [dtype]
+
+
 def test_wrong_output_is_not_timed_and_fails_the_run(in_process, monkeypatch, tmp_path: Path, capsys) -> None:
     def build_wrong(problem: Problem) -> Step:
         return IMPLEMENTATIONS["eager"].build(replace(problem, margin=problem.margin / 2))
