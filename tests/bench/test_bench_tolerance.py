@@ -58,6 +58,26 @@ def test_loads_what_the_recipes_write(dtype, tmp_path):
     assert [row[name] for name in ("batch", "classes", "dim", "scale")] == [9, 400, 32, synthetic.SCALE]
 
 
+@pytest.mark.parametrize(
+    ("source", "file", "sentence"),
+    [
+        ("absent.pt", "state.pt", "No such file or directory: 'absent.pt'"),
+        ("text", "state.pt", "text is no checkpoint of million.py."),
+        ("other.pt", "state.pt", "other.pt is no checkpoint of million.py."),
+        ("empty", "state.pt", "No such file or directory: 'empty/settings"),
+        ("other.pt", "empty", "empty is a folder, not the name of a file to write."),
+    ],
+)
+def test_of_what_is_no_checkpoint_no_state_is_written(source, file, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "empty").mkdir()
+    torch.save({"weight": torch.ones(3, 2)}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=sentence):
+        head_state.main([source, file])
+    assert not (tmp_path / "state.pt").exists()
+
+
 @pytest.mark.parametrize("state", ["flat", "spread:", "spread:2", "missing.pt", "random:1"])
 def test_refuses_a_state(state, capsys):
     with pytest.raises(SystemExit):
