@@ -46,15 +46,15 @@ def run(args: argparse.Namespace) -> int:
         return 2
     os.environ["COSFACE_TRITON_TUNE"] = "0"
     bench = Bench(args.file, args.toy, args.dtype, args.backend)
-    try:
-        for step in args.what:
+    for step in args.what:
+        try:
             if step == "once":
                 gpu_steps.once(bench, args.small)
                 continue
             before = bench.rows, bench.measured
             STEPS[step](bench)
-            bench.wrong |= bench.rows > before[0] and bench.measured == before[1]  # reasons alone, and no figure
-    except UnavailableError as reason:
-        bench.add(args.what[-1], note=str(reason))
-        return 1
+        except UnavailableError as reason:
+            bench.add(step, note=str(reason))
+            return 1
+        bench.wrong |= bench.rows > before[0] and bench.measured == before[1]  # reasons alone, and no figure
     return int(bench.wrong)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+OURS = "cosface_kernels"
 CHECKPOINT_CLASSES = 8192  # classes of a chunk: 8 MiB of float32 logits at N = 256
 
 
@@ -61,6 +62,7 @@ class Implementation:
         note: what its rows say.
         margin: whether it has a margin; one that has none is built, checked and timed with margin 0.
         compiles: whether the first step of each shape compiles.
+        scale: s, if not the problem's.
     """
 
     build: Callable[[Problem], Step]
@@ -70,6 +72,18 @@ class Implementation:
     compiles: bool = False
     definition: Callable[[Tensor, Tensor, Problem], Tensor] | None = None
     note: str | None = None
+    scale: float | None = None
+
+    def ran_with(self, margin: float, scale: float) -> tuple[float | None, float]:
+        """The problem's margin and scale, or those in their place; None: a margin of its own."""
+        if self.definition:
+            return None, self.scale or scale
+        return margin if self.margin else 0.0, scale
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is another project's, and computes the same loss."""
+        return self.margin and self.definition is None and self.package != OURS
 
 
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
@@ -163,7 +177,9 @@ def _of_family(name: str, flops: int = 8, **options: Any) -> Implementation:
         arguments = {"margin": margin(problem), "scale": problem.scale, "backend": "reference", **options}
         return margin_softmax_loss(x, w, problem.labels // subcenters, **arguments)
 
-    return Implementation(build, flops, "cosface_kernels", definition=definition, note="its own margin")
+    return Implementation(
+        build, flops, OURS, definition=definition, note="its own margin", scale=options.get("scale")
+    )
 
 
 def _build_eager(problem: Problem) -> Step:
@@ -231,8 +247,8 @@ def _build_liger(problem: Problem) -> Step:
 
 
 IMPLEMENTATIONS = {
-    "fused": Implementation(_build_fused, 8, "cosface_kernels"),
-    "fused-cuda": Implementation(functools.partial(_build_fused, backend="cuda"), 8, "cosface_kernels"),
+    "fused": Implementation(_build_fused, 8, OURS),
+    "fused-cuda": Implementation(functools.partial(_build_fused, backend="cuda"), 8, OURS),
     "eager": Implementation(_build_eager, 6, "torch"),
     "compile": Implementation(_build_compile, 6, "torch", compiles=True),
     "checkpoint": Implementation(_build_checkpoint, 8, "torch"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.hazards import Pipeline, pipeline
+from bench.step import _count, _counts
 from cosface_kernels.backends.triton.tiles import (
     ALIKE,
     COLUMNS,
@@ -124,10 +125,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument(
         "--dim",
+        type=_counts,
         default=",".join(map(str, DIMS)),
         help="sizes of an embedding, separated by commas; of all but the first, what they change",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--jobs", type=_count, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.set_defaults(run=run)
 
@@ -141,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         known = ", ".join(SHARED_LIMIT)
         print(f"--arch takes architectures among {known}, got {', '.join(sorted(unknown))}.", file=sys.stderr)
         return 2
-    dim, *others = map(int, args.dim.split(","))
+    dim, *others = args.dim
     cases = itertools.chain(all_cases(architectures, dim), *(plain_cases(architectures, dim) for dim in others))
     cases = [case for case in cases if args.kernel in case.kernel]
     rows, wrong = [], []

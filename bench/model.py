@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.kernels import MOST_SPILLED
+from bench.step import _count, _counts
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, LIBRARY_KERNELS, Tile, chunk_classes
 from cosface_kernels.options import WORKSPACE_BYTES
 
@@ -207,24 +208,27 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("kernels", type=Path, metavar="FILE", help="JSON of `bench kernels`")
-    parser.add_argument("--batch", default="256,1024,4096", help="samples, separated by commas")
-    parser.add_argument("--dim", type=int, default=512, help="size of an embedding, one that FILE has")
-    parser.add_argument("--classes", type=int, default=1_000_000)
+    parser.add_argument("--batch", type=_counts, default="256,1024,4096", help="samples, separated by commas")
+    parser.add_argument("--dim", type=_count, default=512, help="size of an embedding, one that FILE has")
+    parser.add_argument("--classes", type=_count, default=1_000_000)
     parser.add_argument("--kernels-too", action="store_true", help="what bounds each kernel, and every other tile")
     parser.add_argument("--specialized", action="store_true", help="with the kernels that are tried on demand")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    rows, batches = json.loads(args.kernels.read_text()), [int(N) for N in args.batch.split(",")]
-    rows = [row for row in rows if args.specialized or not row["config"].get("specialized")]
+    rows = [
+        row
+        for row in json.loads(args.kernels.read_text())
+        if args.specialized or not row["config"].get("specialized")
+    ]
     print("| GPU | N | ms | TFLOP/s at 8NCD | of the 8192^3 rate | host, ms | bound by |")
     print("|---|---|---|---|---|---|---|")
     for device in _compiled_for(rows):
-        for N in batches:
+        for N in args.batch:
             print(*_lines(rows, device, N, args.classes, args.dim, args.kernels_too), sep="\n")
     if args.kernels_too:
-        print(*_tiles(rows, batches, args.classes, args.dim), sep="\n")
+        print(*_tiles(rows, args.batch, args.classes, args.dim), sep="\n")
     return 0
 
 

@@ -23,18 +23,20 @@ class Row:
     median_s: float | None
     min_s: float | None
     peak_extra_mib: float | None  # peak memory on the device beyond inputs and gradients
-    matmul_gflops: float  # of the device, in float32 (on a GPU in dtype), measured between the steps
+    matmul_gflops: (
+        float | None
+    )  # of the device, in float32 (on a GPU in dtype, of float8 in bfloat16), between steps
     fraction_of_matmul: float | None  # flops N C D / median_s, relative to matmul_gflops
     max_rel_err: float | None  # of loss, dx and dw against float64
     threads: int
     torch: str
     commit: str | None
     flops_per_ncd: int  # 6 with the logits kept, 8 with them recomputed
-    matmul_shape: str
+    matmul_shape: str | None
     steps: int
     rounds: int
-    margin: float
-    scale: float
+    margin: float | None  # None: one of its own, or a search, which has neither
+    scale: float | None
     seed: int
     device: str  # its maker's name
     note: str | None

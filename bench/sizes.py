@@ -29,13 +29,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """A line a problem, with the geometric mean of the ratios; a peer that computes another loss is no peer."""
+    """A line a problem, with the geometric mean of the ratios to peers: others that compute the same loss."""
     lines = [f"{'dtype':9} {'dim':>4} {'batch':>5} {'classes':>8} {'fused':>9} {'fastest peer':>22} {'ratio':>6}"]
     ratios = []
     for (dtype, dim, batch, classes), found in groupby(rows, lambda r: (r.dtype, r.dim, r.batch, r.classes)):
         times = {row.impl: row.median_s for row in found if row.median_s}
         fused = times.pop("fused", None)
-        peers = {impl: seconds for impl, seconds in times.items() if IMPLEMENTATIONS[impl].margin}
+        peers = {impl: seconds for impl, seconds in times.items() if IMPLEMENTATIONS[impl].is_peer}
         peer = min(peers, key=peers.__getitem__, default=None)
         ratio = peers[peer] / fused if peer and fused else None
         ratios += [ratio] if ratio else []

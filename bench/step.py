@@ -22,6 +22,7 @@ from bench.worker import DTYPES, Case, Check, Measure, Turn
 DEFAULT_IMPLEMENTATIONS = "fused,eager,compile,checkpoint,pml,torch-lce"
 DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 DTYPE_ALIASES |= {"fp8": "float8_e4m3fn"}
+PRODUCTS_IN = {"float8_e4m3fn": "bfloat16"}  # in which its rows are multiplied
 
 
 @dataclass
@@ -40,15 +41,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Jobs:
-    """What a command measures: its implementations, the job that checks one, the job that times it, and a note."""
+    """What a command measures: its implementations, the job that checks one, the job that times it, and a note.
+
+    `ran_with` gives the margin and the scale of a case, None where it has none of a number.
+    """
 
     implementations: Mapping[str, Any]
     check: Callable[[Case], Any]
     measure: Callable[[Case], Any]
     note: Callable[[Case, list[Any]], str | None]
+    ran_with: Callable[[Case], tuple[float | None, float | None]] = lambda case: (case.margin, case.scale)
 
 
-STEP = Jobs(IMPLEMENTATIONS, Check, Measure, lambda case, _: IMPLEMENTATIONS[case.impl].note)
+STEP = Jobs(
+    IMPLEMENTATIONS,
+    Check,
+    Measure,
+    note=lambda case, _: IMPLEMENTATIONS[case.impl].note,
+    ran_with=lambda case: IMPLEMENTATIONS[case.impl].ran_with(case.margin, case.scale),
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -102,7 +113,7 @@ def run(
     rows, failed = [], False
     common = (args.margin, args.scale, args.seed, args.threads, args.device)
     for dtype, dim, batch, classes in itertools.product(args.dtype, args.dim, args.batch, args.classes):
-        matmul_dtype = dtype if args.device == "cuda" else "float32"
+        matmul_dtype = PRODUCTS_IN.get(dtype, dtype) if args.device == "cuda" else "float32"
         cases = [Case(impl, batch, dim, classes, dtype, *common) for impl in args.impl]
         outcomes, matmul = measure(cases, args.rounds, matmul_dtype, jobs)
         rows += (found := [_row(outcome, matmul, args.rounds, jobs) for outcome in outcomes])
@@ -120,7 +131,10 @@ def run(
 def measure(
     cases: list[Case], rounds: int, matmul_dtype: str = "float32", jobs: Jobs = STEP
 ) -> tuple[list[Outcome], list[dict[str, float]]]:
-    """Checks each case, then gives each its turns, with a turn of the plain matrix product before each."""
+    """Checks each case, then gives each its turns, with a turn of the plain matrix product before each.
+
+    A rate that cannot be measured costs no other figure.
+    """
     outcomes = [Outcome(case) for case in cases]
     for outcome in outcomes:
         _check(outcome, jobs)
@@ -130,9 +144,16 @@ def measure(
         sizes = (first.batch, first.dim, first.threads, first.device, matmul_dtype)
         multiply = stack.enter_context(closing(Worker(machine.Matmul, *sizes)))
         workers: dict[str, Worker] = {}
+
+        def multiplied() -> None:
+            try:
+                matmul.append(multiply.turn())
+            except (UnavailableError, FailedError) as reason:
+                print(f"The matrix products were not measured: {reason}", file=sys.stderr, flush=True)
+
         for number, outcome in _turns(outcomes, rounds):
             impl = outcome.case.impl
-            matmul.append(multiply.turn())
+            multiplied()
             if impl not in workers:
                 workers[impl] = stack.enter_context(closing(Worker(jobs.measure, outcome.case)))
             try:
@@ -144,7 +165,7 @@ def measure(
             outcome.turns.append(turn)
             _progress(outcome.case, f"round {number} of {rounds}: {report.duration(min(turn.seconds))}")
         if not matmul:
-            matmul.append(multiply.turn())
+            multiplied()
     return outcomes, matmul
 
 
@@ -176,11 +197,12 @@ def _check(outcome: Outcome, jobs: Jobs = STEP) -> None:
 
 def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int, jobs: Jobs = STEP) -> report.Row:
     case, implementation = outcome.case, jobs.implementations[outcome.case.impl]
-    shape, gflops = machine.best_shape(matmul)
+    shape, gflops = machine.best_shape(matmul) if matmul else (None, None)
     seconds = [second for turn in outcome.turns for second in turn.seconds]
     median = statistics.median(seconds) if seconds else None
     extra = [turn.peak_extra_bytes for turn in outcome.turns if turn.peak_extra_bytes is not None]
     flops = implementation.flops * case.batch * case.classes * case.dim
+    margin, scale = jobs.ran_with(case)
     return report.Row(
         impl=case.impl,
         batch=case.batch,
@@ -191,7 +213,7 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int, jobs: Jo
         min_s=min(seconds, default=None),
         peak_extra_mib=max(extra) / 2**20 if extra else None,
         matmul_gflops=gflops,
-        fraction_of_matmul=flops / median / 1e9 / gflops if median else None,
+        fraction_of_matmul=flops / median / 1e9 / gflops if median and gflops else None,
         max_rel_err=outcome.error if outcome.error is not None and math.isfinite(outcome.error) else None,
         threads=case.threads,
         torch=torch.__version__,
@@ -200,8 +222,8 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int, jobs: Jo
         matmul_shape=shape,
         steps=len(seconds),
         rounds=rounds,
-        margin=case.margin if implementation.margin else 0.0,
-        scale=case.scale,
+        margin=margin,
+        scale=scale,
         seed=case.seed,
         device=machine.device_name(case.device),
         note=outcome.note or jobs.note(case, outcome.turns),
@@ -209,6 +231,8 @@ def _row(outcome: Outcome, matmul: list[dict[str, float]], rounds: int, jobs: Jo
 
 
 def _describe_matmul(matmul: list[dict[str, float]]) -> str:
+    if not matmul:
+        return report.MISSING
     best, _ = machine.best_shape(matmul)
     rates = machine.median_rates(matmul)
     parts = [f"{shape} {rate:.0f}" + (" (taken)" if shape == best else "") for shape, rate in rates.items()]

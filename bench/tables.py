@@ -41,8 +41,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def report(file: Path, junit: Path | None = None, peers: Path | None = None) -> str:
     """All figures of a phase, the tests' results and the peers' rows."""
-    rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
-    lines = []
+    rows, torn = _rows(file)
+    lines = [f"{file} has lines that are torn and left out: {torn}."] if torn else []
     for step in dict.fromkeys(row["step"] for row in rows):
         found = [row for row in rows if row["step"] == step]
         if step == "versions":
@@ -61,6 +61,17 @@ def report(file: Path, junit: Path | None = None, peers: Path | None = None) -> 
     return shortened("\n".join(lines), file)
 
 
+def _rows(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """And how many lines are of a process that ended within them."""
+    rows, torn = [], 0
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(text))
+        except json.JSONDecodeError:
+            torn += 1
+    return rows, torn
+
+
 def shortened(text: str, file: Path) -> str:
     """The text without its middle, if it is too long."""
     if len(text) <= LIMIT:
@@ -73,10 +84,12 @@ def _peers(file: Path) -> list[str]:
     if not file.exists():
         return [f"peers: there is no {file}."]
     rows = [step_report.Row(**{**row, "note": (row["note"] or "")[:NOTE]}) for row in json.loads(file.read_text())]
+    problems: dict[tuple[Any, ...], list[step_report.Row]] = {}
+    for row in rows:
+        problems.setdefault((row.batch, row.dim, row.classes, row.dtype, row.device), []).append(row)
     lines = []
-    for batch in dict.fromkeys(row.batch for row in rows):
-        found = [row for row in rows if row.batch == batch]
-        lines += [f"peers, batch {batch}, {found[0].classes:,} classes, {found[0].dtype}, {found[0].device}:"]
+    for (batch, dim, classes, dtype, device), found in problems.items():
+        lines += [f"peers, batch {batch}, dim {dim}, {classes:,} classes, {dtype}, {device}:"]
         lines += step_report.table(found).splitlines()
     return lines
 
@@ -84,7 +97,11 @@ def _peers(file: Path) -> list[str]:
 def _tests(junit: Path) -> list[str]:
     if not junit.exists():
         return [f"tests: there is no {junit}."]
-    cases = [case for case in ET.parse(junit).iter("testcase") if case.get("name")]  # others were not finished
+    try:
+        found = ET.parse(junit)
+    except ET.ParseError as error:
+        return [f"tests: {junit} cannot be read: {error}."]
+    cases = [case for case in found.iter("testcase") if case.get("name")]  # others were not finished
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
     lines = [f"tests: {len(cases) - len(bad) - skipped} passed, {len(bad)} failed, {skipped} skipped"]

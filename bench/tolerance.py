@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from bench import machine, step
-from bench.worker import DTYPES
 from cosface_kernels import margin_softmax_loss
 from cosface_kernels.functional import LossStats
 from cosface_kernels.init import normal_
 from cosface_kernels.optim import FusedSGD
 
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16")}  # whose rows it moves
 MOMENTUM = 0.9
 LEARNING_RATE = 1e-9  # the state stays what it is
 CHUNK = 16_384  # rows of dw that are compared at a time
@@ -81,10 +82,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "examples/studies/head_state.py wrote, whose sizes, scale and margin then count",
     )
     group.add_argument("--tolerance", type=_tolerances, default="1e-2,1e-3,1e-4", help="with commas; 0 is added")
-    group.add_argument("--cache-mib", type=int, default=0, help="memory for the entries; 0: the head's default")
+    group.add_argument("--cache-mib", type=_mib, default=0, help="memory for the entries; 0: the head's default")
 
 
 def run(args: argparse.Namespace) -> int:
+    unfit = [dtype for dtype in args.dtype if dtype not in DTYPES]
+    if args.device != "cpu" or unfit:
+        got = f"--dtype {','.join(unfit)}" if unfit else f"--device {args.device}"
+        print(f"--state measures on the CPU, a weight in {', '.join(DTYPES)}; got {got}.", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
     print(f"{machine.device_name('cpu')}, {args.threads} threads, torch {torch.__version__}")
     rows: list[Row] = []
@@ -168,7 +174,7 @@ def measure(name: str, state: State, args: argparse.Namespace) -> list[Row]:
 def make_state(name: str, batch: int, classes: int, dim: int, dtype: str, args: argparse.Namespace) -> State:
     kind, _, value = name.partition(":")
     if kind not in ("random", "spread"):
-        return State(**torch.load(name, weights_only=True))
+        return load_state(name)
     # the cosine of two random directions of k dimensions has standard deviation 1 / sqrt(k)
     width = dim if kind == "random" else min(dim, max(1, round(float(value) ** -2)))
     torch.manual_seed(args.seed)
@@ -177,6 +183,13 @@ def make_state(name: str, batch: int, classes: int, dim: int, dtype: str, args: 
     normal_(w, 1.0)
     w[:, width:] = 0
     return State(x, w, torch.randint(classes, (batch,)), args.scale, args.margin)
+
+
+def load_state(file: str, mmap: bool = False) -> State:
+    try:
+        return State(**torch.load(file, mmap=mmap, weights_only=True))
+    except Exception as error:  # bytes that torch.save did not write can raise anything
+        raise argparse.ArgumentTypeError(f"{file} is no file of examples/studies/head_state.py.") from error
 
 
 def gradient_errors(
@@ -210,6 +223,8 @@ def _states(text: str) -> list[str]:
             raise argparse.ArgumentTypeError(
                 f"{state!r} is not random, spread:S with 0 < S <= 1, or a file that is there."
             )
+        if kind not in ("random", "spread"):
+            load_state(state, mmap=True)
     return text.split(",")
 
 
@@ -221,3 +236,7 @@ def _tolerances(text: str) -> list[float]:
             raise argparse.ArgumentTypeError(f"{part!r} is not a tolerance in [0, 1).")
         values.append(value)
     return [value for value in values if value]
+
+
+def _mib(text: str) -> int:
+    return 0 if text == "0" else step._count(text)

@@ -36,7 +36,7 @@ class Implementation:
 
     build: Callable[[Problem, int], Work]
     flops: int = 2
-    margin: bool = True
+    is_loss: bool = False  # with a margin and a scale, which a search has not
     note: str | None = None
 
 
@@ -81,7 +81,7 @@ def _faiss(problem: Problem, k: int) -> Callable[[], Found]:
 
 IMPLEMENTATIONS = {
     "fused": Implementation(_fused),
-    "forward": Implementation(_forward, note="the loss without a gradient, for comparison"),
+    "forward": Implementation(_forward, is_loss=True, note="the loss without a gradient, for comparison"),
     "logits": Implementation(_logits, note="all cosines, then torch.topk"),
     "faiss": Implementation(_faiss, note="IndexFlatIP; the copy of the normalised weight is not counted"),
 }
@@ -105,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         IMPLEMENTATIONS,
         partial(Check, k=args.k),
         partial(Measure, k=args.k),
-        lambda case, _: IMPLEMENTATIONS[case.impl].note,
+        note=lambda case, _: IMPLEMENTATIONS[case.impl].note,
+        ran_with=lambda case: (case.margin, case.scale) if IMPLEMENTATIONS[case.impl].is_loss else (None, None),
     )
     return step.run(args, jobs)
 

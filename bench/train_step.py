@@ -26,8 +26,10 @@ from bench.worker import (
     largest_error,
 )
 from cosface_kernels import float8, reference
+from cosface_kernels.backends import select
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.init import normal_
+from cosface_kernels.options import Options
 
 WEIGHT_DTYPES = {**DTYPES, "float8_e4m3fn": FLOAT8}  # embeddings are then in bfloat16
 DEFAULT_IMPLEMENTATIONS = "fused+FusedSGD,fused+FusedSGD+cache,fused+SGD,compile+SGD,eager+SGD,pml+SGD"
@@ -57,7 +59,6 @@ class Implementation:
     fused: bool
     cache: bool
     flops: int
-    margin: bool = True
     momentum: bool = True
     state_dtype: torch.dtype | None = None
 
@@ -154,6 +155,10 @@ class Training:
                 problem, implementation, self.cache_bytes, self.exponents
             )
             self.transposed = False
+            if self.cache_bytes is not None:  # a small batch does not fill it
+                of_cache = Options(cache_bytes=self.cache_bytes, exponents=self.exponents)
+                backend = select(_backend(self.x), self.x, self.parameter, of_cache)
+                self.cache_bytes = min(self.cache_bytes, backend.cache_size(self.x, self.parameter, of_cache))
         else:
             built = build(implementation.loss, problem)
             self.loss, self.parameter, self.transposed = built.loss, built.weight, built.transposed
@@ -189,12 +194,20 @@ def _fused(
     from cosface_kernels.optim import FusedSGD
 
     weight, x = torch.nn.Parameter(problem.weight), problem.embeddings.requires_grad_()
-    backend = os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
-    options = {"scale": problem.scale, "margin": problem.margin, "backend": backend, "cache_bytes": cache_bytes}
+    options = {
+        "scale": problem.scale,
+        "margin": problem.margin,
+        "backend": _backend(x),
+        "cache_bytes": cache_bytes,
+    }
     options["weight_exponent"] = exponents
     momentum = MOMENTUM if implementation.momentum else 0.0
     optimizer = FusedSGD([weight], lr=LEARNING_RATE, momentum=momentum, state_dtype=implementation.state_dtype)
     return lambda: margin_softmax_loss(x, weight, problem.labels, **options), optimizer, weight
+
+
+def _backend(x: Tensor) -> str:
+    return os.environ.get("COSFACE_BACKEND", "cpu" if x.device.type == "cpu" else "triton")
 
 
 def _fastest_sgd(weight: Tensor) -> torch.optim.Optimizer:

@@ -64,6 +64,8 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
 
     Source: insightface, recognition/arcface_torch: train_v2.py, partial_fc_v2.py, partial_fc.py.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is no folder that is there.")
     found = (sorted(Path(folder).glob(pattern), key=_rank_of) for pattern in INSIGHTFACE)
     files = next((files for files in found if files), [])
     if [_rank_of(file) for file in files] != list(range(len(files))) or not files:
@@ -366,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("output", type=Path, help="the safetensors file to write; of to-pml, one of torch.save")
     parser.add_argument(
-        "--classes", type=int, help="how many pml's weight must have, which may hold several centres each"
+        "--classes", type=int, help="how many the weight must have; one of pml may hold several centres each"
     )
     parser.add_argument(
         "--entry", choices=PML, default="W", help="of to-pml: W for pytorch-metric-learning 2.x, weight for 3.x"
@@ -374,6 +376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="head/weight", help="of the weight in a checkpoint (%(default)s)")
     args = parser.parse_args(argv)
     try:
+        if args.output.resolve() == args.input.resolve():
+            raise ValueError(f"{args.output} is the input, which would be lost; name another file to write.")
         if args.source == "insightface":
             weight = from_insightface(args.input)
         elif args.source == "pml":
@@ -389,13 +393,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _weights(args.input) as file:
                 rows, scale = _rows_and_scale(file, args.input)
                 weight = _scaled(rows[:], scale and scale[:])
-            _save_state(to_pytorch_metric_learning(weight, args.entry), args.output)
         else:
             weight = _matrix(checkpoint.load_tensor(args.input, args.name), args.name)
             if weight.dtype is FLOAT8:
                 exponents = checkpoint.load_tensor(args.input, args.name + OF_STATE)
                 weight = float8.values(weight, exponents, torch.float32)
-        if args.source != "to-pml":
+        if args.classes not in (None, len(weight)):
+            raise ValueError(f"{args.input} has {len(weight):,} classes, not the {args.classes:,} of --classes.")
+        if args.source == "to-pml":
+            _save_state(to_pytorch_metric_learning(weight, args.entry), args.output)
+        else:
             save_weight(weight, args.output)
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         print(error.args[-1] if isinstance(error, KeyError) else error, file=sys.stderr)

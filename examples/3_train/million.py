@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cosface_kernels import FusedCosFaceLoss
 from cosface_kernels.optim import FusedSGD
 from cosface_recipes.memory import peak_resident_bytes
+from cosface_recipes.outputs import check_output
 from cosface_recipes.synthetic import MARGIN, SCALE, TEST_SEED, make_network, views
 
 TEST_SAMPLES = 1024
@@ -81,6 +82,7 @@ class Training:
         """Replaces the file as a whole, so that an interruption leaves the last complete one."""
         names = ("network", "head", "rows", "optimizer")
         state = {"settings": self.settings(), **{name: getattr(self, name).state_dict() for name in names}}
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         torch.save({"steps": self.steps, **state}, partial)
         os.replace(partial, path)
@@ -112,12 +114,23 @@ def main(argv: list[str] | None = None) -> float:
         "--cache-mib", type=int, help="memory for cosines of forward in backward, in place of the default"
     )
     parser.add_argument("--every", type=int, default=200, help="steps between tests, and between checkpoints")
-    parser.add_argument("--checkpoint", type=Path, help="file to write, and to resume from if it is there")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="file to write, at the end too, and to resume from if it is there"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.every < 1:
+        parser.error(f"--every must be at least 1, got {args.every}.")
+    if args.checkpoint:
+        try:
+            check_output(args.checkpoint)
+        except ValueError as error:
+            parser.error(str(error))
     training = Training(args)
     if args.checkpoint and args.checkpoint.exists():
         training.load(args.checkpoint)
+        if training.steps > args.steps:
+            parser.error(f"{args.checkpoint} is of step {training.steps}, and --steps is {args.steps} in all.")
         print(f"Resumed after step {training.steps}.")
     start, first = time.perf_counter(), training.steps
     with tqdm(total=args.steps, initial=training.steps, unit="step") as progress:
@@ -131,8 +144,8 @@ def main(argv: list[str] | None = None) -> float:
             progress.update()
             if training.steps % args.every == 0:
                 progress.write(f"step {training.steps}: accuracy {training.accuracy():.1%} on new samples")
-                if args.checkpoint:
-                    training.save(args.checkpoint)
+            if args.checkpoint and (training.steps % args.every == 0 or training.steps == args.steps):
+                training.save(args.checkpoint)
     accuracy = training.accuracy()
     print(f"accuracy {accuracy:.1%} on new samples; chance is {1 / args.classes:.1e}")
     return accuracy

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cosface_kernels import float8
 from cosface_recipes import synthetic
 from cosface_recipes.batches import Batches, Seeded
 from cosface_recipes.config import load
+from cosface_recipes.outputs import check_output
 from cosface_recipes.training import SETTINGS, Training
 
 
@@ -35,6 +37,8 @@ def of_training(folder: Path, batch: int) -> dict[str, Tensor | float]:
     """Of train.py's newest checkpoint; batch normalisation as in training."""
     config = dataclasses.replace(load(folder / SETTINGS), output=str(folder), resume=True, device="cpu")
     training = Training(config)
+    if callable(training.head.margin):
+        raise ValueError(f"{folder} has the loss {config.loss!r}; the bench's steps are of CosFace's margin.")
     training.begin()
     next_one = Batches(len(training.data), batch, config.seed, training.step, training.step + 1)
     ((images, labels, _),) = DataLoader(Seeded(training.data), batch_sampler=next_one)
@@ -47,8 +51,13 @@ def of_training(folder: Path, batch: int) -> dict[str, Tensor | float]:
 
 @torch.no_grad()
 def of_million(path: Path, batch: int) -> dict[str, Tensor | float]:
-    saved = torch.load(path, mmap=True, weights_only=True)
-    weight = rows(saved["head"]["weight"], saved["head"].get("weight_exponent"))
+    try:
+        saved = torch.load(path, mmap=True, weights_only=True)
+        weight = rows(saved["head"]["weight"], saved["head"].get("weight_exponent"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # bytes that torch.save did not write can raise anything
+        raise ValueError(f"{path} is no checkpoint of million.py.") from error
     network = synthetic.make_network(weight.shape[1])
     network.load_state_dict(saved["network"])
     generator = torch.Generator().manual_seed(saved["steps"])
@@ -66,7 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="to write")
     parser.add_argument("--batch", type=int, default=256, help="samples (default: 256)")
     args = parser.parse_args(argv)
-    state = (of_training if args.source.is_dir() else of_million)(args.source, args.batch)
+    try:
+        check_output(args.file)
+        state = (of_training if args.source.is_dir() else of_million)(args.source, args.batch)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    args.file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, args.file)
     shapes = ", ".join(f"{name} {tuple(state[name].shape)}" for name in ("embeddings", "weight"))
     print(f"{args.file}: {shapes}, s = {state['scale']:g}, m = {state['margin']:g}")

@@ -154,6 +154,29 @@ def test_sizes_are_crossed_and_every_row_is_written(in_process, tmp_path: Path, 
     assert capsys.readouterr().out.count("impl ") == 4
 
 
+def test_a_matmul_rate_that_fails_costs_no_other_figure(in_process, monkeypatch, tmp_path: Path, capsys) -> None:
+    def fail(self):
+        raise FailedError("NotImplementedError: no product of float8")
+
+    monkeypatch.setattr(_FakeMatmul, "turn", fail)
+    out = tmp_path / "out.json"
+    assert main(["step", *TINY, "--classes", "300", "--impl", "eager", "--json", str(out)]) == 0
+    (row,) = json.loads(out.read_text())
+    assert row["median_s"] > 0
+    assert row["matmul_gflops"] is row["matmul_shape"] is row["fraction_of_matmul"] is None
+    assert "no product of float8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_the_products_of_float8_are_in_another_dtype(monkeypatch, device: str, dtype: str) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "device_name", lambda device: "a device")
+    monkeypatch.setattr(step, "measure", lambda cases, rounds, dtype, jobs: measured.append(dtype) or ([], []))
+    assert main(["train-step", *TINY, "--classes", "300", "--dtype", "fp8", "--device", device]) == 0
+    assert measured == [dtype]
+
+
 def test_wrong_output_is_not_timed_and_fails_the_run(in_process, monkeypatch, tmp_path: Path, capsys) -> None:
     def build_wrong(problem: Problem) -> Step:
         return IMPLEMENTATIONS["eager"].build(replace(problem, margin=problem.margin / 2))
@@ -256,6 +279,22 @@ def test_peak_memory_sees_what_was_freed() -> None:
     assert machine.peak("cpu") - baseline == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("impl", "margin", "scale"),
+    [
+        ("eager", 0.2, 30.0),
+        ("torch-lce", 0.0, 30.0),
+        ("uncached", None, 30.0),
+        ("a-softmax", None, 1.0),
+        ("l-softmax", None, 1.0),
+    ],
+)
+def test_rows_have_the_margin_and_scale_that_were_computed(impl: str, margin: float | None, scale: float) -> None:
+    case = replace(CASE, impl=impl, margin=0.2, scale=30.0)
+    row = step._row(step.Outcome(case), [{"square 1": 1.0}], rounds=1)
+    assert (row.margin, row.scale) == (margin, scale)
+
+
 def test_table_without_fused_has_no_ratio() -> None:
     values = dict.fromkeys((f.name for f in fields(Row)), None)
     row = Row(**{**values, "impl": "eager", "steps": 4, "median_s": 2.5, "min_s": 0.002, "note": "margin 0"})
@@ -263,11 +302,11 @@ def test_table_without_fused_has_no_ratio() -> None:
     assert cells == "eager 2.500 s 2.000 ms - - - - 4 margin 0"
 
 
-def test_the_summary_of_sizes_compares_with_the_fastest_peer_that_has_the_margin() -> None:
+def test_the_summary_of_sizes_compares_with_the_fastest_peer_of_the_same_loss() -> None:
     blank = dict.fromkeys((f.name for f in fields(Row)), None)
     sizes = {"dtype": "float32", "dim": 128, "batch": 32}
     times = {
-        1000: {"fused": 2.0, "eager": 3.0, "compile": 1.0, "torch-lce": 0.1},
+        1000: {"fused": 2.0, "eager": 3.0, "compile": 1.0, "torch-lce": 0.1, "fused-cuda": 0.1, "uniface": 0.1},
         9000: {"fused": 1.0, "eager": 8.0, "compile": None},
         20_000: {"fused": None, "eager": 1.0},
     }

@@ -16,6 +16,7 @@ from bench.__main__ import main
 from bench.device import Host
 from bench.gpu_steps import variations
 from bench.head import draw
+from bench.implementations import UnavailableError
 from bench.probe import TOY, Bench
 from bench.report import Row
 from cosface_kernels.backends.triton import choice, launch
@@ -223,3 +224,39 @@ def test_a_report_fits_and_says_what_failed(tmp_path):
     text = tables.report(file)
     assert "3 of 4 tiles are right" in text
     assert "logit_gradients  NO" in text
+
+
+def test_a_report_of_what_was_killed_has_the_rest(tmp_path):
+    file, junit = tmp_path / "rows.jsonl", tmp_path / "junit.xml"
+    file.write_text(json.dumps({"step": "kernels", "kernel": "whole"}) + '\n{"step": "kernels", "kern')
+    junit.write_text("<testsuites><testsuite>")
+    text = tables.report(file, junit)
+    assert "whole" in text
+    assert f"{file} has lines that are torn and left out: 1." in text
+    assert f"tests: {junit} cannot be read: no element found" in text
+
+
+def test_peers_are_compared_on_the_same_problem(tmp_path):
+    blank = dict.fromkeys((field.name for field in fields(Row)), None)
+    blank |= {"batch": 8, "dim": 16, "classes": 9, "steps": 4, "device": "a GPU"}
+    seconds = {"float32": (1.0, 2.0), "bfloat16": (0.25, 4.0)}
+    rows = [
+        {**blank, "dtype": dtype, "impl": impl, "median_s": median}
+        for dtype, medians in seconds.items()
+        for impl, median in zip(("fused", "eager"), medians, strict=True)
+    ]
+    peers = tmp_path / "peers.json"
+    peers.write_text(json.dumps(rows))
+    lines = [line.split() for line in tables.report(tmp_path / "none.jsonl", peers=peers).splitlines()]
+    assert [line[-3] for line in lines if line[:1] == ["peers,"]] == ["float32,", "bfloat16,"]
+    assert [line[4] for line in lines if line[:1] == ["eager"]] == ["2.00", "16.00"]
+
+
+def test_the_step_that_cannot_run_says_so(tmp_path, monkeypatch):
+    def unavailable(bench):
+        raise UnavailableError("no GPU")
+
+    monkeypatch.setitem(gpu.STEPS, "library", unavailable)
+    file = tmp_path / "rows.jsonl"
+    assert main(["gpu", "library", "versions", "--toy", "--file", str(file)]) == 1
+    assert json.loads(file.read_text()) == {"step": "library", "note": "no GPU"}

@@ -79,7 +79,7 @@ def test_table_of_all_devices(tmp_path, capsys):
     file = tmp_path / "kernels.json"
     file.write_text(json.dumps(rows))
     args = argparse.Namespace(
-        kernels=file, batch="256,1024", dim=512, classes=10**6, kernels_too=True, specialized=False
+        kernels=file, batch=[256, 1024], dim=512, classes=10**6, kernels_too=True, specialized=False
     )
     assert model.run(args) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -95,7 +95,7 @@ def test_every_tile_is_listed_with_its_waves_and_its_time(tmp_path, capsys):
     file = tmp_path / "kernels.json"
     file.write_text(json.dumps(rows))
     args = argparse.Namespace(
-        kernels=file, batch="64,1024", dim=512, classes=10**6, kernels_too=True, specialized=False
+        kernels=file, batch=[64, 1024], dim=512, classes=10**6, kernels_too=True, specialized=False
     )
     assert model.run(args) == 0
     output = capsys.readouterr().out

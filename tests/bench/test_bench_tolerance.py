@@ -58,11 +58,54 @@ def test_loads_what_the_recipes_write(dtype, tmp_path):
     assert [row[name] for name in ("batch", "classes", "dim", "scale")] == [9, 400, 32, synthetic.SCALE]
 
 
+@pytest.mark.parametrize(
+    ("source", "file", "sentence"),
+    [
+        ("absent.pt", "state.pt", "No such file or directory: 'absent.pt'"),
+        ("text", "state.pt", "text is no checkpoint of million.py."),
+        ("other.pt", "state.pt", "other.pt is no checkpoint of million.py."),
+        ("empty", "state.pt", "No such file or directory: 'empty/settings"),
+        ("other.pt", "empty", "empty is a folder, not the name of a file to write."),
+    ],
+)
+def test_of_what_is_no_checkpoint_no_state_is_written(source, file, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "empty").mkdir()
+    torch.save({"weight": torch.ones(3, 2)}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=sentence):
+        head_state.main([source, file])
+    assert not (tmp_path / "state.pt").exists()
+
+
 @pytest.mark.parametrize("state", ["flat", "spread:", "spread:2", "missing.pt", "random:1"])
 def test_refuses_a_state(state, capsys):
     with pytest.raises(SystemExit):
         main(["train-step", "--state", state])
     assert "is not random, spread:S" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [b"text", b"", [1], {"weight": torch.ones(3, 2)}], ids=["text", "empty", "list", "weight"]
+)
+def test_refuses_a_file_of_something_else(content, tmp_path, capsys):
+    file = tmp_path / "state.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(SystemExit):
+        main(["train-step", "--state", f"random,{file}"])
+    assert f"{file} is no file of examples/studies/head_state.py." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--device", "cuda"), ("--dtype", "fp32,fp8"), ("--dtype", "fp16")])
+def test_refuses_what_it_does_not_measure(options, capsys):
+    assert main(["train-step", "--state", "random", *TINY, *options]) == 2
+    assert "--state measures on the CPU, a weight in float32, float64, bfloat16; got" in capsys.readouterr().err
+
+
+def test_refuses_a_cache_of_less_than_nothing(capsys):
+    with pytest.raises(SystemExit):
+        main(["train-step", "--state", "random", "--cache-mib", "-1"])
+    assert "'-1' is not a positive whole number." in capsys.readouterr().err
 
 
 def test_refuses_a_tolerance(capsys):

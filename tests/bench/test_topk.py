@@ -21,9 +21,10 @@ def case_of(impl: str, dtype: str = "float32") -> Case:
 def test_command_writes_the_rows_of_step(tmp_path, capsys):
     out = tmp_path / "rows.json"
     tiny = ["--batch", "8", "--dim", "16", "--classes", "300", "--threads", "1", "--rounds", "1", "--k", "3"]
-    assert main(["topk", *tiny, "--impl", "fused,logits", "--json", str(out)]) == 0
+    assert main(["topk", *tiny, "--impl", "fused,forward,logits", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
-    assert [row["impl"] for row in rows] == ["fused", "logits"]
+    found = [(row["impl"], row["margin"], row["scale"]) for row in rows]
+    assert found == [("fused", None, None), ("forward", 0.35, 64.0), ("logits", None, None)]
     for row in rows:
         assert set(row) == set(Row.__dataclass_fields__)
         assert row["median_s"] > 0

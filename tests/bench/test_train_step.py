@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_gradient_of_the_weight_never_exists():
     assert training.parameter.grad is None
     assert training.state_bytes() == 300 * 16 * 4 + 4
     assert math.isfinite(training.step())
+
+
+@pytest.mark.parametrize(("batch", "kept"), [(8, 2 * 8 * 20_000), (256, 64 * 20_000)])
+def test_extra_memory_is_beyond_the_cosines_that_are_kept(monkeypatch, batch, kept):
+    """A small batch leaves most of the cache's bytes, a quarter of the weight's, as they were."""
+    monkeypatch.setattr("bench.machine.reset_peak", lambda device: 0)
+    monkeypatch.setattr("bench.machine.peak", lambda device: 2**30)
+    monkeypatch.setattr("bench.train_step.TIMED_STEPS", 1)
+    turn = Measure(replace(CASE, impl="fused+FusedSGD+cache", batch=batch, dim=64, classes=20_000)).turn()
+    state = 64 * 20_000 * 4 + 4
+    assert 2**30 - state - turn.peak_extra_bytes == pytest.approx(kept, rel=0.1)
 
 
 def test_too_large_a_problem_is_refused(monkeypatch):

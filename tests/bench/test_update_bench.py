@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from bench import update
 from bench.__main__ import main
 
@@ -20,3 +22,22 @@ def test_command_writes_a_row_for_each_rule_and_dtype(tmp_path, capsys, restore_
     text = capsys.readouterr().out
     assert "of a copy" in text
     assert "float8, state in bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "sentence"),
+    [
+        *(
+            ("update", (f"--{name}", "0"), "'0' is not a positive")
+            for name in ("classes", "dim", "rounds", "threads")
+        ),
+        ("update", ("--json", "absent/rows.json"), "'absent/rows.json' cannot be written"),
+        *(("model", ("kernels.json", f"--{name}", "0"), "'0' is not") for name in ("batch", "dim", "classes")),
+        *(("kernels", (f"--{name}", "0"), "'0' is not a positive") for name in ("dim", "jobs")),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(command, options, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, *options])
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err

@@ -51,8 +51,9 @@ def test_insightface_with_a_rank_missing(tmp_path, capsys):
     torch.save(torch.ones(2, 3), tmp_path / "rank_1_softmax_weight.pt")
     with pytest.raises(ValueError, match=r"\(2, 2\) in rank_0_softmax_weight.pt, \(2, 3\) in rank_1"):
         convert.from_insightface(tmp_path)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="got none"):
-        convert.from_insightface(tmp_path / "absent")
+        convert.from_insightface(tmp_path / "empty")
 
 
 class Dangerous:
@@ -290,6 +291,31 @@ UNFIT = {
         _save({"W": torch.ones(2, 3)}, LOSS),
         ("to-pml", LOSS, "out"),
         "loss.pt is no safetensors file with a weight: ",
+    ),
+    "insightface, no folder": (
+        lambda folder: None,
+        ("insightface", "run", "out"),
+        "run is no folder that is there.",
+    ),
+    "over the input": (
+        _save({"W": torch.ones(2, 3)}, LOSS),
+        ("pml", LOSS, LOSS),
+        "loss.pt is the input, which would be lost; name another file to write.",
+    ),
+    "insightface, other classes": (
+        _save({"state_dict_softmax_fc": {"weight": torch.ones(3, 2)}}, HEAD),
+        ("insightface", "run", "out", "--classes", "2"),
+        "run has 3 classes, not the 2 of --classes.",
+    ),
+    "to-pml, other classes": (
+        lambda folder: convert.save_weight(torch.ones(3, 2), folder / "weight"),
+        ("to-pml", "weight", "out", "--classes", "2"),
+        "weight has 3 classes, not the 2 of --classes.",
+    ),
+    "checkpoint, other classes": (
+        _checkpoint(shorten=False),
+        ("checkpoint", "run", "out", "--name", "head/weight", "--classes", "2"),
+        "run has 3 classes, not the 2 of --classes.",
     ),
     "vector": (
         _checkpoint(shorten=False),

@@ -126,3 +126,14 @@ def test_nearest_are_those_of_what_the_rows_stand_for(backend):
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("std", [0.01, 512**-0.5, 0.25, 0.3, 1.0, 1.0001, 32.0, 64.0, 65.0, 2.0**20])
+def test_new_rows_are_in_the_upper_half_of_the_range(std):
+    assert float8.INITIAL_STD / 2 < std / 2.0 ** float8.initial_exponent(std) <= float8.INITIAL_STD
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 223.9, 224.0, 224.1, 447.9, 448.0, 448.1, 896.0, 1e9])
+def test_the_largest_of_a_row_is_in_the_upper_half_of_the_format(largest):
+    exponent = float8.exponents_for(torch.tensor([largest]), torch.zeros(1, dtype=torch.int8))
+    assert float8.LARGEST / 2 < largest / 2.0 ** int(exponent) <= float8.LARGEST

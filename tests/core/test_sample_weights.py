@@ -117,3 +117,11 @@ def test_refuses_tuples(tuples, message):
     head = FusedCosFaceLoss(C, D)
     with pytest.raises(ValueError, match=message):
         head(torch.randn(N, D), torch.zeros(N, dtype=torch.long), tuples)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 60_000.0), (torch.bfloat16, 1.0)], ids=str)
+def test_weights_in_16_bits_are_summed_in_float32(dtype, value):
+    """Their sum, 301 times the value, overflows in float16 and is rounded to 302 in bfloat16."""
+    head, x, labels = FusedCosFaceLoss(C, D), torch.randn(301, D), torch.randint(C, (301,))
+    got = head(x, labels, sample_weight=torch.full((301,), value, dtype=dtype))
+    torch.testing.assert_close(got, head(x, labels), rtol=1e-5, atol=0)

@@ -199,6 +199,12 @@ def test_draws_differ_between_steps_and_resume():
     assert torch.equal(resumed(targets)[0], drawn[2])
 
 
+def test_draws_of_a_seed_are_not_those_of_another_one_step_later():
+    targets, samplers = torch.tensor([3]), [ClassSampler(C, 0.1, seed) for seed in range(4)]
+    draws = [[tuple(sampler(targets)[0].tolist()) for _ in range(4)] for sampler in samplers]
+    assert len({each for of_seed in draws for each in of_seed}) == 16
+
+
 def test_evaluation_takes_all_classes():
     head = make_head(0.1).eval()
     x, labels = torch.randn(8, D), torch.randint(C, (8,))

@@ -27,12 +27,16 @@ def test_min_scale_is_reached_by_a_simplex(num_classes, probability):
     assert math.exp(s) / (math.exp(s) + others) == pytest.approx(probability)
 
 
-@pytest.mark.parametrize(("num_classes", "dim"), [(2, 2), (3, 2), (8, 2), (50, 2), (3, 3), (4, 3), (5, 16)])
+@pytest.mark.parametrize(
+    ("num_classes", "dim"), [(2, 2), (3, 2), (8, 2), (50, 2), (3, 3), (4, 3), (5, 16), (2, 1), (3, 1), (4, 1)]
+)
 def test_max_margin_is_reached_by_the_best_placement(num_classes, dim):
-    """On a circle the corners of a polygon, else those of a simplex."""
+    """On a line its ends, on a circle the corners of a polygon, else those of a simplex."""
     if dim == 2:
         angles = torch.arange(num_classes, dtype=torch.float64) * 2 * math.pi / num_classes
         centres = torch.stack([angles.cos(), angles.sin()], 1)
+    elif dim == 1:
+        centres = (-1.0) ** torch.arange(num_classes, dtype=torch.float64)[:, None]
     else:
         eye = torch.eye(num_classes, dtype=torch.float64)
         centres = F.normalize(eye - eye.mean(0))
@@ -58,6 +62,7 @@ def test_the_modules_warn_once():
         head(torch.randn(2, 64), torch.tensor([1, 2]))
         FusedCosFaceLoss(8, 2, 0.2)
         FusedCosFaceLoss(1763, 64, scale=12.0)
+        FusedCosFaceLoss(8, 2, max_margin(8, 2), scale=min_scale(8))  # the bounds themselves
         FusedCosFaceLoss(1763, 64, scale=torch.nn.Parameter(torch.tensor(1.0)))
         FusedASoftmaxLoss(1763, 64)  # whose scale is a factor of the norm
         FusedUniFaceLoss(1763, 64, scale=4.0)  # without a softmax

@@ -70,3 +70,31 @@ def test_a_resume_refuses_other_settings(option, sentence, tmp_path):
     million.main([*TINY, "--steps", "20", "--checkpoint", str(file)])
     with pytest.raises(SystemExit, match=rf"million\.pt is of another training: {sentence}\.$"):
         million.main([*TINY, "--steps", "40", "--checkpoint", str(file), *option])
+
+
+@pytest.mark.parametrize("every", [2, 200])
+def test_what_is_saved_is_what_was_tested_last(every, tmp_path):
+    checkpoint = tmp_path / "runs" / "million.pt"
+    options = ["--classes", "40", "--dim", "8", "--batch", "10", "--every", str(every)]
+    accuracy = million.main([*options, "--steps", "5", "--checkpoint", str(checkpoint)])
+    assert torch.load(checkpoint)["steps"] == 5
+    assert million.main([*options, "--steps", "5", "--checkpoint", str(checkpoint)]) == accuracy
+    with pytest.raises(SystemExit):
+        million.main([*options, "--steps", "4", "--checkpoint", str(checkpoint)])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--every", "0"), "--every must be at least 1, got 0."),
+        (("--checkpoint", "."), ". is a folder, not the name of a file to write."),
+        (("--checkpoint", "file/million.pt"), "file is no folder."),
+    ],
+)
+def test_what_cannot_be_saved_is_said_before_the_first_step(options, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(million.Training, "step", lambda self: pytest.fail("a step was taken"))
+    with pytest.raises(SystemExit):
+        million.main(["--classes", "40", "--dim", "8", *options])
+    assert sentence in capsys.readouterr().err

@@ -155,3 +155,10 @@ def test_ranked_images_equal_the_area_below_precision_over_recall(monkeypatch):
         places.append(int(hit.argmax()) + 1)
     assert result.mean_average_precision == pytest.approx(np.mean(areas))
     assert result.rates == {k: np.mean(np.array(places) <= k) for k in (1, 3, 20)}
+
+
+def test_an_image_as_similar_is_ahead():
+    gallery, offered = torch.eye(2)[[0, 0, 1]], torch.tensor([-100, 7, 7])
+    result = rank_images(torch.eye(2)[:1], torch.tensor([7]), gallery, offered, ks=(1, 2))
+    assert result.rates == {1: 0.0, 2: 1.0}
+    assert result.mean_average_precision == pytest.approx(((0 + 1 / 2) / 2 + (1 / 2 + 2 / 3) / 2) / 2)

@@ -412,3 +412,30 @@ def test_curves_are_drawn(tmp_path):
         with Image.open(path) as image:
             assert image.format == "PNG"
             assert len(set(image.convert("L").tobytes())) > 10
+
+
+# Ties and edges
+
+
+def test_an_image_of_another_as_similar_as_the_mate_counts_as_nearer():
+    assert compare_all(torch.eye(2)[[0, 0, 0, 1, 1]], torch.tensor([0, 0, 1, 2, 2])).rank1 == 2 / 4
+
+
+def test_a_histogram_of_four_bins_by_hand():
+    histogram = Histogram(bins=4)
+    histogram.add(torch.tensor([0.2, -0.6]), same=False)
+    histogram.add(torch.tensor([0.7, -0.4]), same=True)
+    assert histogram.counts.tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
+    assert histogram.threshold(0.5) == -0.5
+    assert histogram.tar_at_far(0.5) == 1.0
+    histogram.add(torch.tensor(0.9), same=False)  # after what was read
+    assert histogram.pairs == (2, 3)
+    assert histogram.threshold(0.34) == 0.5
+    assert histogram.tar_at_far(0.34) == 0.5
+
+
+@pytest.mark.parametrize(("genuine", "val"), [(1.0004, 1.0), (1.0006, 0.0)])
+def test_the_threshold_of_val_lies_between_thousandths(genuine, val):
+    """All impostors are between 1 and 1.001, where the rate of 0.5 is at 1.0005."""
+    result = cross_validate(np.array([genuine, 1.0005] * 4), np.array([True, False] * 4), folds=2, far=0.5)
+    assert result.vals.tolist() == [val] * 2
