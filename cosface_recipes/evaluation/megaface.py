@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from cosface_recipes.evaluation.verification import normalised
 
 # The extra coordinate of a noisy distractor, whose others have length 1: cosines shrink to a hundredth.
 AWAY = 100.0
@@ -55,16 +58,13 @@ def clean(
     Raises:
         ValueError: all photos of an identity are noisy.
     """
-    lengths = np.linalg.norm(probes, axis=1, keepdims=True)
-    unit = probes / np.maximum(lengths, np.finfo(np.float32).tiny)
-    moved = np.zeros((len(probes), probes.shape[1] + 1), np.float32)
-    moved[:, :-1] = probes
+    probes, distractors = (normalised(torch.from_numpy(x)).numpy() for x in (probes, distractors))
+    moved = np.pad(probes, ((0, 0), (0, 1)))
     for label in np.unique(labels[noisy]):
         rest = (labels == label) & ~noisy
         if not rest.any():
             raise ValueError(
                 f"All {(labels == label).sum()} photos of identity {label} are noise, so that it has no centre."
             )
-        moved[(labels == label) & noisy, :-1] = unit[rest].sum(0)
-    away = np.where(noisy_distractors, AWAY * np.linalg.norm(distractors, axis=1), 0)
-    return moved, np.column_stack([distractors, away.astype(np.float32)])
+        moved[(labels == label) & noisy, :-1] = probes[rest].sum(0)
+    return moved, np.column_stack([distractors, np.where(noisy_distractors, AWAY, 0).astype(np.float32)])

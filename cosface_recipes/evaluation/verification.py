@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 256  # of the similarity matrix at a time
-TILE = 2048  # rows and columns at a time, where memory must not grow with the number of pairs: 16 MiB of float32
+TILE = 2048  # rows and columns at a time, where memory must not grow with the number of pairs: 32 MiB of float64
 BINS = 2**22  # of [-1, 1]: 4.8e-7 wide, which is what rounding does to a float32 cosine of 512 components
 
 Flip = Literal["sum", "concatenate"] | None
@@ -169,14 +169,35 @@ def normalised(embeddings: Tensor) -> Tensor:
     """(n, D) float32 of length 1; a zero stays zero.
 
     Raises:
-        ValueError: an embedding is not finite, or its length is not in float32.
+        ValueError: an embedding is not finite, or one of float32 has a length that is not in float32.
     """
+    if embeddings.dtype == torch.float64:  # has numbers that float32 would make infinite or zero
+        largest = embeddings.abs().amax(1, keepdim=True)
+        embeddings = embeddings / largest.clamp(min=torch.finfo(torch.float64).tiny)
     x = embeddings.float()
     # float64 has the squares of all numbers of float32: F.normalize makes of 1e20 a zero, of 1e-20 a short vector.
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).float()
     if not (finite := length.isfinite()).all():
         raise ValueError(f"Embedding {int(finite.int().argmin())} of {len(x)} is not finite in float32.")
     return x / length.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """All similarities of rows of length 1, the same number for the same two whatever is computed beside them.
+
+    A float32 product rounds by shape, block and device, so that two copies of one image would not tie. Here the
+    components are rounded to multiples of 2^-26 first. Products of two are multiples of 2^-52, and none of their
+    partial sums exceeds |a| |b| < 2, so that float64 holds every one of them exactly, in any order. That moves a
+    cosine by 2^-28 or so, which is less than rounding the result to float32 does.
+
+    Args:
+        a, b: (..., n, D) and (..., m, D), of `normalised`.
+
+    Returns:
+        (..., n, m) float32; two of them tie if they are the same number.
+    """
+    a, b = ((x.double() * 2**26).round() for x in (a, b))
+    return (a @ b.mT * 2.0**-52).float()
 
 
 def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
@@ -198,7 +219,7 @@ def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
     hits = mates = 0
     for start in range(0, n, ROWS):
         row = column[start : start + ROWS, None]  # (R, 1)
-        similarity = unit[start : start + ROWS] @ unit.T  # (R, n)
+        similarity = cosines(unit[start : start + ROWS], unit)  # (R, n)
         same = labels[row] == labels  # (R, n)
         later = column > row  # each unordered pair once
         genuine.append(similarity[same & later])
@@ -224,7 +245,7 @@ def count_all(embeddings: Tensor, labels: Tensor, device: torch.device | str = "
         for columns, column_labels, j in zip(
             unit[i:].split(TILE), labels[i:].split(TILE), range(i, len(unit), TILE), strict=True
         ):
-            similarity = rows @ columns.T  # (R, C)
+            similarity = cosines(rows, columns)  # (R, C)
             same = row_labels[:, None] == column_labels
             if i == j:  # each pair once, and none with itself
                 once = torch.ones_like(same).triu(1)

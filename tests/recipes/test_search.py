@@ -139,7 +139,7 @@ def test_ranked_images_by_hand():
 
 def test_ranked_images_equal_the_area_below_precision_over_recall(monkeypatch):
     """TinyFace's compute_AP: trapezoids between all places of the ranking, precision 1 at recall 0."""
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(module, "ROWS", 7)
     labels, offered = (
         torch.randint(6, (25,)),
         torch.cat([torch.arange(26) % 6, torch.full((40,), -100)]),
