@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import struct
-import zlib
+import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from cosface_recipes.data.image_datasets import ImageDataset, ImageFiles, ImageF
 from cosface_recipes.data.images import image_files
 from cosface_recipes.data.pairs import index_pairs, open_bin, open_pairs, read_pairs
 from cosface_recipes.data.transforms import evaluation_transform
+from cosface_recipes.evaluation.features import reading
 from cosface_recipes.evaluation.verification import Flip, embed
 
 Arrays = dict[str, np.ndarray]
@@ -41,6 +42,7 @@ class Embedder:
         device: of the network.
         on_corrupt: see `ImageDataset`; of data sets without pairs.
         progress: whether a bar shows it.
+        digest: of the network, as `cosface_recipes.export.digest` has it; "" if none is known.
     """
 
     network: Callable[[Tensor], Tensor]
@@ -52,6 +54,7 @@ class Embedder:
     device: torch.device | str = "cpu"
     on_corrupt: str = "raise"
     progress: bool = True
+    digest: str = ""
 
     @property
     def options(self) -> dict[str, object]:
@@ -69,8 +72,10 @@ class Embedder:
         kept = torch.tensor([key not in corrupt for key in images.keys])
         return embeddings[kept], labels[kept]
 
-    def __call__(self, images: ImageDataset) -> np.ndarray:
-        return self.embed(images)[0].numpy()
+    def __call__(self, images: ImageDataset) -> Arrays:
+        """The array `features` and, if it is known, `model`, which says of which network they are."""
+        model = {"model": np.array([self.digest])} if self.digest else {}
+        return {"features": self.embed(images)[0].numpy()} | model
 
 
 class AlignedFaces(ImageFiles):
@@ -91,12 +96,12 @@ class AlignedFaces(ImageFiles):
 
 def collect_lfw(embedder: Embedder, folder: Path, pairs: Path) -> Arrays:
     dataset = open_pairs(folder, pairs, **embedder.options)
-    return {"features": embedder(dataset), "pairs": dataset.pairs.numpy(), "same": dataset.same.numpy()}
+    return embedder(dataset) | {"pairs": dataset.pairs.numpy(), "same": dataset.same.numpy()}
 
 
 def collect_bin(embedder: Embedder, path: Path) -> Arrays:
     dataset = open_bin(path, **embedder.options)
-    return {"features": embedder(dataset), "same": dataset.same.numpy()}
+    return embedder(dataset) | {"same": dataset.same.numpy()}
 
 
 def collect_ytf(embedder: Embedder, folder: Path, splits: Path) -> Arrays:
@@ -109,21 +114,22 @@ def collect_ytf(embedder: Embedder, folder: Path, splits: Path) -> Arrays:
     sources = [path for paths in frames.values() for path in paths]
     labels = torch.arange(len(videos)).repeat_interleave(torch.tensor([*map(len, frames.values())]))
     dataset = ImageFiles(sources, [*map(str, sources)], labels, **embedder.options)
-    return {"features": embedder(dataset), "videos": labels.numpy(), "pairs": pairs.numpy(), "same": same.numpy()}
+    return embedder(dataset) | {"videos": labels.numpy(), "pairs": pairs.numpy(), "same": same.numpy()}
 
 
 def collect_ijb(embedder: Embedder, folder: Path, target: str) -> Arrays:
     """The features of IJB's images, and what `read_ijb` says of them."""
+    about = read_ijb(folder, target)
     names, numbers = read_table(folder / "meta" / f"{target}_name_5pts_score.txt", 12)
     dataset = AlignedFaces([folder / "loose_crop" / name for name in names], names, **embedder.options)
     dataset.landmarks, dataset.side = numbers[:, :10].reshape(-1, 5, 2), embedder.size
-    return {"features": embedder(dataset), **read_ijb(folder, target)}
+    return embedder(dataset) | about
 
 
 def collect_identities(embedder: Embedder, folder: Path) -> Arrays:
     """MegaFace's probes: one sub-folder per identity."""
     dataset = ImageFolder(folder, **embedder.options)
-    return {"features": embedder(dataset), "labels": dataset.labels.numpy(), "names": np.array(dataset.keys)}
+    return embedder(dataset) | {"labels": dataset.labels.numpy(), "names": np.array(dataset.keys)}
 
 
 def collect_images(embedder: Embedder, folder: Path) -> Arrays:
@@ -132,7 +138,7 @@ def collect_images(embedder: Embedder, folder: Path) -> Arrays:
     if not paths:
         raise ValueError(f"The folder {folder} has no images.")
     names = [path.relative_to(folder).as_posix() for path in paths]
-    return {"features": embedder(ImageFiles(paths, names, **embedder.options)), "names": np.array(names)}
+    return embedder(ImageFiles(paths, names, **embedder.options)) | {"names": np.array(names)}
 
 
 def collect_tinyface(embedder: Embedder, folder: Path) -> Arrays:
@@ -150,8 +156,7 @@ def collect_tinyface(embedder: Embedder, folder: Path) -> Arrays:
         raise ValueError(f"The folder {folder / 'Gallery_Distractor'} has no images.")
     paths += distractors
     names = [path.relative_to(folder).as_posix() for path in paths]
-    return {
-        "features": embedder(ImageFiles(paths, names, **embedder.options)),
+    return embedder(ImageFiles(paths, names, **embedder.options)) | {
         "labels": np.concatenate([probe_ids, gallery_ids, np.full(len(distractors), DISTRACTOR)]),
         "probe": np.arange(len(paths)) < len(probes),
         "names": np.array(names),
@@ -169,29 +174,56 @@ def read_tinyface(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"Reading {path} needs SciPy: pip install scipy.") from error
     names, ids = f"{kind}_set", f"{kind}_ids"
-    try:
-        with open(path, "rb") as file:
-            arrays = loadmat(file, variable_names=(names, ids))
-    except (ValueError, TypeError, NotImplementedError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"{path} cannot be read as a MATLAB file: {error}") from error
+    with reading(path, "a MATLAB file") as file:
+        arrays = loadmat(file, variable_names=(names, ids))
     if names not in arrays or ids not in arrays or arrays[names].size != arrays[ids].size:
         raise ValueError(f"{path} should have as many names {names} as identities {ids}.")
     # A cell of MATLAB is an array of objects, each an array with one text.
-    images = [str(np.asarray(cell).item()) for cell in arrays[names].ravel()]
-    return images, arrays[ids].ravel().astype(np.int64)
+    cells = [np.asarray(cell).ravel().tolist() for cell in arrays[names].ravel()]
+    if odd := [i for i, cell in enumerate(cells) if len(cell) != 1 or not isinstance(cell[0], str)]:
+        raise ValueError(
+            f"Name {odd[0]} of the {len(cells)} in {names} of {path} is no text, but {cells[odd[0]]}."
+        )
+    if arrays[ids].dtype.kind not in "iu":
+        raise ValueError(f"The identities {ids} of {path} should be whole numbers, got {arrays[ids].dtype}.")
+    return [cell[0] for cell in cells], arrays[ids].ravel().astype(np.int64)
 
 
 def read_ijb(folder: Path, target: str) -> Arrays:
-    """What IJB's files say of images: templates, media, scores, each (images,)."""
-    _, faces = read_table(folder / "meta" / f"{target}_face_tid_mid.txt", 3)
-    _, points = read_table(folder / "meta" / f"{target}_name_5pts_score.txt", 12)
-    templates, media = faces.astype(np.int64).T
+    """What IJB's files say of images: templates, media, scores, each (images,).
+
+    Raises:
+        ValueError: a line is not in the format, or the files do not name the same images in the same order.
+    """
+    paths = [folder / "meta" / f"{target}_{what}.txt" for what in ("face_tid_mid", "name_5pts_score")]
+    (names, faces), (others, points) = read_table(paths[0], 3, np.int64), read_table(paths[1], 12)
+    for i, (name, other) in enumerate(itertools.zip_longest(names, others), 1):
+        if name != other:
+            raise ValueError(
+                f"Image {i} of {paths[0]} is {name or 'missing'}, and that of {paths[1]} {other or 'missing'}: "
+                "both files should name the same images in the same order."
+            )
+    templates, media = faces.T
     return {"templates": templates, "media": media, "scores": points[:, -1].astype(np.float32)}
 
 
 def read_ijb_pairs(folder: Path, target: str) -> Arrays:
     """What is verified: pairs (n, 2) of templates, and same (n,)."""
-    pairs = np.loadtxt(folder / "meta" / f"{target}_template_pair_label.txt", np.int64, ndmin=2)
+    path = folder / "meta" / f"{target}_template_pair_label.txt"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of no lines
+            pairs = np.loadtxt(path, np.int64, ndmin=2)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path} should have two templates and a label in every line: {error}") from error
+    if len(pairs) == 0 or pairs.shape[1] != 3:
+        raise ValueError(
+            f"{path} should have two templates and a label in every line, got {len(pairs)} lines of "
+            f"{pairs.shape[1] if len(pairs) else 'any'} numbers."
+        )
+    if (odd := (pairs[:, 2] != 0) & (pairs[:, 2] != 1)).any():
+        row = odd.argmax()
+        raise ValueError(f"Pair {row + 1} of {path} has the label {pairs[row, 2]}, which should be 0 or 1.")
     return {"pairs": pairs[:, :2], "same": pairs[:, 2] == 1}
 
 
@@ -211,13 +243,11 @@ def read_ijb_searches(folder: Path, target: str) -> Arrays:
 
 def read_subjects(path: Path) -> np.ndarray:
     """(t, 2) templates, each once and ascending, and their subjects, from the first two columns of a .csv file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
     try:
-        subjects = np.array([row[:2] for row in rows[1:]], np.int64).reshape(
-            -1, 2
-        )  # below the titles; a row an image
-    except ValueError as error:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [row[:2] for row in csv.reader(file) if row]
+        subjects = np.array(rows[1:], np.int64).reshape(-1, 2)  # below the titles; a row an image
+    except (ValueError, OverflowError, csv.Error) as error:
         raise ValueError(
             f"Lines of {path} should begin with two numbers, template and subject: {error}"
         ) from error
@@ -229,16 +259,25 @@ def read_subjects(path: Path) -> np.ndarray:
     return subjects
 
 
-def read_table(path: Path, columns: int) -> tuple[list[str], np.ndarray]:
-    """Names and (n, columns - 1) numbers of a text file with a name in the first column."""
+def read_table(
+    path: Path, columns: int, kind: type[np.float64] | type[np.int64] = np.float64
+) -> tuple[list[str], np.ndarray]:
+    """Names and (n, columns - 1) finite numbers of a text file with a name in the first column."""
     names, rows = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from error
+    for line in lines:
         name, *numbers = line.split()
         try:
-            rows.append([float(number) for number in numbers])
-        except ValueError:
+            rows.append([kind(number) for number in numbers])
+        except (ValueError, OverflowError):
             rows.append([])
-        if len(rows[-1]) != columns - 1:
-            raise ValueError(f"The line {line!r} of {path} should have a name and {columns - 1} numbers.")
+        if len(rows[-1]) != columns - 1 or not np.isfinite(rows[-1]).all():
+            whole = "whole " if kind is np.int64 else ""
+            raise ValueError(f"The line {line!r} of {path} should have a name and {columns - 1} {whole}numbers.")
         names.append(name)
+    if not names:
+        raise ValueError(f"{path} has no line.")
     return names, np.array(rows)

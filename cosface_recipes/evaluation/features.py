@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from cosface_recipes.data.images import visible_files
 from cosface_recipes.outputs import give_mode_of_open
 
 MATRIX = struct.Struct("<4i")  # rows, columns, bytes per row, type
@@ -17,10 +21,11 @@ TEXTS = "texts"  # in the metadata of .safetensors, which hold no text otherwise
 
 
 def load_features(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays by name; of a folder of MegaFace's matrices `features`, `labels` and `names`.
+    """Arrays by name; of a folder of MegaFace's matrices `features`, `names` and, of sub-folders, `labels`.
 
     Raises:
-        ValueError: the file is none of these, or has no (n, D) array `features` of finite numbers.
+        ValueError: the file is none of these or damaged, has no (n, D) array `features` of finite numbers, or has
+            an array of neither numbers nor text.
     """
     path = Path(path)
     if path.is_dir():
@@ -31,6 +36,8 @@ def load_features(path: str | Path) -> dict[str, np.ndarray]:
         arrays = _load_npz(path)
     else:
         raise ValueError(f"Features are a .npz or .safetensors file, or a folder of .bin matrices, got {path}.")
+    if odd := [name for name, array in arrays.items() if array.dtype.kind not in "biufcSU"]:
+        raise ValueError(f"The array {odd[0]} of {path} is neither numbers nor text, but {arrays[odd[0]].dtype}.")
     if "features" not in arrays:
         raise ValueError(
             f"{path} should have an (n, D) array named features; it has {', '.join(arrays) or 'nothing'}."
@@ -56,28 +63,36 @@ def checked(features: np.ndarray, source: str) -> np.ndarray:
     return features
 
 
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    import zipfile
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[BinaryIO]:
+    """A file that another project's code reads. What that raises of a damaged one becomes a ValueError."""
+    with open(path, "rb") as file:
+        try:
+            yield file
+        # Of zipfile, zlib, numpy's header, which is Python, SciPy and json it may be any class.
+        except Exception as error:
+            about = str(error) or type(error).__name__
+            raise ValueError(f"{path} cannot be read as {kind}: {about}") from error
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise ValueError(f"The features {path} cannot be read: {error}") from error
+
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
+    with reading(path, "features in .npz") as file, zipfile.ZipFile(file) as archive:
+        arrays = {}
+        for name in archive.namelist():
+            with archive.open(name) as member:  # np.load takes a member without numpy's header for bytes
+                arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+        return arrays
 
 
 def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "pt") as file:  # numpy has no bfloat16
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-            narrow = {name for name, x in tensors.items() if x.is_floating_point() and x.itemsize < 4}
-            arrays = {name: (x.float() if name in narrow else x).numpy() for name, x in tensors.items()}
-            texts = json.loads((file.metadata() or {}).get(TEXTS, "{}"))
-            return arrays | {name: np.array(lines, np.str_) for name, lines in texts.items()}
-    except (SafetensorError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"The features {path} cannot be read: {error}") from error
+    with reading(path, "features in .safetensors"), safe_open(path, "pt") as file:  # numpy has no bfloat16
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        narrow = {name for name, x in tensors.items() if x.is_floating_point() and x.itemsize < 4}
+        arrays = {name: (x.float() if name in narrow else x).numpy() for name, x in tensors.items()}
+        texts = json.loads((file.metadata() or {}).get(TEXTS, "{}"))
+        return arrays | {name: np.array(lines, np.str_) for name, lines in texts.items()}
 
 
 def save_features(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -116,8 +131,11 @@ def write_matrix(path: str | Path, column: np.ndarray) -> None:
 
 
 def _load_matrices(folder: Path) -> dict[str, np.ndarray]:
-    """folder/.../identity/photo.jpg_algorithm.bin; the innermost folder is the identity."""
-    paths = sorted(folder.rglob("*.bin"))
+    """folder/.../identity/photo.jpg_algorithm.bin; the innermost folder is the identity.
+
+    No matrix has a label if one lies in no sub-folder, as distractors may.
+    """
+    paths = [path for path in visible_files(folder) if path.suffix == ".bin"]
     if not paths:
         raise ValueError(f"The folder {folder} has no .bin file.")
     first = read_matrix(paths[0])
@@ -127,6 +145,9 @@ def _load_matrices(folder: Path) -> dict[str, np.ndarray]:
         if len(column) != len(first):
             raise ValueError(f"The matrix {path} has {len(column)} numbers, and {paths[0]} has {len(first)}.")
         row[:] = column
-    parents = [path.parent.as_posix() for path in paths]
+    parents = [path.parent for path in paths]
     names = [path.relative_to(folder).as_posix().rpartition("_")[0] for path in paths]
-    return {"features": features, "labels": np.unique(parents, return_inverse=True)[1], "names": np.array(names)}
+    arrays = {"features": features, "names": np.array(names)}
+    if folder in parents:
+        return arrays
+    return arrays | {"labels": np.unique([*map(str, parents)], return_inverse=True)[1]}

@@ -24,7 +24,16 @@ arrays, .npz or .safetensors, such as --save and embed.py write:
     retrieval, identification    features (P, D); labels (P,); and likewise in the file of --gallery
 
 All but the features is taken from --data, where the file lacks it, for bin, ijb and ijb-1n. For megaface,
---features and --distractors can also be folders of matrices, as its development kit writes them.
+--features and --distractors can also be folders of matrices, as its development kit writes them; so can, for
+retrieval and identification, --features and --gallery.
+
+What a model gave has an array model too, the model's digest. Features of two models are not compared, where both
+say what they are of.
+
+Two cosines tie if they are the same number in float32, which those of equal embeddings always are. For folder,
+rank-1, ijb-1n, identification and tinyface, what ties with the mate is ahead of it; for megaface a distractor that
+ties is not; for retrieval the first of the gallery comes first. A pair whose cosine ties with a threshold is not
+accepted.
 
 folder prints what train.py prints of a test set: a folder with a sub-folder per identity, a .rec or a .bin file.
 
@@ -73,7 +82,7 @@ from cosface_recipes.evaluation.plots import plot_cmc, plot_roc, suffixes
 from cosface_recipes.evaluation.protocols import check_sizes
 from cosface_recipes.evaluation.reports import Report
 from cosface_recipes.evaluation.verification import allowed
-from cosface_recipes.export import load
+from cosface_recipes.export import digest, load
 from cosface_recipes.outputs import check_output
 from cosface_recipes.recognition import FILES
 
@@ -94,6 +103,20 @@ NEEDED = {
 }
 OF_IMAGES = {"lfw": ("data", "pairs"), "ytf": ("data", "pairs")}  # options that a model needs; others data alone
 OTHERS = {"megaface": ("distractors",), "identification": ("gallery",)}  # options that are needed always
+USED_BY = {  # options that not every protocol uses
+    "pairs": ("lfw", "ytf"),
+    "target": ("ijb", "ijb-1n"),
+    "distractors": ("megaface",),
+    "sizes": ("megaface",),
+    "noise": ("megaface",),
+    "gallery": ("retrieval", "identification"),
+    "far": ("folder",),
+    "on_corrupt": ("folder",),
+    "roc": ("folder", "lfw", "bin", "ytf", "ijb", "ijb-1n", "megaface", "identification"),
+    "cmc": ("ijb-1n", "megaface", "identification"),
+}
+DATA_OF_FEATURES = ("bin", "ijb", "ijb-1n")  # where --data has what a file of features may lack
+OF_MODEL = ("pairs", "flip", "on_corrupt", "batch_size", "workers")  # options that features have no use for
 OF_TEMPLATES = {"ijb": read_ijb_pairs, "ijb-1n": read_ijb_searches}
 OF_ARRAYS = {
     "lfw": reports.report_pairs,
@@ -138,7 +161,7 @@ def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
 
 def identities(names: np.ndarray, part: int) -> np.ndarray:
     """A part of each path: the folder whose name says that images of two sets are of one identity."""
-    return np.array([name.split("/")[part] if "/" in name else "" for name in names.tolist()])
+    return np.array([name.split("/")[part] for name in names.tolist()])
 
 
 def load_labeled(args: argparse.Namespace, embedder: Embedder | None, path: Path) -> Arrays:
@@ -147,28 +170,45 @@ def load_labeled(args: argparse.Namespace, embedder: Embedder | None, path: Path
         arrays = collect_identities(embedder, path)
         return arrays | {"labels": identities(arrays["names"], 0)}
     arrays = load_features(path)
-    if path.is_dir():
+    if path.is_dir() and "labels" in arrays:
         arrays["labels"] = identities(arrays["names"], -2)
     check(arrays, args.protocol, path)
     return arrays
 
 
-def check_gallery(arrays: Arrays, gallery: Arrays) -> None:
-    for what, kinds in (
-        ("features", [f"{part['features'].shape[1]} numbers each" for part in (arrays, gallery)]),
-        ("labels", ["text" if part["labels"].dtype.kind == "U" else "numbers" for part in (arrays, gallery)]),
-    ):
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"The gallery's {what} are {kinds[1]}, and those of what is sought {kinds[0]}.")
-    models = [str(part["model"].item()) for part in (arrays, gallery) if "model" in part]
-    if len(set(models)) > 1:
-        raise ValueError(f"The features are of the model {models[0]}, and the gallery's of {models[1]}.")
+def check_others(arrays: Arrays, others: Arrays, whose: str, labels: bool) -> None:
+    """Whether what is sought can be compared with what it is sought among, a gallery or distractors."""
+    of_parts = {"features": [f"{part['features'].shape[1]} numbers each" for part in (arrays, others)]}
+    if labels:
+        of_parts["labels"] = [
+            "text" if part["labels"].dtype.kind in "SU" else "numbers" for part in (arrays, others)
+        ]
+    for what, (sought, among) in of_parts.items():
+        if sought != among:
+            raise ValueError(f"The {whose} {what} are {among}, and those of what is sought {sought}.")
+    if "model" in arrays:
+        check_model(others, arrays["model"].item(), whose)
+
+
+def check_model(others: Arrays, model: str, whose: str) -> None:
+    if "model" in others and others["model"].item() != model:
+        raise ValueError(
+            f"The {whose} features are of another model: its digest is {others['model'].item()}, and that of what "
+            f"is sought {model}."
+        )
 
 
 def check_options(args: argparse.Namespace) -> None:
     """What can be told before hours of embedding."""
     if (args.model is None) == (args.features is None):
         raise ValueError("Either --model or --features is needed, and not both.")
+    defaults = make_parser()
+    for name in [name for name, value in vars(args).items() if value != defaults.get_default(name)]:
+        option = f"--{name.replace('_', '-')}"
+        if args.protocol not in USED_BY.get(name, NEEDED):
+            raise ValueError(f"Protocol {args.protocol} has no use for {option}.")
+        if args.features and (name in OF_MODEL or (name == "data" and args.protocol not in DATA_OF_FEATURES)):
+            raise ValueError(f"Protocol {args.protocol} has no use for {option} beside --features.")
     if args.save and args.protocol == "folder" and args.model:
         raise ValueError("--protocol folder saves no features; embed.py does.")
     for name in (*(OF_IMAGES.get(args.protocol, ("data",)) if args.model else ()), *OTHERS.get(args.protocol, ())):
@@ -181,8 +221,8 @@ def check_options(args: argparse.Namespace) -> None:
         for path in (args.data, args.gallery, args.distractors):
             if path and path.is_dir() and not image_files(path):
                 raise ValueError(f"The folder {path} has no images.")
-    if args.on_corrupt == "skip" and (args.protocol != "folder" or args.features or args.data.suffix == ".bin"):
-        raise ValueError("--on-corrupt skip is for the images of --protocol folder, and for none of a .bin file.")
+    if args.on_corrupt == "skip" and args.data.suffix == ".bin":
+        raise ValueError("--on-corrupt skip is for images that are in no pair, and those of a .bin file are.")
     allowed(args.far, 0)
     if args.save:
         check_output(args.save, FILES)
@@ -193,9 +233,11 @@ def check_options(args: argparse.Namespace) -> None:
         check_output(args.json)
 
 
-def check(arrays: Arrays, protocol: str, source: Path) -> None:
-    if missing := [name for name in NEEDED[protocol] if name not in arrays]:
-        raise ValueError(f"The features of protocol {protocol} in {source} lack {', '.join(missing)}.")
+def check(arrays: Arrays, protocol: str, source: Path, needed: Sequence[str] | None = None) -> None:
+    """Whether the arrays fit each other; `needed`: those beside the features, if not what the protocol says."""
+    if missing := [name for name in (NEEDED[protocol] if needed is None else needed) if name not in arrays]:
+        advice = " The identity of a matrix is the sub-folder that it lies in." if source.is_dir() else ""
+        raise ValueError(f"The features of protocol {protocol} in {source} lack {', '.join(missing)}.{advice}")
     arrays["features"] = checked(arrays["features"], f"protocol {protocol}")
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -206,8 +248,17 @@ def check(arrays: Arrays, protocol: str, source: Path) -> None:
             raise ValueError(f"{name} must be of shape (t, 2), templates and their subjects, got {array.shape}.")
         if name in NUMBERS and array.dtype.kind not in "fiub":
             raise ValueError(f"{name} must be numbers, got {array.dtype}.")
+        if name in ("same", "probe") and not np.isin(array, (0, 1)).all():
+            raise ValueError(f"{name} must be 0 or 1, got {array[~np.isin(array, (0, 1))][0]}.")
+        if name == "model" and (array.size != 1 or array.dtype.kind != "U"):
+            raise ValueError(f"model must be one text, the model's digest, got {array.shape} of {array.dtype}.")
     if "same" in arrays and arrays["same"].ndim != 1:
         raise ValueError(f"same must be of shape (n,), got {arrays['same'].shape}.")
+    if protocol in ("lfw", "bin") and "pairs" not in arrays and len(arrays["features"]) != 2 * len(arrays["same"]):
+        raise ValueError(
+            f"There are {len(arrays['features'])} features and {len(arrays['same'])} pairs, of rows 2i and "
+            "2i + 1, since there is no array pairs."
+        )
     if "pairs" in arrays:
         shape, pairs = arrays["pairs"].shape, len(arrays["same"])
         if shape != (pairs, 2):
@@ -220,16 +271,19 @@ def run(args: argparse.Namespace) -> Report:
     if args.protocol == "folder" and embedder:
         return reports.report_folder(held_out.verify(embedder, args.data, args.far))
     # What is sought in comes first, so that of a file no fault shows after the embedding.
-    gallery = load_labeled(args, embedder, args.gallery) if args.protocol in SEARCHES and args.gallery else None
-    others = load_distractors(args, embedder) if args.protocol == "megaface" else None
+    gallery = load_labeled(args, embedder, args.gallery) if args.gallery else None
+    others = load_distractors(args, embedder) if args.distractors else gallery
+    whose = "distractors'" if args.distractors else "gallery's"
+    if embedder and others:
+        check_model(others, embedder.digest, whose)
     arrays = load_arrays(args, embedder)
     if args.save:
         save_features(args.save, arrays)
+    if others:
+        check_others(arrays, others, whose, labels=gallery is not None)
     if args.protocol == "folder":
         return reports.report_labeled(arrays, args.features.name, args.far)
     if args.protocol in SEARCHES:
-        if gallery:
-            check_gallery(arrays, gallery)
         return SEARCHES[args.protocol](arrays, gallery)
     if others is None:
         return OF_ARRAYS[args.protocol](arrays)
@@ -244,6 +298,8 @@ def load_distractors(args: argparse.Namespace, embedder: Embedder | None) -> Arr
     arrays = None if embedder and path.is_dir() else load_features(path)
     if args.sizes:
         check_sizes(args.sizes, len(arrays["features"] if arrays else image_files(path)))
+    if arrays:
+        check(arrays, args.protocol, path, needed=())
     return arrays or collect_images(embedder, path)
 
 
@@ -252,9 +308,11 @@ def write_outputs(args: argparse.Namespace, report: Report) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         rows = {name: None if value != value else value for name, value in report.rows.items()}  # JSON has no NaN
         args.json.write_text(json.dumps({"protocol": args.protocol, **rows}, indent=1) + "\n")
-    if args.roc and report.curves:
+    if args.roc and not report.curves:
+        raise ValueError(f"There are no rates to draw into {args.roc}: no threshold was varied over these images.")
+    if args.roc:
         plot_roc(report.curves, args.roc)
-    if args.cmc and report.cmc:
+    if args.cmc:
         plot_cmc(report.cmc, args.cmc, args.protocol)
 
 
@@ -269,6 +327,7 @@ def load_embedder(args: argparse.Namespace) -> Embedder:
         args.batch_size,
         args.workers,
         on_corrupt=args.on_corrupt,
+        digest=digest(args.model),
     )
 
 
@@ -280,7 +339,7 @@ def sizes(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"sizes are whole numbers, by comma, got {text!r}") from None
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", choices=NEEDED, required=True)
     parser.add_argument("--model", type=Path, help="exported network")
@@ -322,11 +381,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--roc", type=Path, metavar="PNG", help="draw the ROC curve, or TPIR over FPIR")
     parser.add_argument("--cmc", type=Path, metavar="PNG", help="of searches: draw the rates by rank")
     parser.add_argument("--json", type=Path, help="write the figures")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = make_parser().parse_args(argv)
     try:
         report = run(args)
         print(report)

@@ -14,6 +14,7 @@ from cosface_recipes.evaluation.collect import (
     collect_images,
     collect_lfw,
     collect_ytf,
+    read_ijb,
     read_ijb_pairs,
 )
 from cosface_recipes.evaluation.protocols import cross_validate, pair_distances
@@ -77,9 +78,38 @@ def test_ijb_from_images(tmp_path):
     assert arrays["same"].tolist() == [False, True]
     (tmp_path / "meta" / "ijbb_face_tid_mid.txt").write_text("1.png 7\n")
     with pytest.raises(
-        ValueError, match=r"The line '1\.png 7' of .*tid_mid\.txt should have a name and 2 numbers"
+        ValueError, match=r"The line '1\.png 7' of .*tid_mid\.txt should have a name and 2 whole n"
     ):
         collect_ijb(embedder, tmp_path, "ijbb")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "face_tid_mid",
+            "2.png 7 1\n1.png 9 4\n",
+            r"Image 1 of .*tid_mid\.txt is 2\.png, and that of .* 1\.png: both",
+        ),
+        ("face_tid_mid", "1.png 7 1\n", r"Image 2 of .* is missing, and that of .* 2\.png"),
+        ("face_tid_mid", "1.png 7.5 1\n", r"'1\.png 7\.5 1' of .* should have a name and 2 whole numbers\."),
+        ("face_tid_mid", "", r"tid_mid\.txt has no line\."),
+        ("name_5pts_score", "1.png " + "1 " * 10 + "nan\n", r"should have a name and 11 numbers\."),
+        ("template_pair_label", "", r"got 0 lines of any numbers\."),
+        (
+            "template_pair_label",
+            "7 9\n",
+            r"should have two templates and a label in every line, got 1 lines of 2 n",
+        ),
+        ("template_pair_label", "7 9 1\n7 9 2\n", r"Pair 2 of .* has the label 2, which should be 0 or 1\."),
+        ("template_pair_label", "7 x 1\n", r"should have two templates and a label in every line: .*'x'"),
+    ],
+)
+def test_a_file_of_ijb_that_is_none_is_named(tmp_path, name, text, message):
+    write_ijb(tmp_path, [(7, 1, 0.5), (9, 4, 0.25)], [(7, 9, 0)])
+    (tmp_path / "meta" / f"ijbb_{name}.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_ijb(tmp_path, "ijbb") | read_ijb_pairs(tmp_path, "ijbb")
 
 
 def test_a_bin_file_from_images_to_figures(tmp_path, embedder):

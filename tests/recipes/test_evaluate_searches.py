@@ -143,6 +143,42 @@ def test_a_gallery_that_cannot_be_compared_is_refused(tmp_path, gallery, message
         evaluate("--protocol", "identification", *options)
 
 
+@pytest.mark.parametrize("protocol", ["retrieval", "identification", "megaface"])
+def test_features_of_another_model_are_refused(protocol, tmp_path, exported):
+    """Of a file that embed.py or --save wrote, by a model or by another file."""
+    arrays = {
+        "features": np.ones((2, 8), np.float32),
+        "labels": np.array(["A", "B"]),
+        "names": np.array(["A/1", "B/1"]),
+    }
+    for name in ("one", "another"):
+        save_features(tmp_path / f"{name}.npz", arrays | {"model": np.array([name])})
+    write_images(tmp_path / "images", ["A/1.png", "A/2.png", "B/1.png"], [colour_of(i, 0) for i in range(3)])
+    among = ["--distractors" if protocol == "megaface" else "--gallery", tmp_path / "another.npz"]
+    with pytest.raises(
+        SystemExit, match=r"another model: its digest is another, and that of what is sought one\."
+    ):
+        evaluate("--protocol", protocol, "--features", tmp_path / "one.npz", *among)
+    of_model = ["--model", exported, "--data", tmp_path / "images"]
+    with pytest.raises(
+        SystemExit, match=r"another model: its digest is another, and that of what is sought [0-9a-f]{8}"
+    ):
+        evaluate("--protocol", protocol, *of_model, *among)
+    itself = [among[0], tmp_path / "images", "--save", tmp_path / "saved.npz"]
+    evaluate("--protocol", protocol, *of_model, *itself)
+    with pytest.raises(SystemExit, match="another model"):
+        evaluate("--protocol", protocol, "--features", tmp_path / "saved.npz", *among)
+
+
+def test_matrices_that_lie_in_no_sub_folder_have_no_identity(tmp_path):
+    for i in range(3):
+        write_matrix(tmp_path / f"{i}.jpg_net.bin", directions(i)[0])
+    with pytest.raises(
+        SystemExit, match=r"lack labels\. The identity of a matrix is the sub-folder that it lies in\."
+    ):
+        evaluate("--protocol", "retrieval", "--features", tmp_path)
+
+
 def test_search_with_an_exported_model(tmp_path, exported, capsys):
     """The labels are the folders' names, which need not be the same in both."""
     write_images(tmp_path / "probes", ["B/1.png", "C/1.png", "D/1.png"], [colour_of(i, 0) for i in (1, 2, 3)])
