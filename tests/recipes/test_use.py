@@ -324,7 +324,7 @@ def test_another_model_s_gallery_is_refused(photos, tmp_path, exported, other):
         run(identify_faces, other, tmp_path / "x.npz", photos / "Ann")
     for model, name in ((exported, "a.npz"), (other, "b.npz")):
         run(embed, model, photos, "--output", tmp_path / name)
-    with pytest.raises(SystemExit, match=rf"of the model {export.digest(exported)}, and the gallery's of"):
+    with pytest.raises(SystemExit, match=rf"that of what is sought {export.digest(exported)}"):
         evaluate(*("--protocol", "retrieval", "--features", tmp_path / "a.npz"), "--gallery", tmp_path / "b.npz")
 
 
