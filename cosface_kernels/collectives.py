@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # by DistributedDataParallel else, whose group its functions would hold as a default
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # ahead of a group, which its functions would have as a default and hold
 from torch import Tensor, nn
 from torch.distributed.tensor import debug
 from torch.nn.parallel import DistributedDataParallel

@@ -1,6 +1,7 @@
 """Under DistributedDataParallel the head is a module like any other."""
 
 import copy
+import gc
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,8 @@ def _train(rank: int, folder: str) -> None:
         model(data, labels).backward()
         optimizer.step()
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    del model  # a cycle, which holds the group
+    gc.collect()
     dist.destroy_process_group()
 
 
