@@ -421,16 +421,8 @@ def test_refuses_other_objects(tmp_path):
     ("value", "error", "sentence"),
     [
         ({1: torch.ones(2), "1": torch.zeros(2)}, ValueError, r"^odd/value/1 is the place of two tensors"),
-        (
-            {"a": {"b/c": torch.ones(2)}, "a/b": {"c": torch.zeros(2)}},
-            ValueError,
-            r"^odd/value/a/b/c is the place",
-        ),
-        (
-            {b"a": torch.ones(2)},
-            TypeError,
-            r"^odd/value has a key that is a bytes, b'a'; those of a checkpoint are",
-        ),
+        ({"a": {"b/c": torch.ones(2)}, "a/b": {"c": torch.zeros(2)}}, ValueError, r"^odd/value/a/b/c is the"),
+        ({b"a": torch.ones(2)}, TypeError, r"^odd/value has a key that is a bytes, b'a'; those of a checkpoint"),
         ({(1, 2): 3}, TypeError, r"^odd/value has a key that is a tuple, \(1, 2\)"),
     ],
     ids=["number and string", "slash", "bytes", "tuple"],
