@@ -31,9 +31,8 @@ What a model gave has an array model too, the model's digest. Features of two mo
 say what they are of.
 
 Two cosines tie if they are the same number in float32, which those of equal embeddings always are. For folder,
-rank-1, ijb-1n, identification and tinyface, what ties with the mate is ahead of it; for megaface a distractor that
-ties is not; for retrieval the first of the gallery comes first. A pair whose cosine ties with a threshold is not
-accepted.
+ijb-1n, identification and tinyface, what ties with the mate is ahead of it; for megaface a distractor that ties is
+not; for retrieval the first of the gallery comes first.
 
 folder prints what train.py prints of a test set: a folder with a sub-folder per identity, a .rec or a .bin file.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.evaluation import colour_of, directions, evaluate, printed, write_images
 
-from cosface_recipes.evaluation.features import save_features, write_matrix
+from cosface_recipes.evaluation.features import load_features, save_features, write_matrix
 from cosface_recipes.evaluation.megaface import clean
 
 
@@ -168,6 +168,17 @@ def test_features_of_another_model_are_refused(protocol, tmp_path, exported):
     evaluate("--protocol", protocol, *of_model, *itself)
     with pytest.raises(SystemExit, match="another model"):
         evaluate("--protocol", protocol, "--features", tmp_path / "saved.npz", *among)
+
+
+def test_matrices_in_linked_folders_are_read_and_hidden_files_are_not(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "matrices").mkdir()
+    write_matrix(tmp_path / "elsewhere" / "1.jpg_net.bin", directions(5)[0])
+    (tmp_path / "elsewhere" / "._1.jpg_net.bin").write_bytes(b"of macOS")
+    (tmp_path / "matrices" / "Ann").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    arrays = load_features(tmp_path / "matrices")
+    assert arrays["names"].tolist() == ["Ann/1.jpg"]
+    np.testing.assert_array_equal(arrays["features"], directions(5))
 
 
 def test_matrices_that_lie_in_no_sub_folder_have_no_identity(tmp_path):

@@ -92,12 +92,20 @@ def test_unreadable_features_are_named(tmp_path, name, write, message):
         load_features(tmp_path / name)
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("x.npz", save_features),
+        ("x.npz", lambda file, arrays: np.savez_compressed(file, **arrays)),
+        ("x.safetensors", save_features),
+    ],
+    ids=["npz", "compressed npz", "safetensors"],
+)
 @pytest.mark.parametrize("seed", range(200))
-def test_a_damaged_file_is_refused_by_its_name(tmp_path, suffix, seed):
+def test_a_damaged_file_is_refused_by_its_name(tmp_path, name, save, seed):
     """Or what was damaged is of no array: a time, a place in the archive."""
-    file, random = tmp_path / f"x{suffix}", np.random.default_rng(seed)
-    save_features(file, {"features": np.ones((4, 3), np.float32), "names": np.array([*"abcd"])})
+    file, random = tmp_path / name, np.random.default_rng(seed)
+    save(file, {"features": np.ones((4, 3), np.float32), "names": np.array([*"abcd"])})
     content = np.fromfile(file, np.uint8)
     places = random.integers(len(content), size=1 + seed % 4)
     content[places] = random.integers(256, size=len(places))
