@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.hazards import Pipeline, pipeline
-from bench.step import _count, _counts
+from bench.step import _count, _counts, _writable
 from cosface_kernels.backends.triton.tiles import (
     ALIKE,
     COLUMNS,
@@ -38,9 +38,15 @@ from cosface_kernels.reference import operand_dtype
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
-SHARED_LIMIT = {"sm_80": 163 << 10, "gfx942": 64 << 10, "gfx90a": 64 << 10, "gfx950": 160 << 10}
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_87": 163 << 10,
+    "gfx942": 64 << 10,
+    "gfx90a": 64 << 10,
+    "gfx950": 160 << 10,
+}
 SHARED_LIMIT |= dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 << 10)
-SHARED_LIMIT |= dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 << 10)
+SHARED_LIMIT |= dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 227 << 10)
 # (embeddings, weight, allow_tf32): each operand dtype, and each path that converts one side.
 DTYPES = (
     (torch.bfloat16, torch.bfloat16, False),
@@ -130,7 +136,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="sizes of an embedding, separated by commas; of all but the first, what they change",
     )
     parser.add_argument("--jobs", type=_count, default=os.cpu_count(), help="compilers at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--json", type=_writable, metavar="FILE", help="write the rows to this file")
     parser.set_defaults(run=run)
 
 

@@ -23,9 +23,7 @@ class Row:
     median_s: float | None
     min_s: float | None
     peak_extra_mib: float | None  # peak memory on the device beyond inputs and gradients
-    matmul_gflops: (
-        float | None
-    )  # of the device, in float32 (on a GPU in dtype, of float8 in bfloat16), between steps
+    matmul_gflops: float | None  # of the device, between the steps; on a GPU in dtype, of float8 in bfloat16
     fraction_of_matmul: float | None  # flops N C D / median_s, relative to matmul_gflops
     max_rel_err: float | None  # of loss, dx and dw against float64
     threads: int

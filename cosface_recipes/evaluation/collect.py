@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ def read_subjects(path: Path) -> np.ndarray:
 
 
 def read_table(
-    path: Path, columns: int, kind: type[np.float64] | type[np.int64] = np.float64
+    path: Path, columns: int, kind: type[float] | type[np.int64] = float
 ) -> tuple[list[str], np.ndarray]:
     """Names and (n, columns - 1) finite numbers of a text file with a name in the first column."""
     names, rows = [], []
@@ -274,7 +275,7 @@ def read_table(
             rows.append([kind(number) for number in numbers])
         except (ValueError, OverflowError):
             rows.append([])
-        if len(rows[-1]) != columns - 1 or not np.isfinite(rows[-1]).all():
+        if len(rows[-1]) != columns - 1 or not all(map(math.isfinite, rows[-1])):
             whole = "whole " if kind is np.int64 else ""
             raise ValueError(f"The line {line!r} of {path} should have a name and {columns - 1} {whole}numbers.")
         names.append(name)

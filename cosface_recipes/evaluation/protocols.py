@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosface_recipes.evaluation.verification import Histogram, cosines, normalised
+from cosface_recipes.evaluation.verification import Histogram, cosines, normalised, on_grid
 
 BLOCK = 4096  # distractors at a time: with 3,530 probes, 110 MiB of similarities in float64
 
@@ -243,7 +243,7 @@ def identify(
         ValueError: no identity has two photos, or there are fewer distractors than asked for.
     """
     sizes = check_sizes(sizes, len(distractors))
-    unit = normalised(probes)
+    unit = on_grid(normalised(probes))
     first, second = _mates(labels)
     if len(first) == 0:
         raise ValueError(f"None of the {len(labels.unique())} identities has two photos.")
@@ -251,11 +251,11 @@ def identify(
     mate = torch.cat([cosines(unit[i, None], unit[j, None]).flatten() for i, j in pairs])  # of each ordered pair
     curve = Histogram(unit.device)
     curve.add(mate[first < second], True)
-    nearest = unit.new_full((len(unit), ranks), -torch.inf)  # the highest similarities of each probe, descending
+    nearest = mate.new_full((len(unit), ranks), -torch.inf)  # the highest similarities of each probe, descending
     rates = {}
     for begin, end in zip([0, *sizes], sizes, strict=False):
         for block in distractors[begin:end].split(BLOCK):
-            similarity = cosines(unit, normalised(block.to(unit.device)))  # (P, block)
+            similarity = cosines(unit, on_grid(normalised(block.to(unit.device))))  # (P, block)
             curve.add(similarity, False)
             nearest = torch.cat([nearest, similarity], 1).topk(ranks, 1).values
         found = mate[:, None] >= nearest[second]  # (pairs, ranks)

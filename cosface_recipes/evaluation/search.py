@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels import nearest_classes
-from cosface_recipes.evaluation.verification import ROWS, Scores, cosines, normalised
+from cosface_recipes.evaluation.verification import ROWS, Scores, cosines, normalised, on_grid
 
 BLOCK = 1024  # probes at a time
 
@@ -190,7 +190,7 @@ def rank_images(
     """
     if len(probes) == 0:
         raise ValueError(f"There is no probe to be sought among the {len(gallery)} images of the gallery.")
-    unit, against = normalised(probes), normalised(gallery)
+    unit, against = (on_grid(normalised(x)) for x in (probes, gallery))
     first, precision = [], []
     for block, block_labels in zip(unit.split(ROWS), labels.split(ROWS), strict=True):
         for similarity, label in zip(cosines(block, against), block_labels.tolist(), strict=True):

@@ -182,21 +182,24 @@ def normalised(embeddings: Tensor) -> Tensor:
     return x / length.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """All similarities of rows of length 1, the same number for the same two whatever is computed beside them.
+def on_grid(unit: Tensor) -> Tensor:
+    """Rows of `normalised` in whole numbers of 2^-26, as float64, for `cosines`."""
+    return (unit.double() * 2**26).round()
 
-    A float32 product rounds by shape, block and device, so that two copies of one image would not tie. Here the
-    components are rounded to multiples of 2^-26 first. Products of two are multiples of 2^-52, and none of their
-    partial sums exceeds |a| |b| < 2, so that float64 holds every one of them exactly, in any order. That moves a
-    cosine by 2^-28 or so, which is less than rounding the result to float32 does.
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """All similarities of rows, the same number for the same two whatever is computed beside them.
+
+    A float32 product rounds by shape, block and device, so that two copies of one image would not tie. Products
+    of rows on the grid are whole numbers of 2^-52, and none of their partial sums exceeds |a| |b| < 2, so that
+    float64 holds every one of them exactly, in any order. The grid moves a cosine less than float32 products do.
 
     Args:
-        a, b: (..., n, D) and (..., m, D), of `normalised`.
+        a, b: (..., n, D) and (..., m, D), of `on_grid`.
 
     Returns:
         (..., n, m) float32; two of them tie if they are the same number.
     """
-    a, b = ((x.double() * 2**26).round() for x in (a, b))
     return (a @ b.mT * 2.0**-52).float()
 
 
@@ -211,7 +214,7 @@ def compare_all(embeddings: Tensor, labels: Tensor) -> Scores:
         embeddings: (n, D); normalised here.
         labels: (n,) identities; at least one identity with two images, and two identities.
     """
-    unit = normalised(embeddings)  # (n, D)
+    unit = on_grid(normalised(embeddings))  # (n, D)
     check_kinds(labels)
     n = len(unit)
     column = torch.arange(n)
@@ -242,10 +245,11 @@ def count_all(embeddings: Tensor, labels: Tensor, device: torch.device | str = "
     unit, labels = normalised(embeddings).to(device), labels.to(device)
     histogram = Histogram(device)
     for rows, row_labels, i in zip(unit.split(TILE), labels.split(TILE), range(0, len(unit), TILE), strict=True):
+        rows = on_grid(rows)
         for columns, column_labels, j in zip(
             unit[i:].split(TILE), labels[i:].split(TILE), range(i, len(unit), TILE), strict=True
         ):
-            similarity = cosines(rows, columns)  # (R, C)
+            similarity = cosines(rows, on_grid(columns))  # (R, C)
             same = row_labels[:, None] == column_labels
             if i == j:  # each pair once, and none with itself
                 once = torch.ones_like(same).triu(1)

@@ -90,7 +90,7 @@ class Training:
     def load(self, path: Path) -> None:
         saved = torch.load(path, mmap=True)
         now = self.settings()
-        before = saved.pop("settings", now)  # absent before they were kept
+        before = saved.pop("settings")
         changed = [f"{name} was {was} and is {now[name]}" for name, was in before.items() if was != now[name]]
         if changed:
             sys.exit(f"{path} is of another training: {', '.join(changed)}.")

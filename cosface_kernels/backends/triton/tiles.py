@@ -70,7 +70,7 @@ class Key:
 INTERPRETED = "interpreter"
 # Architectures that take the blocks of another, whose matrix units are theirs: on sm_80 none of these needs more
 # than the 99 KiB of shared memory that the smaller GPUs have.
-ALIKE = dict.fromkeys(("sm_86", "sm_87", "sm_88", "sm_89", "sm_120", "sm_121"), "sm_80")
+ALIKE = dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_80")
 ALIKE |= {"sm_103": "sm_100", "sm_110": "sm_100", "gfx90a": "gfx942", "gfx950": "gfx942"}
 GEMM_KERNELS = ("class_statistics", "logit_gradients", "embedding_gradients", "weight_gradients")
 SPARSE_KERNELS = ("keep_entries", "sample_entries")  # likewise with a matrix product, for a gradient_tolerance
