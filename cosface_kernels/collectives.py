@@ -243,7 +243,10 @@ def agree(
     dist.all_gather_object(answers, (said, refusal and f"{refusal}"), group=group)
     error = refusal or ValueError(_difference(answers))
     setattr(error, TOLD, True)
-    raise error
+    try:
+        raise error
+    finally:
+        del error, refusal  # which would hold this frame, and it the group, until the garbage is collected
 
 
 def _difference(answers: Sequence[tuple[dict[str, str], str | None]]) -> str:

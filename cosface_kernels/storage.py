@@ -41,7 +41,7 @@ def on_first(work: Callable[[], T], group: ProcessGroup | None) -> T:
     with naming("agreeing on files", group, NOT_ALL):
         dist.broadcast_object_list(answer, group=group, group_src=0)
     if isinstance(answer[0], Exception):
-        raise answer[0]
+        raise answer.pop()  # one that stayed here would hold this frame until the garbage is collected
     return answer[0]
 
 
