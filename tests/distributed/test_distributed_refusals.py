@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from cosface_kernels.margins import (
     KappaFaceMargin,
     LSoftmaxMargin,
 )
+from cosface_kernels.storage import on_first
 
 
 def _refuse(rank, group, num_classes, embedding_size, batch_of):
@@ -215,6 +219,34 @@ def test_what_differs_on_one_rank_all_refuse(ranks, name):
         assert message is not None
         assert sentence.format(ALIKE) in message
     assert len({loss.item() for _, loss in results}) == 1
+
+
+def _out_of_range_on_the_first(rank, group, held):
+    x = torch.ones(2, 6)
+    held.add(x)
+    FusedCosFaceLoss(9, 6, process_group=group)(x, torch.tensor([0, 8 if rank else 9]))
+
+
+def _no_file_on_the_first(rank, group, held):
+    x = torch.ones(2, 6)
+    held.add(x)
+    on_first(Path("/there/is/no/file").stat, group)
+
+
+def _outlived(rank, group, fail):
+    """How many tensors outlive a refusal until the garbage is collected, and with them the group."""
+    empty_weight(9, 6, group)  # imports of torch's, at its first call, hold the frames above them
+    held = weakref.WeakSet()
+    gc.disable()
+    with pytest.raises((ValueError, FileNotFoundError)):
+        fail(rank, group, held)
+    gc.enable()
+    return len(held)
+
+
+@pytest.mark.parametrize("fail", [_out_of_range_on_the_first, _no_file_on_the_first])
+def test_a_refusal_holds_nothing(ranks, fail):
+    assert ranks.results(2, _outlived, fail) == [0, 0]
 
 
 def _shard(rank, group, make):

@@ -12,13 +12,16 @@ from support import patience
 
 TIMEOUT = 10 * patience(1)  # seconds, of the process group
 CODE = """
-import os, sys, time, traceback
+import gc, os, sys, time, traceback, weakref
 from datetime import timedelta
 import torch, torch.distributed as dist
 from cosface_recipes import first
 rank, folder, kind, timeout = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
 first.SIGN_EVERY = timeout / 10
 dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=timeout), rank=rank, world_size=2)
+group = weakref.ref(dist.group.WORLD)
+gc.collect()
+gc.disable()
 def work():
     if kind == "dies":
         os._exit(3)
@@ -32,7 +35,10 @@ try:
 except Exception:
     failed = True
     traceback.print_exc()
-dist.destroy_process_group()  # else a thread of gloo may abort Python's end
+dist.destroy_process_group()
+if group() is not None:  # a thread of gloo may abort Python's end
+    print("the group is held by", gc.get_referrers(group()), file=sys.stderr, flush=True)
+    os._exit(4)
 sys.exit(failed)
 """
 
@@ -69,12 +75,12 @@ def test_the_others_wait_for_it_however_long_it_takes(tmp_path, kind, times):
 
 def test_what_it_raises_ends_the_others_with_its_sentence(tmp_path):
     (first, _, errors), (other, _, others) = _run(tmp_path, "fails")
-    assert (first, other) == (1, 1)
+    assert (first, other) == (1, 1), errors + others
     assert "ValueError: there is no such folder" in errors
     assert "ValueError: rank 0 refused: there is no such folder" in others
 
 
 def test_its_death_ends_the_others(tmp_path):
     (first, _, _), (other, _, others) = _run(tmp_path, "dies")
-    assert (first, other) == (3, 1)
+    assert (first, other) == (3, 1), others
     assert "waiting for what the first process does alone failed on rank 1 of 2: another rank has ended" in others
