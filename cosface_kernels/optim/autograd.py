@@ -184,6 +184,12 @@ def _wanted(node: Any) -> tuple[bool, bool]:
     weight, ownership = node.weight, node.owner._ownership(node.weight)
     if not weight.requires_grad:
         return False, False  # frozen after forward
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        raise RuntimeError(
+            f"A weight of shape {tuple(weight.shape)} moves inside backward, whose end compiled autograd skips: "
+            "leave torch._dynamo.config.compiled_autograd off, or construct the optimizer with "
+            "accumulate=True."
+        )
     if ownership.phase == SKIPPED and node.owner._scaler() is None:
         weight.grad = None  # what moved nothing is nothing to add to
     try:

@@ -198,6 +198,31 @@ def test_a_compiled_step_is_torchs(kind, fused, torchs, options):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedUniFaceLoss])
+@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
+def test_compiled_autograd_is_refused_or_moves_as_torch(fused, kind):
+    """It would skip what ends backward, after the rows have moved."""
+    torch._dynamo.reset()
+    head, other = kind(40, 16), kind(40, 16)
+    other.load_state_dict(head.state_dict())
+    x, labels = torch.randn(8, 16, requires_grad=True), torch.randint(40, (8,))
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        backward = torch.compile(torch.Tensor.backward, backend="aot_eager")
+        owner = fused(head.parameters(), lr=0.1)
+        with pytest.raises(RuntimeError, match="whose end compiled autograd skips"):
+            backward(head(x, labels))
+        assert torch.equal(head.weight, other.weight)
+        owner = fused(head.parameters(), lr=0.1, accumulate=True)
+        owner.zero_grad()
+        backward(head(x, labels))
+        owner.step()
+    optimizer = fused(other.parameters(), lr=0.1)
+    other(x, labels).backward()
+    optimizer.step()
+    torch.testing.assert_close(head.weight, other.weight)
+
+
 @pytest.mark.parametrize(
     ("message", "construct"),
     [
