@@ -111,7 +111,7 @@ class _MovesRows(torch.autograd.Function):
         )
         tensors = (x, ctx.w, targets, scale, top, log_sum, g.g_lse, g.g_cos, cache)
         options = replace(ctx.options, g_moments=g.g_moments)
-        dx, dw, dscale = _gradients(ctx, tensors, options, adds, whole)
+        dx, dw, dscale = _gradients(ctx, tensors, log_sum, options, adds, whole)
         of_scale = dscale + g.dscale if need_dscale else None
         gradients = dx if need_dx else None, None, None, of_scale, None, None, None, None, dw
         return gradients, (x, scale, ctx.weight)
@@ -134,7 +134,7 @@ class _MovesRowsBySigmoids(torch.autograd.Function):
         adds, whole = _wanted(ctx)
         x, targets, scale, bias, mass = ctx.saved_tensors
         tensors = (x, ctx.w, targets, scale, torch.zeros_like(bias), -bias, g, g_cos, empty_cache(x))
-        dx, dw, dscale = _gradients(ctx, tensors, ctx.options, adds, whole)
+        dx, dw, dscale = _gradients(ctx, tensors, mass, ctx.options, adds, whole)
         need_dx, _, _, need_dscale, need_dbias, *_ = ctx.needs_input_grad
         rows = dscale if need_dscale else None, ops.bias_gradient(g, mass) if need_dbias else None
         gradients = dx if need_dx else None, None, None, *rows, None, None, None, None, dw
@@ -149,11 +149,11 @@ def _enter(node: Any, w: Tensor, backend: str | None, options: Options, owner: A
 
 
 def _gradients(
-    node: Any, tensors: tuple[Tensor, ...], options: Options, adds: bool, whole: bool
+    node: Any, tensors: tuple[Tensor, ...], sums: Tensor, options: Options, adds: bool, whole: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """dx, dw where it is needed as a whole, and dscale; otherwise the weight moves, if this backward adds to it.
 
-    tensors: those of ops.lmcl_backward.
+    tensors: those of ops.lmcl_backward; sums: those of `finiteness.finite_rows`.
     """
     weight, need_dx = node.weight, node.needs_input_grad[0]
     if node.w._version != node.version:
@@ -167,7 +167,7 @@ def _gradients(
             "loss of it in this backward or torch.autograd.grad would need: its rows move inside backward."
         )
     if adds and not whole:
-        dx, dscale = node.owner._move(weight, tensors, need_dx, node.backend, options)
+        dx, dscale = node.owner._move(weight, tensors, sums, need_dx, node.backend, options)
         node.owner._ownership(weight).nodes.discard(node)
         return dx, None, dscale
     dx, dw, dscale = ops.lmcl_backward(*tensors, need_dx, whole, node.backend, *options.flat())

@@ -65,6 +65,16 @@ def check_group(group: dict[str, Any]) -> None:
         _check_betas(group["betas"])
 
 
+def check_amsgrad(amsgrad: bool, squares: torch.dtype | None) -> None:
+    """squares: the dtype in which their means are kept; None if it is not float8."""
+    if amsgrad and squares is FLOAT8:
+        raise ValueError(
+            "amsgrad must be False with states in float8_e4m3fn, got True: of squares that are rounded at random "
+            "the maximum keeps those that were rounded up, so that steps would become ever shorter. Give "
+            "state_dtype=torch.float32, or bfloat16, where they do so by less."
+        )
+
+
 def _number(name: str, value: Any) -> float:
     if not is_number(value) and not (isinstance(value, Tensor) and value.numel() == 1):
         raise TypeError(f"{name} must be a number, got {value!r}.")

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 
-def finite_rows(x: Tensor, log_sum: Tensor, *upstream: Tensor | None) -> Tensor:
-    """(N,) bool: a sample without a gradient, or with a finite one; log_sum is -inf without negatives.
+def finite_rows(x: Tensor, sums: Tensor, *upstream: Tensor | None) -> Tensor:
+    """(N,) bool: a sample without a gradient, or with a finite one.
 
+    sums: (N,), of forward, over the negatives: nan or inf where a row of the weight is; -inf without negatives.
     upstream: (N,) or (2, N) gradients that the op's backward takes, or None.
     """
     gradients = torch.cat([torch.atleast_2d(g) for g in upstream if g is not None])  # (some, N)
-    finite = x.isfinite().all(1) & (log_sum < math.inf) & gradients.isfinite().all(0)  # (N,)
+    finite = x.isfinite().all(1) & (sums < math.inf) & gradients.isfinite().all(0)  # (N,)
     return finite | (gradients == 0).all(0)
 
 

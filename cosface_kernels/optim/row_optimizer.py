@@ -398,11 +398,11 @@ class RowOptimizer(Optimizer):
     def state_names_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
-    def _move(self, weight: Tensor, tensors: tuple[Tensor, ...], need_dx: bool, backend: str | None,
+    def _move(self, weight: Tensor, tensors: tuple[Tensor, ...], sums: Tensor, need_dx: bool, backend: str | None,
               options: Options) -> tuple[Tensor, Tensor]:  # fmt: skip
         """dx and dscale of lmcl_backward's arguments, having moved the rows."""
-        x, w, *_, log_sum, g_lse, g_cos, _ = tensors
-        finite = finiteness.finite_rows(x, log_sum, g_lse, g_cos, options.g_moments)  # (N,)
+        x, w, *_, g_lse, g_cos, _ = tensors
+        finite = finiteness.finite_rows(x, sums, g_lse, g_cos, options.g_moments)  # (N,)
         ownership, all_finite = self._ownership(weight), None
         if self._scaler() is not None or x.device.type == "cpu":
             with agreement_on_rows(weight, "an overflow") as own:
@@ -461,7 +461,7 @@ class RowOptimizer(Optimizer):
                 where += ", counted over all ranks"
             raise RuntimeError(
                 f"The gradient of this batch is not finite ({where}), so that no row of a weight of shape "
-                f"{tuple(weight.shape)} was moved. Look for nan or inf in the embeddings and the loss; "
+                f"{tuple(weight.shape)} was moved. Look for nan or inf in embeddings, weight and loss; "
                 'nonfinite="skip" leaves such batches out.'
             )
         if self._scaler() is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosface_kernels.optim.checks import check_amsgrad
 from cosface_kernels.optim.row_optimizer import RowOptimizer
 
 
@@ -86,7 +87,9 @@ class FusedAdamW(RowOptimizer):
 
     Args:
         params: parameters, heads' weights among them, or param groups.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        amsgrad: as there, but not with states in float8: of squares that are rounded stochastically the maximum
+            keeps those that were rounded up, so that steps become ever shorter. In bfloat16 they do so by less.
         gradient_factor, max_row_norm, weight_norm, accumulate, state_dtype, grad_scaler, nonfinite, seed: see
             `RowOptimizer`.
     """
@@ -134,6 +137,12 @@ class FusedAdamW(RowOptimizer):
             nonfinite=nonfinite,
             seed=seed,
         )
+        check_amsgrad(amsgrad, state_dtype)
+
+    def _check_fits(self, weight: Tensor) -> None:
+        super()._check_fits(weight)
+        squares = self.state.get(weight, {}).get("exp_avg_sq")  # as it was loaded, it may be in float8
+        check_amsgrad(self._group_of(weight)["amsgrad"], self.state_dtype or getattr(squares, "dtype", None))
 
     def own_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]

@@ -419,7 +419,7 @@ void SparseGradient<T>::Walk::block(int64_t i, int64_t count, int64_t classes, T
     last_sample = std::max<Place>(last_sample, place_[k] % kTileRows);
   }
   if (count > 0 && (last_class >= classes || i + last_sample >= of_.batch_.n)) {
-    throw std::invalid_argument(kForeignCache);
+    throw std::runtime_error(kForeignCache);  // not std::invalid_argument: rows of other tiles may have moved
   }
   if (static_cast<int64_t>(g_.size()) < count) {
     for (auto* v : {&g_, &sorted_g_}) v->resize(count);

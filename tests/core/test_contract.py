@@ -270,12 +270,12 @@ def test_a_cache_of_others_is_refused(backend, options, data):
         at = data.draw(st.integers(0, len(cache) // 8 - 1))
         cache[: len(cache) // 8 * 8].view(torch.int64)[at] = data.draw(st.integers(-(2**63), 2**63 - 1))
     call.arguments["cache"] = cache
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RuntimeError):
         call()
 
 
 def test_a_thread_says_what_it_found():
-    """The places of kept entries are looked at where they are read, on torch's threads."""
+    """The places of kept entries are looked at where they are read, on torch's threads: rows may have moved."""
     generator = torch.Generator().manual_seed(0)
     x, w, g = (torch.randn(*shape, generator=generator) for shape in ((40, 16), (2000, 16), (2, 40)))
     targets, scale = torch.arange(40), torch.full((40,), 64.0)
@@ -283,7 +283,7 @@ def test_a_thread_says_what_it_found():
         x, w, targets, scale, 0.3, "cpu", gradient_tolerance=0.01
     )
     cache[len(cache) // 3 :] = 255
-    with pytest.raises(ValueError, match=r"^cache must be what lmcl returned for these tensors and options\.$"):
+    with pytest.raises(RuntimeError, match=r"^cache must be what lmcl returned for these tensors and options\.$"):
         torch.ops.cosface.lmcl_backward(
             x, w, targets, scale, top, log_sum, *g, cache, True, True, "cpu", gradient_tolerance=0.01
         )

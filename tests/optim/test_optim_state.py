@@ -9,7 +9,7 @@ from support import run_python
 from support.rules import RULES, D, batches, make_head, train
 from torch import nn
 
-from cosface_kernels import cosface_loss, ops
+from cosface_kernels import FusedCosFaceLoss, cosface_loss, ops
 from cosface_kernels.backends import BACKENDS
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_kernels.options import Update
@@ -141,6 +141,29 @@ def test_interrupted_step_is_never_used(failure, monkeypatch):
     train(other, other_optimizer, 2)
     train(head, optimizer, 2), train(other, other_optimizer, 2)
     assert torch.equal(head.weight, other.weight)
+
+
+def test_a_cache_that_is_found_damaged_after_rows_have_moved_interrupts_the_step(restore_threads):
+    """The places of kept entries are looked at where they are read, tile by tile."""
+    torch.set_num_threads(2)
+    head = FusedCosFaceLoss(4000, 64, backend="cpu", gradient_tolerance=0.01, cache_bytes=0)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    x, labels, before = torch.randn(64, 64), torch.randint(4000, (64,)), head.weight.detach().clone()
+
+    def damaged(saved):
+        if saved.dtype is torch.uint8:
+            saved = saved.clone()
+            saved[-len(saved) // 6 :] = 255
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, damaged):
+        loss = head(x, labels)
+    with pytest.raises(RuntimeError, match="cache must be what lmcl returned"):
+        loss.backward()
+    for use in (lambda: head(x, labels), optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match="was interrupted"):
+            use()
+    assert not torch.equal(head.weight, before)
 
 
 def test_interrupt_of_a_real_step():

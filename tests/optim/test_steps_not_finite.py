@@ -4,10 +4,16 @@ import copy
 
 import pytest
 import torch
-from support.steps import D, batch, both_losses_at_once, make_head, rules, state_tensors, usual
+from support.steps import C, D, batch, both_losses_at_once, make_head, rules, state_tensors, usual
 from torch import nn
 
-from cosface_kernels import margin_softmax_loss
+from cosface_kernels import (
+    FusedCosFaceLoss,
+    FusedSFaceLoss,
+    FusedSphereFace2Loss,
+    FusedUniFaceLoss,
+    margin_softmax_loss,
+)
 from cosface_kernels.optim import FusedSGD
 
 
@@ -61,6 +67,37 @@ def test_what_is_not_finite_moves_nothing(fused, torchs, options, wrong):
     assert optimizer.skipped == 2
     for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
         assert torch.equal(now, then)
+
+
+@pytest.mark.option("updates")
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", None], ids=["raise", "skip", "scaler"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", [FusedCosFaceLoss, FusedSphereFace2Loss, FusedUniFaceLoss, FusedSFaceLoss])
+def test_a_row_of_the_weight_that_is_not_finite_moves_nothing(backend, kind, value, nonfinite):
+    """Whether its class is that of all samples or of none."""
+    head, backbone = backend.head(C, D, kind=kind), nn.Linear(D, D, device=backend.device)
+    model = nn.ModuleList([head, backbone])
+    scaler = None if nonfinite else torch.amp.GradScaler(backend.device, init_scale=1024.0)
+    optimizer = FusedSGD(model.parameters(), lr=0.1, grad_scaler=scaler, nonfinite=nonfinite or "raise")
+    with torch.no_grad():
+        head.weight[7, 3] = value
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    x = torch.randn(4, D, device=backend.device)
+    for labels in ([7, 7, 7, 7], [0, 1, 2, 3]):
+        optimizer.zero_grad()
+        loss = head(backbone(x), torch.tensor(labels, device=backend.device))
+        if scaler is not None:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        elif nonfinite == "raise" and backend.device == "cpu":
+            with pytest.raises(RuntimeError, match=r"not finite \(that of sample 0 is the first"):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+        for now, then in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
 
 
 def test_an_ignored_sample_may_hold_anything():

@@ -310,6 +310,7 @@ def test_options_of_a_group_are_looked_at_before_each_step(name, value, accumula
         ({"betas": "ab"}, r"betas must be two numbers in \[0, 1\), got 'ab'"),
         ({"eps": float("inf")}, "eps must be finite, got inf"),
         ({"amsgrad": 1}, "amsgrad must be True or False, got 1"),
+        ({"amsgrad": True, "state_dtype": torch.float8_e4m3fn}, "amsgrad must be False with states in float8"),
     ],
 )
 def test_options_that_are_none_of_adamw(options, message):

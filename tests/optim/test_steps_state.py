@@ -94,6 +94,32 @@ def test_a_weight_that_was_recast_keeps_its_state(dtype):
     assert bool(head.weight.isfinite().all())
 
 
+@pytest.mark.parametrize("as_loaded", [False, True])
+def test_amsgrad_is_refused_where_states_are_in_float8_by_then(as_loaded):
+    """A maximum of numbers that are rounded at random grows with the steps; other states take theirs in."""
+    head = make_head()
+    optimizer = FusedAdamW(head.parameters(), lr=0.01, state_dtype=torch.float8_e4m3fn)
+    usual(head)
+    optimizer.step()
+    if as_loaded:
+        saved, optimizer = optimizer.state_dict(), FusedAdamW(head.parameters(), lr=0.01)
+        optimizer.load_state_dict(saved)
+    before = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match=r"^amsgrad must be False with states in float8_e4m3fn, got True: "):
+        usual(head)
+    optimizer.param_groups[0]["amsgrad"] = False
+    for now, then in zip(state_tensors(head, optimizer), state_tensors(*before), strict=True):
+        assert torch.equal(now, then)
+    saved, optimizer = optimizer.state_dict(), FusedAdamW(head.parameters(), state_dtype=torch.bfloat16)
+    optimizer.load_state_dict(saved)
+    optimizer.param_groups[0]["amsgrad"] = True
+    usual(head)
+    optimizer.step()
+    state = optimizer.state[head.weight]
+    assert [state[name].dtype for name in optimizer.state_names] == [torch.bfloat16] * 3
+
+
 def test_strided_state_from_a_checkpoint_is_the_same_step():
     head, twin = make_head(), make_head()
     optimizers = [FusedSGD(h.parameters(), lr=0.1, momentum=0.9) for h in (head, twin)]

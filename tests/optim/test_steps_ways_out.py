@@ -337,7 +337,7 @@ WAYS_OUT = [
     (hooked, "remove the hook", unhooked),
     (hooked, ACCUMULATE, taking(accumulate=True)),
     (captured, f"{ACCUMULATE} and call step() outside of the graph", taking(accumulate=True)),
-    (not_finite, "Look for nan or inf in the embeddings and the loss", none),
+    (not_finite, "Look for nan or inf in embeddings, weight and loss", none),
     (not_finite, 'nonfinite="skip" leaves such batches out', taking(nonfinite="skip")),
     (not_scaled, "call scaler.scale(loss).backward()", none),
     (scaled_by_another, "construct the optimizer with grad_scaler=scaler", scaler_given),

@@ -54,13 +54,14 @@ inline uint16_t to_bfloat16(float v) {
   return static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
 }
 
-// The exponent and mantissa of a half, moved into a float's place, are off by the difference of the biases, 2^112;
-// multiplying puts that right for subnormal halves too.
+// The steps below the smallest normal half, 2^-14, are those above it. No number on the way is a subnormal float,
+// which a processor may take for 0 (torch.set_flush_denormal).
 inline float from_float16(uint16_t h) {
-  uint32_t magnitude = uint32_t{h} & 0x7fff;
-  float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  uint32_t finite = bit_cast<uint32_t>(scaled);
-  uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : finite;
+  const uint32_t magnitude = uint32_t{h} & 0x7fff;
+  const bool is_normal = magnitude >= 0x400;
+  const float shifted = bit_cast<float>((magnitude << 13) + ((is_normal ? 112u : 113u) << 23));
+  const float size = is_normal ? shifted : shifted - 0x1p-14f;
+  const uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : bit_cast<uint32_t>(size);
   return bit_cast<float>(bits | (uint32_t{h} & 0x8000) << 16);
 }
 
