@@ -37,7 +37,7 @@ from cosface_kernels.distributed import Exchange, beside, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.resizing import Keep
 from cosface_kernels.storage import PARTIAL, on_every, on_first, storage
-from cosface_kernels.validation import WEIGHT_DTYPES, check_exponents
+from cosface_kernels.validation import WEIGHT_DTYPES, check_exponents, check_positive
 
 # isort: split
 import safetensors
@@ -99,10 +99,12 @@ def from_pytorch_metric_learning(state: Mapping[str, Tensor], num_classes: int |
     Raises:
         TypeError: the state is none, such as the loss itself.
         KeyError: the state has neither, or more than one.
-        ValueError: it is no matrix, or has not num_classes centres.
+        ValueError: it is no matrix, or has not num_classes centres, or that is no number of classes.
 
     Source: pytorch-metric-learning 2.9, losses/large_margin_softmax_loss.py; 3.0's page of `BaseProxyLoss`.
     """
+    if num_classes is not None:
+        check_positive("num_classes", num_classes)
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be a state_dict, got {type(state).__name__}.")
     name, entry = _pml_entry(state)
@@ -192,9 +194,9 @@ def load_weight_(
         weight_exponent: of a weight in float8, that of its head, which is filled as well.
 
     Raises:
+        OSError: there is no such file, or it cannot be read.
         TypeError: the weight is no tensor, such as a head.
         ValueError: the weight is no matrix or in a dtype that no head has; the file's shape is not the weight's,
-        OSError: there is no such file, or it cannot be read.
             or without its classes; a label of keep does not fit; it is no file of `save_weight`; or
             weight_exponent is missing.
     """
@@ -295,10 +297,10 @@ def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
 
 @contextmanager
 def _weights(path: str | os.PathLike[str]) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file of save_weight.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file with a {NAME}: {error}") from error
@@ -331,10 +333,10 @@ def _matrix(value: Any, what: str) -> Tensor:
 
 def _load(file: Path, **options: Any) -> Any:
     """What torch.save wrote, if it is tensors, numbers and text in dicts and lists."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, **options)
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder, not a file of torch.save.")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **options)
     except OSError:
         raise
     except Exception as error:  # bytes that torch.save did not write can raise anything

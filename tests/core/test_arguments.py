@@ -37,6 +37,7 @@ FUNCTIONS = [
     margins_module.ldam_margins,
     margins_module.dynamic_margins,
     ClassSampler,
+    from_pytorch_metric_learning,
 ]
 GOOD = {
     "num_classes": C,
@@ -51,6 +52,7 @@ GOOD = {
     "embeddings": torch.ones(4, D),
     "weight": torch.ones(C, D),
     "labels": torch.arange(4),
+    "state": {"W": torch.ones(D, C)},
 }
 WRONG = {  # by what an annotation has first of these
     bool: ["False", "no", 0.0, 1, np.bool_(True), torch.tensor(True)],
