@@ -11,7 +11,7 @@ from cosface_kernels.derivatives import refuse_transforms
 from cosface_kernels.distributed import own_rows, placement
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS
-from cosface_kernels.validation import check_exponents, check_flag, check_integer, check_rows
+from cosface_kernels.validation import check_bool, check_exponents, check_integer, check_rows
 
 
 class NearestClasses(NamedTuple):
@@ -72,8 +72,8 @@ def nearest_classes(
     with ranks.agreement(stated, embeddings):
         check_rows(embeddings, weight)
         check_name(backend)
-        check_flag("normalize_embeddings", normalize_embeddings)
-        check_flag("normalize_weight", normalize_weight)
+        check_bool("normalize_embeddings", normalize_embeddings)
+        check_bool("normalize_weight", normalize_weight)
         check_exponents(weight, weight_exponent, needed=not normalize_weight)
         check_integer("k", k, 1)
         if k > weight.shape[0]:

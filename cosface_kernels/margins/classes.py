@@ -12,7 +12,7 @@ from cosface_kernels.margins.angles import cos_of_sum
 from cosface_kernels.margins.base import Margin, Rows, check_counts, taken
 from cosface_kernels.resizing import replace_
 from cosface_kernels.validation import (
-    check_flag,
+    check_bool,
     check_interval,
     check_margin,
     check_positive,
@@ -42,7 +42,7 @@ class ClassMargin(Margin):
 
     def __init__(self, margins: Tensor | Sequence[float], *, arc: bool = False) -> None:
         super().__init__()
-        check_flag("arc", arc)
+        check_bool("arc", arc)
         table = vector_of("margins", margins)
         if table.dim() != 1 or not table.numel():
             raise ValueError(f"margins must be a vector, one for each class, got shape {tuple(table.shape)}.")
