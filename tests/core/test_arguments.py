@@ -16,6 +16,7 @@ from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss,
 from cosface_kernels import margins as margins_module
 from cosface_kernels.convert import from_pytorch_metric_learning
 from cosface_kernels.distributed import clip_grad_norm_
+from cosface_kernels.functional import cosine_logits
 from cosface_kernels.margins import Margin, SigmoidMargin
 from cosface_kernels.sampling import ClassSampler
 
@@ -32,6 +33,7 @@ FUNCTIONS = [
     cosface_loss,
     margin_softmax_loss,
     nearest_classes,
+    cosine_logits,
     cosface_kernels.min_scale,
     cosface_kernels.max_margin,
     margins_module.ldam_margins,
