@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
@@ -23,6 +24,9 @@ class NearestClasses(NamedTuple):
 
     cosines: Tensor
     classes: Tensor
+
+
+_register_namedtuple(NearestClasses, serialized_type_name="cosface_kernels.NearestClasses")  # for torch.export
 
 
 @torch.no_grad()
