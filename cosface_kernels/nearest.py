@@ -58,6 +58,7 @@ def nearest_classes(
     Raises:
         ValueError: a shape or k does not fit; the message shows it.
         TypeError: so for a dtype.
+        RuntimeError: the named backend cannot run here; the message says why.
 
     >>> nearest_classes(torch.tensor([[3.0, 1.0]]), torch.eye(2), k=2)
     NearestClasses(cosines=tensor([[0.9487, 0.3162]]), classes=tensor([[0, 1]]))
