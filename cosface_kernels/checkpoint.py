@@ -81,6 +81,7 @@ def save(
         ValueError: keep is less than 1, or step is no number of steps; the ranks differ in step, objects or
             shapes; a tensor is sharded over other ranks, or has the place of another, as those of keys 1 and "1";
             or another rank refused, with its sentence.
+        OSError: the checkpoint's folder cannot be made or named, or an older one not removed.
         RuntimeError: a rank could not write its part, or made no call; the message says which and why.
     """
     if process_group is not None:

@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ from cosface_kernels.distributed import Exchange, beside, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.resizing import Keep
 from cosface_kernels.storage import PARTIAL, on_every, on_first, storage
-from cosface_kernels.validation import WEIGHT_DTYPES, check_exponents
+from cosface_kernels.validation import WEIGHT_DTYPES, check_exponents, check_positive
 
 # isort: split
 import safetensors
@@ -57,7 +58,7 @@ def from_insightface(folder: str | os.PathLike[str]) -> Tensor:
             PartialFC.
 
     Raises:
-        FileNotFoundError: there are no such files, or that of a rank is missing.
+        OSError: a file cannot be read; a FileNotFoundError if there are none, or that of a rank is missing.
         KeyError: a file has no weight.
         ValueError: the files' embedding sizes differ, or one is damaged or holds more than tensors and plain
             numbers.
@@ -98,10 +99,12 @@ def from_pytorch_metric_learning(state: Mapping[str, Tensor], num_classes: int |
     Raises:
         TypeError: the state is none, such as the loss itself.
         KeyError: the state has neither, or more than one.
-        ValueError: it is no matrix, or has not num_classes centres.
+        ValueError: it is no matrix, or has not num_classes centres, or that is no number of classes.
 
     Source: pytorch-metric-learning 2.9, losses/large_margin_softmax_loss.py; 3.0's page of `BaseProxyLoss`.
     """
+    if num_classes is not None:
+        check_positive("num_classes", num_classes)
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be a state_dict, got {type(state).__name__}.")
     name, entry = _pml_entry(state)
@@ -191,6 +194,7 @@ def load_weight_(
         weight_exponent: of a weight in float8, that of its head, which is filled as well.
 
     Raises:
+        OSError: there is no such file, or it cannot be read.
         TypeError: the weight is no tensor, such as a head.
         ValueError: the weight is no matrix or in a dtype that no head has; the file's shape is not the weight's,
             or without its classes; a label of keep does not fit; it is no file of `save_weight`; or
@@ -293,6 +297,8 @@ def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
 
 @contextmanager
 def _weights(path: str | os.PathLike[str]) -> Iterator[Any]:
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file of save_weight.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
@@ -327,18 +333,28 @@ def _matrix(value: Any, what: str) -> Tensor:
 
 def _load(file: Path, **options: Any) -> Any:
     """What torch.save wrote, if it is tensors, numbers and text in dicts and lists."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, not a file of torch.save.")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, **options)
     except OSError:
         raise
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # bytes that torch.save did not write can raise anything
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{file} is damaged, or no file of torch.save: {error!r}") from error
+        if not _is_pickled(file):
+            raise ValueError(f"{file} is damaged, or no file of torch.save.") from error
         raise ValueError(
             f"{file} holds more than tensors and numbers: a whole module, or numpy's numbers. Reading it "
             "could run code of whoever wrote it. If that is you, save its state_dict, or the dict without those "
-            f"numbers. ({str(error).splitlines()[0]})"
+            "numbers."
         ) from error
-    except Exception as error:  # bytes that torch.save did not write can raise anything
-        raise ValueError(f"{file} is damaged, or no file of torch.save: {error!r}") from error
+
+
+def _is_pickled(file: Path) -> bool:
+    """As torch.save does it: in an archive, before torch 1.6 in none."""
+    with file.open("rb") as content:
+        return zipfile.is_zipfile(file) or content.read(1) == pickle.PROTO
 
 
 def _save_state(state: Mapping[str, Tensor], path: Path) -> None:

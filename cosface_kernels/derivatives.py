@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cosface_kernels.validation import is_transformed
+
 
 def refuse_forward_mode() -> None:
     """Tangents do not pass through an op; without this, torch.func.jvp would take them for 0."""
@@ -31,7 +33,7 @@ def without_tangents(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_transforms() -> None:
     """Those of torch.func ask an op for what it does not have, and say so in words of their own."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and is_transformed():
         refuse_forward_mode()
         raise NotImplementedError(
             "The loss does not go through torch.func's transforms, such as grad, vjp, jacrev and vmap. Take "

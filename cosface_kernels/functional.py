@@ -18,9 +18,11 @@ from cosface_kernels.softmax import Softmax
 from cosface_kernels.stats import LossStats as LossStats
 from cosface_kernels.stats import Sparsity as Sparsity
 from cosface_kernels.validation import (
+    check_bool,
     check_exponents,
     check_margin,
     check_rows,
+    check_scale,
     check_stats,
 )
 
@@ -270,13 +272,16 @@ def cosine_logits(
         autograd keeps every one, and `torch.no_grad` none.
 
     Raises:
-        ValueError: a shape does not fit, or the scale is not one number; the message shows it.
+        ValueError: a shape does not fit, or the scale is not one positive number; the message shows it.
     """
     with placement(weight).agreement(dict, embeddings):
         check_rows(embeddings, weight)
         check_exponents(weight, weight_exponent, needed=not normalize_weight)
         if isinstance(scale, Tensor) and scale.dim():
             raise ValueError(f"scale must be a number or a 0-d tensor, got shape {tuple(scale.shape)}.")
+        check_scale(scale)
+        check_bool("normalize_embeddings", normalize_embeddings)
+        check_bool("normalize_weight", normalize_weight)
         if getattr(weight, optim.MARK, False):
             optim.note_use(weight)
     dtype = compute_dtype(embeddings, weight)

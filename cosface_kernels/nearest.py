@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from cosface_kernels import ops, optim
 from cosface_kernels.backends import check_name, select
@@ -11,7 +12,7 @@ from cosface_kernels.derivatives import refuse_transforms
 from cosface_kernels.distributed import own_rows, placement
 from cosface_kernels.options import Options
 from cosface_kernels.reference import EPS
-from cosface_kernels.validation import check_exponents, check_flag, check_integer, check_rows
+from cosface_kernels.validation import check_bool, check_exponents, check_integer, check_rows
 
 
 class NearestClasses(NamedTuple):
@@ -23,6 +24,9 @@ class NearestClasses(NamedTuple):
 
     cosines: Tensor
     classes: Tensor
+
+
+_register_namedtuple(NearestClasses, serialized_type_name="cosface_kernels.NearestClasses")  # for torch.export
 
 
 @torch.no_grad()
@@ -54,6 +58,7 @@ def nearest_classes(
     Raises:
         ValueError: a shape or k does not fit; the message shows it.
         TypeError: so for a dtype.
+        RuntimeError: the named backend cannot run here; the message says why.
 
     >>> nearest_classes(torch.tensor([[3.0, 1.0]]), torch.eye(2), k=2)
     NearestClasses(cosines=tensor([[0.9487, 0.3162]]), classes=tensor([[0, 1]]))
@@ -72,8 +77,8 @@ def nearest_classes(
     with ranks.agreement(stated, embeddings):
         check_rows(embeddings, weight)
         check_name(backend)
-        check_flag("normalize_embeddings", normalize_embeddings)
-        check_flag("normalize_weight", normalize_weight)
+        check_bool("normalize_embeddings", normalize_embeddings)
+        check_bool("normalize_weight", normalize_weight)
         check_exponents(weight, weight_exponent, needed=not normalize_weight)
         check_integer("k", k, 1)
         if k > weight.shape[0]:

@@ -29,6 +29,7 @@ from cosface_kernels.softmax import Softmax
 from cosface_kernels.stats import LossStats, Sparsity
 from cosface_kernels.subcenters import check_subcenters, first_of_each_class, rows_of
 from cosface_kernels.validation import (
+    check_bool,
     check_cache,
     check_flag,
     check_integer,
@@ -148,8 +149,8 @@ def check(
     check_scale(scale)
     check_integer("ignore_index", settings.ignore_index)
     check_flag("validate_labels", settings.validate_labels)
-    check_flag("normalize_embeddings", settings.normalize_embeddings)
-    check_flag("normalize_weight", settings.normalize_weight)
+    check_bool("normalize_embeddings", settings.normalize_embeddings)
+    check_bool("normalize_weight", settings.normalize_weight)
     check_cache(settings.cache_bytes, settings.exact_cache)
     check_integer("workspace_bytes", settings.workspace_bytes, 0)
     if isinstance(settings.margin, ClassMargin):

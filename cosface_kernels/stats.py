@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 
 class Sparsity(NamedTuple):
@@ -63,3 +64,7 @@ class LossStats(NamedTuple):
     sparsity: Sparsity | None = None
     top_k_accuracy: Tensor | None = None
     entropy: Tensor | None = None
+
+
+for each in (Sparsity, LossStats):  # for torch.export, which saves them by these names
+    _register_namedtuple(each, serialized_type_name=f"cosface_kernels.{each.__name__}")

@@ -32,6 +32,11 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is under way, such as vmap, whose tensors have no values to look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_number(value: object) -> bool:
     """A real one; a bool, which Python takes for 0 or 1, is a flag."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -179,7 +184,7 @@ def check_scale(scale: float | Tensor, *, of_head: bool = False) -> None:
         check_magnitude("scale", scale)
     elif scale.dtype is torch.bool or scale.is_complex():
         raise ValueError(f"scale must be a real number, got a tensor of {scale.dtype}.")
-    elif not torch.compiler.is_compiling() and scale.device.type == "cpu":
+    elif scale.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
         wrong = scale.isinf() | ((scale < 0) if scale.dim() else ~(scale > 0))
         if wrong.any():
             raise ValueError(f"scale must be positive and finite, got {scale[wrong][0].item()}.")

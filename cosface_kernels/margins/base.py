@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cosface_kernels.reference import excess, softplus
-from cosface_kernels.validation import check_flag, check_interval, check_per_sample, check_tolerance, vector_of
+from cosface_kernels.validation import check_bool, check_interval, check_per_sample, check_tolerance, vector_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Margin(nn.Module):
 
     def __init__(self, *, straight_through: bool = False) -> None:
         super().__init__()
-        check_flag("straight_through", straight_through)
+        check_bool("straight_through", straight_through)
         self.straight_through = straight_through
         self._initial: dict[str, float] = {}
 

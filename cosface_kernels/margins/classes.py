@@ -12,9 +12,9 @@ from cosface_kernels.margins.angles import cos_of_sum
 from cosface_kernels.margins.base import Margin, Rows, check_counts, taken
 from cosface_kernels.resizing import replace_
 from cosface_kernels.validation import (
-    check_flag,
+    check_bool,
+    check_finite,
     check_interval,
-    check_margin,
     check_positive,
     exact_dtype,
     vector_of,
@@ -42,7 +42,7 @@ class ClassMargin(Margin):
 
     def __init__(self, margins: Tensor | Sequence[float], *, arc: bool = False) -> None:
         super().__init__()
-        check_flag("arc", arc)
+        check_bool("arc", arc)
         table = vector_of("margins", margins)
         if table.dim() != 1 or not table.numel():
             raise ValueError(f"margins must be a vector, one for each class, got shape {tuple(table.shape)}.")
@@ -140,6 +140,7 @@ def ldam_margins(class_counts: Tensor | Sequence[int], largest: float = defaults
 
     Args:
         class_counts: (C,) n_j >= 1, the number of training samples of each class.
+        largest: >= 0.
 
     Source: Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, arXiv:1906.07413,
     Eq. 11; kaidic/LDAM-DRW (losses.py), largest = 0.5, with s = 30.
@@ -147,7 +148,7 @@ def ldam_margins(class_counts: Tensor | Sequence[int], largest: float = defaults
     >>> ldam_margins([1, 16, 81])
     tensor([0.5000, 0.2500, 0.1667])
     """
-    check_margin(largest)
+    check_interval("largest", largest, "[0, inf)", 0, math.inf)
     rarity = check_counts(class_counts) ** -0.25
     return (largest * rarity / rarity.max()).float()
 
@@ -161,6 +162,7 @@ def dynamic_margins(
 
     Args:
         class_counts: (C,) n_j >= 1, the number of training samples of each class.
+        smallest, largest: in this order.
 
     Source: Ha et al., Google Landmark Recognition 2020 Competition Third Place Solution, arXiv:2010.05350, for
     ArcFace's angle: `ClassMargin(dynamic_margins(counts), arc=True)`.
@@ -168,8 +170,8 @@ def dynamic_margins(
     >>> dynamic_margins([1, 16, 81])
     tensor([0.5000, 0.1625, 0.0500])
     """
-    check_margin(smallest)
-    check_margin(largest)
+    check_finite("smallest", smallest)
+    check_interval("largest", largest, f"[{smallest}, inf)", smallest, math.inf)
     rarity = check_counts(class_counts) ** -0.25
     spread = (rarity.max() - rarity.min()).clamp_min(torch.finfo(rarity.dtype).tiny)
     return (smallest + (largest - smallest) * (rarity - rarity.min()) / spread).float()

@@ -8,7 +8,7 @@ from torch import Tensor
 from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import cos_of_sum
 from cosface_kernels.margins.base import Margin, Rows
-from cosface_kernels.validation import check_flag, check_integer, check_interval
+from cosface_kernels.validation import check_bool, check_integer, check_interval
 
 
 class ElasticFaceMargin(Margin):
@@ -48,8 +48,8 @@ class ElasticFaceMargin(Margin):
         super().__init__()
         check_interval("margin", margin, "[0, pi) radians", 0, math.pi)
         check_interval("std", std, "[0, inf)", 0, math.inf)
-        check_flag("arc", arc)
-        check_flag("plus", plus)
+        check_bool("arc", arc)
+        check_bool("plus", plus)
         check_integer("seed", seed)
         self.margin, self.std, self.arc, self.plus, self.seed = margin, std, arc, plus, seed
         self._register_state("draws", 0)

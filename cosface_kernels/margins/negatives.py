@@ -10,7 +10,7 @@ from cosface_kernels.margins import defaults
 from cosface_kernels.margins.angles import angle_of, cos_of_sum, falling_cos
 from cosface_kernels.margins.base import Margin, Rows, check_rate, mean_and_std, update_average
 from cosface_kernels.margins.target import ArcFaceMargin
-from cosface_kernels.validation import check_finite, check_flag, check_interval, check_numbers
+from cosface_kernels.validation import check_bool, check_finite, check_flag, check_interval, check_numbers
 
 
 class CurricularFaceMargin(ArcFaceMargin):
@@ -64,7 +64,7 @@ class MVSoftmaxMargin(Margin):
         self, margin: float = defaults.MV_SOFTMAX_MARGIN, *, t: float = defaults.MV_SOFTMAX_T, arc: bool = False
     ) -> None:
         super().__init__()
-        check_flag("arc", arc)
+        check_bool("arc", arc)
         check_interval("margin", margin, "[0, pi) radians" if arc else "[0, 2)", 0, math.pi if arc else 2)
         check_interval("t", t, "[0, inf)", 0, math.inf)
         self.margin, self.t, self.arc = margin, t, arc

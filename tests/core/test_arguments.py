@@ -16,6 +16,7 @@ from cosface_kernels import FusedCosFaceLoss, cosface_loss, margin_softmax_loss,
 from cosface_kernels import margins as margins_module
 from cosface_kernels.convert import from_pytorch_metric_learning
 from cosface_kernels.distributed import clip_grad_norm_
+from cosface_kernels.functional import cosine_logits
 from cosface_kernels.margins import Margin, SigmoidMargin
 from cosface_kernels.sampling import ClassSampler
 
@@ -32,11 +33,13 @@ FUNCTIONS = [
     cosface_loss,
     margin_softmax_loss,
     nearest_classes,
+    cosine_logits,
     cosface_kernels.min_scale,
     cosface_kernels.max_margin,
     margins_module.ldam_margins,
     margins_module.dynamic_margins,
     ClassSampler,
+    from_pytorch_metric_learning,
 ]
 GOOD = {
     "num_classes": C,
@@ -51,8 +54,9 @@ GOOD = {
     "embeddings": torch.ones(4, D),
     "weight": torch.ones(C, D),
     "labels": torch.arange(4),
+    "state": {"W": torch.ones(D, C)},
 }
-WRONG = {  # by what an annotation has first of these
+WRONG = {  # by what an annotation has first of these; and None, unless it has that
     bool: ["False", "no", 0.0, 1, np.bool_(True), torch.tensor(True)],
     int: [True, "5", 1.5, 2**70, [5], {}],
     float: [True, "0.5", "", math.nan, math.inf, -math.inf, 1e308, 2**70, 1j, [0.5, 0.5], {}],
@@ -63,10 +67,11 @@ WRONG = {  # by what an annotation has first of these
 }
 
 
-def _kind(annotation):
+def _wrong(annotation):
     of = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     of = [getattr(each, "__origin__", each) for each in of]
-    return next((kind for kind in WRONG if kind in of), None)
+    values = next((values for kind, values in WRONG.items() if kind in of), [])
+    return values if types.NoneType in of or not values else [*values, None]
 
 
 def _shown(value):
@@ -92,7 +97,7 @@ def test_no_argument_is_taken_for_what_it_is_not(called):
     for name, parameter in inspect.signature(called).parameters.items():
         if name == "device":
             continue  # which torch looks at
-        for value in WRONG.get(_kind(parameter.annotation), ()):
+        for value in _wrong(parameter.annotation):
             if name == "return_stats" and isinstance(value, int) and value <= C:
                 continue  # of the nearest classes
             with pytest.raises((ValueError, TypeError)) as raised:

@@ -206,15 +206,17 @@ def test_every_rank_is_told_why_a_weight_is_not_written(ranks, tmp_path, argumen
             raise result
 
 
+@pytest.mark.parametrize("archive", [True, False])
 @pytest.mark.parametrize(
     "content", [nn.Linear(2, 3), {"W": torch.ones(2, 3), "lr": np.float64(0.1)}], ids=["module", "numpy"]
 )
-def test_a_file_of_more_than_tensors_is_refused_with_a_sentence(tmp_path, capsys, content):
-    torch.save(content, tmp_path / "loss.pt")
+def test_a_file_of_more_than_tensors_is_refused_with_a_sentence(tmp_path, capsys, content, archive):
+    torch.save(content, tmp_path / "loss.pt", _use_new_zipfile_serialization=archive)
     assert convert.main(["pml", str(tmp_path / "loss.pt"), str(tmp_path / "weight.safetensors")]) == 1
     message = capsys.readouterr().err
     assert "loss.pt holds more than tensors and numbers" in message
     assert "Traceback" not in message
+    assert "Weights only" not in message
 
 
 def _save(content, name):
@@ -267,6 +269,16 @@ UNFIT = {
         ("pml", LOSS, "out"),
         "loss.pt is damaged, or no file",
     ),
+    "text that pickle begins to read": (
+        lambda folder: (folder / LOSS).write_text("# hello"),
+        ("pml", LOSS, "out"),
+        "loss.pt is damaged, or no file of torch.save.",
+    ),
+    "of a folder": (
+        lambda folder: (folder / LOSS).mkdir(),
+        ("pml", LOSS, "out"),
+        "loss.pt is a folder, not a file of torch.save.",
+    ),
     "no head": (
         _save({"epoch": 1}, HEAD),
         ("insightface", "run", "out"),
@@ -291,6 +303,11 @@ UNFIT = {
         _save({"W": torch.ones(2, 3)}, LOSS),
         ("to-pml", LOSS, "out"),
         "loss.pt is no safetensors file with a weight: ",
+    ),
+    "to-pml, of a folder": (
+        lambda folder: (folder / "weight").mkdir(),
+        ("to-pml", "weight", "out"),
+        "weight is a folder, not a file of save_weight.",
     ),
     "insightface, no folder": (
         lambda folder: None,
@@ -348,6 +365,10 @@ def test_what_is_no_weight_is_not_loaded(tmp_path):
     for name in ("text", "other"):
         with pytest.raises(ValueError, match=f"{name} is no safetensors file with a weight: "):
             convert.load_weight_(torch.empty(3, 2), tmp_path / name)
+    with pytest.raises(IsADirectoryError, match=r" is a folder, not a file of save_weight\."):
+        convert.load_weight_(torch.empty(3, 2), tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        convert.load_weight_(torch.empty(3, 2), tmp_path / "absent")
     with pytest.raises(
         TypeError, match=r"weight must be a torch.Tensor, such as head.weight, got FusedCosFaceLoss\."
     ):

@@ -1,5 +1,7 @@
 """Margins of each class and of each sample: tables, learned ones, drawn ones."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,9 +57,12 @@ def test_a_table_learns(backend):
         (lambda: FusedCosFaceLoss(3, 2, torch.tensor(0.3)), r"margins must be a vector, .* got shape \(\)"),
         (lambda: ClassMargin([True, False]), "margins must be numbers, got torch.bool"),
         (lambda: ldam_margins([0, 1]), r"class_counts must be a vector of positive counts, got \[0, 1\]"),
+        (lambda: ldam_margins([1, 2], -1.0), r"largest must be in \[0, inf\), got -1\.0"),
+        (lambda: dynamic_margins([1, 2], 0.5, 0.05), r"largest must be in \[0\.5, inf\), got 0\.05"),
+        (lambda: dynamic_margins([1, 2], math.inf), r"smallest must be in \(-inf, inf\), got inf"),
         (lambda: FusedAdaMSoftmaxLoss(3, 2, 1.5), r"margin must be in \[0, 1\], got 1\.5"),
         (lambda: FusedElasticFaceLoss(3, 2, std=-1.0), r"std must be in \[0, inf\), got -1\.0"),
-        (lambda: FusedElasticFaceLoss(3, 2, plus=1), "plus must be True, False or None, got 1"),
+        (lambda: FusedElasticFaceLoss(3, 2, plus=1), "plus must be True or False, got 1"),
     ],
 )
 def test_refuses(make, message):

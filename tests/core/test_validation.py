@@ -341,6 +341,13 @@ def test_an_option_that_is_no_integer(option, value):
 
 
 def test_logits_take_one_scale():
+    x, w, scales = torch.randn(4, 4), torch.randn(5, 4), torch.tensor([1.0, 2.0])
+    each = torch.func.vmap(lambda s: cosine_logits(x, w, scale=s))(scales)  # (2, 4, 5)
+    torch.testing.assert_close(each, scales[:, None, None] * cosine_logits(x, w))
+    for value in (0, -1.0, math.nan):
+        for scale in (value, torch.tensor(float(value))):
+            with pytest.raises(ValueError, match=f"scale must be positive and finite, got {value}"):
+                cosine_logits(x, w, scale=scale)
     with pytest.raises(ValueError, match=r"scale must be a number or a 0-d tensor, got shape \(4,\)\."):
         cosine_logits(torch.randn(4, 4), torch.randn(5, 4), scale=torch.ones(4))
 
