@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from bench import machine, report
-from bench.step import _count, _counts, _dtype, _positive, _writable
+from bench.step import _dtype, _writable
 from bench.worker import DTYPES
 from cosface_kernels import FusedCosFaceLoss
+from cosface_recipes.arguments import count, counts, positive
 
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 GPUS, CLASSES = (8, 64, 256, 1024), (1_000_000, 10_000_000, 100_000_000)
@@ -91,17 +92,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Times the sharded head on this machine, then predicts its cost on GPUs from assumed rates.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--ranks", type=_counts, default="1,2,4", help="numbers of processes, with commas")
-    parser.add_argument("--batch", type=_count, default=256, help="samples of all ranks together")
-    parser.add_argument("--dim", type=_count, default=512, help="size of an embedding")
-    parser.add_argument("--classes", type=_count, default=100_000)
+    parser.add_argument("--ranks", type=counts, default="1,2,4", help="numbers of processes, with commas")
+    parser.add_argument("--batch", type=count, default=256, help="samples of all ranks together")
+    parser.add_argument("--dim", type=count, default=512, help="size of an embedding")
+    parser.add_argument("--classes", type=count, default=100_000)
     parser.add_argument("--dtype", type=_dtype, default="float32", help=f"one of {', '.join(DTYPES)}")
-    parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="of all ranks together")
-    parser.add_argument("--steps", type=_count, default=10, help="timed steps")
-    parser.add_argument("--batch-per-gpu", type=_count, default=128, help="assumed for the prediction")
-    parser.add_argument("--tflops", type=_positive, default=400.0, help="assumed, reached by a GPU")
-    parser.add_argument("--link", type=_positive, default=300.0, help="assumed GB/s of a GPU within a machine")
-    parser.add_argument("--network", type=_positive, default=40.0, help="assumed GB/s of a GPU between machines")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="of all ranks together")
+    parser.add_argument("--steps", type=count, default=10, help="timed steps")
+    parser.add_argument("--batch-per-gpu", type=count, default=128, help="assumed for the prediction")
+    parser.add_argument("--tflops", type=positive, default=400.0, help="assumed, reached by a GPU")
+    parser.add_argument("--link", type=positive, default=300.0, help="assumed GB/s of a GPU within a machine")
+    parser.add_argument("--network", type=positive, default=40.0, help="assumed GB/s of a GPU between machines")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="write the measured rows to this file")
     parser.set_defaults(run=run)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.hazards import Pipeline, pipeline
-from bench.step import _count, _counts, _writable
+from bench.step import _writable
 from cosface_kernels.backends.triton.tiles import (
     ALIKE,
     COLUMNS,
@@ -35,6 +35,7 @@ from cosface_kernels.backends.triton.tiles import (
 )
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.reference import operand_dtype
+from cosface_recipes.arguments import count, counts
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a program can have.
@@ -131,11 +132,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument(
         "--dim",
-        type=_counts,
+        type=counts,
         default=",".join(map(str, DIMS)),
         help="sizes of an embedding, separated by commas; of all but the first, what they change",
     )
-    parser.add_argument("--jobs", type=_count, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="write the rows to this file")
     parser.set_defaults(run=run)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.kernels import MOST_SPILLED
-from bench.step import _count, _counts
 from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, LIBRARY_KERNELS, Tile, chunk_classes
 from cosface_kernels.options import WORKSPACE_BYTES
+from cosface_recipes.arguments import count, counts
 
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor; registers are given out in eights
 SHARED_OVERHEAD = 1024  # bytes a block
@@ -208,9 +208,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("kernels", type=Path, metavar="FILE", help="JSON of `bench kernels`")
-    parser.add_argument("--batch", type=_counts, default="256,1024,4096", help="samples, separated by commas")
-    parser.add_argument("--dim", type=_count, default=512, help="size of an embedding, one that FILE has")
-    parser.add_argument("--classes", type=_count, default=1_000_000)
+    parser.add_argument("--batch", type=counts, default="256,1024,4096", help="samples, separated by commas")
+    parser.add_argument("--dim", type=count, default=512, help="size of an embedding, one that FILE has")
+    parser.add_argument("--classes", type=count, default=1_000_000)
     parser.add_argument("--kernels-too", action="store_true", help="what bounds each kernel, and every other tile")
     parser.add_argument("--specialized", action="store_true", help="with the kernels that are tried on demand")
     parser.set_defaults(run=run)

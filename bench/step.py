@@ -18,6 +18,7 @@ from bench import machine, report
 from bench.implementations import IMPLEMENTATIONS, UnavailableError
 from bench.process import FailedError, Worker
 from bench.worker import DTYPES, Case, Check, Measure, Turn
+from cosface_recipes.arguments import count, counts, finite, positive
 
 DEFAULT_IMPLEMENTATIONS = "fused,eager,compile,checkpoint,pml,torch-lce"
 DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
@@ -76,9 +77,9 @@ def add_options(
     parser: argparse.ArgumentParser, implementations: Iterable[str], default: str, dtypes: Iterable[str] = DTYPES
 ) -> argparse.ArgumentParser:
     """The options of every command that times implementations on problems."""
-    parser.add_argument("--batch", type=_counts, default="256", help="numbers of samples, separated by commas")
-    parser.add_argument("--dim", type=_counts, default="512", help="sizes of an embedding, with commas")
-    parser.add_argument("--classes", type=_counts, default="100000", help="numbers of classes, with commas")
+    parser.add_argument("--batch", type=counts, default="256", help="numbers of samples, separated by commas")
+    parser.add_argument("--dim", type=counts, default="512", help="sizes of an embedding, with commas")
+    parser.add_argument("--classes", type=counts, default="100000", help="numbers of classes, with commas")
     parser.add_argument(
         "--impl",
         type=functools.partial(_implementations, known=implementations),
@@ -92,10 +93,10 @@ def add_options(
         help=f"some of {', '.join(dtypes)}, with commas",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda is a ROCm GPU too")
-    parser.add_argument("--rounds", type=_count, default=5, help="turns of each implementation")
-    parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--margin", type=_finite, default=0.35, help="m")
-    parser.add_argument("--scale", type=_positive, default=64.0, help="s")
+    parser.add_argument("--rounds", type=count, default=5, help="turns of each implementation")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--margin", type=finite, default=0.35, help="m")
+    parser.add_argument("--scale", type=positive, default=64.0, help="s")
     parser.add_argument("--seed", type=int, default=0, help="of embeddings, weight and labels")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="write the rows to this file")
     return parser
@@ -242,37 +243,6 @@ def _describe_matmul(matmul: list[dict[str, float]]) -> str:
 def _progress(case: Case, text: str) -> None:
     size = f"batch {case.batch}, classes {case.classes:,}"
     print(f"{size}, {case.impl}: {text}", file=sys.stderr, flush=True)
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number.")
-    return value
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number.")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = _finite(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not positive.")
-    return value
 
 
 def _implementations(text: str, known: Iterable[str] = IMPLEMENTATIONS) -> list[str]:

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import machine, step
+from bench import machine
 from cosface_kernels import margin_softmax_loss
 from cosface_kernels.functional import LossStats
 from cosface_kernels.init import normal_
 from cosface_kernels.optim import FusedSGD
+from cosface_recipes.arguments import finite, whole
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16")}  # whose rows it moves
 MOMENTUM = 0.9
@@ -82,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "examples/studies/head_state.py wrote, whose sizes, scale and margin then count",
     )
     group.add_argument("--tolerance", type=_tolerances, default="1e-2,1e-3,1e-4", help="with commas; 0 is added")
-    group.add_argument("--cache-mib", type=_mib, default=0, help="memory for the entries; 0: the head's default")
+    group.add_argument("--cache-mib", type=whole, default=0, help="memory for the entries; 0: the head's default")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -231,12 +232,8 @@ def _states(text: str) -> list[str]:
 def _tolerances(text: str) -> list[float]:
     values = []
     for part in text.split(","):
-        value = step._finite(part)
+        value = finite(part)
         if not 0 <= value < 1:
             raise argparse.ArgumentTypeError(f"{part!r} is not a tolerance in [0, 1).")
         values.append(value)
     return [value for value in values if value]
-
-
-def _mib(text: str) -> int:
-    return 0 if text == "0" else step._count(text)

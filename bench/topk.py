@@ -25,6 +25,7 @@ from bench.worker import (
     seconds_of,
     timed,
 )
+from cosface_recipes.arguments import count
 
 Found = tuple[Tensor, Tensor]  # cosines and classes, (N, k) each
 Work = Callable[[], Found | Tensor]  # a search, or the mean loss of a forward pass
@@ -96,7 +97,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     step.add_options(parser, IMPLEMENTATIONS, ",".join(IMPLEMENTATIONS))
-    parser.add_argument("--k", type=step._count, default=10, help="classes that are sought for each sample")
+    parser.add_argument("--k", type=count, default=10, help="classes that are sought for each sample")
     parser.set_defaults(run=run)
 
 

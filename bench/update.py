@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.step import _count, _writable
+from bench.step import _writable
 from cosface_kernels import ops
 from cosface_kernels.backends import cpu
 from cosface_kernels.float8 import FLOAT8
 from cosface_kernels.options import Update
+from cosface_recipes.arguments import count
 from cosface_recipes.tables import aligned
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -39,10 +40,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Times an update of all rows on the CPU, each dtype and a copy of float32 in turn.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--classes", type=_count, default=200_000, help="rows")
-    parser.add_argument("--dim", type=_count, default=512, help="numbers in a row")
-    parser.add_argument("--rounds", type=_count, default=7, help="turns of each")
-    parser.add_argument("--threads", type=_count, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--classes", type=count, default=200_000, help="rows")
+    parser.add_argument("--dim", type=count, default=512, help="numbers in a row")
+    parser.add_argument("--rounds", type=count, default=7, help="turns of each")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="write the rows to this file")
     parser.set_defaults(run=run)
 

@@ -8,7 +8,6 @@ batch's classes and a random share of the others.
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from cosface_kernels import FusedCosFaceLoss
 from cosface_kernels.optim import FusedSGD
+from cosface_recipes.arguments import count, whole
 from cosface_recipes.memory import peak_resident_bytes
 from cosface_recipes.outputs import check_output
 from cosface_recipes.synthetic import MARGIN, SCALE, TEST_SEED, make_network, views
@@ -88,50 +88,52 @@ class Training:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        saved = torch.load(path, mmap=True)
         now = self.settings()
-        before = saved.pop("settings")
+        try:
+            saved = torch.load(path, mmap=True, weights_only=True)
+            before, self.steps = saved.pop("settings"), saved.pop("steps")
+        except OSError:
+            raise
+        except Exception as error:  # bytes that torch.save did not write can raise anything
+            raise ValueError(f"{path} is no checkpoint of million.py.") from error
         changed = [f"{name} was {was} and is {now[name]}" for name, was in before.items() if was != now[name]]
         if changed:
-            sys.exit(f"{path} is of another training: {', '.join(changed)}.")
-        self.steps = saved.pop("steps")
+            raise ValueError(f"{path} is of another training: {', '.join(changed)}.")
+        if self.steps > self.args.steps:
+            raise ValueError(f"{path} is of step {self.steps}, and --steps is {self.args.steps} in all.")
         for name, state in saved.items():
             getattr(self, name).load_state_dict(state)
 
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=256, help="size of an embedding")
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=2000, help="in all, those before a resume included")
+    parser.add_argument("--classes", type=count, default=1_000_000)
+    parser.add_argument("--dim", type=count, default=256, help="size of an embedding")
+    parser.add_argument("--batch", type=count, default=1024)
+    parser.add_argument("--steps", type=count, default=2000, help="in all, those before a resume included")
     parser.add_argument("--sample-rate", type=float, default=0.01, help="share of the classes in a step")
     parser.add_argument("--lr", type=float, default=2.0, help="of the head")
     parser.add_argument("--momentum", type=float, default=0.0, help="of the head")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the head")
     parser.add_argument("--state-dtype", choices=DTYPES, help="of its momentum, if another")
     parser.add_argument(
-        "--cache-mib", type=int, help="memory for cosines of forward in backward, in place of the default"
+        "--cache-mib", type=whole, help="memory for cosines of forward in backward, in place of the default"
     )
-    parser.add_argument("--every", type=int, default=200, help="steps between tests, and between checkpoints")
+    parser.add_argument("--every", type=count, default=200, help="steps between tests, and between checkpoints")
     parser.add_argument(
         "--checkpoint", type=Path, help="file to write, at the end too, and to resume from if it is there"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
     args = parser.parse_args(argv)
-    if args.every < 1:
-        parser.error(f"--every must be at least 1, got {args.every}.")
-    if args.checkpoint:
-        try:
+    try:
+        if args.checkpoint:
             check_output(args.checkpoint)
-        except ValueError as error:
-            parser.error(str(error))
-    training = Training(args)
-    if args.checkpoint and args.checkpoint.exists():
-        training.load(args.checkpoint)
-        if training.steps > args.steps:
-            parser.error(f"{args.checkpoint} is of step {training.steps}, and --steps is {args.steps} in all.")
-        print(f"Resumed after step {training.steps}.")
+        training = Training(args)
+        if args.checkpoint and args.checkpoint.exists():
+            training.load(args.checkpoint)
+            print(f"Resumed after step {training.steps}.")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     start, first = time.perf_counter(), training.steps
     with tqdm(total=args.steps, initial=training.steps, unit="step") as progress:
         while training.steps < args.steps:

@@ -7,26 +7,25 @@ CosFace on the glyph data, as compare_losses.py trains it, with FusedSGD for the
 gradient: exact; without entries that hold at most 1e-2 or 1e-3 of a sample's softmax (gradient_tolerance); or of
 the loss over the batch's classes and a tenth or three tenths of the others (sample_rate). The table has rates
 after equal steps, the share of the entries in the gradient, and the time of the head and of a step: at equal time,
-a variant would do more steps by the ratio of the latter.
+a variant would do more steps by the ratio of the latter. Trainings side by side would slow each other down.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from cosface_kernels import FusedCosFaceLoss
+from cosface_recipes.arguments import positive
 from cosface_recipes.small_training import Recipe
 from cosface_recipes.tables import markdown
-from trials import COLUMNS, EPOCHS, MARGIN, RESULTS, Trial, run_all, summary, two_optimizers
+from trials import COLUMNS, MARGIN, RESULTS, Trial, make_parser, run_all, summary, two_optimizers
 
 MEASURED = RESULTS / "gradients.json"
 GRADIENTS: dict[str, dict[str, float]] = {
@@ -90,20 +89,11 @@ def table(rates: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def option(name: str, help: str, **settings) -> None:
-        parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
-
-    option("--seeds", "trainings of each", type=int, default=3)
-    option("--epochs", "passes over the training images", type=int, default=EPOCHS)
-    option("--scale", "s", type=float, default=SCALE)
-    option("--learning-rate", "its peak", type=float, default=LEARNING_RATE)
-    option(
-        "--processes", "trainings side by side, with a thread each; times are those of one", type=int, default=1
+    parser = make_parser(__doc__, MEASURED, processes=1)
+    parser.add_argument("--scale", help="s (default: %(default)s)", type=positive, default=SCALE)
+    parser.add_argument(
+        "--learning-rate", help="its peak (default: %(default)s)", type=positive, default=LEARNING_RATE
     )
-    option("--identities", "train and test on the first so many; 0: all", type=int, default=0)
-    option("--results", "what was measured; it is not measured again", type=Path, default=MEASURED, metavar="JSON")
     args = parser.parse_args(argv)
     try:
         trials = [

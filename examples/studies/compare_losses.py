@@ -11,7 +11,6 @@ second call goes on where the first stopped.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from cosface_kernels import (
 )
 from cosface_recipes.small_training import Recipe, SoftmaxLoss
 from cosface_recipes.tables import markdown
-from trials import COLUMNS, EPOCHS, FARS, RESULTS, SCALE, MakeHead, Trial, run_all, summary, tar_name
+from trials import COLUMNS, FARS, RESULTS, SCALE, MakeHead, Trial, make_parser, run_all, summary, tar_name
 
 MEASURED = RESULTS / "losses.json"
 
@@ -171,17 +170,9 @@ def table(rates: dict[str, list[dict[str, float]]], settings: dict[str, dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def option(name: str, help: str, **settings) -> None:
-        parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
-
-    option("--losses", "which", nargs="+", choices=list(LOSSES), default=list(LOSSES), metavar="LOSS")
-    option("--seeds", "trainings of each loss on all of the training data", type=int, default=3)
-    option("--epochs", "passes over the training images", type=int, default=EPOCHS)
-    option("--processes", "trainings side by side, with a thread each", type=int, default=2)
-    option("--identities", "train and test on the first so many; 0: all", type=int, default=0)
-    option("--results", "what was measured; it is not measured again", type=Path, default=MEASURED, metavar="JSON")
+    parser = make_parser(__doc__, MEASURED)
+    names = list(LOSSES)
+    parser.add_argument("--losses", help="default: all", nargs="+", choices=names, default=names, metavar="LOSS")
     args = parser.parse_args(argv)
     try:
         recipe = Recipe(epochs=args.epochs)
@@ -200,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = {loss: [] for loss in args.losses}
     for trial, result in zip(trials, results, strict=True):
         rates[trial.loss].append(result)
-    if results:
-        print(f"With it, trained on all of the training data, on the test data:\n\n{table(rates, settings)}")
+    print(f"With it, trained on all of the training data, on the test data:\n\n{table(rates, settings)}")
 
 
 if __name__ == "__main__":

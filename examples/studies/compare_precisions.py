@@ -9,19 +9,17 @@ class centres and of their momentum; the network and its optimizer are in float3
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from cosface_kernels import FusedCosFaceLoss
 from cosface_recipes.small_training import Recipe
 from cosface_recipes.tables import markdown
-from trials import COLUMNS, EPOCHS, MARGIN, RESULTS, SCALE, Trial, run_all, summary, two_optimizers
+from trials import COLUMNS, MARGIN, RESULTS, SCALE, Trial, make_parser, run_all, summary, two_optimizers
 
 MEASURED = RESULTS / "precisions.json"
 FLOAT8 = torch.float8_e4m3fn
@@ -58,17 +56,7 @@ def table(rates: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def option(name: str, help: str, **settings) -> None:
-        parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
-
-    option("--seeds", "trainings of each", type=int, default=3)
-    option("--epochs", "passes over the training images", type=int, default=EPOCHS)
-    option("--processes", "trainings side by side, with a thread each", type=int, default=2)
-    option("--identities", "train and test on the first so many; 0: all", type=int, default=0)
-    option("--results", "what was measured; it is not measured again", type=Path, default=MEASURED, metavar="JSON")
-    args = parser.parse_args(argv)
+    args = make_parser(__doc__, MEASURED).parse_args(argv)
     try:
         trials = [
             PrecisionTrial(

@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -47,6 +49,8 @@ from cosface_kernels.margins import (
     SphereFaceMargin,
     X2SoftmaxMargin,
 )
+from cosface_recipes.arguments import count
+from cosface_recipes.outputs import check_output
 from cosface_recipes.small_training import Recipe, SoftmaxLoss
 from trials import EPOCHS, RESULTS, SCALE, Trial, run_all
 
@@ -284,17 +288,36 @@ def margin_sweep(seeds: int = 3, processes: int = 2, results: Path = RESULTS / "
     return figure
 
 
+def read_rows(path: Path, *columns: str) -> list[dict[str, Any]]:
+    """The rows in a file of the bench's --json in which these columns were measured; ValueError if none was."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    found = [
+        row
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict) and all(row.get(column) is not None for column in columns)
+    ]
+    if not found:
+        raise ValueError(f"{path} has no row of `python -m bench` with {', '.join(columns)}.")
+    return found
+
+
 def sparse_density(results: Path = DENSITY) -> Figure:
     """Time of a training step by the share of the softmax's entries that backward visits.
 
     Of rows of `python -m bench train-step --state` at one size: those that took the sparse path, the line a + b x
     share through them (least squares, relative), and the exact step; dense wins beyond where the two meet.
     """
-    rows = json.loads(results.read_text())
+    rows = read_rows(results, "classes", "batch", "dim", "path", "tolerance", "kept", "median_s")
     classes = max(row["classes"] for row in rows)
     rows = [row for row in rows if row["classes"] == classes]
     sparse = [row for row in rows if row["path"] == "sparse"]
-    exact = torch.tensor([row["median_s"] for row in rows if row["tolerance"] == 0]).median()
+    dense = [row["median_s"] for row in rows if row["tolerance"] == 0]
+    if not (sparse and dense):
+        raise ValueError(f"{results} needs rows of the sparse path and of tolerance 0 for {classes:,} classes.")
+    exact = torch.tensor(dense).median()
     kept, seconds = torch.tensor([(row["kept"], row["median_s"]) for row in sparse], dtype=torch.float64).T
     powers = torch.stack([torch.ones_like(kept), kept], 1) / seconds[:, None]
     (a,), (b,) = torch.linalg.lstsq(powers, torch.ones_like(kept)[:, None]).solution.tolist()
@@ -327,7 +350,7 @@ def growth(results: Path = GROWTH) -> Figure:
 
     Of rows of `python -m bench train-step` in float32 at one batch and size of an embedding.
     """
-    rows = [row for row in json.loads(results.read_text()) if row["dtype"] == "float32"]
+    rows = read_rows(results, "impl", "classes", "dtype", "peak_extra_mib", "median_s")
     styles = {
         "fused+FusedSGD": ("this package, FusedSGD", BLUE, "o-"),
         "fused+SGD": ("this package, torch.optim.SGD", SKY, "o-"),
@@ -335,6 +358,9 @@ def growth(results: Path = GROWTH) -> Figure:
         "eager+SGD": ("PyTorch", ORANGE, "^-"),
         "pml+SGD": ("pytorch-metric-learning", RED, "x-"),
     }
+    rows = [row for row in rows if row["dtype"] == "float32" and row["impl"] in styles]
+    if not rows:
+        raise ValueError(f"{results} has no row in float32 of {', '.join(styles)}.")
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4))
     for axes, (key, label) in zip(
         panels,
@@ -353,32 +379,40 @@ def growth(results: Path = GROWTH) -> Figure:
     return figure
 
 
+def draw(name: str, seeds: int, rows: Path | None) -> Figure:
+    if name == "toy":
+        figure, gaps = toy()
+        for head, each in gaps.items():
+            print(f"{head}: {gap_text(each)}".replace("\n", ", "))
+        return figure
+    if name == "margin-sweep":
+        return margin_sweep(seeds)
+    if name == "sparse-density":
+        return sparse_density(rows or DENSITY)
+    if name == "growth":
+        return growth(rows or GROWTH)
+    return {"decision-margins": decision_margins, "target-logits": target_logits}[name]()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "name", choices=["decision-margins", "target-logits", "toy", "margin-sweep", "sparse-density", "growth"]
     )
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="default: docs/figures")
-    parser.add_argument("--seeds", type=int, default=3, help="of margin-sweep (default: 3)")
+    parser.add_argument("--seeds", type=count, default=3, help="of margin-sweep (default: 3)")
     parser.add_argument("--rows", type=Path, metavar="JSON", help="of sparse-density and growth")
     args = parser.parse_args(argv)
-    with matplotlib.rc_context(STYLE):
-        if args.name == "toy":
-            figure, gaps = toy()
-            for head, each in gaps.items():
-                print(f"{head}: {gap_text(each)}".replace("\n", ", "))
-        elif args.name == "margin-sweep":
-            figure = margin_sweep(args.seeds)
-        elif args.name == "sparse-density":
-            figure = sparse_density(args.rows or DENSITY)
-        elif args.name == "growth":
-            figure = growth(args.rows or GROWTH)
-        else:
-            figure = {"decision-margins": decision_margins, "target-logits": target_logits}[args.name]()
-        args.output.mkdir(parents=True, exist_ok=True)
-        path = args.output / f"{args.name}.png"
-        figure.savefig(path)
-        plt.close(figure)
+    path = args.output / f"{args.name}.png"
+    try:
+        check_output(path)
+        with matplotlib.rc_context(STYLE):
+            figure = draw(args.name, args.seeds, args.rows)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path)
+            plt.close(figure)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     print(path)
 
 

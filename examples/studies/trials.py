@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
 import os
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -19,11 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cosface_kernels.optim import FusedSGD
+from cosface_recipes.arguments import count, whole
 from cosface_recipes.data.glyphs import load_glyphs
 from cosface_recipes.data.images import Images
 from cosface_recipes.evaluation.protocols import cross_validate, pair_distances
 from cosface_recipes.evaluation.verification import compare_all
 from cosface_recipes.glyphnet import EmbeddingNet
+from cosface_recipes.outputs import check_output
 from cosface_recipes.small_training import Recipe, one_sgd, sgd_options, train
 
 HANGUL = Path(__file__).parents[1] / "demo" / "data" / "hangul"
@@ -199,20 +203,55 @@ def run_all(trials: Sequence[Trial], path: Path, processes: int = 2) -> list[dic
     """The rates of each trial. Those that `path` has, with the same schedule, are not run again.
 
     Each trial has a process and a thread of its own, of low priority, so that its rates do not depend on what
-    runs beside it. The file is written after each.
+    runs beside it. The file is written after each. Where one fails, or is interrupted, no other begins; what those
+    beside it still measure is kept, and then its exception is raised.
+
+    Raises:
+        ValueError: the file is of something else, or cannot be written.
     """
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    check_output(path)
+    stored = read(path) if path.exists() else {}
     missing = [trial for trial in trials if stored.get(trial.key, {}).get("schedule") != trial.schedule]
     if missing:
-        modest, threads = environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1"), ThreadPoolExecutor(processes)
-        with modest, threads, tqdm(total=len(missing), unit="trial", disable=None) as bar:
-            running = {threads.submit(in_a_process, trial): trial for trial in missing}
-            for done in as_completed(running):
-                trial = running[done]
-                stored[trial.key] = {"schedule": trial.schedule, "rates": done.result()}
-                write(path, stored)
-                bar.update()
+        threads, lock = ThreadPoolExecutor(processes), threading.Lock()
+        modest = environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+        with modest, tqdm(total=len(missing), unit="trial", disable=None) as bar:
+
+            def keep(trial: Trial) -> None:
+                try:
+                    rates = in_a_process(trial)
+                    with lock:
+                        stored[trial.key] = {"schedule": trial.schedule, "rates": rates}
+                        write(path, stored)
+                        bar.update()
+                except BaseException:
+                    with lock:  # not while trials are still submitted; and before this thread takes the next one
+                        threads.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+            try:
+                with lock:
+                    running = [threads.submit(keep, trial) for trial in missing]
+                for done in as_completed(running):
+                    done.result()
+            finally:
+                threads.shutdown(cancel_futures=True)
     return [stored[trial.key]["rates"] for trial in trials]
+
+
+def make_parser(description: str | None, results: Path, processes: int = 2) -> argparse.ArgumentParser:
+    """With the options of every comparison."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def option(name: str, help: str, **settings: Any) -> None:
+        parser.add_argument(name, help=f"{help} (default: %(default)s)", **settings)
+
+    option("--seeds", "trainings of each", type=count, default=3)
+    option("--epochs", "passes over the training images", type=count, default=EPOCHS)
+    option("--processes", "trainings side by side, with a thread each", type=count, default=processes)
+    option("--identities", "train and test on the first so many; 0: all", type=whole, default=0)
+    option("--results", "what was measured; it is not measured again", type=Path, default=results, metavar="JSON")
+    return parser
 
 
 def in_a_process(trial: Trial) -> dict[str, float]:
@@ -235,6 +274,17 @@ def environment(**variables: str) -> Iterator[None]:
 def be_modest() -> None:
     os.nice(max(0, NICENESS - os.nice(0)))
     torch.set_num_threads(1)
+
+
+def read(path: Path) -> dict[str, dict]:
+    """What `write` wrote."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if all(entry.keys() == {"schedule", "rates"} for entry in stored.values()):
+            return stored
+    except (ValueError, AttributeError):  # no JSON; no mapping of mappings
+        pass
+    raise ValueError(f"{path} is no file of measured trials.")
 
 
 def write(path: Path, stored: dict[str, dict]) -> None:

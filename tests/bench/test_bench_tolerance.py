@@ -105,7 +105,7 @@ def test_refuses_what_it_does_not_measure(options, capsys):
 def test_refuses_a_cache_of_less_than_nothing(capsys):
     with pytest.raises(SystemExit):
         main(["train-step", "--state", "random", "--cache-mib", "-1"])
-    assert "'-1' is not a positive whole number." in capsys.readouterr().err
+    assert "'-1' is not a whole number from 0 on." in capsys.readouterr().err
 
 
 def test_refuses_a_tolerance(capsys):

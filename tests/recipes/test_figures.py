@@ -164,3 +164,42 @@ def test_growth_has_the_rows_of_the_bench(tmp_path):
     memory, time = figures.growth(file).axes
     assert [line.get_xydata().tolist() for line in memory.lines] == [[[100, 5], [300, 6]], [[100, 900]]]
     assert [line.get_xydata().tolist() for line in time.lines] == [[[100, 1], [300, 3]], [[100, 5]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("margin-sweep", "--seeds", "0"), "argument --seeds: '0' is not a positive whole number."),
+        (("margin-sweep", "--seeds", "-1"), "argument --seeds: '-1' is not a positive whole number."),
+        (("toy", "--output", "text"), "text is no folder."),
+        (("growth", "--rows", "missing"), "No such file or directory: 'missing'"),
+        (("growth", "--rows", "."), "Is a directory: '.'"),
+        (("growth", "--rows", "text"), "text is no JSON: Expecting value"),
+        *(
+            ((name, "--rows", file), f"{file} has no row of `python -m bench` with ")
+            for name in ("growth", "sparse-density")
+            for file in ("no-rows", "mapping", "other-rows")
+        ),
+        (("growth", "--rows", "half"), "half has no row in float32 of fused+FusedSGD, "),
+        (
+            ("sparse-density", "--rows", "half"),
+            "half needs rows of the sparse path and of tolerance 0 for 9 classes.",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_nothing_is_drawn_of_nothing(options, sentence, tmp_path, monkeypatch, capsys):
+    """And what cannot be written is said before `toy` trains."""
+    half = {"impl": "pml", "classes": 9, "batch": 8, "dim": 4, "dtype": "bfloat16", "path": "sparse", "kept": 0.1}
+    half |= {"tolerance": 0.1, "median_s": 1.0, "peak_extra_mib": 1.0}
+    rows = {"no-rows": [], "mapping": {"a": half}, "other-rows": [1, {**half, "median_s": None}], "half": [half]}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "toy", lambda: pytest.fail("toy was trained"))
+    monkeypatch.setattr(figures, "run_all", lambda *_: [])
+    (tmp_path / "text").write_text("text")
+    for name, content in rows.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        figures.main(["--output", "drawn", *options])
+    assert sentence in f"{end.value.code} {capsys.readouterr().err}"
+    assert not list(tmp_path.rglob("*.png"))

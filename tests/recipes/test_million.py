@@ -64,12 +64,13 @@ def test_resumes_where_it_stopped(dtype, tmp_path, capsys):
     ],
     ids=lambda each: each[0].strip("-") if isinstance(each, list) else "",
 )
-def test_a_resume_refuses_other_settings(option, sentence, tmp_path):
+def test_a_resume_refuses_other_settings(option, sentence, tmp_path, capsys):
     """Which it would not follow, or not go on with the same batches."""
     file = tmp_path / "million.pt"
     million.main([*TINY, "--steps", "20", "--checkpoint", str(file)])
-    with pytest.raises(SystemExit, match=rf"million\.pt is of another training: {sentence}\.$"):
+    with pytest.raises(SystemExit):
         million.main([*TINY, "--steps", "40", "--checkpoint", str(file), *option])
+    assert re.search(rf"million\.pt is of another training: {sentence}\.$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("every", [2, 200])
@@ -86,14 +87,26 @@ def test_what_is_saved_is_what_was_tested_last(every, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--every", "0"), "--every must be at least 1, got 0."),
+        *(
+            ((option, value), f"argument {option}: {value!r} is not a positive whole number.")
+            for option in ("--classes", "--dim", "--batch", "--steps", "--every")
+            for value in ("0", "-1")
+        ),
+        (("--cache-mib", "-1"), "argument --cache-mib: '-1' is not a whole number from 0 on."),
+        (("--seed", str(2**64)), f"argument --seed: '{2**64}' is above 2^63 - 1."),
+        (("--sample-rate", "nan"), "sample_rate must be in (0, 1], got nan."),
+        (("--lr", "nan"), "lr must not be negative, got nan."),
+        (("--momentum", "-1"), "momentum must not be negative, got -1.0."),
         (("--checkpoint", "."), ". is a folder, not the name of a file to write."),
         (("--checkpoint", "file/million.pt"), "file is no folder."),
+        (("--checkpoint", "file"), "file is no checkpoint of million.py."),
+        (("--checkpoint", "other.pt"), "other.pt is no checkpoint of million.py."),
     ],
 )
-def test_what_cannot_be_saved_is_said_before_the_first_step(options, sentence, tmp_path, monkeypatch, capsys):
+def test_what_it_cannot_do_is_said_before_the_first_step(options, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_text("text")
+    torch.save({"weight": torch.ones(3, 2)}, tmp_path / "other.pt")
     monkeypatch.setattr(million.Training, "step", lambda self: pytest.fail("a step was taken"))
     with pytest.raises(SystemExit):
         million.main(["--classes", "40", "--dim", "8", *options])

@@ -2,11 +2,14 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from support import patience
 
 import compare_gradients
 import compare_losses
@@ -201,7 +204,72 @@ def test_results_are_kept_and_not_measured_again(tmp_path):
     assert [trial["schedule"]["epochs"] for trial in json.loads(path.read_text()).values()] == [2, 1]
 
 
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt], ids=["a trial fails", "interrupted"])
+def test_after_a_failure_no_trial_begins_and_what_is_measured_is_kept(failure, tmp_path, monkeypatch):
+    """Two at a time: when c fails, or Ctrl-C is pressed, a has ended, b and c run, and d and e wait."""
+    path, begun, shut = tmp_path / "results.json", [], threading.Event()
+    both = threading.Barrier(2 if failure is ValueError else 3, timeout=patience(10))
+
+    class Threads(ThreadPoolExecutor):
+        def shutdown(self, wait=True, **options):
+            super().shutdown(wait=False, **options)
+            shut.set()
+            super().shutdown(wait)
+
+    def run(trial):
+        begun.append(trial.key)
+        if trial.key in "bc":
+            both.wait()
+            if failure is ValueError and trial.key == "c":
+                raise ValueError("c cannot be trained.")
+            assert shut.wait(patience(10))
+        return {"accuracy": 0.5}
+
+    def interrupted(running):
+        both.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trials, "ThreadPoolExecutor", Threads)
+    monkeypatch.setattr(trials, "in_a_process", run)
+    if failure is KeyboardInterrupt:
+        monkeypatch.setattr(trials, "as_completed", interrupted)
+    with pytest.raises(failure):
+        trials.run_all([Counted(key, path) for key in "abcde"], path, processes=2)
+    assert sorted(begun) == ["a", "b", "c"]
+    assert list(json.loads(path.read_text())) == (["a", "b"] if failure is ValueError else ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\xff", b"[]", b"1", b'{"a": 1}', b'{"a": {"schedule": 1}}'])
+def test_a_file_of_something_else_is_named_before_a_trial_begins(content, tmp_path):
+    path, log = tmp_path / "results.json", tmp_path / "log"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"results\.json is no file of measured trials\.$"):
+        trials.run_all([Counted("a", log)], path)
+    with pytest.raises(ValueError, match="is a folder, not the name of a file to write"):
+        trials.run_all([Counted("a", log)], tmp_path)
+    assert path.read_bytes() == content
+    assert not log.exists()
+
+
 # The command
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--seeds", "0", "is not a positive whole number."),
+        ("--epochs", "-1", "is not a positive whole number."),
+        ("--processes", "0", "is not a positive whole number."),
+        ("--identities", "-1", "is not a whole number from 0 on."),
+        ("--identities", str(2**63), "is above 2^63 - 1."),
+    ],
+)
+@pytest.mark.parametrize("study", [compare_gradients, compare_losses, compare_precisions])
+def test_options_are_checked_before_a_trial_begins(study, option, value, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(study, "run_all", lambda *_: pytest.fail("trials began"))
+    with pytest.raises(SystemExit):
+        study.main([option, value])
+    assert f"argument {option}: {value!r} {sentence}" in capsys.readouterr().err
 
 
 def test_the_table_has_the_setting_that_was_best_held_out(monkeypatch, capsys):
