@@ -17,6 +17,7 @@ from bench import machine, report
 from bench.step import _count, _counts, _dtype, _positive, _writable
 from bench.worker import DTYPES
 from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels.distributed import destroy_process_group
 
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 GPUS, CLASSES = (8, 64, 256, 1024), (1_000_000, 10_000_000, 100_000_000)
@@ -166,6 +167,12 @@ def _measure(ranks: int, args: argparse.Namespace) -> Row:
 def _work(rank: int, ranks: int, threads: int, folder: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    Path(folder, f"{rank}.json").write_text(json.dumps(_measured(rank, ranks, args)))
+    dist.barrier()
+    destroy_process_group()
+
+
+def _measured(rank: int, ranks: int, args: argparse.Namespace) -> dict[str, object]:
     dtype = DTYPES[args.dtype]
     head = FusedCosFaceLoss(args.classes, args.dim, process_group=dist.group.WORLD, dtype=dtype)
     rng = torch.Generator().manual_seed(0)
@@ -189,14 +196,11 @@ def _work(rank: int, ranks: int, threads: int, folder: str, args: argparse.Names
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         profiled_seconds = sum(step() for _ in range(3))
     inside = sum(event.cpu_time_total for event in profiled.key_averages() if event.key.startswith("cosface: "))
-    found = {
+    return {
         "seconds": seconds,
         "communication": inside / 1e6 / profiled_seconds,
         "sent": None if before is None or after is None else after - before,
     }
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _bytes_sent() -> int | None:
