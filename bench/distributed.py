@@ -17,6 +17,7 @@ from bench import machine, report
 from bench.step import _dtype, _writable
 from bench.worker import DTYPES
 from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels.distributed import destroy_process_group
 from cosface_recipes.arguments import count, counts, positive
 
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -167,6 +168,12 @@ def _measure(ranks: int, args: argparse.Namespace) -> Row:
 def _work(rank: int, ranks: int, threads: int, folder: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    Path(folder, f"{rank}.json").write_text(json.dumps(_measured(rank, ranks, args)))
+    dist.barrier()
+    destroy_process_group()
+
+
+def _measured(rank: int, ranks: int, args: argparse.Namespace) -> dict[str, object]:
     dtype = DTYPES[args.dtype]
     head = FusedCosFaceLoss(args.classes, args.dim, process_group=dist.group.WORLD, dtype=dtype)
     rng = torch.Generator().manual_seed(0)
@@ -190,14 +197,11 @@ def _work(rank: int, ranks: int, threads: int, folder: str, args: argparse.Names
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         profiled_seconds = sum(step() for _ in range(3))
     inside = sum(event.cpu_time_total for event in profiled.key_averages() if event.key.startswith("cosface: "))
-    found = {
+    return {
         "seconds": seconds,
         "communication": inside / 1e6 / profiled_seconds,
         "sent": None if before is None or after is None else after - before,
     }
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _bytes_sent() -> int | None:

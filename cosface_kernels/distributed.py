@@ -23,6 +23,9 @@ on one process, so that averaging the backbone's gradient over the ranks makes i
 """
 
 import functools
+import gc
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -32,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, _redistribute
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -102,6 +105,46 @@ def check_group(group: object) -> None:
         )
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}.")
+
+
+def destroy_process_group() -> None:
+    """`torch.distributed.destroy_process_group()`, and the end of its groups' threads.
+
+    What holds a group keeps its threads, and one of gloo's that is at work while Python below 3.14 ends aborts the
+    process. This clears what is out of reach: DTensor's caches, the cycle that DistributedDataParallel is, and the
+    frames of an exception that is being handled. Variables it leaves: let the function that has backbone, head and
+    optimizer return, or raise, before.
+
+        torch.distributed.init_process_group("gloo")
+        try:
+            train()
+        finally:
+            destroy_process_group()
+    """
+    _clear_frames(sys.exc_info()[1])
+    _clear_caches()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Those that the error left behind, and the errors that it came of."""
+    left, seen = [error], set()
+    while left:
+        error = left.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            left += [error.__cause__, error.__context__]
+
+
+def _clear_caches() -> None:
+    """DTensor's, of which none is public, and each version of torch has others."""
+    for each in gc.get_objects():
+        if type(each) is functools._lru_cache_wrapper and f"{each.__module__}".startswith(DTensor.__module__):
+            each.cache_clear()
+    getattr(_redistribute, "clear_redistribute_planner_cache", gc.collect)()
+    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", gc.collect)()
 
 
 def several_ranks() -> bool:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import math
 import os
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import debug
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -31,6 +28,7 @@ from tqdm import tqdm
 from tqdm.std import EMA
 
 from cosface_kernels import checkpoint
+from cosface_kernels.distributed import destroy_process_group
 from cosface_kernels.margins import KappaFaceMargin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 from cosface_recipes.batches import Batches, Seeded, detach_worker, mix
@@ -476,24 +474,5 @@ def process_group(config: Config) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
-    except Exception as error:
-        _clear_frames(error)
-        raise
     finally:
-        _clear_caches()
-        dist.destroy_process_group()
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """So that they hold no process group. One that is held keeps its threads, and a thread of gloo that drops a
-    tensor while Python below 3.14 ends aborts the process."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _clear_caches() -> None:
-    """Likewise: DTensor's caches, which are not public, hold meshes, and DistributedDataParallel is a cycle."""
-    for name in ("_clear_python_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
-        getattr(debug, name, gc.collect)()
-    gc.collect()
+        destroy_process_group()

@@ -15,7 +15,7 @@ from cosface_recipes.data.image_datasets import ImageDataset, open_dataset
 from cosface_recipes.data.pairs import PairedImages, open_bin
 from cosface_recipes.evaluation.collect import Embedder
 from cosface_recipes.evaluation.protocols import cross_validate, pair_distances, split
-from cosface_recipes.evaluation.verification import Curve, check_kinds, compare_all, count_all
+from cosface_recipes.evaluation.verification import Curve, allowed, check_kinds, compare_all, count_all
 from cosface_recipes.tables import aligned, percent
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -120,7 +120,7 @@ def compare_pairs(
         rates = {}
     rates |= {f"TAR@FAR={far:g}": curve.tar_at_far(far) for far in FARS}
     impostors = curve.pairs[1]
-    if far * impostors < 1:
+    if not allowed(far, impostors):
         warnings.warn(
             f"{impostors:,} impostor pairs of {name} are too few for a threshold at a FAR of {far:g}, at which "
             "less than one of them would pass: hold out more identities, or choose a larger far.",

@@ -159,7 +159,7 @@ class Histogram(Curve):
 
 
 def allowed(far: float, impostors: int) -> int:
-    """floor(far * impostors), where 1e-3 * 1000 is 1 and not 0.99999."""
+    """floor(far * impostors), where 0.29 * 100 is 29 and not 28.999999999999996."""
     if not 0 <= far <= 1:
         raise ValueError(f"A false acceptance rate must be from 0 to 1, got {far}.")
     return int(far * impostors * (1 + 1e-12))

@@ -10,13 +10,12 @@ Printed are the loss of the batch and, between samples of 200 classes that the t
 genuine pairs that are accepted where one in a thousand impostor pairs is (TAR at a FAR of 1e-3).
 """
 
-import os
-
 import torch
-from torch import Tensor, distributed, nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cosface_kernels import FusedCombinedMarginLoss
+from cosface_kernels import FusedCombinedMarginLoss, distributed
 from cosface_recipes.evaluation.verification import compare_all
 
 CLASSES, UNSEEN, SIZE, BATCH, STEPS = 1000, 200, 32, 256, 200
@@ -31,28 +30,30 @@ def samples(labels: Tensor) -> Tensor:
     return torch.cat([common, 2 * torch.randn(len(labels), 48)], 1) @ rotation
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)  # products this small are no faster on more
-    alone = {} if "RANK" in os.environ else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
-    distributed.init_process_group("gloo", **alone)  # before it group.WORLD is None, and the head not sharded
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **alone)  # before it group.WORLD is None, and the head not sharded
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # samples of its own; DistributedDataParallel sends rank 0's backbone to all
     backbone = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, SIZE)))
     module_partial_fc = FusedCombinedMarginLoss(
-        CLASSES, SIZE, (1.0, 0.0, 0.2), 16.0, straight_through=True, sample_rate=0.5,
-        process_group=distributed.group.WORLD,
-    )  # fmt: skip
+        CLASSES, SIZE, (1, 0, 0.2), 16, straight_through=True, sample_rate=0.5, process_group=dist.group.WORLD
+    )
     opt = torch.optim.AdamW([{"params": m.parameters()} for m in (backbone, module_partial_fc)], lr=3e-3)
     unseen = torch.arange(CLASSES, CLASSES + UNSEEN).repeat(4)
     for step in range(STEPS + 1):
         labels = torch.randint(CLASSES, (BATCH // ranks,))
         loss = module_partial_fc(backbone(samples(labels)), labels)  # the same on every rank: of the whole batch
         if step % 50 == 0 and rank == 0:
-            with torch.no_grad():
-                tar = compare_all(backbone.module(samples(unseen)), unseen).tar_at_far(1e-3)
+            tar = compare_all(backbone.module(samples(unseen)).detach(), unseen).tar_at_far(1e-3)
             print(f"step {step:3}   loss {loss.item():6.3f}   TAR at a FAR of 1e-3 {tar:6.1%}", flush=True)
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(backbone.parameters(), 5)
         opt.step()
-    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+    distributed.destroy_process_group()  # with its threads, now that no variable holds it

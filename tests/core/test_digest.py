@@ -48,3 +48,12 @@ def test_a_table_is_read_again_when_it_has_changed_and_no_oftener(learns, monkey
     assert digest(table) != first
     table.data = torch.rand(10)
     assert digest(table) == digest(table.detach().clone())
+
+
+def test_of_a_table_made_in_inference_mode_changes_are_seen():
+    """In which autograd counts none."""
+    with torch.inference_mode():
+        table = torch.rand(10)
+        first = digest(table)
+        table[3] += 1
+        assert digest(table) != first

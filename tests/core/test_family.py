@@ -268,6 +268,9 @@ def test_gb_cosface_boundary_is_averaged_after_its_use():
         boundary = 0.99 * boundary + 0.01 * middle
         head(x, labels)
         assert head.margin.boundary.item() == pytest.approx(boundary)
+    head.margin.boundary.fill_(0.75)  # beyond its bounds, where a batch without a sample leaves it
+    head(x, torch.full_like(labels, head.ignore_index))
+    assert head.margin.boundary.item() == 0.75
 
 
 def test_annealing_counts_batches():
@@ -350,6 +353,16 @@ def test_kappaface_of_classes_that_are_single_points():
     margin = margins.KappaFaceMargin([3, 3, 3], gamma=1.0)
     margin.update(3 * torch.eye(3))
     assert margin.weights.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_kappaface_of_a_single_point_whose_sum_is_rounded_up():
+    """An r that is above 1 makes kappa negative, which would be the least concentrated class."""
+    weights = []
+    for longest in (3, 3 + 2**-22):
+        margin = margins.KappaFaceMargin([3, 20, 10])
+        margin.update(torch.tensor([[longest, 0], [0, 12], [5, 0]]))
+        weights.append(margin.weights)
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("num_classes", [3, 4, 60])

@@ -211,7 +211,7 @@ def test_under_distributed_data_parallel_it_is_refused_before_anything_moves(tmp
         """
 import sys, torch, torch.distributed as dist
 from torch import nn
-from cosface_kernels import FusedCosFaceLoss
+from cosface_kernels import FusedCosFaceLoss, distributed
 from cosface_kernels.optim import FusedSGD
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 class Model(nn.Module):
@@ -220,7 +220,7 @@ class Model(nn.Module):
         self.backbone, self.head = nn.Linear(4, 4), FusedCosFaceLoss(9, 4, backend="cpu")
     def forward(self, x, y):
         return self.head(self.backbone(x), y)
-for accumulate in (True, False):
+def step(accumulate):
     model = nn.parallel.DistributedDataParallel(Model())
     optimizer = FusedSGD(model.parameters(), lr=0.1, accumulate=accumulate)
     before = model.module.head.weight.detach().clone()
@@ -230,7 +230,9 @@ for accumulate in (True, False):
         print("moved", not torch.equal(before, model.module.head.weight))
     except RuntimeError as error:
         print(torch.equal(before, model.module.head.weight), error)
-dist.destroy_process_group()
+step(accumulate=True)
+step(accumulate=False)
+distributed.destroy_process_group()
 """,
         str(tmp_path / "rendezvous"),
     )

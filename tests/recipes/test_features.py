@@ -1,5 +1,6 @@
 """Features on disk: what is saved comes back, and what cannot be read is named."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from cosface_recipes import outputs
 from cosface_recipes.evaluation.features import load_features, read_matrix, save_features, write_matrix
 
 
@@ -131,3 +133,10 @@ def test_features_of_any_precision_are_read(tmp_path, dtype):
     assert arrays["features"].dtype == (np.float64 if dtype == torch.float64 else np.float32)
     assert arrays["features"].tolist() == features.tolist()
     assert arrays["labels"].dtype == np.int64
+
+
+def test_a_folder_without_permission_is_refused_before_the_work(tmp_path, monkeypatch):
+    outputs.check_output(tmp_path / "new" / "x.npz", [".npz"])
+    monkeypatch.setattr(outputs.os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))  # root may
+    with pytest.raises(ValueError, match=rf"x\.npz cannot be written: .* no permission to write {tmp_path}\."):
+        outputs.check_output(tmp_path / "new" / "x.npz", [".npz"])

@@ -1,6 +1,7 @@
 """The test data of a training, and the threshold that is chosen on them."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -34,8 +35,10 @@ def test_the_threshold_lets_the_asked_share_of_impostors_pass(settings):
 
 def test_many_images_are_counted_as_few_are_compared(settings, monkeypatch):
     network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    monkeypatch.setattr(held_out, "EXACT_IMAGES", 48)
     (few,) = held_out.evaluate(network, settings, torch.device("cpu"))
-    monkeypatch.setattr(held_out, "EXACT_IMAGES", 10)
+    assert few.images == 48
+    monkeypatch.setattr(held_out, "EXACT_IMAGES", 47)
     (many,) = held_out.evaluate(network, settings, torch.device("cpu"))
     assert few.rates.pop("rank-1") > 0
     assert many.rates == pytest.approx(few.rates, abs=1 / 72, nan_ok=True)  # one genuine pair may fall in the bin
@@ -71,6 +74,16 @@ def test_pairs_of_one_kind_are_refused(monkeypatch, exact, labels):
     monkeypatch.setattr(held_out, "EXACT_IMAGES", exact)
     with pytest.raises(ValueError, match=r"5 test images of \d identities .*; both kinds are needed"):
         held_out.compare_pairs("test", torch.randn(5, 3), labels, 0.1)
+
+
+def test_a_rate_at_which_no_impostor_may_pass_is_said():
+    """1/49 of 49 is one, and below 1 in floating point."""
+    labels = torch.arange(2).repeat_interleave(7)
+    with pytest.warns(UserWarning, match=r"^49 impostor pairs of test are too few .* a FAR of 0\.02,"):
+        held_out.compare_pairs("test", torch.randn(14, 3), labels, 0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        held_out.compare_pairs("test", torch.randn(14, 3), labels, 1 / 49)
 
 
 def test_a_skipped_image_is_not_measured_twice(settings):

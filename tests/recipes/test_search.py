@@ -35,6 +35,8 @@ def test_a_query_does_not_find_itself():
     assert (result.recall, result.map_at_r, result.queries) == ({1: 1.0}, 1.0, 4)
     wrong = retrieve(embeddings[:4], torch.tensor([1, 2, 1, 2]), ks=(1, 3))
     assert (wrong.recall, wrong.map_at_r) == ({1: 0.0, 3: 1.0}, 0.0)
+    equal = retrieve(at_angles(*[0] * 6), torch.tensor([1, 1, 2, 2, 3, 3]), ks=(1,))  # the first is the nearest
+    assert equal.recall == {1: pytest.approx(2 / 6)}
 
 
 @pytest.mark.parametrize("own", [False, True])

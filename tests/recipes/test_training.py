@@ -6,14 +6,15 @@ import re
 import shutil
 import signal
 import time
-import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support import patience, run_python
 from support.evaluation import colour_of, encoded, write_images
+from support.ranks import LARGEST_WORLD
 from support.recipe import FONTS, as_arguments, assert_same_training, launch, launch_several, losses, some_glyphs
 
 import glyphs_to_records
@@ -21,7 +22,7 @@ import identify_faces
 import train
 import verify_faces
 from cosface_kernels import checkpoint
-from cosface_recipes import batches, config, export, recognition, training
+from cosface_recipes import batches, export, recognition, training
 from cosface_recipes.data import glyphs
 from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.data.pairs import write_bin
@@ -152,6 +153,16 @@ def test_sigterm_saves_and_exits_with_0(settings):
     assert not (Path(settings.output) / export.ONNX).exists()
 
 
+def _stops(rank, group, told):
+    world = SimpleNamespace(world=LARGEST_WORLD, device=torch.device("cpu"))
+    return training.Training.any_process(world, rank == told)
+
+
+@pytest.mark.parametrize("told", [0, LARGEST_WORLD - 1, None])
+def test_all_processes_stop_where_one_is_told_to(ranks, told):
+    assert ranks.results(LARGEST_WORLD, _stops, told) == [told is not None] * LARGEST_WORLD
+
+
 @pytest.mark.parametrize("processes", [2, 3])  # of three or more, sums depend on their order
 def test_several_processes_train_as_one_program(settings, tmp_path, processes):
     """And go on from a checkpoint as if they had not stopped, bit for bit."""
@@ -249,29 +260,6 @@ def test_more_processes_than_gpus_are_told_so(settings, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="PyTorch sees 1 GPUs here, too few for process 1 of torchrun"):
         training.device_of(dataclasses.replace(settings, device="cuda"))
-
-
-def test_a_failed_training_leaves_nothing_in_its_frames(monkeypatch):
-    """Such as a process group, which would go on behind destroy_process_group()."""
-    held, ended = weakref.WeakSet(), []
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setattr(training.dist, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(training.dist, "destroy_process_group", lambda: ended.append(len(held)))
-
-    def fail():
-        group = torch.nn.Module()
-        held.add(group)
-        raise ValueError("it cannot start")
-
-    def fail_again():
-        try:
-            fail()
-        except ValueError as error:
-            raise OSError("nor this") from error
-
-    with pytest.raises(OSError, match="nor this"), training.process_group(config.Config(device="cpu")):
-        fail_again()
-    assert ended == [0]
 
 
 CODE = """
@@ -393,5 +381,6 @@ def test_damaged_settings_of_a_training_are_named_with_what_to_do(settings, cont
 def test_each_process_needs_two_images(settings):
     settings = dataclasses.replace(settings, batch_size=2)
     assert training.fit_batch(settings, images=72, world=1) == (settings, "")
+    assert training.fit_batch(settings, images=2, world=1) == (settings, "")
     with pytest.raises(ValueError, match="batch_size must be two images for each of 2 processes, got 2"):
         training.fit_batch(settings, images=72, world=2)

@@ -92,6 +92,13 @@ def test_tar_at_far_is_the_best_that_the_rate_allows(genuine, impostor, far):
         assert histogram.tar_at_far(far) == scores.tar_at_far(far) == exact_tar(genuine, impostor, far)
 
 
+@pytest.mark.parametrize(
+    ("far", "impostors", "passing"), [(0.29, 100, 29), (1 / 49, 49, 1), (0.289, 100, 28), (0.0, 9, 0), (1.0, 9, 9)]
+)
+def test_a_rate_allows_the_impostors_that_its_decimals_say(far, impostors, passing):
+    assert evaluation.allowed(far, impostors) == passing
+
+
 def test_the_histogram_is_off_by_no_more_than_a_bin():
     torch.manual_seed(1)
     genuine, impostor = (torch.randn(20_000) * 0.1 + 0.3).clamp(-1, 1), (torch.randn(50_000) * 0.1).clamp(-1, 1)

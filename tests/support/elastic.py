@@ -16,19 +16,27 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cosface_kernels import FusedCosFaceLoss, checkpoint
+from cosface_kernels.distributed import destroy_process_group
 from support import patience
 
 SAVE_EVERY = 3
 TIMEOUT = timedelta(seconds=patience(20))  # a rank that starts imports torch first, on a busy machine
 
 
-def main(folder: Path, steps: int, lost_rank: int, lost_step: int, lost_by: int) -> None:
+def main(folder: Path, *loss: int) -> None:
     torch.set_num_threads(1)
     if init_method := os.environ.get("RENDEZVOUS"):
         place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         dist.init_process_group("gloo", init_method, timeout=TIMEOUT, **place)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        train(folder, *loss)
+    finally:
+        destroy_process_group()
+
+
+def train(folder: Path, steps: int, lost_rank: int, lost_step: int, lost_by: int) -> None:
     rank, first_start = dist.get_rank(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     torch.manual_seed(rank)
     # Otherwise its buckets, and with them the order of sums over three ranks or more, change after the first step.
@@ -54,8 +62,6 @@ def main(folder: Path, steps: int, lost_rank: int, lost_step: int, lost_by: int)
             losses.write(f"{step} {loss.item().hex()}\n")
         if (step + 1) % SAVE_EVERY == 0:
             checkpoint.save(folder / "checkpoints", step + 1, generators=generators, **objects)
-    dist.destroy_process_group()
-    os._exit(0)  # Python's own exit aborts if a thread of gloo lets go of a tensor meanwhile
 
 
 if __name__ == "__main__":

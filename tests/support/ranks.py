@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from cosface_kernels.distributed import destroy_process_group
 from support import patience
 
 LARGEST_WORLD = 4
@@ -70,6 +71,11 @@ def _serve(rank: int, folder: str, connection: Connection) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=patience(60))
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, rank=rank, world_size=LARGEST_WORLD)
+    _answer(rank, connection, timeout)
+    destroy_process_group()
+
+
+def _answer(rank: int, connection: Connection, timeout: timedelta) -> None:
     groups = {k: dist.new_group(range(k), timeout=timeout) for k in range(1, LARGEST_WORLD + 1)}
     while True:
         try:
