@@ -248,7 +248,8 @@ class Training:
         """All steps that are left; False if SIGTERM ends them early."""
         config = self.config
         checkpoint_every = config.checkpoint_every or self.steps_per_epoch
-        evaluate_every = config.evaluate_every * self.steps_per_epoch
+        if self.is_evaluation_due():  # which a training that ended between checkpoint and evaluation lacks
+            self.evaluate()
         with tqdm(
             total=self.steps * config.batch_size,
             initial=self.step * config.batch_size,
@@ -276,11 +277,15 @@ class Training:
                     self.save()
                 if stop:
                     return False
-                if evaluate_every and self.step % evaluate_every == 0 and self.step < self.steps:
+                if self.is_evaluation_due():
                     bar.clear()
                     self.evaluate()
                 ready = time.perf_counter()
         return True
+
+    def is_evaluation_due(self) -> bool:
+        every = self.config.evaluate_every * self.steps_per_epoch
+        return 0 < self.step < self.steps and every > 0 and self.step % every == 0
 
     def learn(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[float, float, bool]:
         """One step: loss and accuracy of the batch of all processes, and whether one of them was told to stop."""

@@ -1,5 +1,6 @@
 """The training recipe in miniature: it learns, stops, goes on, and says what is wrong."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -136,6 +137,30 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
     monkeypatch.setattr(training.Training, "learn", learn)
     train.main(as_arguments(stopped))
     assert_same_training(settings.output, stopped.output)
+
+
+@pytest.mark.parametrize("method", ["learn", "evaluate"])
+def test_an_evaluation_that_did_not_come_to_its_end_is_made_on_resume(
+    settings, monkeypatch, capsys, without_export, method
+):
+    """A SIGTERM in the last step of an epoch leaves it out; a crash in it comes behind the checkpoint."""
+    settings = dataclasses.replace(settings, epochs=2, resume=True)
+    whole = getattr(training.Training, method)
+
+    def end(self, *batch):
+        if method == "evaluate":
+            raise OSError("it ends here")
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, method, end)
+        with contextlib.suppress(SystemExit):
+            train.main(as_arguments(settings))
+    assert "step 4\n" not in capsys.readouterr().out
+    train.main(as_arguments(settings))
+    assert re.findall(r"^step \d+$", capsys.readouterr().out, re.MULTILINE) == ["step 4", "step 8"]
 
 
 def test_sigterm_saves_and_exits_with_0(settings):
