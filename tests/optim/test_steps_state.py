@@ -231,8 +231,9 @@ def test_hooks_see_the_state_that_is_loaded_and_may_change_it(kind):
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
-def test_of_adam_the_state_is_that_of_adamw():
-    """Whose weight decay is decoupled, whatever the state says."""
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_of_adam_the_state_is_that_of_adamw(weight_decay):
+    """Without weight decay, or where it says that this is decoupled; else the rule would change in silence."""
     models = [nn.Sequential(nn.Linear(D, D), make_head()) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
 
@@ -243,10 +244,15 @@ def test_of_adam_the_state_is_that_of_adamw():
         optimizer.zero_grad()
 
     for model, kind in zip(models, (FusedAdamW, torch.optim.AdamW), strict=True):
-        adam = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1, eps=0.1)
+        adam = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=weight_decay, eps=0.1)
         step(model, adam)
-        optimizer = kind(model.parameters())
-        optimizer.load_state_dict(adam.state_dict())
+        optimizer, saved = kind(model.parameters()), adam.state_dict()
+        if kind is FusedAdamW and weight_decay:
+            with pytest.raises(ValueError, match=r"adds weight_decay 0\.1 of them to the gradient"):
+                optimizer.load_state_dict(saved)
+            assert not optimizer.state
+            saved["param_groups"][0]["decoupled_weight_decay"] = True
+        optimizer.load_state_dict(saved)
         for _ in range(3):
             step(model, optimizer)
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
