@@ -296,3 +296,18 @@ def test_a_float16_state_of_a_head_is_taken_in_the_dtype_of_its_weight():
     usual(head)
     optimizer.step()
     assert optimizer.state[head.weight]["momentum_buffer"].dtype == torch.float32
+
+
+@rules
+def test_what_is_loaded_is_saved_again(fused, torchs, options):
+    """Of a head's rows and of other parameters, no number more and none less."""
+    model = nn.Sequential(nn.Linear(D, D), make_head())
+    optimizer = fused(model.parameters(), **options)
+    x, labels = batch()
+    for _ in range(3):
+        model[1](model[0](x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved, again = optimizer.state_dict(), fused(copy.deepcopy(model).parameters(), **options)
+    again.load_state_dict(saved)
+    torch.testing.assert_close(again.state_dict()["state"], saved["state"], rtol=0, atol=0)
