@@ -17,8 +17,7 @@ import os
 import re
 import reprlib
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -37,6 +36,7 @@ from cosface_kernels.distributed import beside, check_group, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import restoring
 from cosface_kernels.storage import PARTIAL, on_every, on_first, storage
+from cosface_kernels.structure import decode, encode, places
 from cosface_kernels.validation import check_integer
 
 NAME = re.compile(r"step-(\d{12})(?:-(\d{6,}))?")
@@ -77,7 +77,7 @@ def save(
 
     Raises:
         TypeError: an object has no state, or its state holds something other than dense tensors, numbers, strings
-            and containers of them.
+            and containers of them, or a tensor without memory or in a dtype that safetensors does not give back.
         ValueError: keep is less than 1, or step is no number of steps; the ranks differ in step, objects or
             shapes; a tensor is sharded over other ranks, or has the place of another, as those of keys 1 and "1";
             or another rank refused, with its sentence.
@@ -93,7 +93,7 @@ def save(
             raise ValueError(f"step must be an integer in [0, 10^12), got {step!r}.")
         _check_objects(objects)
         tensors: dict[str, Tensor] = {}
-        structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
+        structure = {name: encode(item.state_dict(), name, tensors) for name, item in objects.items()}
         _check_ranks(tensors, process_group)
         states = {name: generator.get_state() for name, generator in (generators or {}).items()}
         lengths = {name: len(states[name]) for name in sorted(states)}
@@ -141,7 +141,7 @@ def load(
         The step with which it was saved; None if there is no checkpoint, and nothing has been changed.
 
     Raises:
-        TypeError: an object has no state.
+        TypeError: an object has no state, or one that no checkpoint can hold.
         ValueError: the checkpoint lacks an object, or has other shapes or dtypes, of which the message shows both,
             or an object does not take what it holds; or another rank refused, with its sentence.
         RuntimeError: files of it are gone, a rank could not read its part, or made no call; the message says which
@@ -165,7 +165,7 @@ def load(
         for name, item in objects.items():
             with restoring():
                 likeness = _likeness(name, item)
-            for place in _places(saved.objects[name]):
+            for place in places(saved.objects[name]):
                 key = saved.shared.get(place, place)
                 tensors.setdefault(key, _destination(place, saved.tensor(key), likeness))
         tensors |= {key: _empty(saved.tensor(key)) for key in own.values() if key in saved.shapes}
@@ -180,7 +180,7 @@ def load(
     def restore() -> tuple[int, dict[str, object]]:
         for name, item in objects.items():
             try:
-                item.load_state_dict(_decode(saved.objects[name], everywhere))
+                item.load_state_dict(decode(saved.objects[name], everywhere))
             except Exception as error:  # an object of one's own may raise anything
                 raise ValueError(f"{name} does not take what {path} holds of it: {error}") from error
         for name, generator in (generators or {}).items():
@@ -284,55 +284,6 @@ def _check_ranks(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> N
                 )
 
 
-def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON, with the key of each tensor in its place."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided:
-            advice = (
-                " For a head of sampled classes take FusedSGD, or torch.optim.SGD without momentum."
-                if key.endswith("/momentum_buffer")
-                else ""
-            )
-            raise TypeError(f"{key} is a sparse tensor; a checkpoint holds dense ones.{advice}")
-        if key in tensors:
-            raise ValueError(f"{key} is the place of two tensors, and one would be lost: give it another key.")
-        tensors[key] = value
-        return {"tensor": key}
-    if isinstance(value, Mapping):  # as pairs, because an optimizer's keys are integers
-        for k in value:
-            if not (k is None or isinstance(k, bool | int | float | str)):
-                raise TypeError(
-                    f"{key} has a key that is a {type(k).__name__}, {k!r}; those of a checkpoint are numbers, "
-                    "strings or None."
-                )
-        kind = (
-            "counter" if isinstance(value, Counter) else "dict"
-        )  # MultiStepLR has one, and asks for its elements
-        return {kind: [[k, _encode(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple | list):
-        items = [_encode(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]
-        return {"tuple": items} if isinstance(value, tuple) else items
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(
-        f"{key} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and containers of them."
-    )
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(_decode(v, tensors) for v in content)
-    pairs = {k: _decode(v, tensors) for k, v in content}
-    return Counter(pairs) if kind == "counter" else pairs
-
-
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of each tensor that is one with an earlier, by its place, the place of that.
 
@@ -361,26 +312,14 @@ def _memory(rows: Tensor) -> tuple[Any, ...]:
     return rows.device, rows.data_ptr()
 
 
-def _places(value: Any) -> Iterator[str]:
-    """Those of the tensors in a structure."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _places(item)
-    elif isinstance(value, dict):
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            yield content
-        else:
-            yield from _places([v for _, v in content] if kind == "dict" else content)
-
-
 def _likeness(name: str, item: Stateful) -> dict[str, Tensor]:
     """Tensors that are here, by key: an object's own, and for what an optimizer knows of a parameter, that."""
+    tensors: dict[str, Tensor] = {}
     if isinstance(item, torch.optim.Optimizer):  # one that has not stepped yet has no state to load into
         parameters = [p for group in item.param_groups for p in group["params"]]
-        return {f"{name}/state/{i}": p for i, p in enumerate(parameters)}
-    tensors: dict[str, Tensor] = {}
-    _encode(item.state_dict(), name, tensors)
+        encode(dict(enumerate(parameters)), f"{name}/state", tensors)
+    else:
+        encode(item.state_dict(), name, tensors)
     return tensors
 
 
