@@ -196,8 +196,8 @@ class Training:
                 self.step = checkpoint.load(folder, **self.state)
             except RuntimeError as error:
                 raise ValueError(
-                    f"The newest checkpoint cannot be loaded: {error}. If it is damaged, remove it, and --resume "
-                    "goes on from the one before."
+                    f"The newest checkpoint cannot be loaded: {str(error).removesuffix('.')}. If it is damaged, "
+                    "remove it, and --resume goes on from the one before."
                 ) from error
             if self.steps < self.step:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of tensors: their numbers, of any dtype and view, or a refusal by key."""
+"""What a checkpoint keeps of tensors and generators: their numbers, of any dtype and view, or a refusal by key."""
 
 from __future__ import annotations
 
@@ -68,3 +68,35 @@ def test_tensors_without_memory_are_refused(tmp_path):
             call()
     checkpoint.load(tmp_path, head=meta.to_empty(device="cpu"))
     assert torch.equal(meta.weight, head.weight)
+
+
+class OfAnotherDevice(torch.Generator):
+    """Whose state has another length, as a GPU's has."""
+
+    def get_state(self):
+        return torch.zeros(16, dtype=torch.uint8)
+
+
+def test_generators_are_those_that_were_saved(tmp_path):
+    saved, layer = torch.Generator().manual_seed(3), nn.Linear(2, 2)
+    checkpoint.save(tmp_path, 1, layer=layer, generators={"data": saved})
+    before = layer.weight.detach().zero_().clone()
+    for name, other, message in (
+        ("daten", torch.Generator(), r"holds generators \['data'\], but no daten\."),
+        (
+            "data",
+            OfAnotherDevice(),
+            r"^generators/data/0 has 5056 bytes in the checkpoint, but 16 on the device of",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(tmp_path, layer=layer, generators={name: other})
+        assert torch.equal(layer.weight, before)
+    for wrong in ([saved], saved, {"data": 3}):
+        for call in (checkpoint.load, checkpoint.save):
+            arguments = (tmp_path, 2) if call is checkpoint.save else (tmp_path,)
+            with pytest.raises(TypeError, match=r"generators must be a dict of torch.Generator by name, got "):
+                call(*arguments, layer=layer, generators=wrong)
+    loaded = torch.Generator()
+    checkpoint.load(tmp_path, generators={"data": loaded})
+    assert torch.equal(loaded.get_state(), saved.get_state())
