@@ -16,9 +16,9 @@ import numbers
 import os
 import re
 import reprlib
+import secrets
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -37,9 +37,11 @@ from cosface_kernels.distributed import beside, check_group, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import restoring
 from cosface_kernels.storage import PARTIAL, on_every, on_first, storage
+from cosface_kernels.structure import decode, encode, places
 from cosface_kernels.validation import check_integer
 
 NAME = re.compile(r"step-(\d{12})(?:-(\d{6,}))?")
+FILES = "shard-*.safetensors"  # of a checkpoint, as torch names them
 STRUCTURE = "structure"  # the uint8 tensor that holds the JSON
 
 
@@ -77,7 +79,7 @@ def save(
 
     Raises:
         TypeError: an object has no state, or its state holds something other than dense tensors, numbers, strings
-            and containers of them.
+            and containers of them, or a tensor without memory or in a dtype that safetensors does not give back.
         ValueError: keep is less than 1, or step is no number of steps; the ranks differ in step, objects or
             shapes; a tensor is sharded over other ranks, or has the place of another, as those of keys 1 and "1";
             or another rank refused, with its sentence.
@@ -92,9 +94,9 @@ def save(
         check_integer("keep", keep, 1)
         if not isinstance(step, numbers.Integral) or not 0 <= step < 10**12:
             raise ValueError(f"step must be an integer in [0, 10^12), got {step!r}.")
-        _check_objects(objects)
+        _check_objects(objects, generators)
         tensors: dict[str, Tensor] = {}
-        structure = {name: _encode(item.state_dict(), name, tensors) for name, item in objects.items()}
+        structure = {name: encode(item.state_dict(), name, tensors) for name, item in objects.items()}
         _check_ranks(tensors, process_group)
         states = {name: generator.get_state() for name, generator in (generators or {}).items()}
         lengths = {name: len(states[name]) for name in sorted(states)}
@@ -134,7 +136,7 @@ def load(
     """Restores the objects from the newest complete checkpoint of a folder, on every rank together.
 
     Args:
-        folder: as for `save`; or one checkpoint in it.
+        folder: as for `save`; or one checkpoint, which may have been renamed or linked to.
         generators, process_group, objects: as for `save`, under the same names, on any number of ranks; what is
             not given is not loaded. A rank that did not exist leaves its generators as they are.
 
@@ -142,21 +144,22 @@ def load(
         The step with which it was saved; None if there is no checkpoint, and nothing has been changed.
 
     Raises:
-        TypeError: an object has no state.
-        ValueError: the checkpoint lacks an object, or has other shapes or dtypes, of which the message shows both,
-            or an object does not take what it holds; or another rank refused, with its sentence.
-        RuntimeError: files of it are gone, a rank could not read its part, or made no call; the message says which
-            and why.
+        TypeError: an object has no state, or one that no checkpoint can hold.
+        ValueError: the checkpoint lacks an object or a generator, or has other shapes or dtypes, of which the
+            message shows both, or an object does not take what it holds; or another rank refused, with its
+            sentence.
+        RuntimeError: files of it are gone or damaged, a rank could not read its part, or made no call; the message
+            says which and why.
+        NotADirectoryError: the folder is a file.
 
     A call that raised may have changed the objects that it was given; load them again before they are used.
     """
     if process_group is not None:
         check_group(process_group)
     path = on_first(lambda: latest(folder), process_group)
-    own = {name: _generator_key(name, _rank(process_group)) for name in generators or {}}
 
     def destinations() -> tuple[tuple[_Saved, dict[str, Tensor]] | None, dict[str, object]]:
-        _check_objects(objects)
+        _check_objects(objects, generators)
         if path is None:
             return None, {}
         saved = _Saved(path)
@@ -166,10 +169,16 @@ def load(
         for name, item in objects.items():
             with restoring():
                 likeness = _likeness(name, item)
-            for place in _places(saved.objects[name]):
+            for place in saved.places[name]:
                 key = saved.shared.get(place, place)
                 tensors.setdefault(key, _destination(place, saved.tensor(key), likeness))
-        tensors |= {key: _empty(saved.tensor(key)) for key in own.values() if key in saved.shapes}
+        for name, key in saved.generator_keys(generators or {}, _rank(process_group)).items():
+            tensors[key] = _empty(saved.tensor(key))
+            there, here = len(tensors[key]), len((generators or {})[name].get_state())
+            if there != here:
+                raise ValueError(
+                    f"{key} has {there} bytes in the checkpoint, but {here} on the device of this one."
+                )
         return (saved, tensors), {}
 
     if (found := on_every(destinations, process_group)) is None:
@@ -181,12 +190,12 @@ def load(
     def restore() -> tuple[int, dict[str, object]]:
         for name, item in objects.items():
             try:
-                item.load_state_dict(_decode(saved.objects[name], everywhere))
+                item.load_state_dict(decode(saved.objects[name], everywhere))
             except Exception as error:  # an object of one's own may raise anything
                 raise ValueError(f"{name} does not take what {path} holds of it: {error}") from error
         for name, generator in (generators or {}).items():
-            if own[name] in tensors:
-                generator.set_state(tensors[own[name]])
+            if (key := _generator_key(name, _rank(process_group))) in tensors:
+                generator.set_state(tensors[key])
         return saved.step, {}
 
     return on_every(restore, process_group)
@@ -218,8 +227,13 @@ def load_tensor(folder: str | os.PathLike[str], name: str) -> Tensor:
 def latest(folder: str | os.PathLike[str]) -> Path | None:
     """The complete checkpoint of a folder that was written last, or the folder if it is one, or None."""
     path = _path(folder)
-    complete = [path] if NAME.fullmatch(path.name) else _complete(path)
-    return complete[-1] if complete else None
+    if path.is_file():
+        raise NotADirectoryError(f"folder must be one of checkpoints, or one of them, got the file {path}.")
+    if NAME.fullmatch(path.resolve().name):
+        return path
+    if complete := _complete(path):
+        return complete[-1]
+    return path if any(path.glob(FILES)) else None  # under another name
 
 
 def _path(folder: str | os.PathLike[str]) -> Path:
@@ -230,7 +244,8 @@ def _path(folder: str | os.PathLike[str]) -> Path:
 
 def _complete(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_age)
+    found = (path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=_age)
 
 
 def _age(path: Path) -> tuple[int, int]:
@@ -242,24 +257,36 @@ def _age(path: Path) -> tuple[int, int]:
 def _begin(folder: Path, step: int) -> Path:
     """A new folder for a checkpoint that is to be written, and none of those that were never ended."""
     for abandoned in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(abandoned)
+        _remove(abandoned)
     count = max((_age(path)[0] for path in _complete(folder)), default=0) + 1
-    partial = folder / f"step-{step:012d}-{count:06d}{PARTIAL}"
+    token = secrets.token_hex(4)  # no other run that saves here has it
+    partial = folder / f"step-{step:012d}-{count:06d}.{token}{PARTIAL}"
     partial.mkdir(parents=True)
     return partial
 
 
 def _end(partial: Path, keep: int) -> Path:
     """The checkpoint, under its name, once it is on the disk; then all but the newest are removed."""
+    final = partial.with_name(partial.name.partition(".")[0])
+    if final.exists() or not partial.exists():
+        raise RuntimeError(f"{final} was not saved: another run saves into {final.parent} too.")
     _sync(partial)
-    final = partial.rename(partial.with_suffix(""))
+    partial.rename(final)
     _sync(final.parent)
     for old in _complete(final.parent)[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+        _remove(old)
     return final
 
 
-def _check_objects(objects: Mapping[str, object]) -> None:
+def _remove(path: Path) -> None:
+    """Its name first, so that no run takes a part for the whole, one that still writes to it included."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path.rename(path.with_name(f"step-{secrets.token_hex(8)}{PARTIAL}")))
+
+
+def _check_objects(objects: Mapping[str, object], generators: object) -> None:
     for name, item in objects.items():
         if isinstance(item, Tensor):
             raise TypeError(
@@ -271,6 +298,10 @@ def _check_objects(objects: Mapping[str, object]) -> None:
                 f"{name} must have state_dict and load_state_dict, got {type(item).__name__} "
                 f"{reprlib.repr(item)}; a number can be kept as a buffer of a module."
             )
+    if not isinstance(generators, Mapping | None) or not all(
+        isinstance(each, torch.Generator) for each in (generators or {}).values()
+    ):
+        raise TypeError(f"generators must be a dict of torch.Generator by name, got {reprlib.repr(generators)}.")
 
 
 def _check_ranks(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> None:
@@ -283,55 +314,6 @@ def _check_ranks(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> N
                     f"{key} is sharded over ranks {reprlib.repr(theirs)}, and ranks {reprlib.repr(saving)} save: "
                     "give it the process_group of its ranks, and the groups a folder each."
                 )
-
-
-def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON, with the key of each tensor in its place."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided:
-            advice = (
-                " For a head of sampled classes take FusedSGD, or torch.optim.SGD without momentum."
-                if key.endswith("/momentum_buffer")
-                else ""
-            )
-            raise TypeError(f"{key} is a sparse tensor; a checkpoint holds dense ones.{advice}")
-        if key in tensors:
-            raise ValueError(f"{key} is the place of two tensors, and one would be lost: give it another key.")
-        tensors[key] = value
-        return {"tensor": key}
-    if isinstance(value, Mapping):  # as pairs, because an optimizer's keys are integers
-        for k in value:
-            if not (k is None or isinstance(k, bool | int | float | str)):
-                raise TypeError(
-                    f"{key} has a key that is a {type(k).__name__}, {k!r}; those of a checkpoint are numbers, "
-                    "strings or None."
-                )
-        kind = (
-            "counter" if isinstance(value, Counter) else "dict"
-        )  # MultiStepLR has one, and asks for its elements
-        return {kind: [[k, _encode(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple | list):
-        items = [_encode(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]
-        return {"tuple": items} if isinstance(value, tuple) else items
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(
-        f"{key} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and containers of them."
-    )
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(_decode(v, tensors) for v in content)
-    pairs = {k: _decode(v, tensors) for k, v in content}
-    return Counter(pairs) if kind == "counter" else pairs
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -362,26 +344,14 @@ def _memory(rows: Tensor) -> tuple[Any, ...]:
     return rows.device, rows.data_ptr()
 
 
-def _places(value: Any) -> Iterator[str]:
-    """Those of the tensors in a structure."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _places(item)
-    elif isinstance(value, dict):
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            yield content
-        else:
-            yield from _places([v for _, v in content] if kind == "dict" else content)
-
-
 def _likeness(name: str, item: Stateful) -> dict[str, Tensor]:
     """Tensors that are here, by key: an object's own, and for what an optimizer knows of a parameter, that."""
+    tensors: dict[str, Tensor] = {}
     if isinstance(item, torch.optim.Optimizer):  # one that has not stepped yet has no state to load into
         parameters = [p for group in item.param_groups for p in group["params"]]
-        return {f"{name}/state/{i}": p for i, p in enumerate(parameters)}
-    tensors: dict[str, Tensor] = {}
-    _encode(item.state_dict(), name, tensors)
+        encode(dict(enumerate(parameters)), f"{name}/state", tensors)
+    else:
+        encode(item.state_dict(), name, tensors)
     return tensors
 
 
@@ -414,20 +384,33 @@ class _Saved:
     Attributes:
         objects: by name, with the key of each tensor in its place.
         shared: the key of each tensor that is kept under another, by its place.
+        places: of each object, the keys of its tensors.
         shapes: of every tensor, by its key.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with storage(f"reading {path}"):
-            there: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        try:
+            self._read_structure()
+        except (RuntimeError, OSError, LookupError, TypeError, ValueError) as error:  # bytes that no save wrote
+            what = f"{error}"
+            if not isinstance(error, RuntimeError):
+                what = f"reading {path} failed: {type(error).__name__}: {error}"
+            if others := sorted(each.name for each in path.glob("*.safetensors") if not each.match(FILES)):
+                what += f" {', '.join(others)} in it may be none of its files."
+            raise RuntimeError(what) from error
+
+    def _read_structure(self) -> None:
+        with storage(f"reading {self.path}"):
+            there: dict[str, Any] = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
         self._there: dict[str, TensorStorageMetadata] = there
         self.shapes = {key: known.size for key, known in there.items()}  # as the files that are left say
         structure = _empty(self.tensor(STRUCTURE))
-        _read({STRUCTURE: structure}, path, None, alone=True)
+        _read({STRUCTURE: structure}, self.path, None, alone=True)
         content = json.loads(structure.numpy().tobytes())
         self.step: int = content["step"]
         self.objects: dict[str, Any] = content["objects"]
+        self.places = {name: [*places(item)] for name, item in self.objects.items()}
         self.shared: dict[str, str] = content.get("shared", {})  # absent before tensors could be shared
         del self.shapes[STRUCTURE]
         if "shapes" in content:  # absent before they were kept
@@ -437,12 +420,21 @@ class _Saved:
         """What is known of a tensor, all of which is there."""
         there = self._there.get(key)
         here = sum(math.prod(chunk.sizes) for chunk in there.chunks) if there else 0
-        if there is None or there.size != self.shapes[key] or here != there.size.numel():
+        if there is None or there.size != self.shapes.get(key) or here != there.size.numel():
+            twice = there is not None and here > there.size.numel()
+            what = "some of its files are there twice" if twice else "its files are gone, or some"
             raise RuntimeError(
-                f"reading {self.path} failed: its files are gone, or some, and {key} is not whole; an earlier "
-                "checkpoint may be."
+                f"reading {self.path} failed: {what}, and {key} is not whole; an earlier checkpoint may be."
             )
         return there
+
+    def generator_keys(self, names: Iterable[str], rank: int) -> dict[str, str]:
+        """Of a rank's states of generators, by their names; none if there was no such rank."""
+        if missing := [name for name in names if _generator_key(name, 0) not in self.shapes]:
+            known = [key.split("/")[1] for key in self.shapes if re.fullmatch("generators/.*/0", key)]
+            raise ValueError(f"{self.path} holds generators {known}, but no {', '.join(missing)}.")
+        keys = {name: _generator_key(name, rank) for name in names}
+        return {name: key for name, key in keys.items() if key in self.shapes}
 
 
 def _read(tensors: dict[str, Tensor], path: Path, group: ProcessGroup | None, alone: bool) -> None:

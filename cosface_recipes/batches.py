@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cosface_recipes.config import Config
+
 
 @dataclasses.dataclass
 class Batches:
@@ -65,3 +67,26 @@ def detach_worker(_: int) -> None:
     """A scheduler or Ctrl-C that signals the process group must leave the loader to the training process."""
     torch.set_num_threads(1)
     os.setpgrp()
+
+
+def fit_batch(config: Config, images: int, world: int) -> tuple[Config, str]:
+    """The settings with a batch that the data can fill, and a warning where that is a smaller one.
+
+    Raises:
+        ValueError: the processes cannot share the batch, or have fewer than two images each.
+    """
+    if config.batch_size % world:
+        raise ValueError(f"batch_size must divide by the {world} processes, got {config.batch_size}.")
+    if config.batch_size < 2 * world:
+        raise ValueError(f"batch_size must be two images for each of {world} processes, got {config.batch_size}.")
+    if config.batch_size <= images:
+        return config, ""
+    largest = images - images % world
+    if largest < 2 * world:
+        raise ValueError(f"A training needs two images for each process, got {images} in {config.train}.")
+    smaller = dataclasses.replace(config, batch_size=largest)
+    return smaller, (
+        f"Warning: batch_size {config.batch_size} is more than the {images} images in {config.train}. It is "
+        f"reduced to {largest}, so that an epoch is 1 step and the training {smaller.length(images):,}: a smaller "
+        "--batch-size, or more --epochs, makes more of them."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -101,3 +102,10 @@ def save_head(head: FusedMarginLoss, folder: Path, data: ImageDataset) -> None:
 def identities(data: ImageDataset) -> list[str] | int:
     """The names of the folders in the order of their labels; of records, which have none, how many there are."""
     return getattr(data, "identities", data.num_classes)
+
+
+def whose_images(data: ImageDataset) -> str:
+    """How many images there are, and whose each is, in a line that is another for other identities or labels."""
+    content = json.dumps(identities(data)).encode() + data.labels.numpy().tobytes()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    return f"{len(data):,} images of {data.num_classes:,} identities (labels {digest})"

@@ -7,7 +7,6 @@ uninterrupted one, on a CPU bit for bit.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import signal
@@ -31,19 +30,19 @@ from cosface_kernels import checkpoint
 from cosface_kernels.distributed import destroy_process_group
 from cosface_kernels.margins import KappaFaceMargin
 from cosface_kernels.optim import FusedAdamW, FusedSGD
-from cosface_recipes.batches import Batches, Seeded, detach_worker, mix
+from cosface_recipes.batches import Batches, Seeded, detach_worker, fit_batch, mix
 from cosface_recipes.config import Config, difference, dump, load
 from cosface_recipes.data.augmentation import make_transform
 from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.evaluation.held_out import Result, check, evaluate, table
 from cosface_recipes.export import Description, export, weights_of
 from cosface_recipes.first import first
-from cosface_recipes.initial import load_backbone, load_head, save_head
+from cosface_recipes.initial import load_backbone, load_head, save_head, whose_images
 from cosface_recipes.losses import ClassSums, make_head
 from cosface_recipes.models import make_model
 from cosface_recipes.schedule import make_schedule, stretch
 
-CHECKPOINTS, SETTINGS = "checkpoints", "settings.yaml"
+CHECKPOINTS, SETTINGS, DATA = "checkpoints", "settings.yaml", "data.txt"
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,29 +74,6 @@ def make_optimizers(
             **options,
         ),
     }
-
-
-def fit_batch(config: Config, images: int, world: int) -> tuple[Config, str]:
-    """The settings with a batch that the data can fill, and a warning where that is a smaller one.
-
-    Raises:
-        ValueError: the processes cannot share the batch, or have fewer than two images each.
-    """
-    if config.batch_size % world:
-        raise ValueError(f"batch_size must divide by the {world} processes, got {config.batch_size}.")
-    if config.batch_size < 2 * world:
-        raise ValueError(f"batch_size must be two images for each of {world} processes, got {config.batch_size}.")
-    if config.batch_size <= images:
-        return config, ""
-    largest = images - images % world
-    if largest < 2 * world:
-        raise ValueError(f"A training needs two images for each process, got {images} in {config.train}.")
-    smaller = dataclasses.replace(config, batch_size=largest)
-    return smaller, (
-        f"Warning: batch_size {config.batch_size} is more than the {images} images in {config.train}. It is "
-        f"reduced to {largest}, so that an epoch is 1 step and the training {smaller.length(images):,}: a smaller "
-        "--batch-size, or more --epochs, makes more of them."
-    )
 
 
 class Training:
@@ -206,14 +182,20 @@ class Training:
                     f"The settings of the training in {folder} cannot be read: {error} --resume goes on when they "
                     f"are in {file} again, as --config takes them."
                 ) from error
+            now, kept = whose_images(self.data), self.output / DATA  # none of a training from before it was kept
+            if kept.is_file() and (before := kept.read_text(errors="replace").strip()) != now:
+                raise ValueError(
+                    f"{folder} is of a training on {before}, and {self.config.train} has {now}: the head's rows "
+                    "would be of others. Bring those images back, or begin anew with another --output."
+                )
             if changed := difference(old, self.config):
                 raise ValueError(f"{folder} is of another training: {changed}.")
             try:
                 self.step = checkpoint.load(folder, **self.state)
             except RuntimeError as error:
                 raise ValueError(
-                    f"The newest checkpoint cannot be loaded: {error}. If it is damaged, remove it, and --resume "
-                    "goes on from the one before."
+                    f"The newest checkpoint cannot be loaded: {str(error).removesuffix('.')}. If it is damaged, "
+                    "remove it, and --resume goes on from the one before."
                 ) from error
             if self.steps < self.step:
                 raise ValueError(
@@ -235,9 +217,10 @@ class Training:
 
     def keep_settings(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        written = self.output / f"{SETTINGS}.new"  # the file is whole at any time
-        written.write_text(dump(self.config), encoding="utf-8")
-        written.replace(self.output / SETTINGS)
+        for name, text in ((SETTINGS, dump(self.config)), (DATA, f"{whose_images(self.data)}\n")):
+            written = self.output / f"{name}.new"  # the file is whole at any time
+            written.write_text(text, encoding="utf-8")
+            written.replace(self.output / name)
 
     def run(self) -> list[Result] | None:
         """Train, evaluate, export. None if a SIGTERM came first."""
@@ -263,7 +246,8 @@ class Training:
         """All steps that are left; False if SIGTERM ends them early."""
         config = self.config
         checkpoint_every = config.checkpoint_every or self.steps_per_epoch
-        evaluate_every = config.evaluate_every * self.steps_per_epoch
+        if self.is_evaluation_due():  # which a training that ended between checkpoint and evaluation lacks
+            self.evaluate()
         with tqdm(
             total=self.steps * config.batch_size,
             initial=self.step * config.batch_size,
@@ -291,11 +275,15 @@ class Training:
                     self.save()
                 if stop:
                     return False
-                if evaluate_every and self.step % evaluate_every == 0 and self.step < self.steps:
+                if self.is_evaluation_due():
                     bar.clear()
                     self.evaluate()
                 ready = time.perf_counter()
         return True
+
+    def is_evaluation_due(self) -> bool:
+        every = self.config.evaluate_every * self.steps_per_epoch
+        return 0 < self.step < self.steps and every > 0 and self.step % every == 0
 
     def learn(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[float, float, bool]:
         """One step: loss and accuracy of the batch of all processes, and whether one of them was told to stop."""

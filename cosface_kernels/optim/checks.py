@@ -75,6 +75,21 @@ def check_amsgrad(amsgrad: bool, squares: torch.dtype | None) -> None:
         )
 
 
+def check_rule(group: dict[str, Any], name: str, of_torch: str, options: tuple[str, ...]) -> None:
+    """A group of a state that is loaded, of an optimizer of this name, whose groups have these options."""
+    if missing := [option for option in options if option not in group]:
+        raise ValueError(
+            f"{name} loads the state of its like or of torch.optim.{of_torch}, got groups without "
+            f"{', '.join(missing)}, with {', '.join(group)}."
+        )
+    if group.get("weight_decay") and not group.get("decoupled_weight_decay", True):
+        raise ValueError(
+            f"{name} takes weight_decay off the weights, got the state of torch.optim.Adam, which adds "
+            f"weight_decay {group['weight_decay']} of them to the gradient. To go on by {name}'s rule, set "
+            "decoupled_weight_decay to True in the groups of the state."
+        )
+
+
 def _number(name: str, value: Any) -> float:
     if not is_number(value) and not (isinstance(value, Tensor) and value.numel() == 1):
         raise TypeError(f"{name} must be a number, got {value!r}.")

@@ -20,7 +20,7 @@ from cosface_kernels.backends import select
 from cosface_kernels.distributed import agreement_on_rows, own_classes, own_rows
 from cosface_kernels.float8 import FLOAT8, OF_STATE
 from cosface_kernels.optim import finiteness
-from cosface_kernels.optim.checks import MOVABLE, check_group, check_weight
+from cosface_kernels.optim.checks import MOVABLE, check_group, check_rule, check_weight
 from cosface_kernels.optim.consumed_gradient import ConsumedGradient, has_ordinary_gradient
 from cosface_kernels.optim.ownership import (
     MARK,
@@ -249,7 +249,8 @@ class RowOptimizer(Optimizer):
         The weights must be restored as well, from the same checkpoint.
 
         Raises:
-            ValueError: it is the state of another rule, or does not fit the weights.
+            ValueError: it is the state of another rule, as that of torch.optim.Adam with weight decay is, or does
+                not fit the weights.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 
@@ -263,7 +264,7 @@ class RowOptimizer(Optimizer):
             for group, _weight, ownership in self._members():
                 for name, value in self.defaults.items():
                     group.setdefault(name, value)
-                group.pop("decoupled_weight_decay", None)  # that of torch.optim.Adam says False
+                group.pop("decoupled_weight_decay", None)
                 ownership.end_step()
 
         last = self.register_load_state_dict_pre_hook(take_state)
@@ -276,11 +277,7 @@ class RowOptimizer(Optimizer):
 
     def _loaded(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         for group in state_dict["param_groups"]:
-            if missing := [name for name in self.of_this_rule if name not in group]:
-                raise ValueError(
-                    f"{type(self).__name__} loads the state of its like or of torch.optim."
-                    f"{self.of_torch.__name__}, got groups without {', '.join(missing)}, with {', '.join(group)}."
-                )
+            check_rule(group, type(self).__name__, self.of_torch.__name__, self.of_this_rule)
         return loaded_states([weight for _, weight, _ in self._members()], state_dict, self.state_names)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -44,9 +44,8 @@ def _loaded_state(weight: Tensor, saved: dict[str, Any], state_names: tuple[str,
             raise ValueError(f"{name} is in float8, and the state lacks {name}{OF_STATE}, its rows' exponents.")
         if not isinstance(moment, DTensor):
             moments[name] = moment.to(weight.device).contiguous()
-    if "step" in saved:
-        return {"step": step_count(float(saved["step"])), **moments}
-    return {"step": step_count(1.0 if moments else 0.0), **moments}  # SGD of torch counts no steps
+    steps = {"step": step_count(float(saved["step"]))} if "step" in saved else {}  # SGD of torch counts none
+    return steps | moments
 
 
 def check_state(weight: Tensor, state: dict[str, Any], state_names: tuple[str, ...]) -> None:

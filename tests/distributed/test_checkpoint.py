@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cosface_kernels import FusedCosFaceLoss, checkpoint
+from cosface_kernels import FusedCosFaceLoss, checkpoint, structure
 from cosface_kernels.optim import FusedAdamW, FusedSGD
 
 CLASSES, DIM = 7, 6
@@ -74,7 +74,7 @@ class Run:
         """Every tensor of the state, whole."""
         tensors: dict[str, torch.Tensor] = {}
         for name in self.parts:
-            checkpoint._encode(getattr(self, name).state_dict(), name, tensors)
+            structure.encode(getattr(self, name).state_dict(), name, tensors)
         return {k: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for k, t in tensors.items()}
 
 
@@ -371,9 +371,6 @@ def test_every_rank_says_why_it_could_not_be_written(ranks, tmp_path):
     (tmp_path / "file").touch()
     for result in ranks.run(2, save_where_it_cannot, tmp_path / "file"):
         assert isinstance(result, NotADirectoryError | FileExistsError), result
-    meta = nn.Linear(2, 2, device="meta")
-    with pytest.raises(RuntimeError, match=r"writing .*step-000000000001-000001.partial failed on rank 0: .*"):
-        checkpoint.save(tmp_path, 1, meta=meta)
 
 
 @pytest.mark.parametrize(

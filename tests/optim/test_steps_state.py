@@ -257,8 +257,9 @@ def test_hooks_see_the_state_that_is_loaded_and_may_change_it(kind):
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
-def test_of_adam_the_state_is_that_of_adamw():
-    """Whose weight decay is decoupled, whatever the state says."""
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_of_adam_the_state_is_that_of_adamw(weight_decay):
+    """Without weight decay, or where it says that this is decoupled; else the rule would change in silence."""
     models = [nn.Sequential(nn.Linear(D, D), make_head()) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
 
@@ -269,10 +270,15 @@ def test_of_adam_the_state_is_that_of_adamw():
         optimizer.zero_grad()
 
     for model, kind in zip(models, (FusedAdamW, torch.optim.AdamW), strict=True):
-        adam = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1, eps=0.1)
+        adam = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=weight_decay, eps=0.1)
         step(model, adam)
-        optimizer = kind(model.parameters())
-        optimizer.load_state_dict(adam.state_dict())
+        optimizer, saved = kind(model.parameters()), adam.state_dict()
+        if kind is FusedAdamW and weight_decay:
+            with pytest.raises(ValueError, match=r"adds weight_decay 0\.1 of them to the gradient"):
+                optimizer.load_state_dict(saved)
+            assert not optimizer.state
+            saved["param_groups"][0]["decoupled_weight_decay"] = True
+        optimizer.load_state_dict(saved)
         for _ in range(3):
             step(model, optimizer)
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
@@ -316,3 +322,18 @@ def test_a_float16_state_of_a_head_is_taken_in_the_dtype_of_its_weight():
     usual(head)
     optimizer.step()
     assert optimizer.state[head.weight]["momentum_buffer"].dtype == torch.float32
+
+
+@rules
+def test_what_is_loaded_is_saved_again(fused, torchs, options):
+    """Of a head's rows and of other parameters, no number more and none less."""
+    model = nn.Sequential(nn.Linear(D, D), make_head())
+    optimizer = fused(model.parameters(), **options)
+    x, labels = batch()
+    for _ in range(3):
+        model[1](model[0](x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved, again = optimizer.state_dict(), fused(copy.deepcopy(model).parameters(), **options)
+    again.load_state_dict(saved)
+    torch.testing.assert_close(again.state_dict()["state"], saved["state"], rtol=0, atol=0)

@@ -1,5 +1,6 @@
 """The training recipe in miniature: it learns, stops, goes on, and says what is wrong."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -26,6 +27,7 @@ from cosface_recipes import batches, export, recognition, training
 from cosface_recipes.data import glyphs
 from cosface_recipes.data.image_datasets import open_dataset
 from cosface_recipes.data.pairs import write_bin
+from cosface_recipes.initial import whose_images
 
 
 def test_each_epoch_is_an_order_of_its_own_and_the_processes_share_each_batch():
@@ -138,6 +140,30 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(
     assert_same_training(settings.output, stopped.output)
 
 
+@pytest.mark.parametrize("method", ["learn", "evaluate"])
+def test_an_evaluation_that_did_not_come_to_its_end_is_made_on_resume(
+    settings, monkeypatch, capsys, without_export, method
+):
+    """A SIGTERM in the last step of an epoch leaves it out; a crash in it comes behind the checkpoint."""
+    settings = dataclasses.replace(settings, epochs=2, resume=True)
+    whole = getattr(training.Training, method)
+
+    def end(self, *batch):
+        if method == "evaluate":
+            raise OSError("it ends here")
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, method, end)
+        with contextlib.suppress(SystemExit):
+            train.main(as_arguments(settings))
+    assert "step 4\n" not in capsys.readouterr().out
+    train.main(as_arguments(settings))
+    assert re.findall(r"^step \d+$", capsys.readouterr().out, re.MULTILINE) == ["step 4", "step 8"]
+
+
 def test_sigterm_saves_and_exits_with_0(settings):
     settings = dataclasses.replace(settings, steps=100_000, checkpoint_every=3, evaluate_every=0, workers=1)
     process = launch(settings)
@@ -203,6 +229,48 @@ def test_a_checkpoint_is_neither_overwritten_nor_taken_for_another_training(sett
     changed = dataclasses.replace(settings, resume=True, margin=(0.2,), workers=1)
     with pytest.raises(SystemExit, match=r"of another training: margin was 0\.1 and is 0\.2\.$"):
         train.main(as_arguments(changed))
+
+
+CHANGES_OF_DATA = {
+    "a renamed identity": (lambda folder: (folder / "00").rename(folder / "99"), "72 images of 12"),
+    "an image less": (lambda folder: (folder / "03" / "003.png").unlink(), "71 images of 12"),
+    "another's": (lambda folder: (folder / "03" / "003.png").rename(folder / "04" / "0.png"), "72 images of 12"),
+    "an identity less": (lambda folder: shutil.rmtree(folder / "05"), "66 images of 11"),
+}
+
+
+@pytest.mark.parametrize("batch_size", [18, 72])  # the second is reduced to what is left
+def test_a_training_goes_on_with_the_images_and_identities_that_it_had(
+    settings, data, tmp_path, without_export, batch_size
+):
+    """Else its labels and its order are others, and rows of the head belong to other people."""
+    people = tmp_path / "people"
+    shutil.copytree(data / "folders", people)
+    settings = dataclasses.replace(
+        settings, train=str(people), batch_size=batch_size, epochs=1, test=(), resume=True
+    )
+    train.main(as_arguments(settings))
+    labels = r"identities \(labels \w{16}\)"
+    for change, now in CHANGES_OF_DATA.values():
+        change(people)
+        message = rf"of a training on 72 images of 12 {labels}, and {people} has {now} {labels}: the head's rows"
+        with pytest.raises(SystemExit, match=message):
+            train.main(as_arguments(settings))
+        shutil.rmtree(people)
+        shutil.copytree(data / "folders", people)
+    (Path(settings.output) / training.DATA).unlink()  # as of a training from before this was kept
+    for epochs in (2, 3):
+        train.main(as_arguments(dataclasses.replace(settings, epochs=epochs)))
+
+
+def test_records_are_of_other_data_if_a_label_is_another(settings, data, tmp_path):
+    images = some_glyphs("train", FONTS)
+    images.labels[0] = 1
+    glyphs.write_records(images, tmp_path / "others")
+    texts = [whose_images(open_dataset(folder)) for folder in (data / "train", tmp_path / "others")]
+    assert [text.partition(" (")[0] for text in texts] == ["72 images of 12 identities"] * 2
+    assert texts[0] != texts[1]
+    assert texts[0] == whose_images(open_dataset(data / "train" / "train.rec", color="gray"))
 
 
 def test_a_model_without_test_data_has_no_threshold(settings, data, capsys):
