@@ -239,25 +239,45 @@ def read_ijb_searches(folder: Path, target: str) -> Arrays:
         if not found:
             raise FileNotFoundError(f"{meta} has neither {target}_1N_gallery_G{number}.csv nor ..._S{number}.csv.")
         arrays[f"gallery_{number}"] = read_subjects(found[0])
-    return arrays | {"probes": read_subjects(meta / f"{target}_1N_probe_mixed.csv")}
+    arrays["probes"] = read_subjects(meta / f"{target}_1N_probe_mixed.csv")
+    return arrays | check_searches(arrays, str(meta))
 
 
 def read_subjects(path: Path) -> np.ndarray:
-    """(t, 2) templates, each once and ascending, and their subjects, from the first two columns of a .csv file."""
+    """(rows, 2) templates and their subjects, from the first two columns of a .csv file with titles, a row an image."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [row[:2] for row in csv.reader(file) if row]
-        subjects = np.array(rows[1:], np.int64).reshape(-1, 2)  # below the titles; a row an image
+            titles, *rows = [row[:2] for row in csv.reader(file) if row] or [[]]
+        kinds = [kind in title.lower() for kind, title in zip(("template", "subject"), titles, strict=False)]
+        if kinds != [True, True]:
+            raise ValueError(f"the titles should begin with TEMPLATE_ID,SUBJECT_ID, got {','.join(titles)!r}")
+        subjects = np.array(rows, np.int64).reshape(-1, 2)
     except (ValueError, OverflowError, csv.Error) as error:
         raise ValueError(
-            f"Lines of {path} should begin with two numbers, template and subject: {error}"
+            f"Lines of {path} should begin with two numbers, template and subject, below titles: {error}"
         ) from error
-    subjects = np.unique(subjects, axis=0)
     if len(subjects) == 0:
         raise ValueError(f"{path} has no line below its titles.")
-    if (twice := subjects[1:, 0] == subjects[:-1, 0]).any():
-        raise ValueError(f"Template {subjects[1:, 0][twice][0]} of {path} is of more than one subject.")
     return subjects
+
+
+def check_searches(arrays: Arrays, source: str) -> Arrays:
+    """gallery_1, gallery_2 and probes with each template once, ascending.
+
+    Raises:
+        ValueError: a template is of more than one subject, or a subject in both galleries.
+    """
+    found = {name: np.unique(arrays[name], axis=0) for name in ("gallery_1", "gallery_2", "probes")}
+    for name, subjects in found.items():
+        if (twice := subjects[1:, 0] == subjects[:-1, 0]).any():
+            template = subjects[1:, 0][twice][0]
+            raise ValueError(f"Template {template} of {name} in {source} is of more than one subject.")
+    if len(shared := np.intersect1d(found["gallery_1"][:, 1], found["gallery_2"][:, 1])):
+        raise ValueError(
+            f"Subject {shared[0]} is in both galleries of {source}. They should share none, so that probes of one "
+            "are non-mated in the other."
+        )
+    return found
 
 
 def read_table(

@@ -39,7 +39,7 @@ folder prints what train.py prints of a test set: a folder with a sub-folder per
 The folder of ijb and ijb-1n has meta/TARGET_face_tid_mid.txt and TARGET_name_5pts_score.txt and, for a model,
 loose_crop/, from which the faces are cut out by their landmarks. Beside these, ijb has
 TARGET_template_pair_label.txt, and ijb-1n has TARGET_1N_gallery_G1.csv and _G2.csv (of IJB-B: S1, S2) and
-TARGET_1N_probe_mixed.csv.
+TARGET_1N_probe_mixed.csv, whose titles begin with TEMPLATE_ID,SUBJECT_ID.
 
 The folder of tinyface has Probe, Gallery_Match, Gallery_Distractor, probe_img_ID_pairs.mat and
 gallery_match_img_ID_pairs.mat, or a Testing_Set that has them. Aligned copies of the images are put into such
@@ -65,6 +65,7 @@ from cosface_recipes.evaluation import held_out, reports
 from cosface_recipes.evaluation.collect import (
     Arrays,
     Embedder,
+    check_searches,
     collect_bin,
     collect_identities,
     collect_ijb,
@@ -251,6 +252,8 @@ def check(arrays: Arrays, protocol: str, source: Path, needed: Sequence[str] | N
             raise ValueError(f"{name} must be 0 or 1, got {array[~np.isin(array, (0, 1))][0]}.")
         if name == "model" and (array.size != 1 or array.dtype.kind != "U"):
             raise ValueError(f"model must be one text, the model's digest, got {array.shape} of {array.dtype}.")
+    if protocol == "ijb-1n":
+        arrays |= check_searches(arrays, str(source))
     if "same" in arrays and arrays["same"].ndim != 1:
         raise ValueError(f"same must be of shape (n,), got {arrays['same'].shape}.")
     if protocol in ("lfw", "bin") and "pairs" not in arrays and len(arrays["features"]) != 2 * len(arrays["same"]):
