@@ -187,7 +187,10 @@ def read_tinyface(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
         )
     if arrays[ids].dtype.kind not in "iu":
         raise ValueError(f"The identities {ids} of {path} should be whole numbers, got {arrays[ids].dtype}.")
-    return [cell[0] for cell in cells], arrays[ids].ravel().astype(np.int64)
+    numbers = arrays[ids].ravel().astype(np.int64)
+    if DISTRACTOR in numbers:
+        raise ValueError(f"The identities {ids} of {path} have {DISTRACTOR}, the label of distractors.")
+    return [cell[0] for cell in cells], numbers
 
 
 def read_ijb(folder: Path, target: str) -> Arrays:
