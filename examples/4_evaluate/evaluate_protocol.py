@@ -87,6 +87,7 @@ from cosface_recipes.outputs import check_output
 from cosface_recipes.recognition import FILES
 
 PER_SAMPLE = ("labels", "names", "videos", "templates", "media", "scores", "probe")
+NUMBERED = ("labels", "videos", "templates", "media", "pairs", "gallery_1", "gallery_2", "probes")
 OF_SUBJECTS = ("gallery_1", "gallery_2", "probes")
 NUMBERS = ("same", "scores", "probe")
 NEEDED = {
@@ -242,12 +243,16 @@ def check(arrays: Arrays, protocol: str, source: Path, needed: Sequence[str] | N
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]}.")
+        if name in NUMBERED:
+            arrays[name] = comparable(array, name)
         if name in PER_SAMPLE and array.shape != (len(arrays["features"]),):
             raise ValueError(f"There are {len(arrays['features'])} features and {name} of shape {array.shape}.")
         if name in OF_SUBJECTS and (array.shape[1:] != (2,) or len(array) == 0):
             raise ValueError(f"{name} must be of shape (t, 2), templates and their subjects, got {array.shape}.")
-        if name in NUMBERS and array.dtype.kind not in "fiub":
+        if name in (*NUMBERS, *OF_SUBJECTS) and array.dtype.kind not in "fiub":
             raise ValueError(f"{name} must be numbers, got {array.dtype}.")
+        if name == "scores" and not (array > 0).any():
+            raise ValueError(f"scores must be positive, where an image counts, got {array.max():g} at most.")
         if name in ("same", "probe") and not np.isin(array, (0, 1)).all():
             raise ValueError(f"{name} must be 0 or 1, got {array[~np.isin(array, (0, 1))][0]}.")
         if name == "model" and (array.size != 1 or array.dtype.kind != "U"):
@@ -265,6 +270,22 @@ def check(arrays: Arrays, protocol: str, source: Path, needed: Sequence[str] | N
         shape, pairs = arrays["pairs"].shape, len(arrays["same"])
         if shape != (pairs, 2):
             raise ValueError(f"pairs must be of shape ({pairs}, 2), as many as same has, got {shape}.")
+
+
+def comparable(ids: np.ndarray, name: str) -> np.ndarray:
+    """Identities, templates and the like of any file: numbers in int64, since numpy makes float64 of it and uint64
+    together, where 2^53 + 1 is 2^53."""
+    if ids.dtype.kind in "SU":
+        return ids
+    if ids.dtype.kind == "f":
+        odd = (ids % 1 != 0) | (abs(ids) > 1 / np.finfo(ids.dtype).eps)
+    elif ids.dtype.kind == "u":
+        odd = ids > np.iinfo(np.int64).max
+    else:
+        odd = np.full(ids.shape, ids.dtype.kind == "c")
+    if odd.any():
+        raise ValueError(f"{name} must be whole numbers of 64 bits, or text, got {ids[odd][0]} in {ids.dtype}.")
+    return ids.astype(np.int64)
 
 
 def run(args: argparse.Namespace) -> Report:
