@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cosface_recipes.data.image_datasets import ImageFiles
 from cosface_recipes.data.images import SUFFIXES
+from cosface_recipes.data.names import below
 from cosface_recipes.data.plain_pickle import Array, PickleError, read_pickle
 
 FOLDS = 10
@@ -217,7 +218,7 @@ def index_pairs(named: list[tuple[str, str, bool]]) -> tuple[list[str], Tensor, 
 
 def _find(folder: Path, name: str) -> Path:
     suffixes = [written for suffix in sorted(SUFFIXES) for written in (suffix, suffix.upper())]
-    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in suffixes)):
+    for path in (below(folder, f"{name}{suffix}") for suffix in ("", *suffixes)):
         if path.is_file():
             return path
     raise FileNotFoundError(

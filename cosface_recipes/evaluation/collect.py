@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cosface_recipes.data.alignment import align
 from cosface_recipes.data.image_datasets import ImageDataset, ImageFiles, ImageFolder
 from cosface_recipes.data.images import image_files
+from cosface_recipes.data.names import below
 from cosface_recipes.data.pairs import index_pairs, open_bin, open_pairs, read_pairs
 from cosface_recipes.data.transforms import evaluation_transform
 from cosface_recipes.evaluation.features import reading
@@ -107,7 +108,7 @@ def collect_bin(embedder: Embedder, path: Path) -> Arrays:
 
 def collect_ytf(embedder: Embedder, folder: Path, splits: Path) -> Arrays:
     videos, pairs, same = index_pairs(read_pairs(splits))
-    frames = {video: image_files(folder / video) for video in videos}
+    frames = {video: image_files(below(folder, video)) for video in videos}
     if empty := [video for video, paths in frames.items() if not paths]:
         raise FileNotFoundError(
             f"{len(empty)} of the {len(videos)} videos have no frames, {folder / empty[0]} first."
@@ -122,7 +123,7 @@ def collect_ijb(embedder: Embedder, folder: Path, target: str) -> Arrays:
     """The features of IJB's images, and what `read_ijb` says of them."""
     about = read_ijb(folder, target)
     names, numbers = read_table(folder / "meta" / f"{target}_name_5pts_score.txt", 12)
-    dataset = AlignedFaces([folder / "loose_crop" / name for name in names], names, **embedder.options)
+    dataset = AlignedFaces([below(folder / "loose_crop", name) for name in names], names, **embedder.options)
     dataset.landmarks, dataset.side = numbers[:, :10].reshape(-1, 5, 2), embedder.size
     return embedder(dataset) | about
 
@@ -151,7 +152,8 @@ def collect_tinyface(embedder: Embedder, folder: Path) -> Arrays:
     folder = folder / "Testing_Set" if (folder / "Testing_Set").is_dir() else folder
     probes, probe_ids = read_tinyface(folder / "probe_img_ID_pairs.mat", "probe")
     gallery, gallery_ids = read_tinyface(folder / "gallery_match_img_ID_pairs.mat", "gallery")
-    paths = [folder / "Probe" / name for name in probes] + [folder / "Gallery_Match" / name for name in gallery]
+    paths = [below(folder / "Probe", name) for name in probes]
+    paths += [below(folder / "Gallery_Match", name) for name in gallery]
     distractors = image_files(folder / "Gallery_Distractor")
     if not distractors:
         raise ValueError(f"The folder {folder / 'Gallery_Distractor'} has no images.")
@@ -247,7 +249,7 @@ def read_ijb_searches(folder: Path, target: str) -> Arrays:
 
 
 def read_subjects(path: Path) -> np.ndarray:
-    """(rows, 2) templates and their subjects, from the first two columns of a .csv file with titles, a row an image."""
+    """(rows, 2) templates and their subjects: the first two columns of a .csv file with titles, a row an image."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             titles, *rows = [row[:2] for row in csv.reader(file) if row] or [[]]

@@ -60,6 +60,7 @@ from pathlib import Path
 import numpy as np
 
 from cosface_recipes.data.images import image_files
+from cosface_recipes.data.names import identity
 from cosface_recipes.data.pairs import read_bin
 from cosface_recipes.evaluation import held_out, reports
 from cosface_recipes.evaluation.collect import (
@@ -162,7 +163,7 @@ def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
 
 def identities(names: np.ndarray, part: int) -> np.ndarray:
     """A part of each path: the folder whose name says that images of two sets are of one identity."""
-    return np.array([name.split("/")[part] for name in names.tolist()])
+    return np.array([identity(name.split("/")[part]) for name in names.tolist()])
 
 
 def load_labeled(args: argparse.Namespace, embedder: Embedder | None, path: Path) -> Arrays:
@@ -273,10 +274,11 @@ def check(arrays: Arrays, protocol: str, source: Path, needed: Sequence[str] | N
 
 
 def comparable(ids: np.ndarray, name: str) -> np.ndarray:
-    """Identities, templates and the like of any file: numbers in int64, since numpy makes float64 of it and uint64
-    together, where 2^53 + 1 is 2^53."""
+    """Identities, templates and the like of any file: names in one spelling; numbers in int64, since numpy makes
+    float64 of it and uint64 together, where 2^53 + 1 is 2^53."""
     if ids.dtype.kind in "SU":
-        return ids
+        texts = np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids
+        return np.array([*map(identity, texts.ravel().tolist())], np.str_).reshape(ids.shape)
     if ids.dtype.kind == "f":
         odd = (ids % 1 != 0) | (abs(ids) > 1 / np.finfo(ids.dtype).eps)
     elif ids.dtype.kind == "u":

@@ -116,7 +116,7 @@ def test_two_galleries_with_an_exported_model(ijb, exported, capsys):
         ("1,2,img/1.png\n3,4,img/2.png\n", r"gallery_G1\.csv .* TEMPLATE_ID,SUBJECT_ID, got '1,2'"),
         ("SUBJECT_ID,TEMPLATE_ID\n1,2\n", r"gallery_G1\.csv .*, got 'SUBJECT_ID,TEMPLATE_ID'"),
         ("TEMPLATE_ID,SUBJECT_ID\n", r"gallery_G1\.csv has no line below its titles"),
-        ("TEMPLATE_ID,SUBJECT_ID\n1,Ann\n", r"Lines of .*gallery_G1\.csv should begin with two numbers, template and subject"),
+        ("TEMPLATE_ID,SUBJECT_ID\n1,Ann\n", r"Lines of .*gallery_G1\.csv should begin with two numbers"),
         ("TEMPLATE_ID,SUBJECT_ID\n1\n", r"Lines of .*gallery_G1\.csv should begin with two numbers"),
         (None, r"meta has neither ijbc_1N_gallery_G1\.csv nor \.\.\._S1\.csv"),
     ],
