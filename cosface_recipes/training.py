@@ -251,6 +251,7 @@ class Training:
         with sigterm(self), self.writer() as self.log:
             try:
                 finished = self.learn_all()
+                self.data.skipped |= self.any_process(self.data.skipped)
             finally:
                 if corrupt := self.data.corrupt:
                     self.say(f"{len(corrupt)} images could not be read and were skipped: {shorten(corrupt)}")
@@ -337,15 +338,14 @@ class Training:
             if (self.step + 1) % self.steps_per_epoch == 0:
                 self.class_sums.end_epoch(self.head)
         self.step += 1
-        return value, float(stats.accuracy), self.any_process(self.stopping)
+        return value, float(stats.accuracy), bool(self.any_process(torch.tensor(self.stopping)))
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: all of them must leave the loop after the same step."""
-        if self.world == 1:
-            return flag
-        flags = torch.tensor(flag, dtype=torch.uint8, device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+    def any_process(self, flags: Tensor) -> Tensor:
+        """Which flags are set on any process. All of them must leave the loop after the same step, for one."""
+        if self.world > 1:
+            flags = flags.to(self.device, torch.uint8)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags.bool().cpu()
 
     def non_finite(self, value: float, indices: Tensor) -> NonFiniteLossError:
         return NonFiniteLossError(

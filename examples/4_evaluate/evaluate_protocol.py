@@ -84,7 +84,7 @@ from cosface_recipes.evaluation.protocols import check_sizes
 from cosface_recipes.evaluation.reports import Report
 from cosface_recipes.evaluation.verification import allowed
 from cosface_recipes.export import digest, load
-from cosface_recipes.outputs import check_output
+from cosface_recipes.outputs import check_output, print_any_name
 from cosface_recipes.recognition import FILES
 
 PER_SAMPLE = ("labels", "names", "videos", "templates", "media", "scores", "probe")
@@ -410,6 +410,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     args = make_parser().parse_args(argv)
     try:
         report = run(args)

@@ -23,7 +23,7 @@ import numpy as np
 from cosface_recipes.data.images import SUFFIXES, image_files
 from cosface_recipes.data.names import below, identity
 from cosface_recipes.evaluation.features import save_features
-from cosface_recipes.outputs import check_output
+from cosface_recipes.outputs import check_output, print_any_name
 from cosface_recipes.recognition import FILES, Recognizer, add_options, open_recognizer
 
 
@@ -60,6 +60,7 @@ def embed(recognizer: Recognizer, paths: Sequence[Path]) -> dict[str, np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("photos", type=Path, nargs="+", help="images, folders of them, or .txt lists")
