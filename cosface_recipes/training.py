@@ -119,9 +119,9 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if not config.train:
             raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
-        first(lambda: check(config), self.device)  # before hours of training
         transform = make_transform(config.augmentation, config.image_size)
         self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
+        first(lambda: check(config, self.data), self.device)  # before hours of training
         config, warning = fit_batch(config, len(self.data), self.world)
         if warning:
             self.say(warning)
