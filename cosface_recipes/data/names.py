@@ -5,8 +5,6 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
-FORMS = ("NFC", "NFD")
-
 
 def identity(name: str) -> str:
     r"""The form of a name that is the same of all that are one identity.
@@ -19,5 +17,5 @@ def identity(name: str) -> str:
 
 def below(folder: Path, name: str) -> Path:
     """The path of a name below a folder, as the file system spells it; as it is written where there is none."""
-    paths = [folder / name, *(folder / unicodedata.normalize(form, name) for form in FORMS)]
-    return next((path for path in paths if path.exists()), paths[0])
+    spellings = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    return next((folder / spelled for spelled in spellings if (folder / spelled).exists()), folder / name)
