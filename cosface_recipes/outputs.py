@@ -1,8 +1,10 @@
-"""Files that a command writes: checked before its hours of work, and with the mode that open() gives."""
+"""What a command writes: files, checked before its hours of work and with the mode that open() gives; any name."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,6 +26,12 @@ def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
         raise ValueError(f"{path} cannot be written: {found} is no folder.")
     if not os.access(found, os.W_OK):
         raise ValueError(f"{path} cannot be written: there is no permission to write {found}.")
+
+
+def print_any_name() -> None:
+    """Characters that stdout cannot encode are printed as escapes, such as those of names that are no UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def give_mode_of_open(path: Path) -> None:

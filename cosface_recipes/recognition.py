@@ -22,6 +22,7 @@ from cosface_recipes.data.images import (
     visible_files,
     warn_of_others,
 )
+from cosface_recipes.data.names import identity
 from cosface_recipes.data.transforms import evaluation_transform
 from cosface_recipes.evaluation.features import load_features, save_features
 from cosface_recipes.evaluation.verification import normalised
@@ -149,7 +150,7 @@ def enroll(recognizer: Recognizer, folder: Path) -> Gallery:
         raise ValueError(f"The gallery {folder} has no sub-folders and no images.")
     named: dict[str, Path] = {}
     for path in entries:
-        name = path.name if path.is_dir() else path.stem
+        name = identity(path.name if path.is_dir() else path.stem)
         if name in named:
             raise ValueError(f"The gallery {folder} has two entries {name}: {named[name].name} and {path.name}.")
         named[name] = path

@@ -93,9 +93,9 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if not config.train:
             raise ValueError("train must name the training data: --train FOLDER or --train FILE.rec.")
-        first(lambda: check(config), self.device)  # before hours of training
         transform = make_transform(config.augmentation, config.image_size)
         self.data = open_dataset(config.train, transform, on_corrupt=config.on_corrupt, color=config.color)
+        first(lambda: check(config, self.data), self.device)  # before hours of training
         config, warning = fit_batch(config, len(self.data), self.world)
         if warning:
             self.say(warning)
@@ -232,6 +232,7 @@ class Training:
         with sigterm(self), self.writer() as self.log:
             try:
                 finished = self.learn_all()
+                self.data.skipped |= self.any_process(self.data.skipped)
             finally:
                 if corrupt := self.data.corrupt:
                     self.say(f"{len(corrupt)} images could not be read and were skipped: {shorten(corrupt)}")
@@ -323,15 +324,14 @@ class Training:
             if (self.step + 1) % self.steps_per_epoch == 0:
                 self.class_sums.end_epoch(self.head)
         self.step += 1
-        return value, float(stats.accuracy), self.any_process(self.stopping)
+        return value, float(stats.accuracy), bool(self.any_process(torch.tensor(self.stopping)))
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: all of them must leave the loop after the same step."""
-        if self.world == 1:
-            return flag
-        flags = torch.tensor(flag, dtype=torch.uint8, device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+    def any_process(self, flags: Tensor) -> Tensor:
+        """Which flags are set on any process. All of them must leave the loop after the same step, for one."""
+        if self.world > 1:
+            flags = flags.to(self.device, torch.uint8)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags.bool().cpu()
 
     def non_finite(self, value: float, indices: Tensor) -> NonFiniteLossError:
         return NonFiniteLossError(

@@ -39,6 +39,7 @@ class ImageDataset(Dataset[Any]):
     Attributes:
         keys: a name per sample, for messages.
         labels: (n,) int64.
+        skipped: (n,) bool, the samples skipped until now, by this process and the loader's workers.
         num_classes: labels are below it.
         advice: what to do about a sample that cannot be read.
     """
@@ -60,9 +61,9 @@ class ImageDataset(Dataset[Any]):
         if color not in MODES:
             raise ValueError(f"color must be one of {', '.join(MODES)}, got {color!r}.")
         self.size, self.transform, self.on_corrupt, self.color = size, transform, on_corrupt, color
-        self._corrupt = torch.zeros(size, dtype=torch.bool)
+        self.skipped = torch.zeros(size, dtype=torch.bool)
         if on_corrupt == "skip":
-            self._corrupt.share_memory_()  # the loader's workers write to it
+            self.skipped.share_memory_()  # the loader's workers write to it
 
     def read(self, index: int) -> tuple[bytes | Path, int]:
         """The encoded image and its label."""
@@ -86,17 +87,17 @@ class ImageDataset(Dataset[Any]):
                 message = f"The sample {self.keys[i]} cannot be read: {str(error).removesuffix('.')}"
                 if self.on_corrupt == "raise":
                     raise CorruptSampleError(f"{message}. {self.advice}") from error
-                if not self._corrupt[i]:
+                if not self.skipped[i]:
                     log.warning("%s. Skipped.", message)
-                self._corrupt[i] = True
+                self.skipped[i] = True
                 continue
             return (self.transform(image) if self.transform else image), label
         raise CorruptSampleError(f"{min(self.size, MOST_IN_A_ROW)} samples in a row cannot be read. {message}")
 
     @property
     def corrupt(self) -> list[str]:
-        """The keys of the samples skipped until now, by this process and the loader's workers."""
-        return [self.keys[i] for i in self._corrupt.nonzero().flatten().tolist()]
+        """The keys of the samples skipped."""
+        return [self.keys[i] for i in self.skipped.nonzero().flatten().tolist()]
 
 
 class ImageFiles(ImageDataset):

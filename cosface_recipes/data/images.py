@@ -19,6 +19,8 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from cosface_recipes.data.names import identity
+
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -92,12 +94,21 @@ def identity_files(folder: Path) -> dict[str, list[Path]]:
 
     What is left out is logged as a warning: files of other kinds, links that lead nowhere, and sub-folders that
     have no images.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: two sub-folders have one name, which Unicode writes in several ways.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"The image folder {folder} does not exist or is not a folder.")
     visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    subfolders = [path for path in visible if path.is_dir()]
-    found = {path.name: visible_files(path) for path in subfolders}
+    subfolders = sorted((identity(path.name), path) for path in visible if path.is_dir())
+    if twice := [name for name, count in Counter(name for name, _ in subfolders).items() if count > 1]:
+        raise ValueError(
+            f"The image folder {folder} has two sub-folders {twice[0]!r}, whose names Unicode writes in two ways: "
+            "move the images of one to the other."
+        )
+    found = {name: visible_files(path) for name, path in subfolders}
     files = {name: [path for path in paths if is_image(path)] for name, paths in found.items()}
     warn_of_others(folder, itertools.chain(*found.values()))
     if nowhere := [path.name for path in visible if not path.exists()]:

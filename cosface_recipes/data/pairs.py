@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cosface_recipes.data.image_datasets import ImageFiles
 from cosface_recipes.data.images import SUFFIXES
+from cosface_recipes.data.names import below
 from cosface_recipes.data.plain_pickle import Array, PickleError, read_pickle
 
 FOLDS = 10
@@ -93,8 +95,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str, bool]]:
                                          separate names that have spaces
 
     Raises:
-        ValueError: a line is not in the format, and the message shows it; there are none; or another number of
-            them than the first line of LFW's says.
+        ValueError: a line is not in the format, and the message shows it; there are none; another number of them
+            than the first line of LFW's says; or splits of YTF's that are no ten folds.
     """
     lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     first = lines[0].split() if lines else []
@@ -121,6 +123,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str, bool]]:
             raise ValueError(f"The line {line!r} of {path} is no pair.") from None
     if not pairs:
         raise ValueError(f"{path} has no pairs.")
+    if parse is _ytf_pair:
+        _check_splits(path, Counter(map(_split, lines)))
     return pairs
 
 
@@ -170,6 +174,13 @@ def _paired_lines(path: str | Path, lines: list[str]) -> list[tuple[str, str, bo
     return [pair for fold in folds for kind, (i, j) in zip(kinds, fold, strict=True) for pair in kinds[kind][i:j]]
 
 
+def _check_splits(path: str | Path, sizes: Counter[int]) -> None:
+    """Folds are tenths of the list, and those of other splits would share them."""
+    if len(sizes) > 1 and (len(sizes) != FOLDS or len({*sizes.values()}) > 1):
+        shown = ", ".join(f"{size} pairs in split {split}" for split, size in sorted(sizes.items()))
+        raise ValueError(f"{path} should have {FOLDS} splits of as many pairs each, or one split; it has {shown}.")
+
+
 def _ytf_pair(line: str) -> tuple[str, str, bool]:
     if _split(line) < 0:
         raise ValueError
@@ -217,7 +228,7 @@ def index_pairs(named: list[tuple[str, str, bool]]) -> tuple[list[str], Tensor, 
 
 def _find(folder: Path, name: str) -> Path:
     suffixes = [written for suffix in sorted(SUFFIXES) for written in (suffix, suffix.upper())]
-    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in suffixes)):
+    for path in (below(folder, f"{name}{suffix}") for suffix in ("", *suffixes)):
         if path.is_file():
             return path
     raise FileNotFoundError(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cosface_recipes.data.alignment import align
 from cosface_recipes.data.image_datasets import ImageDataset, ImageFiles, ImageFolder
 from cosface_recipes.data.images import image_files
+from cosface_recipes.data.names import below
 from cosface_recipes.data.pairs import index_pairs, open_bin, open_pairs, read_pairs
 from cosface_recipes.data.transforms import evaluation_transform
 from cosface_recipes.evaluation.features import reading
@@ -107,7 +108,7 @@ def collect_bin(embedder: Embedder, path: Path) -> Arrays:
 
 def collect_ytf(embedder: Embedder, folder: Path, splits: Path) -> Arrays:
     videos, pairs, same = index_pairs(read_pairs(splits))
-    frames = {video: image_files(folder / video) for video in videos}
+    frames = {video: image_files(below(folder, video)) for video in videos}
     if empty := [video for video, paths in frames.items() if not paths]:
         raise FileNotFoundError(
             f"{len(empty)} of the {len(videos)} videos have no frames, {folder / empty[0]} first."
@@ -122,7 +123,7 @@ def collect_ijb(embedder: Embedder, folder: Path, target: str) -> Arrays:
     """The features of IJB's images, and what `read_ijb` says of them."""
     about = read_ijb(folder, target)
     names, numbers = read_table(folder / "meta" / f"{target}_name_5pts_score.txt", 12)
-    dataset = AlignedFaces([folder / "loose_crop" / name for name in names], names, **embedder.options)
+    dataset = AlignedFaces([below(folder / "loose_crop", name) for name in names], names, **embedder.options)
     dataset.landmarks, dataset.side = numbers[:, :10].reshape(-1, 5, 2), embedder.size
     return embedder(dataset) | about
 
@@ -151,7 +152,8 @@ def collect_tinyface(embedder: Embedder, folder: Path) -> Arrays:
     folder = folder / "Testing_Set" if (folder / "Testing_Set").is_dir() else folder
     probes, probe_ids = read_tinyface(folder / "probe_img_ID_pairs.mat", "probe")
     gallery, gallery_ids = read_tinyface(folder / "gallery_match_img_ID_pairs.mat", "gallery")
-    paths = [folder / "Probe" / name for name in probes] + [folder / "Gallery_Match" / name for name in gallery]
+    paths = [below(folder / "Probe", name) for name in probes]
+    paths += [below(folder / "Gallery_Match", name) for name in gallery]
     distractors = image_files(folder / "Gallery_Distractor")
     if not distractors:
         raise ValueError(f"The folder {folder / 'Gallery_Distractor'} has no images.")
@@ -187,7 +189,10 @@ def read_tinyface(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
         )
     if arrays[ids].dtype.kind not in "iu":
         raise ValueError(f"The identities {ids} of {path} should be whole numbers, got {arrays[ids].dtype}.")
-    return [cell[0] for cell in cells], arrays[ids].ravel().astype(np.int64)
+    numbers = arrays[ids].ravel().astype(np.int64)
+    if DISTRACTOR in numbers:
+        raise ValueError(f"The identities {ids} of {path} have {DISTRACTOR}, the label of distractors.")
+    return [cell[0] for cell in cells], numbers
 
 
 def read_ijb(folder: Path, target: str) -> Arrays:
@@ -239,25 +244,45 @@ def read_ijb_searches(folder: Path, target: str) -> Arrays:
         if not found:
             raise FileNotFoundError(f"{meta} has neither {target}_1N_gallery_G{number}.csv nor ..._S{number}.csv.")
         arrays[f"gallery_{number}"] = read_subjects(found[0])
-    return arrays | {"probes": read_subjects(meta / f"{target}_1N_probe_mixed.csv")}
+    arrays["probes"] = read_subjects(meta / f"{target}_1N_probe_mixed.csv")
+    return arrays | check_searches(arrays, str(meta))
 
 
 def read_subjects(path: Path) -> np.ndarray:
-    """(t, 2) templates, each once and ascending, and their subjects, from the first two columns of a .csv file."""
+    """(rows, 2) templates and their subjects: the first two columns of a .csv file with titles, a row an image."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [row[:2] for row in csv.reader(file) if row]
-        subjects = np.array(rows[1:], np.int64).reshape(-1, 2)  # below the titles; a row an image
+            titles, *rows = [row[:2] for row in csv.reader(file) if row] or [[]]
+        kinds = [kind in title.lower() for kind, title in zip(("template", "subject"), titles, strict=False)]
+        if kinds != [True, True]:
+            raise ValueError(f"the titles should begin with TEMPLATE_ID,SUBJECT_ID, got {','.join(titles)!r}")
+        subjects = np.array(rows, np.int64).reshape(-1, 2)
     except (ValueError, OverflowError, csv.Error) as error:
         raise ValueError(
-            f"Lines of {path} should begin with two numbers, template and subject: {error}"
+            f"Lines of {path} should begin with two numbers, template and subject, below titles: {error}"
         ) from error
-    subjects = np.unique(subjects, axis=0)
     if len(subjects) == 0:
         raise ValueError(f"{path} has no line below its titles.")
-    if (twice := subjects[1:, 0] == subjects[:-1, 0]).any():
-        raise ValueError(f"Template {subjects[1:, 0][twice][0]} of {path} is of more than one subject.")
     return subjects
+
+
+def check_searches(arrays: Arrays, source: str) -> Arrays:
+    """gallery_1, gallery_2 and probes with each template once, ascending.
+
+    Raises:
+        ValueError: a template is of more than one subject, or a subject in both galleries.
+    """
+    found = {name: np.unique(arrays[name], axis=0) for name in ("gallery_1", "gallery_2", "probes")}
+    for name, subjects in found.items():
+        if (twice := subjects[1:, 0] == subjects[:-1, 0]).any():
+            template = subjects[1:, 0][twice][0]
+            raise ValueError(f"Template {template} of {name} in {source} is of more than one subject.")
+    if len(shared := np.intersect1d(found["gallery_1"][:, 1], found["gallery_2"][:, 1])):
+        raise ValueError(
+            f"Subject {shared[0]} is in both galleries of {source}. They should share none, so that probes of one "
+            "are non-mated in the other."
+        )
+    return found
 
 
 def read_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,11 +45,32 @@ class Result:
 def evaluate(network: nn.Module, config: Config, device: torch.device) -> list[Result]:
     """Each test set in turn."""
     embedder = embedder_of(network, config, device)
-    return [verify(embedder, Path(path), config.far) for path in config.test]
+    paths = [*map(Path, config.test)]
+    return [verify(embedder, path, config.far, name) for path, name in zip(paths, told_apart(paths), strict=True)]
 
 
-def check(config: Config) -> None:
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """What test sets are called: their folders, their files without the suffix, and as much before as differs.
+
+    >>> told_apart([Path("lfw.bin"), Path("a/agedb.bin"), Path("b/agedb.bin")])
+    ['lfw', 'a/agedb.bin', 'b/agedb.bin']
+    """
+    whole = [path.absolute() for path in paths]
+    names = [path.name if path.is_dir() else path.stem for path in whole]
+    for length in range(1, max((len(path.parts) for path in whole), default=0)):
+        names = [
+            name if names.count(name) == 1 else "/".join(path.parts[-length:])
+            for name, path in zip(names, whole, strict=True)
+        ]
+    return names
+
+
+def check(config: Config, train: ImageDataset) -> None:
     """Reads every image of the test sets, and raises what `evaluate` would after hours of training."""
+    if train.num_classes < 2:
+        raise ValueError(
+            f"A training needs two identities to tell apart, got {train.num_classes} in {config.train}."
+        )
     if missing := [path for path in config.test if not Path(path).exists()]:
         raise FileNotFoundError(f"There is no test data {', '.join(missing)}.")
     embedder = embedder_of(lambda images: images.new_empty(len(images), 0), config, torch.device("cpu"))
@@ -56,12 +78,30 @@ def check(config: Config) -> None:
         try:
             data = open_test(embedder, Path(path))
             labels = embedder.embed(data)[1]
+            warn_of_shared(config.train, train, path, data)
             if isinstance(data, PairedImages):
                 split(data.same.numpy())
             else:
                 check_kinds(labels)
         except ValueError as error:
             raise ValueError(f"The test data {path} cannot be used: {error}") from error
+
+
+def warn_of_shared(train_path: str, train: ImageDataset, path: str, test: ImageDataset) -> None:
+    """A warning of test data that the training sees. Names of digits are numbers, which every data set has."""
+    of_train, of_test = ({*getattr(data, "identities", ())} for data in (train, test))
+    shared = sorted(name for name in of_train & of_test if not name.isdecimal())
+    if Path(train_path).resolve() == Path(path).resolve():
+        what = "is the training data"
+    elif shared:
+        what = f"has {len(shared)} identities that {train_path} has too, {shared[0]!r} first"
+    else:
+        return
+    warnings.warn(
+        f"The test data {path} {what}: what is measured there, and the threshold, say little of people that the "
+        "network has not seen.",
+        stacklevel=2,
+    )
 
 
 def embedder_of(network: Callable[[Tensor], Tensor], config: Config, device: torch.device) -> Embedder:
@@ -84,12 +124,18 @@ def open_test(embedder: Embedder, path: Path) -> ImageDataset:
     return open_dataset(path, on_corrupt=embedder.on_corrupt, **embedder.options)
 
 
-def verify(embedder: Embedder, path: Path, far: float) -> Result:
-    """A test set: ten-fold accuracy of a .bin file, all pairs of a folder of identities or a .rec file."""
+def verify(embedder: Embedder, path: Path, far: float, name: str = "") -> Result:
+    """A test set: ten-fold accuracy of a .bin file, all pairs of a folder of identities or a .rec file.
+
+    Args:
+        name: of the result; by default the path's.
+    """
     data = open_test(embedder, path)
     if isinstance(data, PairedImages):
-        return verify_pairs(embedder, path, data)
-    return compare_pairs(path.name, *embedder.embed(data), far, embedder.device)
+        result = verify_pairs(embedder, path, data)
+    else:
+        result = compare_pairs(path.name, *embedder.embed(data), far, embedder.device)
+    return dataclasses.replace(result, name=name or told_apart([path])[0])
 
 
 def verify_pairs(embedder: Embedder, path: Path, data: PairedImages) -> Result:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cosface_recipes.data.names import identity
 from cosface_recipes.evaluation.verification import normalised
 
 # The extra coordinate of a noisy distractor, whose others have length 1: cosines shrink to a hundredth.
@@ -30,8 +31,10 @@ def is_noise(names: Sequence[str] | np.ndarray, noise: Iterable[str]) -> np.ndar
     >>> is_noise(["A/A_1.jpg", "A/A_2.jpg"], ["A_1.jpg"]).tolist()
     [True, False]
     """
-    noise = set(noise)
-    tails = ({name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == "/")} for name in names)
+    noise = {*map(identity, noise)}
+    tails = (
+        {name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == "/")} for name in map(identity, names)
+    )
     return np.array([not noise.isdisjoint(tail) for tail in tails], bool)
 
 

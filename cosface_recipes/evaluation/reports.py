@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cosface_recipes.evaluation import held_out
-from cosface_recipes.evaluation.collect import Arrays
+from cosface_recipes.evaluation.collect import DISTRACTOR, Arrays
 from cosface_recipes.evaluation.megaface import clean, is_noise, read_noise
 from cosface_recipes.evaluation.protocols import (
     cross_validate,
@@ -156,8 +156,12 @@ def report_megaface(
 
 
 def report_tinyface(arrays: Arrays) -> Report:
-    features, labels = torch.from_numpy(arrays["features"]), numbered([arrays["labels"]])[0]
-    probe = torch.from_numpy(arrays["probe"].astype(bool))
+    probe, names = arrays["probe"].astype(bool), arrays["labels"]
+    if (alone := names[probe & ~np.isin(names, names[~probe])]).size:
+        raise ValueError(f"The gallery has no image of identity {alone[0]}, which a probe is of.")
+    if str(DISTRACTOR) in names[probe].astype(str):
+        raise ValueError(f"A probe has the label {DISTRACTOR}, which is that of distractors.")
+    features, labels, probe = torch.from_numpy(arrays["features"]), numbered([names])[0], torch.from_numpy(probe)
     result = rank_images(features[probe], labels[probe], features[~probe], labels[~probe], KS)
     mates = int(torch.isin(labels[~probe], labels[probe]).sum())
     rows: Rows = {"probes": int(probe.sum()), "gallery": mates, "distractors": int((~probe).sum()) - mates}

@@ -23,10 +23,12 @@ from collections.abc import Sequence
 import torch
 
 from cosface_recipes.config import parse
+from cosface_recipes.outputs import print_any_name
 from cosface_recipes.training import Training, process_group
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     try:
         config = parse(argv, __doc__)
         if config.threads:

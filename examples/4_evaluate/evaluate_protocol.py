@@ -39,7 +39,7 @@ folder prints what train.py prints of a test set: a folder with a sub-folder per
 The folder of ijb and ijb-1n has meta/TARGET_face_tid_mid.txt and TARGET_name_5pts_score.txt and, for a model,
 loose_crop/, from which the faces are cut out by their landmarks. Beside these, ijb has
 TARGET_template_pair_label.txt, and ijb-1n has TARGET_1N_gallery_G1.csv and _G2.csv (of IJB-B: S1, S2) and
-TARGET_1N_probe_mixed.csv.
+TARGET_1N_probe_mixed.csv, whose titles begin with TEMPLATE_ID,SUBJECT_ID.
 
 The folder of tinyface has Probe, Gallery_Match, Gallery_Distractor, probe_img_ID_pairs.mat and
 gallery_match_img_ID_pairs.mat, or a Testing_Set that has them. Aligned copies of the images are put into such
@@ -60,11 +60,13 @@ from pathlib import Path
 import numpy as np
 
 from cosface_recipes.data.images import image_files
+from cosface_recipes.data.names import identity
 from cosface_recipes.data.pairs import read_bin
 from cosface_recipes.evaluation import held_out, reports
 from cosface_recipes.evaluation.collect import (
     Arrays,
     Embedder,
+    check_searches,
     collect_bin,
     collect_identities,
     collect_ijb,
@@ -82,10 +84,11 @@ from cosface_recipes.evaluation.protocols import check_sizes
 from cosface_recipes.evaluation.reports import Report
 from cosface_recipes.evaluation.verification import allowed
 from cosface_recipes.export import digest, load
-from cosface_recipes.outputs import check_output
+from cosface_recipes.outputs import check_output, print_any_name
 from cosface_recipes.recognition import FILES
 
 PER_SAMPLE = ("labels", "names", "videos", "templates", "media", "scores", "probe")
+NUMBERED = ("labels", "videos", "templates", "media", "pairs", "gallery_1", "gallery_2", "probes")
 OF_SUBJECTS = ("gallery_1", "gallery_2", "probes")
 NUMBERS = ("same", "scores", "probe")
 NEEDED = {
@@ -160,7 +163,7 @@ def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
 
 def identities(names: np.ndarray, part: int) -> np.ndarray:
     """A part of each path: the folder whose name says that images of two sets are of one identity."""
-    return np.array([name.split("/")[part] for name in names.tolist()])
+    return np.array([identity(name.split("/")[part]) for name in names.tolist()])
 
 
 def load_labeled(args: argparse.Namespace, embedder: Embedder | None, path: Path) -> Arrays:
@@ -241,16 +244,22 @@ def check(arrays: Arrays, protocol: str, source: Path, needed: Sequence[str] | N
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]}.")
+        if name in NUMBERED:
+            arrays[name] = comparable(array, name)
         if name in PER_SAMPLE and array.shape != (len(arrays["features"]),):
             raise ValueError(f"There are {len(arrays['features'])} features and {name} of shape {array.shape}.")
         if name in OF_SUBJECTS and (array.shape[1:] != (2,) or len(array) == 0):
             raise ValueError(f"{name} must be of shape (t, 2), templates and their subjects, got {array.shape}.")
-        if name in NUMBERS and array.dtype.kind not in "fiub":
+        if name in (*NUMBERS, *OF_SUBJECTS) and array.dtype.kind not in "fiub":
             raise ValueError(f"{name} must be numbers, got {array.dtype}.")
+        if name == "scores" and not (array > 0).any():
+            raise ValueError(f"scores must be positive, where an image counts, got {array.max():g} at most.")
         if name in ("same", "probe") and not np.isin(array, (0, 1)).all():
             raise ValueError(f"{name} must be 0 or 1, got {array[~np.isin(array, (0, 1))][0]}.")
         if name == "model" and (array.size != 1 or array.dtype.kind != "U"):
             raise ValueError(f"model must be one text, the model's digest, got {array.shape} of {array.dtype}.")
+    if protocol == "ijb-1n":
+        arrays |= check_searches(arrays, str(source))
     if "same" in arrays and arrays["same"].ndim != 1:
         raise ValueError(f"same must be of shape (n,), got {arrays['same'].shape}.")
     if protocol in ("lfw", "bin") and "pairs" not in arrays and len(arrays["features"]) != 2 * len(arrays["same"]):
@@ -262,6 +271,23 @@ def check(arrays: Arrays, protocol: str, source: Path, needed: Sequence[str] | N
         shape, pairs = arrays["pairs"].shape, len(arrays["same"])
         if shape != (pairs, 2):
             raise ValueError(f"pairs must be of shape ({pairs}, 2), as many as same has, got {shape}.")
+
+
+def comparable(ids: np.ndarray, name: str) -> np.ndarray:
+    """Identities, templates and the like of any file: names in one spelling; numbers in int64, since numpy makes
+    float64 of it and uint64 together, where 2^53 + 1 is 2^53."""
+    if ids.dtype.kind in "SU":
+        texts = np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids
+        return np.array([*map(identity, texts.ravel().tolist())], np.str_).reshape(ids.shape)
+    if ids.dtype.kind == "f":
+        odd = (ids % 1 != 0) | (abs(ids) > 1 / np.finfo(ids.dtype).eps)
+    elif ids.dtype.kind == "u":
+        odd = ids > np.iinfo(np.int64).max
+    else:
+        odd = np.full(ids.shape, ids.dtype.kind == "c")
+    if odd.any():
+        raise ValueError(f"{name} must be whole numbers of 64 bits, or text, got {ids[odd][0]} in {ids.dtype}.")
+    return ids.astype(np.int64)
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -384,6 +410,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     args = make_parser().parse_args(argv)
     try:
         report = run(args)

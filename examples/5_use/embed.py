@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from cosface_recipes.data.images import SUFFIXES, image_files
+from cosface_recipes.data.names import below, identity
 from cosface_recipes.evaluation.features import save_features
-from cosface_recipes.outputs import check_output
+from cosface_recipes.outputs import check_output, print_any_name
 from cosface_recipes.recognition import FILES, Recognizer, add_options, open_recognizer
 
 
@@ -32,12 +33,15 @@ def photos(path: Path) -> list[tuple[Path, str, str]]:
         names = {file: file.relative_to(path) for file in image_files(path)}
         if not names:
             raise ValueError(f"The folder {path} has no images.")
-        return [(file, name.as_posix(), name.parts[0] if name.parts[1:] else "") for file, name in names.items()]
+        return [
+            (file, name.as_posix(), identity(name.parts[0]) if name.parts[1:] else "")
+            for file, name in names.items()
+        ]
     if path.suffix == ".txt":
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"The list {path} is empty.")
-        return [(path.parent / line, line, "") for line in lines]
+        return [(below(path.parent, line), line, "") for line in lines]
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"Photos are folders, .txt lists, or images ({' '.join(sorted(SUFFIXES))}), got {path}.")
     if not path.exists():
@@ -56,6 +60,7 @@ def embed(recognizer: Recognizer, paths: Sequence[Path]) -> dict[str, np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("photos", type=Path, nargs="+", help="images, folders of them, or .txt lists")

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosface_recipes.outputs import check_output
+from cosface_recipes.outputs import check_output, print_any_name
 from cosface_recipes.recognition import FILES, add_options, enroll, open_recognizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("gallery", type=Path, help="folder of known identities")

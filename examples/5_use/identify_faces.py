@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosface_kernels import nearest_classes
+from cosface_recipes.outputs import print_any_name
 from cosface_recipes.recognition import add_options, cosine, open_gallery, open_recognizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("gallery", type=Path, help="folder of known identities, or a file that enroll.py wrote")

@@ -15,10 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosface_recipes.outputs import print_any_name
 from cosface_recipes.recognition import add_options, cosine, decision, open_recognizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("a", type=Path, help="an image, or a folder of one identity")

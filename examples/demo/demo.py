@@ -31,6 +31,7 @@ from cosface_recipes.data.images import MODES, Images, load_folder
 from cosface_recipes.evaluation.plots import plot_roc
 from cosface_recipes.evaluation.verification import Scores, allowed
 from cosface_recipes.memory import peak_extra_bytes
+from cosface_recipes.outputs import print_any_name
 from cosface_recipes.small_training import (
     FEWEST_STEPS,
     Recipe,
@@ -217,6 +218,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    print_any_name()
     args = parse_arguments(argv)
     try:
         run(args)

@@ -360,6 +360,61 @@ def test_identities_of_tinyface_may_have_names(tmp_path, capsys):
         evaluate_arrays("tinyface", arrays | {"probe": np.zeros(60, bool)}, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (-100, "A probe has the label -100, which is that of distractors"),
+        (777, "The gallery has no image of identity 777, which a probe is of"),
+    ],
+)
+@pytest.mark.parametrize("kind", [int, str])
+def test_a_probe_of_tinyface_has_mates_and_no_distractors(tmp_path, label, message, kind):
+    arrays = arrays_of("tinyface")
+    labels = arrays["labels"].copy()
+    labels[3] = label
+    with pytest.raises(SystemExit, match=message):
+        evaluate_arrays("tinyface", arrays | {"labels": labels.astype(kind)}, tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [(np.uint64, np.int64), (np.int64, np.uint64), (np.float64, np.int64)])
+def test_numbers_of_identities_are_compared_as_they_are(tmp_path, capsys, kinds):
+    """Of 2^53 and more, float64 has every other number, and numpy makes it of uint64 and int64 together."""
+    largest = 2**52 if np.float64 in kinds else 2**60
+    for name, kind in zip(("probes", "gallery"), kinds, strict=True):
+        labels = np.arange(largest - 4, largest).astype(kind)
+        save_features(tmp_path / f"{name}.npz", {"features": np.eye(4, dtype=np.float32), "labels": labels})
+    files = ["--features", tmp_path / "probes.npz", "--gallery", tmp_path / "gallery.npz"]
+    evaluate("--protocol", "identification", *files)
+    assert printed(capsys)["identities in the gallery"] == "4"
+
+
+@pytest.mark.parametrize("template", [np.uint64, np.int64])
+def test_numbers_of_templates_are_compared_as_they_are(tmp_path, capsys, template):
+    arrays = arrays_of("ijb")
+    evaluate_arrays("ijb", arrays, tmp_path)
+    expected = capsys.readouterr().out
+    large = {"templates": (arrays["templates"] + 2**60).astype(template), "pairs": arrays["pairs"] + 2**60}
+    evaluate_arrays("ijb", arrays | large, tmp_path)
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("protocol", "change", "message"),
+    [
+        ("folder", {"labels": np.arange(60) / 2}, r"labels must be whole numbers of 64 bits, .* got 0\.5 in"),
+        ("folder", {"labels": np.full(60, 2**63, np.uint64)}, r"got 9223372036854775808 in uint64"),
+        ("folder", {"labels": np.full(60, 2.0**53)}, r"got 9007199254740992\.0 in float64"),
+        ("folder", {"labels": np.full(60, 1j)}, r"got 1j in complex128"),
+        ("ijb-1n", {"probes": np.array([["1", "0"]])}, r"probes must be numbers, got <U1"),
+        ("ijb", {"scores": np.zeros(60)}, r"scores must be positive, where an image counts, got 0 at most"),
+        ("ijb", {"scores": -np.ones(60)}, r"got -1 at most"),
+    ],
+)
+def test_numbers_that_say_nothing_are_refused(tmp_path, protocol, change, message):
+    with pytest.raises(SystemExit, match=message):
+        evaluate_arrays(protocol, arrays_of(protocol) | change, tmp_path)
+
+
 def test_figures_that_are_none_are_null_in_json(tmp_path):
     save_features(tmp_path / "x.npz", arrays_of("folder"))
     evaluate(*("--protocol", "folder", "--features", tmp_path / "x.npz"), "--json", tmp_path / "x.json")

@@ -1,12 +1,14 @@
 """The test data of a training, and the threshold that is chosen on them."""
 
 import dataclasses
+import re
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from support.evaluation import colour_of, encoded
+from support.evaluation import colour_of, encoded, write_images
 from torch import nn
 
 from cosface_recipes.data.augmentation import make_transform
@@ -16,6 +18,7 @@ from cosface_recipes.evaluation import held_out
 from cosface_recipes.evaluation.collect import Embedder
 from cosface_recipes.evaluation.protocols import cross_validate
 from cosface_recipes.models import make_model
+from cosface_recipes.training import Training
 
 
 def test_the_threshold_lets_the_asked_share_of_impostors_pass(settings):
@@ -66,6 +69,49 @@ def test_pairs_of_a_bin_file_are_verified_in_folds(settings, tmp_path):
     lines = held_out.table([everything, pairs]).splitlines()
     assert [line.split()[0] for line in lines] == ["test", "test", "some"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_test_sets_of_one_name_are_told_apart(settings, data, tmp_path):
+    """Else their rates are one curve in TensorBoard."""
+    for folder in ("x/test", "y/test", "faces.v2"):
+        shutil.copytree(data / "test", tmp_path / folder)
+    shutil.copy(data / "test" / "train.rec", tmp_path / "x" / "faces.rec")
+    names = ["x/test", "y/test", "faces.v2", "x/faces.rec"]
+    settings = dataclasses.replace(settings, test=tuple(str(tmp_path / name) for name in names))
+    for file in ("train.idx", "property"):
+        shutil.copy(data / "test" / file, tmp_path / "x" / file.replace("train", "faces"))
+    network = make_model("glyphnet", channels=1, image_size=32, embedding_size=16)
+    results = held_out.evaluate(network, settings, torch.device("cpu"))
+    assert [result.name for result in results] == ["x/test", "y/test", "faces.v2", "faces"]
+    assert held_out.told_apart([tmp_path / "faces.v2", tmp_path / "faces.v2.bin"]) == ["faces.v2", "faces.v2.bin"]
+
+
+def people(folder, names):
+    write_images(folder, [f"{name}/{i}.png" for name in names for i in range(2)], [(90, 99, 9)] * 2 * len(names))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["Jose\u0301", "Ann", "Eve"], r"The test data .*test has 2 identities that .*train has too, 'Ann' first"),
+        (["Eve", "7"], None),  # 7 is a number, which another person has in another data set
+    ],
+)
+def test_people_of_the_training_are_no_test(settings, tmp_path, recwarn, names, message):
+    train = people(tmp_path / "train", ["Ann", "Bo", "Jos\u00e9", "7"])
+    settings = dataclasses.replace(settings, train=train, test=(people(tmp_path / "test", names),))
+    held_out.check(settings, open_dataset(train))
+    assert len(recwarn) == (message is not None)
+    assert not message or re.search(message, str(recwarn[0].message))
+    with pytest.warns(UserWarning, match=r"The test data .*train is the training data: what is measured there"):
+        held_out.check(dataclasses.replace(settings, test=(f"{tmp_path}/test/../train",)), open_dataset(train))
+
+
+def test_a_training_needs_two_identities(settings, tmp_path):
+    settings = dataclasses.replace(settings, train=people(tmp_path / "train", ["Ann"]), test=())
+    with pytest.raises(ValueError, match=r"A training needs two identities to tell apart, got 1 in .*train"):
+        Training(settings)
 
 
 @pytest.mark.parametrize("exact", [5, 4])

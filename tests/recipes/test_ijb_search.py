@@ -112,19 +112,48 @@ def test_two_galleries_with_an_exported_model(ijb, exported, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("T,S\n", r"gallery_G1\.csv has no line below its titles"),
-        ("T,S\n1,2\n1,3\n", r"Template 1 of .*gallery_G1\.csv is of more than one subject"),
-        ("T,S\n1,Ann\n", r"Lines of .*gallery_G1\.csv should begin with two numbers, template and subject"),
-        ("T,S\n1\n", r"Lines of .*gallery_G1\.csv should begin with two numbers"),
+        ("", r"gallery_G1\.csv .*the titles should begin with TEMPLATE_ID,SUBJECT_ID, got ''"),
+        ("1,2,img/1.png\n3,4,img/2.png\n", r"gallery_G1\.csv .* TEMPLATE_ID,SUBJECT_ID, got '1,2'"),
+        ("SUBJECT_ID,TEMPLATE_ID\n1,2\n", r"gallery_G1\.csv .*, got 'SUBJECT_ID,TEMPLATE_ID'"),
+        ("TEMPLATE_ID,SUBJECT_ID\n", r"gallery_G1\.csv has no line below its titles"),
+        ("TEMPLATE_ID,SUBJECT_ID\n1,Ann\n", r"Lines of .*gallery_G1\.csv should begin with two numbers"),
+        ("TEMPLATE_ID,SUBJECT_ID\n1\n", r"Lines of .*gallery_G1\.csv should begin with two numbers"),
         (None, r"meta has neither ijbc_1N_gallery_G1\.csv nor \.\.\._S1\.csv"),
     ],
 )
 def test_metadata_that_do_not_fit_are_refused(tmp_path, content, message):
     (tmp_path / "meta").mkdir()
-    if content:
+    if content is not None:
         (tmp_path / "meta" / "ijbc_1N_gallery_G1.csv").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_ijb_searches(tmp_path, "ijbc")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gallery_1": [[0, 1], [90, 2], [0, 3]]}, "Template 0 of gallery_1 in .* is of more than one subject"),
+        ({"probes": [[5, 1], [205, 3], [5, 2]]}, "Template 5 of probes in .* is of more than one subject"),
+        ({"gallery_2": [[200, 3], [290, 2]]}, "Subject 2 is in both galleries of .* should share none"),
+    ],
+)
+@pytest.mark.parametrize("source", ["files", "arrays"])
+def test_searches_without_a_meaning_are_refused_from_every_source(ijb, change, message, source):
+    tables = {"gallery_1": GALLERY_1, "gallery_2": GALLERY_2, "probes": PROBES}
+    rows = {name: np.array([*table.items()]) for name, table in tables.items()}
+    rows |= {name: np.array(table) for name, table in change.items()}
+    if source == "arrays":
+        angles = np.array([*GALLERY_1, *GALLERY_2, *PROBES])
+        about = {"features": directions(*angles), "templates": angles, "media": angles}
+        save_features(ijb / "x.npz", about | rows)
+    else:
+        for name, part in {"gallery_1": "gallery_G1", "gallery_2": "gallery_G2", "probes": "probe_mixed"}.items():
+            lines = [f"{template},{subject}" for template, subject in rows[name]]
+            path = ijb / "IJB" / "meta" / f"ijbb_1N_{part}.csv"
+            path.write_text("\n".join(["Template_ID,Subject_ID", *lines]))
+    options = ["--data", ijb / "IJB", "--target", "ijbb"] if source == "files" else []
+    with pytest.raises(SystemExit, match=message):
+        evaluate("--protocol", "ijb-1n", "--features", ijb / "x.npz", *options)
 
 
 def test_a_template_without_images_is_refused(ijb):

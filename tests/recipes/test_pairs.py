@@ -393,13 +393,29 @@ def test_the_mark_and_the_line_ends_of_windows_change_nothing(tmp_path, text):
 
 def test_pairs_of_ytf_are_put_in_the_order_of_their_splits(tmp_path):
     titles = "split number, first name, second name, is same pair, more"
-    lines = [titles, "2, B/1, C/0, 0, 0", "1, A/0, A/1, 1, 0", "2, C/0, C/2, 1, 0"]
-    (tmp_path / "splits.txt").write_text("\n".join(lines))
-    assert read_pairs(tmp_path / "splits.txt") == [
-        ("A/0", "A/1", True),
-        ("B/1", "C/0", False),
-        ("C/0", "C/2", True),
+    splits = [2, 1, *range(10, 2, -1)]
+    pairs = [line for k in splits for line in (f"{k}, B{k}/1, C{k}/0, 0, 0", f"{k}, C{k}/0, C{k}/2, 1, 0")]
+    (tmp_path / "splits.txt").write_text("\n".join([titles, *pairs]))
+    found = read_pairs(tmp_path / "splits.txt")
+    assert found == [
+        pair for k in range(1, 11) for pair in ((f"B{k}/1", f"C{k}/0", False), (f"C{k}/0", f"C{k}/2", True))
     ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([20] * 2 + [14] + [20] * 7, "14 pairs in split 3, 20 pairs in split 4"),
+        ([20] * 5, "20 pairs in split 5.$"),
+    ],
+)
+def test_splits_of_ytf_that_folds_would_share_are_refused(tmp_path, sizes, message):
+    lines = [f"{k}, A/{i}, B/{i}, {i % 2}" for k, size in enumerate(sizes, 1) for i in range(size)]
+    (tmp_path / "splits.txt").write_text("\n".join(lines))
+    with pytest.raises(
+        ValueError, match=rf"should have 10 splits of as many pairs each, or one split; .*{message}"
+    ):
+        read_pairs(tmp_path / "splits.txt")
 
 
 def test_plain_pairs(tmp_path):

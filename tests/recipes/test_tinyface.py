@@ -34,7 +34,7 @@ def write_mat(path, kind: str, names: list[str], ids: list[int]) -> None:
     cells = np.empty((len(names), 1), object)
     for cell, name in zip(cells, names, strict=True):
         cell[0] = name
-    savemat(path, {f"{kind}_set": cells, f"{kind}_ids": np.array(ids, np.uint16)[:, None]})
+    savemat(path, {f"{kind}_set": cells, f"{kind}_ids": np.array(ids, np.int16)[:, None]})
 
 
 @pytest.fixture
@@ -80,6 +80,13 @@ def test_damaged_files_are_named(tinyface, exported):
     path.unlink()
     with pytest.raises(SystemExit, match=r"probe_img_ID_pairs\.mat"):
         evaluate("--protocol", "tinyface", "--model", exported, "--data", tinyface)
+
+
+@pytest.mark.parametrize("kind", ["probe", "gallery"])
+def test_the_label_of_distractors_is_no_identity(tmp_path, kind):
+    write_mat(tmp_path / "x.mat", kind, ["a.png", "b.png"], [3, -100])
+    with pytest.raises(ValueError, match=rf"{kind}_ids of .*x\.mat have -100, the label of distractors"):
+        read_tinyface(tmp_path / "x.mat", kind)
 
 
 def test_without_scipy_the_files_are_refused(tinyface, exported, monkeypatch):

@@ -303,6 +303,22 @@ def test_an_unreadable_image_is_skipped_and_counted_or_stops_the_training(
         train.main(as_arguments(dataclasses.replace(settings, output=str(tmp_path / "stops"))))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_skipped_image_of_every_process_is_listed_whatever_its_name(
+    settings, data, tmp_path, monkeypatch, processes
+):
+    """And a name that is no UTF-8, which stdout refuses under most locales, does not end what was trained."""
+    shutil.copytree(data / "folders", tmp_path / "folders")
+    for label in range(0, 12, 2):
+        (tmp_path / "folders" / f"{label:02}" / os.fsdecode(b"z\xfc.png")).write_bytes(b"")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    changes = {"train": str(tmp_path / "folders"), "test": (), "epochs": 1, "batch_size": 26, "on_corrupt": "skip"}
+    out = launch_several(dataclasses.replace(settings, **changes), processes)
+    names = ", ".join(f"{label:02}/z\\udcfc.png" for label in range(0, 12, 2))
+    assert f"6 images could not be read and were skipped: {names}\n" in out
+    assert (Path(settings.output) / export.WEIGHTS).is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,7 +1,9 @@
 """The commands of 5_use: photos to features, a saved gallery, a detector by its name, and their messages."""
 
 import dataclasses
+import io
 import json
+import os
 import shutil
 import sys
 
@@ -285,6 +287,24 @@ def test_files_of_other_kinds_are_left_out_and_said(photos, tmp_path, exported, 
     )
     expected = {embed: [of_all], enroll: [of_all], identify_faces: [of_all, of_ann], verify_faces: [of_ann, of_bo]}
     assert caplog.messages == expected[command]
+
+
+@pytest.mark.parametrize("command", [embed, enroll, identify_faces, verify_faces])
+def test_names_that_are_no_utf_8_are_printed(photos, tmp_path, exported, monkeypatch, command):
+    other = photos / os.fsdecode(b"M\xfcller")
+    (photos / "Ann").rename(other)
+    (other / "3.png").write_bytes(b"")
+    output = ["--output", tmp_path / "x.npz"]
+    arguments = {
+        embed: [photos, *output],
+        enroll: [photos, *output],
+        identify_faces: [photos, other],
+        verify_faces: [other, photos / "Bo"],
+    }
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", errors="strict", write_through=True))
+    run(command, exported, *arguments[command])
+    assert rb"M\udcfcller" in printed.getvalue()
 
 
 @pytest.mark.parametrize("command", [embed, enroll, identify_faces, verify_faces])
