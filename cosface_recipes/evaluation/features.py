@@ -131,7 +131,7 @@ def write_matrix(path: str | Path, column: np.ndarray) -> None:
 
 
 def _load_matrices(folder: Path) -> dict[str, np.ndarray]:
-    """folder/.../identity/photo.jpg_algorithm.bin; the innermost folder is the identity.
+    """folder/.../identity/photo.jpg_algorithm.bin, or photo.bin; the innermost folder is the identity.
 
     No matrix has a label if one lies in no sub-folder, as distractors may.
     """
@@ -146,7 +146,8 @@ def _load_matrices(folder: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"The matrix {path} has {len(column)} numbers, and {paths[0]} has {len(first)}.")
         row[:] = column
     parents = [path.parent for path in paths]
-    names = [path.relative_to(folder).as_posix().rpartition("_")[0] for path in paths]
+    photos = [path.with_name(path.stem.rpartition("_")[0] or path.stem) for path in paths]
+    names = [photo.relative_to(folder).as_posix() for photo in photos]
     arrays = {"features": features, "names": np.array(names)}
     if folder in parents:
         return arrays

@@ -60,6 +60,18 @@ def test_a_folder_of_matrices(tmp_path):
         load_features(tmp_path)
 
 
+@pytest.mark.parametrize("ending", ["{}.jpg_net.bin", "{}.bin", "an_odd_{}.jpg_net.bin"])
+@pytest.mark.parametrize("outer", ["", "a_b/", "_/c/"])
+@pytest.mark.parametrize("inner", ["Ann_Poe", "Ann_", "_", "Ann"])
+def test_an_underscore_of_a_folder_begins_no_algorithm(tmp_path, ending, outer, inner):
+    for k in range(2):
+        (path := tmp_path / f"{outer}{inner}_{k}" / ending.format(k)).parent.mkdir(parents=True)
+        write_matrix(path, np.float32([k, 1]))
+    photo = ending.removesuffix("_net.bin").removesuffix(".bin")
+    names = [f"{outer}{inner}_{k}/{photo.format(k)}" for k in range(2)]
+    assert load_features(tmp_path)["names"].tolist() == names
+
+
 def objects(path: Path) -> None:
     np.savez(path, features=np.array([{}], object))
 
