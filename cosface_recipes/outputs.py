@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,6 +25,18 @@ def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
         raise ValueError(f"{path} cannot be written: {found} is no folder.")
     if not os.access(found, os.W_OK):
         raise ValueError(f"{path} cannot be written: there is no permission to write {found}.")
+
+
+@contextmanager
+def safetensors_of(path: Path) -> Iterator[None]:
+    """A file of safetensors in the mode that open() gives, or, where it cannot be written, an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    give_mode_of_open(path)
 
 
 def give_mode_of_open(path: Path) -> None:

@@ -188,7 +188,7 @@ def check_others(arrays: Arrays, others: Arrays, whose: str, labels: bool) -> No
     of_parts = {"features": [f"{part['features'].shape[1]} numbers each" for part in (arrays, others)]}
     if labels:
         of_parts["labels"] = [
-            "text" if part["labels"].dtype.kind in "SU" else "numbers" for part in (arrays, others)
+            "text" if part["labels"].dtype.kind == "U" else "numbers" for part in (arrays, others)
         ]
     for what, (sought, among) in of_parts.items():
         if sought != among:
