@@ -225,28 +225,35 @@ def agree(
         ValueError: on every rank, if the facts differ or another rank has refused, with its sentence.
         Exception: the refusal, on the rank that has one.
     """
-    tensors = {name: fact for name, fact in facts.items() if isinstance(fact, Tensor)}
-    said = {name: _kind(fact) if isinstance(fact, Tensor) else str(fact) for name, fact in facts.items()}
+    try:
+        said, contents = _stated(facts, device)
+    except Exception as error:  # as a sparse tensor raises: the others wait for this rank already
+        said, contents, facts, refusal = {}, 0, {}, refusal or error
     text = repr(sorted(said.items()))  # in an order that is the same on every rank
     own = torch.tensor([count, refusal is not None, zlib.crc32(text.encode()), 0], device=device)  # (4,)
-    if tensors:
-        contents = torch.stack([digest(tensors[name]).to(device) for name in sorted(tensors)])
-        own[3] = _mixed(contents)
+    own[3] = contents
     table = own.new_empty(dist.get_world_size(group) * 4)
     with naming(f"agreeing on {about}", group):
         all_gather(table, own, group=group)
     counts, refused, *digests = table.view(-1, 4).T.tolist()
     if not any(refused) and all(len(set(each)) == 1 for each in digests):
         return counts
-    said |= {name: f"{_content(fact)}{said[name]}" for name, fact in tensors.items()}
+    said |= {name: f"{_content(fact)}{said[name]}" for name, fact in facts.items() if isinstance(fact, Tensor)}
     answers: list[tuple[dict[str, str], str | None]] = [({}, None)] * len(counts)
     dist.all_gather_object(answers, (said, refusal and f"{refusal}"), group=group)
-    error = refusal or ValueError(_difference(answers))
-    setattr(error, TOLD, True)
+    told = refusal or ValueError(_difference(answers))
+    setattr(told, TOLD, True)
     try:
-        raise error
+        raise told
     finally:
-        del error, refusal  # which would hold this frame, and it the group, until the garbage is collected
+        del told, refusal  # which would hold this frame, and it the group, until the garbage is collected
+
+
+def _stated(facts: Mapping[str, object], device: torch.device) -> tuple[dict[str, str], Tensor | int]:
+    """The facts as text, a tensor's by its kind; and 0-d int64 of the contents of all tensors."""
+    said = {name: _kind(fact) if isinstance(fact, Tensor) else str(fact) for name, fact in facts.items()}
+    tensors = [fact for _, fact in sorted(facts.items()) if isinstance(fact, Tensor)]
+    return said, _mixed(torch.stack([digest(each).to(device) for each in tensors])) if tensors else 0
 
 
 def _difference(answers: Sequence[tuple[dict[str, str], str | None]]) -> str:
@@ -290,7 +297,7 @@ def digest(tensor: Tensor) -> Tensor:
     A table that does not learn is read once, and again where autograd has seen it change, so not through `.data`.
     One that learns, of which the ranks average a gradient as large, is read at each batch.
     """
-    bits = tensor.detach().reshape(-1)
+    bits = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     bits = bits.view(INTEGERS.get(bits.element_size(), torch.int64))
     if len(bits) == 1:
         return bits[0].long()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cosface_recipes.models import make_model
-from cosface_recipes.outputs import give_mode_of_open
+from cosface_recipes.outputs import safetensors_of
 
 ONNX, WEIGHTS, DESCRIPTION = "model.onnx", "model.safetensors", "model.json"
 CHANNELS = {"rgb": 3, "gray": 1}
@@ -68,6 +68,7 @@ def export(backbone: nn.Module, description: Description, folder: Path) -> float
         The greatest relative difference between the embeddings of the ONNX file and the backbone's.
 
     Raises:
+        OSError: a file cannot be written.
         RuntimeError: a file does not reproduce the embeddings.
     """
     from safetensors.torch import save_file
@@ -75,8 +76,8 @@ def export(backbone: nn.Module, description: Description, folder: Path) -> float
     folder.mkdir(parents=True, exist_ok=True)
     backbone = backbone.cpu().eval()
     weights = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    give_mode_of_open(folder / WEIGHTS)
+    with safetensors_of(folder / WEIGHTS):
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description), indent=1) + "\n")
     size = description.image_size
     images = torch.rand(4, description.channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1

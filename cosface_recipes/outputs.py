@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -32,6 +33,18 @@ def print_any_name() -> None:
     """Characters that stdout cannot encode are printed as escapes, such as those of names that are no UTF-8."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def safetensors_of(path: Path) -> Iterator[None]:
+    """A file of safetensors in the mode that open() gives, or, where it cannot be written, an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    give_mode_of_open(path)
 
 
 def give_mode_of_open(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cosface_recipes.data.images import visible_files
-from cosface_recipes.outputs import give_mode_of_open
+from cosface_recipes.outputs import safetensors_of
 
 MATRIX = struct.Struct("<4i")  # rows, columns, bytes per row, type
 FLOAT32 = 5  # OpenCV's CV_32F
@@ -36,7 +36,7 @@ def load_features(path: str | Path) -> dict[str, np.ndarray]:
         arrays = _load_npz(path)
     else:
         raise ValueError(f"Features are a .npz or .safetensors file, or a folder of .bin matrices, got {path}.")
-    if odd := [name for name, array in arrays.items() if array.dtype.kind not in "biufcSU"]:
+    if odd := [name for name, array in arrays.items() if array.dtype.kind not in "biufcU"]:
         raise ValueError(f"The array {odd[0]} of {path} is neither numbers nor text, but {arrays[odd[0]].dtype}.")
     if "features" not in arrays:
         raise ValueError(
@@ -80,7 +80,9 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
         arrays = {}
         for name in archive.namelist():
             with archive.open(name) as member:  # np.load takes a member without numpy's header for bytes
-                arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+                array = np.lib.format.read_array(member, allow_pickle=False)
+            text = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+            arrays[name.removesuffix(".npy")] = text
         return arrays
 
 
@@ -96,7 +98,12 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def save_features(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write .npz or .safetensors, in whose metadata arrays of text are lists in JSON."""
+    """Write .npz or .safetensors, in whose metadata arrays of text are lists in JSON.
+
+    Raises:
+        OSError: the file cannot be written, or is to be .safetensors and has no such dtype.
+        ValueError: it ends otherwise.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
@@ -104,8 +111,8 @@ def save_features(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
 
         texts = {name: array.tolist() for name, array in arrays.items() if array.dtype.kind == "U"}
         numbers = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name not in texts}
-        save_file(numbers, path, {TEXTS: json.dumps(texts)} if texts else None)
-        give_mode_of_open(path)
+        with safetensors_of(path):
+            save_file(numbers, path, {TEXTS: json.dumps(texts)} if texts else None)
     elif path.suffix == ".npz":
         np.savez(path, **arrays)
     else:
@@ -131,7 +138,7 @@ def write_matrix(path: str | Path, column: np.ndarray) -> None:
 
 
 def _load_matrices(folder: Path) -> dict[str, np.ndarray]:
-    """folder/.../identity/photo.jpg_algorithm.bin; the innermost folder is the identity.
+    """folder/.../identity/photo.jpg_algorithm.bin, or photo.bin; the innermost folder is the identity.
 
     No matrix has a label if one lies in no sub-folder, as distractors may.
     """
@@ -146,7 +153,8 @@ def _load_matrices(folder: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"The matrix {path} has {len(column)} numbers, and {paths[0]} has {len(first)}.")
         row[:] = column
     parents = [path.parent for path in paths]
-    names = [path.relative_to(folder).as_posix().rpartition("_")[0] for path in paths]
+    photos = [path.with_name(path.stem.rpartition("_")[0] or path.stem) for path in paths]
+    names = [photo.relative_to(folder).as_posix() for photo in photos]
     arrays = {"features": features, "names": np.array(names)}
     if folder in parents:
         return arrays

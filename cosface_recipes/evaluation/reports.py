@@ -214,7 +214,7 @@ def counted(similarity: np.ndarray, same: np.ndarray) -> Histogram:
 
 def positions(ids: np.ndarray, wanted: np.ndarray, what: str, source: str) -> np.ndarray:
     """Where numbers of rows, videos or templates, which a source names, are among the ascending ids."""
-    kinds = ["text" if array.dtype.kind in "SU" else "numbers" for array in (ids, wanted)]
+    kinds = ["text" if array.dtype.kind == "U" else "numbers" for array in (ids, wanted)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"What features are of, by {what}, is {kinds[0]}, and what {source} names is {kinds[1]}.")
     found = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)

@@ -176,10 +176,12 @@ def normalised(embeddings: Tensor) -> Tensor:
         embeddings = embeddings / largest.clamp(min=torch.finfo(torch.float64).tiny)
     x = embeddings.float()
     # float64 has the squares of all numbers of float32: F.normalize makes of 1e20 a zero, of 1e-20 a short vector.
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).float()
-    if not (finite := length.isfinite()).all():
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    if not (finite := length.float().isfinite()).all():
         raise ValueError(f"Embedding {int(finite.int().argmin())} of {len(x)} is not finite in float32.")
-    return x / length.clamp(min=torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    raised = torch.where(length < tiny, 2.0**64, 1.0).float()  # below it float32 has fewer digits
+    return x * raised / (length * raised).float().clamp(min=tiny)
 
 
 def on_grid(unit: Tensor) -> Tensor:
@@ -241,7 +243,9 @@ def count_all(embeddings: Tensor, labels: Tensor, device: torch.device | str = "
     Args:
         embeddings: (n, D); normalised here.
         labels: (n,) identities.
+        device: where the cosines are computed; the CPU for "mps".
     """
+    device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
     unit, labels = normalised(embeddings).to(device), labels.to(device)
     histogram = Histogram(device)
     for rows, row_labels, i in zip(unit.split(TILE), labels.split(TILE), range(0, len(unit), TILE), strict=True):

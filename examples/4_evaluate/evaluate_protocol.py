@@ -55,7 +55,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -161,19 +161,28 @@ def load_arrays(args: argparse.Namespace, embedder: Embedder | None) -> Arrays:
     return arrays
 
 
-def identities(names: np.ndarray, part: int) -> np.ndarray:
-    """A part of each path: the folder whose name says that images of two sets are of one identity."""
-    return np.array([identity(name.split("/")[part]) for name in names.tolist()])
+def named(names: np.ndarray, folder: Path) -> np.ndarray:
+    """The innermost folder of each path below one, whose name says that those of two sets are of one identity."""
+    places = [PurePosixPath(name).parent for name in names.tolist()]
+    labels = [identity(place.name) for place in places]
+    known = dict(zip(reversed(labels), reversed(places), strict=True))
+    for label, place in zip(labels, places, strict=True):
+        if place != (other := known[label]):
+            raise ValueError(
+                f"The name of a folder is that of an identity, and {folder} has two of one name, {other} and "
+                f"{place}: put them together, or rename one."
+            )
+    return np.array(labels)
 
 
 def load_labeled(args: argparse.Namespace, embedder: Embedder | None, path: Path) -> Arrays:
     """Probes or a gallery; the labels of folders are their names."""
     if embedder and path.is_dir():
         arrays = collect_identities(embedder, path)
-        return arrays | {"labels": identities(arrays["names"], 0)}
+        return arrays | {"labels": np.array([identity(name.split("/")[0]) for name in arrays["names"].tolist()])}
     arrays = load_features(path)
     if path.is_dir() and "labels" in arrays:
-        arrays["labels"] = identities(arrays["names"], -2)
+        arrays["labels"] = named(arrays["names"], path)
     check(arrays, args.protocol, path)
     return arrays
 
@@ -183,7 +192,7 @@ def check_others(arrays: Arrays, others: Arrays, whose: str, labels: bool) -> No
     of_parts = {"features": [f"{part['features'].shape[1]} numbers each" for part in (arrays, others)]}
     if labels:
         of_parts["labels"] = [
-            "text" if part["labels"].dtype.kind in "SU" else "numbers" for part in (arrays, others)
+            "text" if part["labels"].dtype.kind == "U" else "numbers" for part in (arrays, others)
         ]
     for what, (sought, among) in of_parts.items():
         if sought != among:

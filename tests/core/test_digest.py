@@ -27,6 +27,14 @@ def test_of_equal_tensors_it_is_equal_and_of_others_not(dtype, size, monkeypatch
     assert len(seen) == 1 + min(size, 100)
 
 
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_of_lazy_signs_it_is_that_of_the_values(size):
+    z = torch.randn(size, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    for lazy, plain in ((z.conj(), z.conj().resolve_conj()), (z.conj().imag, -z.imag)):
+        assert digest(lazy) == digest(plain.clone())
+        assert size == 0 or digest(lazy) != digest(2 * plain)
+
+
 def test_the_order_counts_and_so_does_a_constant():
     table = torch.rand(1000)
     constants = [torch.full((2**21,), value) for value in (0.25, 0.5, 1.0)]

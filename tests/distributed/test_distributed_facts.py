@@ -148,6 +148,15 @@ def _imprint(rank, group):
     _head(group).resize_classes_(new=1, init=(samples, torch.tensor([7, 7])))
 
 
+class Wordless:
+    def __str__(self):
+        raise ValueError("it has no words")
+
+
+def _agree(group, fact):
+    collectives.agree(group, torch.device("cpu"), {"a": 1, "b": fact})
+
+
 ALONE = {
     "double": (
         lambda rank, group: _train(_head(group).to(torch.float64 if rank == 1 else torch.float32)),
@@ -193,6 +202,11 @@ ALONE = {
     "ref_emb": (_ref_emb, "ref_emb and ref_labels must be None or the embeddings and labels themselves"),
     "a class": (_class_of_margins, "margin must be a margin, got the class ArcFaceMargin"),
     "labels that change": (_labels_that_change, "has 2 labels that none of the last 32 forward passes of this"),
+    "sparse": (
+        lambda rank, group: _agree(group, torch.eye(2).to_sparse() if rank == 1 else torch.eye(2)),
+        "reshape is not implemented for sparse tensors",
+    ),
+    "without a text": (lambda rank, group: _agree(group, Wordless() if rank == 1 else 0), "it has no words"),
     "imprinting": (_imprint, f"dtype of the embeddings of init {ALIKE}, got torch.float32 on rank 0 and"),
 }
 

@@ -113,15 +113,41 @@ def test_retrieval_of_features(tmp_path, capsys):
     assert (output["recall@1"], output["mAP@R"]) == ("1.00000", "0.50000")
 
 
-def test_search_among_matrices(tmp_path, capsys):
+@pytest.mark.parametrize("ending", [".jpg_net.bin", ".bin"])
+def test_search_among_matrices(ending, tmp_path, capsys):
     """A folder is an identity by its name, and not by its place among the folders."""
-    for name, angle in (("probes/x/Bob/1.jpg", 5), ("gallery/Ann/1.jpg", 90), ("gallery/Bob/2.jpg", 0)):
-        path = tmp_path / f"{name}_net.bin"
+    matrices = [("probes/x/Bob_Roe/1", 5), ("gallery/Ann_Poe/1", 90), ("gallery/Bob_Roe/2", 0)]
+    for name, angle in matrices:
+        path = tmp_path / f"{name}{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_matrix(path, directions(angle)[0])
     options = ["--features", tmp_path / "probes", "--gallery", tmp_path / "gallery"]
     evaluate("--protocol", "identification", *options)
-    assert printed(capsys)["rank-1"] == "1.00000"
+    output = printed(capsys)
+    assert (output["rank-1"], output["identities in the gallery"]) == ("1.00000", "2")
+
+
+@pytest.mark.parametrize("ending", [".jpg_net.bin", ".bin"])
+def test_retrieval_among_matrices(ending, tmp_path, capsys):
+    """Nearest to each is one of another person, whose folder begins alike."""
+    for name, angle in (("Jane_1/1", 0), ("Jane_1/2", 20), ("Jane_2/1", 1), ("Jane_2/2", 21)):
+        path = tmp_path / "all" / f"{name}{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_matrix(path, directions(angle)[0])
+    evaluate("--protocol", "retrieval", "--features", tmp_path)
+    output = printed(capsys)
+    assert (output["recall@1"], output["recall@5"]) == ("0.00000", "1.00000")
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path):
+    """Which may be one identity or two; of MegaFace's probes, which are named nowhere else, they are two."""
+    for name, angle in (("a/1/x", 0), ("a/1/y", 1), ("b/1/x", 90), ("b/1/y", 91)):
+        path = tmp_path / f"{name}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_matrix(path, directions(angle)[0])
+    with pytest.raises(SystemExit, match=r"is that of an identity, and .* has two of one name, a/1 and b/1: put"):
+        evaluate("--protocol", "retrieval", "--features", tmp_path)
+    assert load_features(tmp_path)["labels"].tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def test_an_export_that_differs_is_refused(tmp_path, monkeypatch):
         export.export(model, description(), tmp_path)
 
 
+@pytest.mark.parametrize("name", [export.WEIGHTS, export.DESCRIPTION, export.ONNX])
+def test_an_export_that_cannot_be_written_is_an_error_of_the_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    model = make_model("glyphnet", channels=1, image_size=32, embedding_size=8)
+    with pytest.raises(OSError, match=name.replace(".", r"\.")):
+        export.export(model, description(), tmp_path)
+
+
 def test_files_that_are_no_exported_model_are_named(tmp_path):
     with pytest.raises(FileNotFoundError):
         export.load(tmp_path)

@@ -62,6 +62,18 @@ def test_a_folder_of_matrices(tmp_path):
         load_features(tmp_path)
 
 
+@pytest.mark.parametrize("ending", ["{}.jpg_net.bin", "{}.bin", "an_odd_{}.jpg_net.bin"])
+@pytest.mark.parametrize("outer", ["", "a_b/", "_/c/"])
+@pytest.mark.parametrize("inner", ["Ann_Poe", "Ann_", "_", "Ann"])
+def test_an_underscore_of_a_folder_begins_no_algorithm(tmp_path, ending, outer, inner):
+    for k in range(2):
+        (path := tmp_path / f"{outer}{inner}_{k}" / ending.format(k)).parent.mkdir(parents=True)
+        write_matrix(path, np.float32([k, 1]))
+    photo = ending.removesuffix("_net.bin").removesuffix(".bin")
+    names = [f"{outer}{inner}_{k}/{photo.format(k)}" for k in range(2)]
+    assert load_features(tmp_path)["names"].tolist() == names
+
+
 def objects(path: Path) -> None:
     np.savez(path, features=np.array([{}], object))
 
@@ -120,9 +132,35 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, name, save, seed):
     assert file.name in refused or loaded["features"].shape[1] == 3
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_features_that_cannot_be_written_are_an_error_of_the_file(tmp_path, suffix):
+    (tmp_path / f"x{suffix}").mkdir()
+    with pytest.raises(OSError, match=rf"x\{suffix}"):
+        save_features(tmp_path / f"x{suffix}", {"features": np.ones((1, 2), np.float32)})
+
+
 def test_an_unknown_kind_of_file_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"Features are saved as \.npz or \.safetensors, got .*x\.pkl"):
         save_features(tmp_path / "x.pkl", {})
+
+
+@pytest.mark.parametrize("odd", [{"when": np.array(["2020-01-01"], "M8[D]")}, {"names": np.array([b"a"])}])
+def test_a_dtype_that_safetensors_lacks_is_an_error_of_the_file(tmp_path, odd):
+    arrays = {"features": np.ones((1, 2), np.float32)}
+    with pytest.raises(OSError, match=r"x\.safetensors could not be written: .*(datetime64|bytes)"):
+        save_features(tmp_path / "x.safetensors", arrays | odd)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_text_in_bytes_is_text(tmp_path, suffix):
+    names = ["Ann/1.png", "\u00e9"]
+    encoded = np.array([name.encode() for name in names])
+    np.savez(tmp_path / "x.npz", features=np.ones((2, 2)), names=encoded)
+    save_features(tmp_path / f"y{suffix}", load_features(tmp_path / "x.npz"))
+    assert load_features(tmp_path / f"y{suffix}")["names"].tolist() == names
+    np.savez(tmp_path / "x.npz", features=np.ones((2, 2)), names=np.array([b"a", b"\xff"]))
+    with pytest.raises(ValueError, match=r"x\.npz cannot be read as features in \.npz: 'utf-8' codec"):
+        load_features(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
