@@ -227,8 +227,8 @@ def agree(
     """
     try:
         said, contents = _stated(facts, device)
-    except Exception as error:  # as a sparse tensor raises: the others wait for this rank already
-        said, contents, facts, refusal = {}, 0, {}, refusal or error
+    except Exception as failure:  # as a sparse tensor raises: the others wait for this rank already
+        said, contents, facts, refusal = {}, 0, {}, refusal or failure
     text = repr(sorted(said.items()))  # in an order that is the same on every rank
     own = torch.tensor([count, refusal is not None, zlib.crc32(text.encode()), 0], device=device)  # (4,)
     own[3] = contents
