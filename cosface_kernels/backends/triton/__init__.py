@@ -19,7 +19,7 @@ from cosface_kernels.backends.triton import backward_pass, choice, forward_pass,
 from cosface_kernels.backends.triton.backward_pass import Move
 from cosface_kernels.backends.triton.cache import Saved, cache_size, nothing_saved, saved_in
 from cosface_kernels.backends.triton.choice import Trial
-from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile, candidates
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile, candidates, plainest
 from cosface_kernels.backends.triton.update import move_rows
 from cosface_kernels.options import PLAIN, Options, Update, empty_cache
 
@@ -191,9 +191,10 @@ def _tuned_backward(
         tiles = {kernel: candidates(kernel, key)[0] for kernel in GEMM_KERNELS[1:]}
 
         def prepare(kernel: str, tile: Tile) -> Trial:
+            of_g = *candidates("logit_gradients", key), plainest("logit_gradients", key)
             trial = backward_pass.Backward(
                 x, some_w, saved, per_row, some_options, {**tiles, kernel: tile}, need_dx, need_dw, bool(move),
-                every_row,
+                every_row, backward_pass.trial_chunk(x, some_w, some_options, of_g),
             )  # fmt: skip
             trial.saved = saved.half_kept(trial.classes(0))
             stages: dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]] = {
