@@ -174,12 +174,20 @@ def test_candidates_of_a_step_are_tried_on_as_many_classes(backend):
     tried()
 
 
+def _off_16_bytes(rows):
+    return torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(rows.shape)
+
+
 @pytest.mark.triton_only
-@pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(x.shape)])
-def test_kernels_read_contiguous_rows_whatever_the_strides(backend, layout):
+@pytest.mark.parametrize(
+    "layout", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(x.shape), _off_16_bytes]
+)
+def test_kernels_read_aligned_contiguous_rows_whatever_the_layout(backend, layout):
     """They are compiled for these alone: of others each number is a load of its own."""
     problem, read = backend.problem(20, 300, 24), []
-    problem = replace(problem, x=layout(problem.x))
+    problem = replace(
+        problem, x=layout(problem.x), targets=_off_16_bytes(problem.targets), scale=_off_16_bytes(problem.scale)
+    )
 
     def note(name, launch, arguments):
         read.extend(each for each in arguments if isinstance(each, torch.Tensor))
@@ -188,7 +196,21 @@ def test_kernels_read_contiguous_rows_whatever_the_strides(backend, layout):
     with launches.through(note):
         evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
     assert len(read) > 50
-    assert all(each.is_contiguous() for each in read)
+    assert all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in read)
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+def test_a_weight_off_16_bytes_has_blocks_of_its_own(backend, dtypes):
+    """It is too large for a copy, and the code that reads it is other code than that of a weight that is not."""
+    problem = backend.problem(20, 300, 32, dtypes)
+    off = replace(problem, w=_off_16_bytes(problem.w))
+    check_backend(backend, off)
+    keys = [launch.key(each.x, each.w, PLAIN) for each in (problem, off)]
+    assert keys[0].variant == keys[1].variant - {"unaligned"} != keys[1].variant
+    for kernel in GEMM_KERNELS:
+        aligned, unaligned = (block_sizes.table(kernel, replace(key, architecture="sm_90")) for key in keys)
+        assert unaligned == block_sizes.RAGGED[kernel] != aligned
 
 
 @pytest.mark.triton_only

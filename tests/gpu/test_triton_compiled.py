@@ -14,14 +14,15 @@ import dataclasses, json, sys
 import torch
 from bench.kernels import Case, examine
 from cosface_kernels.backends.triton.tiles import Tile
-n, c, d, warps = map(int, sys.argv[2:])
-case = Case(sys.argv[1], "sm_90", Tile(n, c, d, warps, 3), torch.bfloat16, torch.bfloat16, False, 512)
+n, c, d, warps = map(int, sys.argv[3:])
+bf16 = torch.bfloat16
+case = Case(sys.argv[1], "sm_90", Tile(n, c, d, warps, 3), bf16, bf16, False, 512, sys.argv[2])
 print(json.dumps(examine(case)))
 """
 
 
-def _examine(kernel: str, tile: tuple[int, ...]):
-    done = run_python(COMPILE, kernel, *map(str, tile), TRITON_INTERPRET="0", PYTHONPATH=".")
+def _examine(kernel: str, tile: tuple[int, ...], variant: str = "plain"):
+    done = run_python(COMPILE, kernel, variant, *map(str, tile), TRITON_INTERPRET="0", PYTHONPATH=".")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -37,6 +38,14 @@ def test_report_of_a_kernel_that_is_fit():
 def test_report_complains_of_spills_and_of_shared_memory():
     assert any("spills" in text for text in _examine("logit_gradients", (128, 128, 64, 4))[1])
     assert any("shared memory" in text for text in _examine("weight_gradients", (256, 256, 256, 8))[1])
+
+
+def test_report_of_a_weight_off_16_bytes():
+    """Each number is a load of its own, as is so of what no block here is made for."""
+    aligned, unaligned = (
+        _examine("class_statistics", (32, 64, 32, 8), each)[0] for each in ("plain", "unaligned")
+    )
+    assert aligned["narrow"] == 0 < unaligned["narrow"]
 
 
 RACE = """

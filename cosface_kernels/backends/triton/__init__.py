@@ -109,7 +109,7 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
-    x = embeddings(x, w, options).contiguous()
+    x, targets, scale = map(launch.aligned, (embeddings(x, w, options), targets, scale))
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
@@ -173,8 +173,8 @@ def _tuned_backward(
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
-        wanted, x = x.dtype, embeddings(x, w, options).contiguous()
-        per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
+        wanted, x = x.dtype, launch.aligned(embeddings(x, w, options))
+        per_row = list(map(launch.aligned, per_row))  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
         if options.sigmoid:
             saved = nothing_saved(x, w, options)
             forward_pass.fill_norms(x, w, options, saved)

@@ -48,7 +48,7 @@ def backward_of_nothing(
 def with_moments(per_row: list[Tensor], options: Options) -> tuple[list[Tensor], Options]:
     """As a `Backward` takes them with moments: targets, g_cos and g_moments (2, N) each."""
     targets, *others, g_lse, g_cos = per_row
-    g_moments = g_lse.new_zeros(2, len(g_lse)) if options.g_moments is None else options.g_moments.contiguous()
+    g_moments = g_lse.new_zeros(2, len(g_lse)) if options.g_moments is None else launch.aligned(options.g_moments)
     per_row = [launch.pairs(targets, -1), *others, g_lse, launch.pairs(g_cos, 0)]
     return per_row, replace(options, moments=True, g_moments=g_moments)
 
