@@ -48,6 +48,13 @@ def test_report_of_a_weight_off_16_bytes():
     assert aligned["narrow"] == 0 < unaligned["narrow"]
 
 
+def test_roots_of_an_optimizer_keep_what_is_subnormal():
+    """As 0, the step without an eps would be infinite."""
+    row, complaints = _examine("adamw_rows", (0, 4, 512, 4))
+    assert "sqrt.rn.f32" in row["ptx_features"]
+    assert complaints == []
+
+
 RACE = """
 import sys
 import torch, triton
