@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ MATRIX_INSTRUCTIONS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"
 # Bytes a thread: compilers differ by them, and a device takes the fastest block.
 MOST_SPILLED = 16
 NARROW = r"\b(ld|st)\.global[.\w]*\.[bu]16 "  # a load or a store of one 16-bit number
-FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx")
+FEATURES = ("cp.async", "wgmma", "tcgen05", "mma.sync", "ldmatrix", "ex2.approx", "sqrt.rn.f32")
 POINTERS = {"targets": torch.int64, "chosen": torch.int64, "finite": torch.bool, "cosines": torch.int16}
 POINTERS |= {"dx": "x", "g": "operand", "x_hat": "operand", "places": torch.int64, "starts": torch.int64}
 POINTERS |= dict.fromkeys(("active_rows", "exact_rows", "classes", "split_classes", "keys"), torch.int32)
@@ -210,7 +211,7 @@ def plain_cases(architectures: list[str], dim: int) -> Iterator[Case]:
 # Kernels that options change: "reshape", of negatives; "raw", a weight that is not normalised; "chosen" classes;
 # "kept" cosines; "moved" rows, whose gradient is float32; "some" rows that have one; "moments" of the negatives,
 # and "slopes" that are not those of their shape; "sigmoid", where each class counts on its own, and its "angle";
-# "states" in float8.
+# "states" in float8. "unaligned" is a weight that does not begin at a multiple of 16 bytes.
 # What is raw computes less, so that nothing crosses it.
 # Easier than what is crossed, in the same tiles: for sm_90 alone.
 EASIER = {"reshape", "reshape slopes", "raw", "kept", "some", "moments"}
@@ -242,6 +243,8 @@ def _variants(kernel: str, arch: str) -> Iterator[str]:
     variants = VARIANTS.get(kernel, ("plain",))
     if arch == "sm_90":
         yield from variants
+        if kernel in (*GEMM_KERNELS, *SPARSE_KERNELS):  # in the blocks of odd rows
+            yield "unaligned"
     elif "entr" in kernel:  # of a gradient_tolerance
         yield "plain"
     else:
@@ -294,7 +297,7 @@ def examine(case: Case) -> tuple[dict, list[str]]:
     multiplies = case.kernel in (*GEMM_KERNELS, *SPARSE_KERNELS) and not reads_cosines
     if multiplies and not row["tensor_core_ops"]:
         complaints.append("does not use the matrix units.")
-    if case.kernel in GEMM_KERNELS and case.dim % 16 == 0 and row.get("narrow"):
+    if case.kernel in GEMM_KERNELS and case.dim % 16 == 0 and row.get("narrow") and not case.has("unaligned"):
         complaints.append(f"moves 16-bit numbers one at a time, in {row['narrow']} places.")
     # Which order of events is safe in a specialised kernel, its tests ask: one product is pending in its loop.
     found = Pipeline(case.tile.stages, 1, []) if case.tile.specialized else pipeline(compiled.asm["ttgir"])
@@ -324,6 +327,8 @@ def compile_case(case: Case):
         dtypes |= {"w_norm": torch.int8}  # exponents
     if case.has("states"):
         dtypes |= dict.fromkeys(STATES, torch.int8)
+    if case.has("unaligned"):
+        dtypes["w"] = _unaligned(w)
     if case.kernel.startswith("entry_"):
         dtypes |= {"g": torch.float32, "cosines": torch.float32}
     numbers = dict.fromkeys(INTEGERS, SOME) | dict.fromkeys(NUMBERS, 1.0)
@@ -365,6 +370,15 @@ def compile_case(case: Case):
     return function.warmup(
         *arguments, grid=(1,), **options, num_warps=case.tile.warps, num_stages=case.tile.stages
     )
+
+
+def _unaligned(dtype: torch.dtype) -> Any:
+    """What Triton has in a dtype's place: a tensor, here one that does not begin at a multiple of 16 bytes."""
+    from triton.runtime.jit import MockTensor
+
+    tensor = MockTensor(dtype)
+    tensor.data_ptr = lambda: dtype.itemsize
+    return tensor
 
 
 def compile_specialized(case: Case):

@@ -1,9 +1,6 @@
-"""Backend `triton` beyond the suite of the op: its choices, its limits, and what its kernels compile to."""
+"""Backend `triton` beyond the suite of the op: its choices, its limits, and what it launches."""
 
-import json
 import math
-import os
-import re
 from dataclasses import replace
 from functools import partial
 
@@ -25,14 +22,13 @@ from support import (
 )
 
 from bench import launches
-from bench.hazards import pipeline
 from cosface_kernels import cosface_loss, ops
 from cosface_kernels.backends import triton as backend_triton
 from cosface_kernels.backends.chunks import CHUNK_STEP, LAUNCH_FLOPS, units
-from cosface_kernels.backends.triton import backward_pass, forward_pass, launch
+from cosface_kernels.backends.triton import backward_pass, choice, forward_pass, launch
 from cosface_kernels.backends.triton import tiles as block_sizes
-from cosface_kernels.backends.triton.cache import Saved
-from cosface_kernels.backends.triton.tiles import GEMM_KERNELS
+from cosface_kernels.backends.triton.cache import Saved, cache_size
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Key, candidates, plainest
 from cosface_kernels.options import PLAIN, WORKSPACE_BYTES, Update
 
 
@@ -123,12 +119,75 @@ def test_an_empty_batch_moves_as_many_classes_at_once(backend):
     assert bool((w == 0.5).all())
 
 
+class NoLaunches:
+    """In the kernels' place: the grids of what is launched, and nothing run."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *arguments, **options: None
+
+
 @pytest.mark.triton_only
-@pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(x.shape)])
-def test_kernels_read_contiguous_rows_whatever_the_strides(backend, layout):
+def test_candidates_of_a_step_are_tried_on_as_many_classes(backend):
+    """On any GPU: whatever chunk a block would have, it does the work of the others, into results of one shape."""
+    assert backend_triton.unavailable() is None  # it imports triton
+
+    @given(
+        gpu=st.sampled_from([("sm_80", 58), ("sm_80", 108), ("sm_90", 132), ("sm_100", 148), ("gfx942", 304)]),
+        dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+        N=st.sampled_from([1, 32, 128, 200, 1024]),
+        D=st.sampled_from([64, 128, 512, 515]),
+        C=st.sampled_from([300, 93_431, 360_232, 10**6]),
+        workspace_bytes=st.sampled_from([WORKSPACE_BYTES, 1 << 25, 1 << 20, 1]),
+        moved=st.booleans(),
+    )
+    def tried(gpu, dtype, N, D, C, workspace_bytes, moved):
+        key = Key(gpu[0], D, dtype, dtype, dtype, 1 << (N - 1).bit_length(), library=dtype == torch.bfloat16)
+        tiles = set()
+
+        def choose(kernel, key, prepare):
+            tiles.update(each := (*candidates(kernel, key), plainest(kernel, key)))
+            assert len({tuple(got.shape for got in prepare(tile).results()) for tile in each}) == 1
+            return each[0]
+
+        x, w = (torch.empty(rows, D, dtype=dtype, device="meta") for rows in (N, C))
+        per_row = [torch.empty(N, device="meta") for _ in range(5)]
+        options = replace(PLAIN, workspace_bytes=workspace_bytes)
+        cache = torch.empty(cache_size(x, w, options), dtype=torch.uint8, device="meta")
+        given = x, w, torch.empty(N, dtype=torch.int64, device="meta"), *per_row, cache
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "kernels", NoLaunches())
+            patch.setattr(launch, "key", lambda *of: key)
+            patch.setattr(launch, "processors", lambda x: gpu[1])
+            patch.setattr(backward_pass, "INTERPRETED_WORKSPACE", 2**62)
+            patch.setattr(choice, "choose", choose)
+            move = (lambda first, dw: None) if moved else None
+            backend_triton._tuned_backward(given, options, True, True, move)
+        assert len(tiles) > 3
+
+    tried()
+
+
+def _off_16_bytes(rows):
+    return torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(rows.shape)
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize(
+    "layout", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(x.shape), _off_16_bytes]
+)
+def test_kernels_read_aligned_contiguous_rows_whatever_the_layout(backend, layout):
     """They are compiled for these alone: of others each number is a load of its own."""
     problem, read = backend.problem(20, 300, 24), []
-    problem = replace(problem, x=layout(problem.x))
+    problem = replace(
+        problem, x=layout(problem.x), targets=_off_16_bytes(problem.targets), scale=_off_16_bytes(problem.scale)
+    )
 
     def note(name, launch, arguments):
         read.extend(each for each in arguments if isinstance(each, torch.Tensor))
@@ -137,7 +196,21 @@ def test_kernels_read_contiguous_rows_whatever_the_strides(backend, layout):
     with launches.through(note):
         evaluate(backend.lmcl, problem, random_upstream(problem, "loss"))
     assert len(read) > 50
-    assert all(each.is_contiguous() for each in read)
+    assert all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in read)
+
+
+@pytest.mark.triton_only
+@pytest.mark.parametrize("dtypes", [F32, BF16, F16], ids=str)
+def test_a_weight_off_16_bytes_has_blocks_of_its_own(backend, dtypes):
+    """It is too large for a copy, and the code that reads it is other code than that of a weight that is not."""
+    problem = backend.problem(20, 300, 32, dtypes)
+    off = replace(problem, w=_off_16_bytes(problem.w))
+    check_backend(backend, off)
+    keys = [launch.key(each.x, each.w, PLAIN) for each in (problem, off)]
+    assert keys[0].variant == keys[1].variant - {"unaligned"} != keys[1].variant
+    for kernel in GEMM_KERNELS:
+        aligned, unaligned = (block_sizes.table(kernel, replace(key, architecture="sm_90")) for key in keys)
+        assert unaligned == block_sizes.RAGGED[kernel] != aligned
 
 
 @pytest.mark.triton_only
@@ -238,123 +311,6 @@ def test_cpu_import_does_not_pay_for_triton():
     assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
-# -- ahead of time -----------------------------------------------------------------------------------------------
-
-COMPILE = """
-import dataclasses, json, sys
-import torch
-from bench.kernels import Case, examine
-from cosface_kernels.backends.triton.tiles import Tile
-n, c, d, warps = map(int, sys.argv[2:])
-case = Case(sys.argv[1], "sm_90", Tile(n, c, d, warps, 3), torch.bfloat16, torch.bfloat16, False, 512)
-print(json.dumps(examine(case)))
-"""
-
-
-def _examine(kernel: str, tile: tuple[int, ...]):
-    done = run_python(COMPILE, kernel, *map(str, tile), TRITON_INTERPRET="0", PYTHONPATH=".")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_report_of_a_kernel_that_is_fit():
-    row, complaints = _examine("class_statistics", (128, 128, 64, 8))
-    assert complaints == []
-    assert {"kernel", "arch", "config", "dtype", "registers", "spill_bytes", "shared_bytes"} <= set(row)
-    assert row["tensor_core_ops"] > 0
-    assert "wgmma" in row["ptx_features"]
-
-
-def test_report_complains_of_spills_and_of_shared_memory():
-    assert any("spills" in text for text in _examine("logit_gradients", (128, 128, 64, 4))[1])
-    assert any("shared memory" in text for text in _examine("weight_gradients", (256, 256, 256, 8))[1])
-
-
-RACE = """
-import sys
-import torch, triton
-from bench import launches
-from bench.hazards import pipeline
-from bench.kernels import StandIn
-from support.racing_kernel import product_and_squares
-triton.runtime.driver.set_active(StandIn("sm_90"))
-b, f = torch.bfloat16, torch.float32
-blocks = {"D": 512, "BLOCK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-compiled = product_and_squares.warmup(b, b, f, f, grid=(1,), **blocks)
-print(*pipeline(compiled.asm["ttgir"]).hazards, sep="\\n")
-"""
-
-
-def test_a_load_into_what_a_pending_product_reads_is_found():
-    done = run_python(RACE, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join([".", "tests"]))
-    assert re.fullmatch(r"a load overwrites %w_tile\w* while a product still reads it\.\n", done.stdout), (
-        done.stdout + done.stderr
-    )
-
-
-RING = """
-tt.func public @kernel() {{
-  %c0_i32 = arith.constant 0 : i32
-  %c1_i32 = arith.constant 1 : i32
-  %c2_i32 = arith.constant 2 : i32
-  %c3_i32 = arith.constant 3 : i32
-  %slots = arith.constant {slots} : i32
-  %ring = ttg.local_alloc : () -> !ttg.memdesc<{slots}x64x64xbf16, #shared, #smem, mutable>
-  %end:2 = scf.for %i = %c0_i32 to %many step %c1_i32 iter_args(%r = %c0_i32, %w = %c{ahead}_i32) -> (i32) {{
-    %tile = ttg.memdesc_index %ring[%r] : !ttg.memdesc<64x64xbf16>
-    %dot = ttng.warp_group_dot %tile, %tile, %zero {{isAsync = true}} : !ttg.memdesc<64x64xbf16> -> tensor<64xf32>
-    %done = ttng.warp_group_dot_wait %dot {{pendings = {pending} : i32}} : tensor<64x64xf32>
-    %place = ttg.memdesc_index %ring[%w] : !ttg.memdesc<64x64xbf16>
-    %token = ttg.async_copy_global_to_local %pointers, %place : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
-    %r1 = arith.addi %r, %c1_i32 : i32
-    %r2 = arith.remsi %r1, %slots : i32
-    %w1 = arith.addi %w, %c1_i32 : i32
-    %w2 = arith.remsi %w1, %slots : i32
-    scf.yield %r2, %w2 : i32, i32
-  }}
-  %next = ttg.memdesc_index %ring[%end#0] : !ttg.memdesc<64x64xbf16>
-  {after}
-}}
-"""
-COPY = "%t = ttg.async_copy_global_to_local %pointers, %next : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>"
-
-
-@pytest.mark.parametrize(
-    ("slots", "ahead", "pending", "racing"),
-    [
-        *[(1, 0, 0, False), (1, 0, 1, True), (2, 1, 0, False), (2, 1, 1, False), (2, 0, 1, True)],
-        *[(3, 1, 1, False), (3, 2, 1, False), (3, 2, 2, True), (4, 3, 1, False), (4, 3, 2, True)],
-    ],
-)
-def test_a_ring_has_a_slot_for_each_tile_on_its_way_and_each_pending_product(slots, ahead, pending, racing):
-    found = pipeline(RING.format(slots=slots, ahead=ahead, pending=pending, after=""))
-    assert bool(found.hazards) == racing, found
-    assert (found.slots, found.pending) == (slots, pending)
-
-
-def hazards_of(text):
-    return pipeline(text).hazards
-
-
-def test_the_first_loads_of_a_next_loop_wait_for_the_last_products():
-    assert hazards_of(RING.format(slots=3, ahead=2, pending=1, after="")) == []
-    last = RING.format(slots=1, ahead=0, pending=0, after=COPY)
-    assert hazards_of(last) == []
-    assert hazards_of(RING.format(slots=3, ahead=2, pending=1, after=COPY.replace("%next", "%tile"))) != []
-    waited = "%w = ttng.warp_group_dot_wait %done {pendings = 0 : i32} : tensor<64x64xf32>\n  "
-    assert (
-        hazards_of(RING.format(slots=3, ahead=2, pending=1, after=waited + COPY.replace("%next", "%tile"))) == []
-    )
-
-
-def test_a_product_that_cannot_be_followed_is_a_complaint():
-    text = RING.format(slots=3, ahead=2, pending=1, after="")
-    assert hazards_of(text.replace("dot %tile, %tile", "dot %tile, %lost")) == [
-        "an operand of a product cannot be followed to its slot."
-    ]
-    assert hazards_of(text.replace("to %many", "to %c0_i32")) == ["no product was reached."]
-
-
 # -- launches ----------------------------------------------------------------------------------------------------
 
 SPECIALISED = {"first_class", "chunk"}
@@ -407,18 +363,9 @@ def test_no_grid_passes_what_a_gpu_takes(backend, num_samples, num_classes, dim,
 
     The largest G here takes 1 TiB; one with more than 2^31 blocks would take at least 4 TiB.
     """
-    grids = []
-
-    class Launches:
-        def __getattr__(self, name):
-            return self
-
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return lambda *arguments, **options: None
-
+    launches = NoLaunches()
     assert backend_triton.unavailable() is None  # it imports triton
-    monkeypatch.setattr(launch, "kernels", Launches())
+    monkeypatch.setattr(launch, "kernels", launches)
     monkeypatch.setenv("COSFACE_TRITON_CHUNK", str(2**24))
     x, w = torch.empty(num_samples, dim, device="meta"), torch.empty(num_classes, dim, device="meta")
     rows = [torch.empty(num_samples, device="meta") for _ in range(6)]
@@ -427,7 +374,7 @@ def test_no_grid_passes_what_a_gpu_takes(backend, num_samples, num_classes, dim,
     forward_pass.forward(x, w, saved, rows[0], rows[1], 0.0, PLAIN, tile)
     tiles = dict.fromkeys(GEMM_KERNELS[1:], tile)
     backward_pass.backward(x, w, saved, rows, PLAIN, True, True, tiles)
-    assert len(grids) >= 7
-    for first, *others in grids:
+    assert len(launches.grids) >= 7
+    for first, *others in launches.grids:
         assert first < 2**31
-        assert all(size <= 65_535 for size in others), grids
+        assert all(size <= 65_535 for size in others), launches.grids

@@ -5,6 +5,10 @@ import torch
 from support import evaluate, random_upstream, relative_error
 
 from bench.launches import through
+from cosface_kernels.backends.triton import forward_pass, unavailable
+from cosface_kernels.backends.triton.cache import Saved
+from cosface_kernels.backends.triton.tiles import INTERPRETED_TILE
+from cosface_kernels.options import PLAIN
 
 pytestmark = pytest.mark.triton_only
 STEP = 2.0**-16  # by which a cosine may be off
@@ -53,3 +57,15 @@ def test_the_cache_holds_whole_tiles_of_cosines(backend):
     sizes = {bytes_: torch.ops.cosface.lmcl(*arguments, bytes_)[5].numel() for bytes_ in (0, 10**4, 30_000, 10**9)}
     norms = sizes[0]
     assert sizes == {0: norms, 10**4: norms, 30_000: norms + 2 * 20 * 512, 10**9: norms + 2 * 20 * 768}
+
+
+def test_a_cosine_beyond_1_is_kept_as_1(backend):
+    """As sums in few bits may make it: in 16 bits it would wrap around to -1."""
+    assert unavailable() is None  # it imports triton
+    problem = backend.problem(20, 300, 24)
+    x, w = problem.w[:20].contiguous(), problem.w.clone()
+    w[1::2] *= -1
+    cache = torch.zeros(20, 512, dtype=torch.int16, device=backend.device)
+    saved = Saved(w.norm(dim=1) / 1.01, x.norm(dim=1), cache)
+    forward_pass.forward(x, w, saved, problem.targets, problem.scale, 0.0, PLAIN, INTERPRETED_TILE)
+    assert cache.diagonal().tolist() == [32767, -32767] * 10

@@ -80,6 +80,8 @@ NAN = RIGHT[0], torch.tensor([1.0, torch.nan, torch.nan])
         ([RIGHT, NAN], "different bits"),
         ([RuntimeError("too much shared memory")], "RuntimeError: too much shared memory"),
         ([TypeError("no such product")], "TypeError: no such product"),
+        ([(RIGHT[0][:2], RIGHT[1])], "shapes [2, 4], [3], those of the plainest block [3, 4], [3]."),
+        ([RIGHT[:1]], "shapes [3, 4], those of the plainest block [3, 4], [3]."),
     ],
 )
 def test_what_is_wrong_here_is_left_out_and_named_once(fresh, caplog, results, complaint):
@@ -338,12 +340,18 @@ def test_products_of_the_library_of_a_weight_as_it_is(backend):
 
 
 @pytest.mark.triton_only
-@pytest.mark.parametrize("dtypes", [BF16, F32], ids=str)
-def test_a_step_tries_each_candidate_and_computes_the_same(backend, dtypes, fresh, monkeypatch):
-    """The real trials, on a sample that ends within a chunk; the slowest is taken for the fastest."""
-    monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
-    problem = backend.problem(20, 300, 24, dtypes)
-    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * 256 * problem.x.numel())
+@pytest.mark.parametrize(
+    ("dtypes", "c", "classes"), [(BF16, 64, 256), (F32, 64, 256), (BF16, 64, 768), (BF16, 256, 768)]
+)
+def test_a_step_tries_each_candidate_and_computes_the_same(backend, dtypes, c, classes, fresh, monkeypatch):
+    """The real trials, on a sample that ends within a chunk; the slowest is taken for the fastest.
+
+    Of 768 classes, the workspace gives some candidates one chunk, and the library or wide blocks two.
+    """
+    if classes == 256:
+        monkeypatch.setenv("COSFACE_TRITON_CHUNK", "256")
+    problem = backend.problem(17, 1000, 24, dtypes)
+    monkeypatch.setattr(launch, "TRIAL_FLOPS", 2 * classes * problem.x.numel())
     upstream, launched = random_upstream(problem, "loss"), []
 
     def milliseconds(launch):
@@ -352,11 +360,10 @@ def test_a_step_tries_each_candidate_and_computes_the_same(backend, dtypes, fres
         return -len(launched)
 
     monkeypatch.setattr(choice, "_milliseconds_of", milliseconds)
-    small = Tile(16, 64, 32, 4, 1)
 
     def several(kernel, key):
         library = (LIBRARY,) if dtypes == BF16 and kernel in LIBRARY_KERNELS else ()
-        return plainest(kernel, key), small, *library
+        return plainest(kernel, key), Tile(16, c, 32, 4, 1), *library
 
     monkeypatch.setattr(choice, "candidates", several)
     got = evaluate(backend.lmcl, problem, upstream)

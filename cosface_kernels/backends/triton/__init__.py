@@ -19,7 +19,7 @@ from cosface_kernels.backends.triton import backward_pass, choice, forward_pass,
 from cosface_kernels.backends.triton.backward_pass import Move
 from cosface_kernels.backends.triton.cache import Saved, cache_size, nothing_saved, saved_in
 from cosface_kernels.backends.triton.choice import Trial
-from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile, candidates
+from cosface_kernels.backends.triton.tiles import GEMM_KERNELS, Tile, candidates, plainest
 from cosface_kernels.backends.triton.update import move_rows
 from cosface_kernels.options import PLAIN, Options, Update, empty_cache
 
@@ -109,7 +109,7 @@ def forward(
     x: Tensor, w: Tensor, targets: Tensor, scale: Tensor, margin: float, options: Options
 ) -> tuple[Tensor, ...]:
     contract.check(x, w, options, targets, scale)
-    x = embeddings(x, w, options).contiguous()
+    x, targets, scale = map(launch.aligned, (embeddings(x, w, options), targets, scale))
     with torch.cuda.device_of(x):
         cache = x.new_zeros(cache_size(x, w, options), dtype=torch.uint8)
         if len(x) == 0:
@@ -173,8 +173,8 @@ def _tuned_backward(
     with torch.cuda.device_of(x):
         if len(x) == 0:
             return backward_pass.backward_of_nothing(x, w, options, need_dx, need_dw, move)
-        wanted, x = x.dtype, embeddings(x, w, options).contiguous()
-        per_row = [values.contiguous() for values in per_row]  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
+        wanted, x = x.dtype, launch.aligned(embeddings(x, w, options))
+        per_row = list(map(launch.aligned, per_row))  # targets, scale, top, log_sum, g_lse, g_cos: (N,)
         if options.sigmoid:
             saved = nothing_saved(x, w, options)
             forward_pass.fill_norms(x, w, options, saved)
@@ -191,9 +191,10 @@ def _tuned_backward(
         tiles = {kernel: candidates(kernel, key)[0] for kernel in GEMM_KERNELS[1:]}
 
         def prepare(kernel: str, tile: Tile) -> Trial:
+            of_g = *candidates("logit_gradients", key), plainest("logit_gradients", key)
             trial = backward_pass.Backward(
                 x, some_w, saved, per_row, some_options, {**tiles, kernel: tile}, need_dx, need_dw, bool(move),
-                every_row,
+                every_row, backward_pass.trial_chunk(x, some_w, some_options, of_g),
             )  # fmt: skip
             trial.saved = saved.half_kept(trial.classes(0))
             stages: dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]] = {

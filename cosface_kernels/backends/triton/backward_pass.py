@@ -1,7 +1,7 @@
 """Launches of backward, chunk by chunk of classes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +48,7 @@ def backward_of_nothing(
 def with_moments(per_row: list[Tensor], options: Options) -> tuple[list[Tensor], Options]:
     """As a `Backward` takes them with moments: targets, g_cos and g_moments (2, N) each."""
     targets, *others, g_lse, g_cos = per_row
-    g_moments = g_lse.new_zeros(2, len(g_lse)) if options.g_moments is None else options.g_moments.contiguous()
+    g_moments = g_lse.new_zeros(2, len(g_lse)) if options.g_moments is None else launch.aligned(options.g_moments)
     per_row = [launch.pairs(targets, -1), *others, g_lse, launch.pairs(g_cos, 0)]
     return per_row, replace(options, moments=True, g_moments=g_moments)
 
@@ -90,6 +90,7 @@ class Backward:
     tiles: by kernel. updates: whether rows move, by gradients in float32 that only one chunk has.
     active_rows: (1,) int32, how many rows have a gradient, the first ones; dx of the others may be anything, and
     dw is not written if there are none. None: it may be any of them.
+    chunk: its classes. None: as many as suit the tiles.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Backward:
         need_dw: bool,
         updates: bool,
         active_rows: Tensor | None = None,
+        chunk: int | None = None,
     ) -> None:
         self.x, self.w, self.saved, self.per_row, self.options = x, w, saved, per_row, options
         self.of_g, self.of_dx, self.of_dw = (tiles[kernel] for kernel in GEMM_KERNELS[1:])
@@ -112,7 +114,7 @@ class Backward:
         self.need_dx, self.updates = need_dx, updates
         sums_apart = updates or (need_dw and self.of_dw == LIBRARY)
         self.row_blocks = cdiv(N, self.of_g.n)
-        self.chunk = _chunk_classes(x, w, options, self.of_g, rows_in_float32=sums_apart)
+        self.chunk = chunk or _chunk_classes(x, w, options, self.of_g, rows_in_float32=sums_apart)
         self.class_tiles = cdiv(self.chunk, self.of_g.c)
         self.float32 = functools.partial(x.new_empty, dtype=torch.float32)
 
@@ -252,6 +254,14 @@ class Backward:
     def classes(self, first: int) -> int:
         """Of the chunk."""
         return min(self.chunk, self.C - first)
+
+
+def trial_chunk(x: Tensor, w: Tensor, options: Options, blocks: Iterable[Tile]) -> int:
+    """Classes on which all blocks of a step are tried: its shortest chunk with any of these of logit_gradients.
+
+    Were each tried on the chunk that suits it, times would be of unlike work, and results of unlike shapes.
+    """
+    return min(_chunk_classes(x, w, options, tile, rows_in_float32=True) for tile in blocks)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:

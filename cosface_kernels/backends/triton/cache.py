@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cosface_kernels.backends.chunks import CHUNK_STEP, cdiv
-from cosface_kernels.backends.triton.launch import ALIGNED_BYTES
+from cosface_kernels.backends.triton.launch import ALIGNED_BYTES, aligned
 from cosface_kernels.options import Options
 
 ALIGNED = ALIGNED_BYTES // torch.float32.itemsize
@@ -77,7 +77,7 @@ def saved_in(cache: Tensor, x: Tensor, w: Tensor, options: Options) -> Saved:
     norms = cache[:slots].view(torch.float32)
     w_norm, exponents = norms[:classes], options.exponents
     if exponents is not None and not options.normalize_weight:
-        w_norm = exponents.contiguous() if options.classes is None else exponents[options.classes]
+        w_norm = aligned(exponents) if options.classes is None else exponents[options.classes]
     cosines = cache[slots : slots + 2 * len(x) * kept].view(torch.int16)
     return Saved(w_norm, norms[classes:], cosines.view(len(x), kept))
 

@@ -146,6 +146,9 @@ def _complaint(results: Callable[[Tile], Sequence[Tensor]], tile: Tile, plain: T
     if not is_same:
         return "two runs on the same numbers gave different bits."
     wanted = results(plain)
+    mine, its = (", ".join(str(list(each.shape)) for each in some) for some in (first, wanted))
+    if mine != its:
+        return f"its results have shapes {mine}, those of the plainest block {its}."
     for got, want in zip(first, wanted, strict=True):
         if not (error := _worst_row(got, want)) <= MOST_ROUNDING:  # nor is nan
             return f"a row of its results is off by {error:.2g} of its length."

@@ -37,8 +37,8 @@ def forward(
     """loss, top, log_sum, target_cos, max_neg and moments."""
     (N, D), C = x.shape, options.count(w)
     w_norm, x_norm, cosines = saved
-    scale, one_target = scale.contiguous(), targets.dim() == 1
-    targets = launch.pairs(targets, -1) if options.moments else targets.contiguous()  # (N,), with moments (2, N)
+    one_target = targets.dim() == 1
+    targets = launch.pairs(targets, -1) if options.moments else targets  # (N,), with moments (2, N)
     row_blocks, tiles = cdiv(N, tile.n), cdiv(C, tile.c)
     programs = 1 if tile.specialized else launch.PROGRAMS_PER_PROCESSOR
     tiles_per_split = cdiv(tiles, launch.splits(row_blocks, x, programs))

@@ -27,9 +27,22 @@ triton: Any = None  # imported by unavailable(): a second that a machine without
 kernels: Any = None
 
 
+def aligned(values: Tensor) -> Tensor:
+    """What kernels read beside rows of classes, contiguous and from a multiple of 16 bytes on, if need be a copy.
+
+    Of what begins elsewhere they load each number on its own, by code that no trial has seen.
+    """
+    values = values.contiguous()
+    return values if _is_aligned(values) else values.clone()
+
+
+def _is_aligned(values: Tensor) -> bool:
+    return values.data_ptr() % ALIGNED_BYTES == 0
+
+
 def chosen_rows(unused: Tensor, options: Options) -> tuple[Tensor, bool]:
     """The chosen rows as the kernels read them, or what stands in for them where none are read."""
-    return (unused, False) if options.classes is None else (options.classes.contiguous(), True)
+    return (unused, False) if options.classes is None else (aligned(options.classes), True)
 
 
 def stored(rows: Tensor) -> Tensor:
@@ -43,17 +56,17 @@ def polynomial(options: Options, unused: Tensor) -> tuple[Tensor, Tensor]:
     Of a sigmoid the coefficients are its polynomials'.
     """
     if options.polynomials is not None:
-        return unused, options.polynomials.float().contiguous()
+        return unused, aligned(options.polynomials.float())
     if options.thresholds is None or options.negatives is None:
         return unused, unused
-    return options.thresholds.float().contiguous(), options.negatives.float().contiguous()
+    return aligned(options.thresholds.float()), aligned(options.negatives.float())
 
 
 def pairs(values: Tensor, none: int) -> Tensor:
     """(2, N), of values for each target of a sample, (N,) where all have one."""
     if values.dim() == 1:
         values = torch.stack([values, torch.full_like(values, none)])
-    return values.contiguous()
+    return values
 
 
 def sample(x: Tensor, w: Tensor, options: Options) -> tuple[Tensor, Options]:
@@ -98,7 +111,7 @@ def _device(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
 
 
-def variant(options: Options, operand: torch.dtype) -> frozenset[str]:
+def variant(w: Tensor, options: Options, operand: torch.dtype) -> frozenset[str]:
     """What the kernels are compiled for beside dtypes and blocks, in the words of `python -m bench kernels`."""
     words = {
         "chosen": options.classes is not None,
@@ -112,6 +125,7 @@ def variant(options: Options, operand: torch.dtype) -> frozenset[str]:
         "sigmoid": options.sigmoid,
         "angle": options.sigmoid == "angle",
         "tf32": precision(operand) == "tf32",
+        "unaligned": not _is_aligned(w),  # and too large for a copy
     }
     return frozenset(word for word, is_so in words.items() if is_so)
 
@@ -125,8 +139,8 @@ def key(x: Tensor, w: Tensor, options: Options) -> Key:
     described = whole and os.environ.get("COSFACE_TRITON_SPECIALIZED") == "1" and can_describe(x, w)
     operand = operand_dtype(x.dtype, w.dtype)
     return Key(
-        architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, variant(options, operand), library,
-        described,
+        architecture(x.device), x.shape[1], x.dtype, w.dtype, operand, bucket, variant(w, options, operand),
+        library, described,
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def keep(
     """Fills the cache with entries, and with what was dropped and kept of each sample."""
     _, top, log_sum, target_cos, _ = results
     N, C, slots = len(x), options.count(w), entry_slots(x, w, options)
-    per_row = targets.contiguous(), scale.contiguous(), top, log_sum
+    per_row = targets, scale, top, log_sum
     cuts = _cuts(x, w, saved, per_row, options, slots - 1)
     some_w, some_options = launch.sample(x, w, options)
 
@@ -81,7 +81,7 @@ def keep(
     splits, capacity = classes.shape[1:]
     to_classes, to_cosines = _entries_in(cache, x, slots)
     kernels.pack_entries[(N,)](
-        classes, cosines, counts, targets.contiguous(), target_cos, to_classes, to_cosines, N, C, splits, capacity,
+        classes, cosines, counts, targets, target_cos, to_classes, to_cosines, N, C, splits, capacity,
         slots, BLOCK=BLOCK,
     )  # fmt: skip
     mass, kept = dropped.double().sum(0), counts.sum(0)  # (N,)

@@ -136,8 +136,9 @@ TOO_LARGE = {
 # Likewise where a loop over the columns has one step, and for heads of sigmoids.
 TOO_LARGE_FOR_ONE_STEP = {("class_statistics", 2, "sm_100")}
 TOO_LARGE_FOR_SIGMOIDS = {("logit_gradients", 4, "sm_80")}
-# For embeddings whose size is no multiple of 16: of odd rows nothing can be copied ahead, and loads go through
-# registers, one number at a time, so that blocks are small and nothing is in flight.
+# For embeddings whose size is no multiple of 16, and a weight that does not begin at one of 16 bytes: of such rows
+# nothing can be copied ahead, and loads go through registers, one number at a time, so that blocks are small and
+# nothing is in flight.
 RAGGED: dict[str, tuple[Tile, ...]] = {
     "class_statistics": (Tile(64, 32, 32, 8, 1), Tile(32, 64, 32, 8, 1)),
     "logit_gradients": (Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 8, 1)),
@@ -163,7 +164,7 @@ def table(kernel: str, key: Key) -> tuple[Tile, ...]:
     """The candidates for batches of any size, the default first."""
     if key.architecture == INTERPRETED:
         return (INTERPRETED_TILE,)
-    if key.dim % 16:
+    if key.dim % 16 or "unaligned" in key.variant:
         return RAGGED[kernel]
     size = key.operand.itemsize
     tiles = OVERRIDES.get((kernel, size, key.architecture), TABLE[kernel, size])

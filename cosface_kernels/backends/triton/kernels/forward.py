@@ -128,7 +128,7 @@ def class_statistics(
             is_negative &= classes[None, :] != second[:, None]
         cos = dot * x_inverse[:, None] * w_factor[None, :]
         if KEEP:
-            in_steps = tl.floor(cos * (1 / COSINE_STEP) + 0.5).to(tl.int16)
+            in_steps = tl.floor(tl.clamp(cos, -1.0, 1.0) * (1 / COSINE_STEP) + 0.5).to(tl.int16)
             mask = is_row[:, None] & (classes < kept)[None, :]
             tl.store(cosines + _offsets(rows, classes, kept), in_steps, mask=mask)
         # Rounded as in logit_gradients; the choice keeps the product out of an fma with what is subtracted.

@@ -166,4 +166,4 @@ def adamw_rows(
             largest = tl.load(max_exp_avg_sq + place, mask=mask, other=0.0).to(tl.float32)
             q = tl.maximum(q, largest, propagate_nan=tl.PropagateNan.ALL)
             _store_moved(max_exp_avg_sq + place, q, more_noise >> 16, mask)
-        _store_moved(w + place, kept * v - step_size * m / (tl.sqrt(q) / root_correction + eps), noise, mask)
+        _store_moved(w + place, kept * v - step_size * m / (tl.sqrt_rn(q) / root_correction + eps), noise, mask)

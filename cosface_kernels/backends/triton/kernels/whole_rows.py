@@ -79,7 +79,7 @@ def _to_float8(v, noise):
 def _store(to, v, noise, mask, largest, exponent, ROOTS: tl.constexpr = False):
     """v, rounded by the lower 16 bits of the noise; no root of a row that has one becomes 0: it would leap."""
     if to.dtype.element_ty == tl.int8:
-        v = tl.sqrt(v) if ROOTS else v
+        v = tl.sqrt_rn(v) if ROOTS else v
         # Were it rounded otherwise than for the largest, that one could pass 448.
         v = tl.maximum(v, -largest[:, None], propagate_nan=tl.PropagateNan.ALL)
         v = tl.minimum(v, largest[:, None], propagate_nan=tl.PropagateNan.ALL)
@@ -209,7 +209,7 @@ def _adamw(
     p = q
     if AMSGRAD:
         p = tl.maximum(q, _held(max_exp_avg_sq, p_e, mask, True), propagate_nan=tl.PropagateNan.ALL)
-    return kept * v - step_size * m / (tl.sqrt(p) / root_correction + eps), m, q, p
+    return kept * v - step_size * m / (tl.sqrt_rn(p) / root_correction + eps), m, q, p
 
 
 @triton.jit(do_not_specialize=["C", "seed", "step"])
@@ -285,7 +285,7 @@ def adamw_whole_rows(
             squares += tl.sum(v * v, 1)
     to_length = _to_length(squares, weight_norm, NORM)
     largest_w *= to_length
-    largest_q, largest_p = tl.sqrt(largest_q), tl.sqrt(largest_p)
+    largest_q, largest_p = tl.sqrt_rn(largest_q), tl.sqrt_rn(largest_p)
     tl.debug_barrier()  # every warp has read the exponents
     next_w_e = _next_exponent(w, w_exponents, rows, is_class, largest_w, w_e)
     next_m_e = _next_exponent(exp_avg, exp_avg_exponents, rows, is_class, largest_m, m_e)
