@@ -181,7 +181,7 @@ def test_sigterm_saves_and_exits_with_0(settings):
 
 def _stops(rank, group, told):
     world = SimpleNamespace(world=LARGEST_WORLD, device=torch.device("cpu"))
-    return training.Training.any_process(world, rank == told)
+    return bool(training.Training.any_process(world, torch.tensor(rank == told)))
 
 
 @pytest.mark.parametrize("told", [0, LARGEST_WORLD - 1, None])
