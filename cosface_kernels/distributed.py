@@ -143,8 +143,12 @@ def _clear_caches() -> None:
     for each in gc.get_objects():
         if type(each) is functools._lru_cache_wrapper and f"{each.__module__}".startswith(DTensor.__module__):
             each.cache_clear()
-    getattr(_redistribute, "clear_redistribute_planner_cache", gc.collect)()
-    getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", gc.collect)()
+    for module, clear in (
+        (_redistribute, "clear_redistribute_planner_cache"),
+        (torch._C, "_clear_DTensor_sharding_propagator_cache"),
+    ):
+        if hasattr(module, clear):
+            getattr(module, clear)()
 
 
 def several_ranks() -> bool:

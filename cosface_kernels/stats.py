@@ -66,5 +66,6 @@ class LossStats(NamedTuple):
     entropy: Tensor | None = None
 
 
-for each in (Sparsity, LossStats):  # for torch.export, which saves them by these names
-    _register_namedtuple(each, serialized_type_name=f"cosface_kernels.{each.__name__}")
+# for torch.export, which saves them by these names
+_register_namedtuple(Sparsity, serialized_type_name="cosface_kernels.Sparsity")
+_register_namedtuple(LossStats, serialized_type_name="cosface_kernels.LossStats")

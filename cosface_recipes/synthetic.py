@@ -6,6 +6,9 @@ undo the view.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,3 +40,21 @@ def views(labels: Tensor, seed: int) -> Tensor:
 def make_network(dim: int) -> nn.Module:
     """(N, VIEW) samples to (N, dim) embeddings."""
     return nn.Sequential(nn.Linear(VIEW, 512), nn.ReLU(), nn.Linear(512, dim))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What million.py saved: its settings and steps, and the states of what learns.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is of something else.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, mmap=True, weights_only=True)
+        if saved.keys() >= {"settings", "steps", "network", "head"}:
+            return saved
+    except OSError:
+        raise
+    except Exception as error:  # bytes that torch.save did not write can raise anything
+        raise ValueError(f"{path} is no checkpoint of million.py.") from error
+    raise ValueError(f"{path} is no checkpoint of million.py.")

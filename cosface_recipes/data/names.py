@@ -17,5 +17,7 @@ def identity(name: str) -> str:
 
 def below(folder: Path, name: str) -> Path:
     """The path of a name below a folder, as the file system spells it; as it is written where there is none."""
+    if name.isascii():  # which is written in one way: nothing to look for, in lists of hundreds of thousands
+        return folder / name
     spellings = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
     return next((folder / spelled for spelled in spellings if (folder / spelled).exists()), folder / name)

@@ -20,7 +20,7 @@ from cosface_kernels.optim import FusedSGD
 from cosface_recipes.arguments import count, whole
 from cosface_recipes.memory import peak_resident_bytes
 from cosface_recipes.outputs import check_output
-from cosface_recipes.synthetic import MARGIN, SCALE, TEST_SEED, make_network, views
+from cosface_recipes.synthetic import MARGIN, SCALE, TEST_SEED, load_checkpoint, make_network, views
 
 TEST_SAMPLES = 1024
 MAY_CHANGE = ("steps", "every", "checkpoint", "cache_mib")  # on resume
@@ -88,14 +88,8 @@ class Training:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        now = self.settings()
-        try:
-            saved = torch.load(path, mmap=True, weights_only=True)
-            before, self.steps = saved.pop("settings"), saved.pop("steps")
-        except OSError:
-            raise
-        except Exception as error:  # bytes that torch.save did not write can raise anything
-            raise ValueError(f"{path} is no checkpoint of million.py.") from error
+        saved, now = load_checkpoint(path), self.settings()
+        before, self.steps = saved.pop("settings"), saved.pop("steps")
         changed = [f"{name} was {was} and is {now[name]}" for name, was in before.items() if was != now[name]]
         if changed:
             raise ValueError(f"{path} is of another training: {', '.join(changed)}.")

@@ -51,13 +51,8 @@ def of_training(folder: Path, batch: int) -> dict[str, Tensor | float]:
 
 @torch.no_grad()
 def of_million(path: Path, batch: int) -> dict[str, Tensor | float]:
-    try:
-        saved = torch.load(path, mmap=True, weights_only=True)
-        weight = rows(saved["head"]["weight"], saved["head"].get("weight_exponent"))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # bytes that torch.save did not write can raise anything
-        raise ValueError(f"{path} is no checkpoint of million.py.") from error
+    saved = synthetic.load_checkpoint(path)
+    weight = rows(saved["head"]["weight"], saved["head"].get("weight_exponent"))
     network = synthetic.make_network(weight.shape[1])
     network.load_state_dict(saved["network"])
     generator = torch.Generator().manual_seed(saved["steps"])

@@ -230,8 +230,7 @@ def step(accumulate):
         print("moved", not torch.equal(before, model.module.head.weight))
     except RuntimeError as error:
         print(torch.equal(before, model.module.head.weight), error)
-step(accumulate=True)
-step(accumulate=False)
+for accumulate in (True, False): step(accumulate)
 distributed.destroy_process_group()
 """,
         str(tmp_path / "rendezvous"),
